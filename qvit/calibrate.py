@@ -1,0 +1,84 @@
+"""Calibration: every quantizer gets the scales (and offsets) of least squared error, for each width that it may take.
+
+Activations are observed while training images pass through the model in float, batch by batch, into histograms
+(`quantizers/observers.py`): memory does not grow with the number of images. Weights are fitted from their values. The
+Q-ViT code calibrates on one batch of 64 validation images in folder order, that is, on two classes; here the images
+come from the training set, shuffled by whoever makes the batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from qvit.convert import Stage, stage_of
+from qvit.errors import QvitError, UsageError
+from qvit.families import inspect_model
+from qvit.quantizers import quantizers_of
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, batches: Iterable[Tensor], *, progress: Callable[[int], None] | None = None
+) -> nn.Module:
+    """Initialises all quantizers, in place.
+
+    Args:
+        model: A quantized model; its mode (train or eval) is restored.
+        batches: Image batches (B, channels, height, width), from training data, on the model's device.
+        progress: Called with the number of images after each batch.
+
+    Raises:
+        UsageError: If the model is float, or nothing is left to calibrate because widths are frozen with trained
+            scales.
+        QvitError: If there are no images, or activations are not finite; the site is named.
+    """
+    if stage_of(model) is Stage.FLOAT:
+        raise UsageError("calibrate needs quantizers: call qvit.quantize(model, plan) first")
+    sites = inspect_model(model).sites
+    quantizers = dict(quantizers_of(model))
+    activations = {name: quantizer for name, quantizer in quantizers.items() if sites[name].role == "activation"}
+    enabled = {name: quantizer.enabled for name, quantizer in quantizers.items()}
+    was_training = model.training
+    images = 0
+    try:
+        for quantizer in quantizers.values():
+            quantizer.enabled = False
+        for quantizer in activations.values():
+            quantizer.observer = quantizer.create_observer()
+        model.eval()
+        for batch in batches:
+            if not torch.isfinite(batch).all():
+                raise QvitError(
+                    f"NaN or infinite pixels among calibration images {images} to {images + len(batch) - 1}"
+                )
+            model(batch)
+            images += len(batch)
+            if progress is not None:
+                progress(images)
+        if images == 0:
+            raise QvitError("no images to calibrate with: pass at least one batch of training images")
+        for name, quantizer in quantizers.items():
+            observer = quantizer.observer or quantizer.create_observer()
+            if name not in activations:
+                observer.observe(quantizer.view(_weight_of(model, name)))
+            try:
+                quantizer.initialize(observer)
+            except QvitError as error:
+                raise QvitError(f"site '{name}': {error}") from None
+    finally:
+        for name, quantizer in quantizers.items():
+            quantizer.observer = None
+            quantizer.enabled = enabled[name]
+        model.train(was_training)
+    return model
+
+
+def _weight_of(model: nn.Module, site: str) -> Tensor:
+    """The weight that the quantizer of `site` quantizes; a third of it for the parts of a fused projection."""
+    path, _, leaf = site.rpartition(".")
+    weight = model.get_submodule(path).get_parameter("weight")
+    parts = ("query_weight", "key_weight", "value_weight")
+    return weight if leaf == "weight" else weight.chunk(3)[parts.index(leaf)]

@@ -1,0 +1,40 @@
+"""Errors a user can act on, and the search for the name that was meant.
+
+Everything qvit raises on purpose derives from `QvitError`; the command line prints its message as one line and exits
+with 1, or with 2 for a `UsageError` (a wrong name, a wrong option, an impossible combination). A message says what was
+given, what is allowed, and what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QvitError(Exception):
+    """A failure with a cause outside the program: unreadable data, an impossible budget, a diverged run."""
+
+
+class UsageError(QvitError, ValueError):
+    """A request that cannot be meant: an unknown name, a contradiction between options, a wrong order of calls."""
+
+
+def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
+    """Completes an "unknown name" message: `"; did you mean 'a' or 'b'?"`, or an empty string if nothing is close.
+
+    Args:
+        name: What was given.
+        candidates: What is allowed.
+        count: The largest number of names offered.
+    """
+    given = name.lower()
+    scored = []
+    for candidate in dict.fromkeys(candidates):
+        other = candidate.lower()
+        whole = difflib.SequenceMatcher(None, given, other).ratio()
+        beginning = difflib.SequenceMatcher(None, given, other[: len(given)]).ratio() - 0.05
+        scored.append((max(whole, beginning), -len(candidate), candidate))
+    matches = [candidate for score, _, candidate in sorted(scored, reverse=True)[:count] if score >= 0.6]
+    if not matches:
+        return ""
+    return "; did you mean " + " or ".join(f"'{match}'" for match in matches) + "?"

@@ -1,0 +1,290 @@
+"""Uniform quantization as pure tensor maths: the only place where rounding, clipping and straight-through gradients are
+written down.
+
+With scale `s`, offset `β` (in float; 0 for a symmetric grid) and bit-width `b`,
+
+    u = (x - β) / s        q = round(clamp(u, quant_min, quant_max))        x̂ = s·q + β            (Q-ViT eq. 8; LSQ+ eq. 1)
+
+    signed:   quant_min = -2^(b-1),  quant_max = 2^(b-1) - 1            unsigned:  quant_min = 0,  quant_max = 2^b - 1
+
+Rounding is half to even and passes its gradient straight through. The derivatives follow from the graph (LSQ eq. 3;
+LSQ+ eq. 4-5); writing `inside` for quant_min ≤ u ≤ quant_max:
+
+    ∂x̂/∂x = 1[inside]        ∂x̂/∂s = q - u·1[inside]        ∂x̂/∂β = 1 - 1[inside]
+    ∂x̂/∂b = s·ln2·2^(b-1)·(1[u > quant_max] - 1[u < quant_min])  (signed)        s·ln2·2^b·1[u > quant_max]  (unsigned)
+
+so a bit-width feels the task only through clipped elements. LSQ multiplies the gradient of `s` by g =
+1/sqrt(n·quant_max), n being the number of elements that share the scale.
+
+`fake_quantize` spells this out and lets autograd differentiate it, `switchable_fake_quantize` adds the choice of the
+scale by the width: the reference. `FakeQuantize` is the same with the derivatives above written by hand: it launches
+about a third of the operations. Every scale, offset and width broadcasts against `x`; arithmetic is at least float32,
+the result has the dtype of `x`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+#: No scale is used below this value: a smaller step is a scale that has collapsed.
+SMALLEST_SCALE = 1e-8
+
+
+class _RoundSTE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+def round_ste(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Rounds half to even; the gradient passes unchanged (straight-through estimator, Bengio et al. 2013)."""
+    return _RoundSTE.apply(x)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor | float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def scale_gradient(x: Float[Tensor, "..."], factor: float) -> Float[Tensor, "..."]:
+    """Returns `x`; its gradient is multiplied by `factor` (LSQ, section 2.2)."""
+    return _ScaleGradient.apply(x, factor)
+
+
+class _ClampInward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.low, ctx.high = low, high
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        return _inward(x, grads[0], ctx.low, ctx.high), None, None
+
+
+def _inward(x: Tensor, grad: Tensor, low: float, high: float) -> Tensor:
+    """The gradient without what would push `x` further beyond a limit that it has reached."""
+    outward = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
+    return grad.masked_fill(outward, 0.0)
+
+
+def clamp_inward(x: Float[Tensor, "..."], low: float, high: float) -> Float[Tensor, "..."]:
+    """Clamps to [low, high]; at and beyond a limit only a gradient whose descent step leads back inside passes.
+
+    An ordinary clamp has no gradient outside its limits, so a width that overshoots 8 would stay there whatever the
+    budget says; a projection of the parameter inside forward would write to it behind the optimizer's back. This is the
+    projected gradient, in the graph.
+    """
+    return _ClampInward.apply(x, low, high)
+
+
+def integer_range(bit_width: Tensor | int, signed: bool) -> tuple[Any, Any]:
+    """The smallest and largest integer of a grid, as `(quant_min, quant_max)`: numbers for a number, tensors for a
+    tensor.
+
+    Args:
+        bit_width: Integer-valued widths, any shape.
+        signed: Two's complement range if true, else 0 … 2^b - 1.
+    """
+    if isinstance(bit_width, Tensor):
+        levels = torch.exp2(bit_width)
+        return (-levels / 2, levels / 2 - 1) if signed else (torch.zeros_like(levels), levels - 1)
+    levels = 2**bit_width
+    return (-levels // 2, levels // 2 - 1) if signed else (0, levels - 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32: half-precision types cannot hold the grid of 8 bits and a scale."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def quantize(
+    x: Float[Tensor, "..."],
+    scale: Float[Tensor, "..."],
+    bit_width: Tensor | int,
+    signed: bool,
+    offset: Float[Tensor, "..."] | None = None,
+) -> Int[Tensor, "..."]:
+    """The integers q of `x`, int32, in [quant_min, quant_max]. Not differentiable."""
+    quant_min, quant_max = integer_range(bit_width, signed)
+    wide = _wide(x) if offset is None else _wide(x) - offset
+    return torch.round(torch.clamp(wide / scale, quant_min, quant_max)).to(torch.int32)
+
+
+def dequantize(
+    q: Int[Tensor, "..."], scale: Float[Tensor, "..."], offset: Float[Tensor, "..."] | None = None
+) -> Float[Tensor, "..."]:
+    """The grid points s·q + β of the integers `q`, in the dtype of `scale`."""
+    values = q.to(scale.dtype) * scale
+    return values if offset is None else values + offset
+
+
+def fake_quantize(
+    x: Float[Tensor, "..."],
+    scale: Float[Tensor, "..."],
+    bit_width: Tensor,
+    signed: bool,
+    offset: Float[Tensor, "..."] | None = None,
+    elements_per_scale: int | None = None,
+) -> Float[Tensor, "..."]:
+    """Quantizes and dequantizes `x`: the plain reference, differentiated by autograd.
+
+    Args:
+        x: What is quantized.
+        scale: Positive, broadcasts against `x`.
+        bit_width: Integer-valued, float dtype, broadcasts against `x`; gradient flows to it through the clipping limits
+            (Q-ViT).
+        signed: See `integer_range`.
+        offset: LSQ+'s β in float units; None for a grid that contains zero.
+        elements_per_scale: n of LSQ's gradient factor 1/sqrt(n·quant_max); None leaves the gradient of `scale` as it
+            is.
+    """
+    quant_min, quant_max = integer_range(bit_width, signed)
+    if elements_per_scale is not None:
+        factor = torch.rsqrt(elements_per_scale * quant_max.detach())
+        scale = scale_gradient(scale.expand(torch.broadcast_shapes(scale.shape, factor.shape)), factor)  # type: ignore[arg-type]
+    scale = scale.clamp_min(SMALLEST_SCALE)
+    wide = _wide(x) if offset is None else _wide(x) - offset
+    rounded = round_ste(torch.clamp(wide / scale, quant_min, quant_max))
+    values = rounded * scale
+    return (values if offset is None else values + offset).to(x.dtype)
+
+
+def pick_column(
+    bank: Float[Tensor, "... W"], bit_width: Tensor, candidates: Float[Tensor, " W"]
+) -> Float[Tensor, "..."]:
+    """The entry of a bank of scales (or offsets) that belongs to each width: a one-hot product, so the other entries
+    get a gradient of exactly zero.
+
+    Args:
+        bank: One column per candidate width; a bank of one column serves all widths.
+        bit_width: Integer-valued, broadcasts against the bank's leading dimensions.
+        candidates: The width of each column.
+    """
+    if bank.shape[-1] == 1:
+        return bank[..., 0]
+    return (bank * (bit_width.detach().unsqueeze(-1) == candidates)).sum(-1)
+
+
+def switchable_fake_quantize(
+    x: Float[Tensor, "..."],
+    scales: Float[Tensor, "... W"],
+    offsets: Float[Tensor, "... W"] | None,
+    bit_width: Tensor,
+    candidates: Float[Tensor, " W"],
+    limits: tuple[int, int] | None,
+    signed: bool,
+    elements_per_scale: int | None,
+) -> Float[Tensor, "..."]:
+    """`fake_quantize` with the scale of the current width (Q-ViT section 3.3): the plain reference of `FakeQuantize`.
+
+    Args:
+        x: What is quantized.
+        scales, offsets: Banks, see `pick_column`; offsets None on a symmetric grid.
+        bit_width: Real-valued width b̃ where `limits` are given, else integer-valued.
+        candidates: Widths of the banks' columns.
+        limits: Range of a learned width, clamped and rounded here (Q-ViT eq. 7); None for a fixed one.
+        signed, elements_per_scale: See `fake_quantize`.
+    """
+    width = bit_width if limits is None else round_ste(clamp_inward(bit_width, *limits))
+    offset = None if offsets is None else pick_column(offsets, width, candidates)
+    return fake_quantize(x, pick_column(scales, width, candidates), width, signed, offset, elements_per_scale)
+
+
+class FakeQuantize(torch.autograd.Function):
+    """`switchable_fake_quantize` with its derivatives written by hand: saves `x` and a few small tensors. Arguments as
+    there, all positional.
+
+    Every gradient but that of x is a combination of three sums over the elements that share a scale, g being the
+    incoming gradient and c = clamp(u):
+
+        A = Σ g·(q - c)        H = Σ g·1[u > quant_max]        L = Σ g·1[u < quant_min]
+
+        ∂s: A + quant_max·H + quant_min·L        ∂β: H + L        ∂b: s·ln2·2^(b-1)·(H - L), or s·ln2·2^b·H unsigned
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scales: Tensor,
+        offsets: Tensor | None,
+        bit_width: Tensor,
+        candidates: Tensor,
+        limits: tuple[int, int] | None,
+        signed: bool,
+        elements_per_scale: int | None,
+    ) -> Tensor:
+        width = bit_width if limits is None else bit_width.clamp(*limits).round()
+        scale = pick_column(scales, width, candidates).clamp_min(SMALLEST_SCALE)
+        offset = None if offsets is None else pick_column(offsets, width, candidates)
+        ctx.save_for_backward(x, scale, offset, width, scales, bit_width, candidates)
+        ctx.limits, ctx.signed, ctx.elements_per_scale = limits, signed, elements_per_scale
+        quant_min, quant_max = integer_range(width, signed)
+        wide = _wide(x) if offset is None else _wide(x) - offset
+        values = (wide / scale).clamp(quant_min, quant_max).round() * scale
+        return (values if offset is None else values + offset).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, offset, width, scales, bit_width, candidates = ctx.saved_tensors
+        grad = _wide(grads[0])
+        quant_min, quant_max = integer_range(width, ctx.signed)
+        u = (_wide(x) if offset is None else _wide(x) - offset) / scale
+        clamped = u.clamp(quant_min, quant_max)
+        grad_x = grad * (u == clamped)
+        shape = _shape_of(grad, scale, quant_max)
+        inner = (clamped.round() - clamped).mul_(grad).sum_to_size(shape)
+        outer = (grad - grad_x) if offset is not None or ctx.signed else None
+        above = (grad * (u > quant_max)).sum_to_size(shape)
+        below = outer.sum_to_size(shape) - above if outer is not None else torch.zeros_like(above)
+
+        grad_scale = inner + quant_max * above + quant_min * below
+        if ctx.elements_per_scale is not None:
+            grad_scale = grad_scale * torch.rsqrt(ctx.elements_per_scale * quant_max)
+        grad_scales = _to_bank(grad_scale, scales, width, candidates)
+        grad_offsets = None
+        if offset is not None:
+            low_and_high = above + below
+            grad_offsets = _to_bank(low_and_high, scales, width, candidates)
+        grad_width = None
+        if ctx.limits is not None:
+            outward_sum = above - below if ctx.signed else above
+            grad_width = (outward_sum * (scale * (quant_max + 1) * math.log(2.0))).sum_to_size(bit_width.shape)
+            grad_width = _inward(bit_width, grad_width, *ctx.limits)
+        return grad_x.to(x.dtype), grad_scales, grad_offsets, grad_width, None, None, None, None
+
+
+def _to_bank(grad: Tensor, bank: Tensor, width: Tensor, candidates: Tensor) -> Tensor:
+    """The gradient of a bank from that of the picked entries: zero in every other column."""
+    column = grad.unsqueeze(-1)
+    if bank.shape[-1] > 1:
+        column = column * (width.unsqueeze(-1) == candidates)
+    return column.sum_to_size(bank.shape)
+
+
+def _shape_of(full: Tensor, *parts: Tensor) -> tuple[int, ...]:
+    """The broadcast shape of `parts`, with as many dimensions as `full`: what a sum over shared elements is reduced
+    to.
+    """
+    shape = torch.broadcast_shapes(*(part.shape for part in parts))
+    return (1,) * (full.dim() - len(shape)) + tuple(shape)

@@ -1,0 +1,88 @@
+"""What a method is: the plan it starts from, and its part in training.
+
+`plan` turns a budget into the starting plan for a model's sites (None for a method that does not quantize); `attach` is
+called with the calibrated model; the three hooks of `training.loop.Hooks` do the rest. Everything else - data,
+calibration, loop, evaluation, files - is the same for all methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from qvit.cost import CostModel
+from qvit.errors import UsageError, nearest
+from qvit.plan import QuantPlan
+from qvit.training.config import TrainConfig, validated
+from qvit.training.loop import NoHooks, Trainer
+
+_REGISTRY: dict[str, type[Method]] = {}
+
+
+class MethodOptions(BaseModel):
+    """Base of a method's own options; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Method(NoHooks):
+    """Base class.
+
+    Args:
+        config: The run's options.
+        options: The method's own, validated.
+    """
+
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
+    quantizes: ClassVar[bool] = True
+
+    def __init__(self, config: TrainConfig, options: Any) -> None:
+        self.config, self.options = config, options
+
+    def plan(self, cost: CostModel) -> QuantPlan | None:
+        """The starting plan, resolved or as rules; None if nothing is quantized."""
+        raise NotImplementedError
+
+    def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
+        """Called once with the calibrated (or resumed) model, before training."""
+
+    def finish(self, trainer: Trainer) -> None:
+        """Called after the last step, before the result is evaluated."""
+
+    def budget(self, cost: CostModel) -> int | None:
+        """The limit on BOPs that the run was given, as a number; None for none."""
+        return None
+
+    @property
+    def width_lr(self) -> float:
+        """Learning rate of learned widths."""
+        return self.config.lr
+
+
+def register_method(*names: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: makes a method available under `names`."""
+
+    def register(cls: type[Method]) -> type[Method]:
+        for name in names:
+            _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def method_names() -> list[str]:
+    """All registered names."""
+    return list(_REGISTRY)
+
+
+def create_method(config: TrainConfig) -> Method:
+    """The method that a config names, with its options validated. Raises UsageError with the nearest name."""
+    if config.method not in _REGISTRY:
+        raise UsageError(
+            f"unknown method '{config.method}'{nearest(config.method, _REGISTRY)} ({', '.join(_REGISTRY)})"
+        )
+    cls = _REGISTRY[config.method]
+    return cls(config, validated(cls.Options, config.method_options))

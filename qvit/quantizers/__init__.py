@@ -1,0 +1,9 @@
+"""Quantizers: the visible submodules that hold scale, offset and bit-width of one site. A new quantizer is one file
+with a registered class.
+"""
+
+from qvit.quantizers.base import Quantizer, create_quantizer, quantizers_of, register_quantizer
+from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers.observers import HistogramObserver
+
+__all__ = ["HistogramObserver", "LSQQuantizer", "Quantizer", "create_quantizer", "quantizers_of", "register_quantizer"]

@@ -1,0 +1,200 @@
+"""The contract of a quantizer, the learnable bit-width and its freezing.
+
+`forward(x)` returns x̂ of the same shape and dtype. Three plain Python attributes decide what it does, so that a
+compiled model has no branch on data:
+
+    enabled       False: x passes untouched (the float model's numerics)
+    observer      set while calibrating: x is looked at and passes untouched
+    calibrated    False: quantizing raises, because scales that nobody chose would return garbage
+
+A width is an argument of quantization like a scale. Learned, it is a float parameter b̃ that enters as b =
+round(clamp(b̃, b_min, b_max)) with the gradient straight through (Q-ViT eq. 7, rounding to nearest). The clamp lies in
+the graph (`clamp_inward`): forward writes to no parameter. `freeze` turns b̃ into integers for good: the parameter
+becomes a buffer of the same name, so the keys of a state dict do not change.
+
+Shapes: `bit_width` is `()` or one number per head, shaped to broadcast against the viewed tensor (`spec.Layout`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qvit.errors import UsageError, nearest
+from qvit.functional import clamp_inward, dequantize, integer_range, quantize, round_ste
+from qvit.quantizers.observers import HistogramObserver
+from qvit.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
+
+_REGISTRY: dict[str, type[Quantizer]] = {}
+
+
+def register_quantizer(name: str) -> Callable[[type[Quantizer]], type[Quantizer]]:
+    """Class decorator: makes a quantizer available as `TensorSpec(quantizer=name)`."""
+
+    def register(cls: type[Quantizer]) -> type[Quantizer]:
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def create_quantizer(spec: TensorSpec, layout: Layout) -> Quantizer:
+    """The quantizer that `spec` names, for a tensor with the axes of `layout`."""
+    if spec.quantizer not in _REGISTRY:
+        raise UsageError(
+            f"unknown quantizer '{spec.quantizer}'{nearest(spec.quantizer, _REGISTRY)} ({', '.join(_REGISTRY)})"
+        )
+    return _REGISTRY[spec.quantizer](spec, layout)
+
+
+class Quantizer(nn.Module):
+    """Base class: width, freezing, calibration state. Subclasses hold the scale and define `fake_quantize`, `grid` and
+    `initialize`.
+    """
+
+    SUFFIX: ClassVar[str] = "_quantizer"
+    bit_width: Tensor
+
+    def __init__(self, spec: TensorSpec, layout: Layout) -> None:
+        super().__init__()
+        if len(spec.widths) > 1 and len(spec.widths) != layout.num_heads:
+            raise UsageError(f"{len(spec.widths)} bit-widths given for a tensor with {layout.num_heads} head(s)")
+        self.spec, self.layout = spec, layout
+        self.scale_shape = _scale_shape(spec, layout)
+        shape = layout.heads if len(spec.widths) > 1 and layout.heads else ()
+        widths = torch.tensor(spec.widths, dtype=torch.float32).reshape(shape)
+        if spec.learn_bit_width:
+            self.bit_width = nn.Parameter(widths)
+        else:
+            self.register_buffer("bit_width", widths)
+        self.enabled = True
+        self.calibrated = False
+        self.observer: HistogramObserver | None = None
+        self.register_load_state_dict_post_hook(_recognise_calibration)
+
+    @property
+    def learns_width(self) -> bool:
+        """Whether the width is still a parameter."""
+        return isinstance(self.bit_width, nn.Parameter)
+
+    def clamped_bit_width(self) -> Tensor:
+        """b̃ held inside its range: real-valued while it is learned, an integer once frozen."""
+        return clamp_inward(self.bit_width, *self.spec.bit_width_range) if self.learns_width else self.bit_width
+
+    def integer_bit_width(self) -> Tensor:
+        """b, integer-valued in float dtype, with straight-through gradient while it is learned."""
+        return round_ste(self.clamped_bit_width()) if self.learns_width else self.bit_width
+
+    def view(self, x: Tensor) -> Tensor:
+        """`x` with its heads on an axis of their own."""
+        return x if self.layout.view is None else x.view(self.layout.view)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.observer is not None:
+            self.observer.observe(self.view(x))
+            return x
+        if not self.enabled:
+            return x
+        if not self.calibrated:
+            raise UsageError(
+                "this model was never calibrated: call qvit.calibrate(model, batches) or load a trained state first"
+            )
+        return self.fake_quantize(self.view(x)).view_as(x) if self.layout.view else self.fake_quantize(x)
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        """x̂ of the viewed tensor, differentiable in x, scale, offset and width."""
+        raise NotImplementedError
+
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """The active `(scale, offset)`, detached, shaped to broadcast against the viewed tensor; offset None on a
+        symmetric grid.
+        """
+        raise NotImplementedError
+
+    def initialize(self, observer: HistogramObserver) -> None:
+        """Chooses scales and offsets from what was observed, and marks the quantizer as calibrated."""
+        raise NotImplementedError
+
+    def create_observer(self) -> HistogramObserver:
+        """An empty observer with one histogram per scale."""
+        return HistogramObserver(self.scale_shape)
+
+    @torch.no_grad()
+    def to_int(self, x: Tensor) -> Tensor:
+        """The integers of `x`, int32, in the shape of `x`."""
+        scale, offset = self.grid()
+        return quantize(self.view(x), scale, self.integer_bit_width(), self.spec.signed, offset).view_as(x)
+
+    @torch.no_grad()
+    def from_int(self, q: Tensor) -> Tensor:
+        """The grid points of the integers `q`: `from_int(to_int(x))` equals `forward(x)` of a frozen quantizer, bit for
+        bit in float32.
+        """
+        scale, offset = self.grid()
+        return dequantize(self.view(q), scale, offset).view_as(q)
+
+    @torch.no_grad()
+    def freeze(self, bit_width: tuple[int, ...] | int | None = None) -> None:
+        """Makes the widths plain integers: `bit_width`, or the learned ones rounded to nearest. The spec then says so,
+        too.
+        """
+        widths = self.integer_bit_width().flatten().tolist() if bit_width is None else bit_width
+        final = tuple(int(width) for width in (widths if isinstance(widths, (tuple, list)) else (widths,)))
+        if len(final) != self.bit_width.numel():
+            raise UsageError(f"{len(final)} bit-widths given for a quantizer with {self.bit_width.numel()}")
+        changes = {"bit_width": final if len(self.spec.widths) > 1 else final[0], "learn_bit_width": False}
+        self.spec = self.spec.changed(changes)
+        frozen = torch.tensor(final, dtype=self.bit_width.dtype, device=self.bit_width.device).view_as(self.bit_width)
+        if self.learns_width:
+            del self._parameters["bit_width"]
+            self.register_buffer("bit_width", frozen)
+        else:
+            self.bit_width.copy_(frozen)
+
+    def quant_range(self) -> tuple[Tensor, Tensor]:
+        """`(quant_min, quant_max)` of the current widths, detached."""
+        return integer_range(self.integer_bit_width().detach(), self.spec.signed)
+
+    def extra_repr(self) -> str:
+        widths = [round(float(width), 2) for width in self.bit_width.detach().flatten()]
+        shown = "(" + ", ".join(f"{width:g}" for width in widths) + ")" if len(widths) > 1 else f"{widths[0]:g}"
+        granularity = next(name for name, value in GRANULARITIES.items() if value == self.spec.granularity)
+        parts = [f"bit_width={shown}", granularity, "learned" if self.learns_width else "fixed"]
+        parts += ["switchable scale"] if self.spec.switchable_scale else []
+        parts += ["unsigned"] if not self.spec.signed else []
+        parts += ["offset"] if not self.spec.symmetric else []
+        parts += ["off"] if not self.enabled else [] if self.calibrated else ["not calibrated"]
+        return ", ".join(parts)
+
+
+def quantizers_of(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Every `(site, quantizer)` of a model, in the order of its modules."""
+    for path, module in model.named_modules():
+        if isinstance(module, Quantizer):
+            yield path.removesuffix(Quantizer.SUFFIX), module
+
+
+def _scale_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
+    """The shape of the scales that `spec.granularity` means on this tensor."""
+    if isinstance(spec.granularity, PerHead):
+        if layout.heads is None:
+            raise UsageError("granularity 'per-head' needs a tensor with heads; use 'per-tensor' or 'per-channel' here")
+        return layout.heads
+    if isinstance(spec.granularity, PerChannel):
+        if layout.channels is None:
+            raise UsageError(
+                "granularity 'per-channel' needs a tensor with channels; use 'per-tensor' or 'per-head' here"
+            )
+        return layout.channels
+    return ()
+
+
+def _recognise_calibration(module: nn.Module, incompatible_keys: Any) -> None:
+    """After loading a state dict: scales that are numbers were calibrated once."""
+    assert isinstance(module, Quantizer)
+    scale = getattr(module, "scale", None)
+    if isinstance(scale, Tensor) and scale.device.type != "meta":
+        module.calibrated = bool(torch.isfinite(scale).all() and (scale > 0).all())

@@ -1,0 +1,100 @@
+"""LSQ with its two extensions: LSQ+'s learned offset, and Q-ViT's switchable scale.
+
+    LSQ    Esser et al., Learned Step Size Quantization, ICLR 2020            scale learned, gradient × 1/sqrt(n·quant_max)
+    LSQ+   Bhalgat et al., CVPR Workshops 2020                                offset learned, where the spec is asymmetric
+    Q-ViT  Li et al. 2022, arXiv 2201.07703, section 3.3                      one scale (and offset) per candidate width
+
+`scale` and `offset` are banks of shape `scale_shape + (W,)`: W = 7 for switchable scales of widths 2…8, else 1. The
+column of the current width is picked by a one-hot product, in the graph, so that a width can move without recompiling
+and without asking the GPU; the columns of other widths get a gradient of exactly zero. After freezing, the bank stays
+as it is (the optimizer's state stays valid) and one column of it is read.
+
+While a width is learned by interpolation (FracBits, Yang and Jin 2021, eq. 3), with l = floor(b̃) and f = b̃ - l,
+
+    x̂ = (1 - f)·q(x; l) + f·q(x; l+1)            ∂x̂/∂b̃ = q(x; l+1) - q(x; l)            (every element contributes, not only clipped ones)
+
+Initialisation minimises the squared error separately for every width (`observers.py`), as the Q-ViT authors do in place
+of LSQ's 2·mean|x|/sqrt(quant_max).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from qvit.functional import SMALLEST_SCALE, FakeQuantize, pick_column
+from qvit.quantizers.base import Quantizer, register_quantizer
+from qvit.quantizers.observers import HistogramObserver
+from qvit.spec import Layout, TensorSpec
+
+
+@register_quantizer("lsq")
+class LSQQuantizer(Quantizer):
+    """Learned scale, optionally learned offset, optionally one of each per width.
+
+    Attributes:
+        scale: Parameter, `scale_shape + (W,)`, positive; NaN until calibrated.
+        offset: Parameter of the same shape, or None on a symmetric grid.
+    """
+
+    candidates: Tensor
+
+    def __init__(self, spec: TensorSpec, layout: Layout) -> None:
+        super().__init__(spec, layout)
+        low, high = spec.bit_width_range
+        self.bank_widths = tuple(range(low, high + 1)) if spec.switchable_scale else ()
+        self.register_buffer("candidates", torch.tensor(self.bank_widths, dtype=torch.float32), persistent=False)
+        shape = (*self.scale_shape, max(1, len(self.bank_widths)))
+        self.scale = nn.Parameter(torch.full(shape, math.nan))
+        self.offset = None if spec.symmetric else nn.Parameter(torch.zeros(shape))
+        groups = torch.broadcast_shapes(self.scale_shape, tuple(self.bit_width.shape))
+        self.num_groups = math.prod(groups)
+
+    def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
+        elements = x.numel() // self.num_groups
+        return FakeQuantize.apply(
+            x, self.scale, self.offset, bit_width, self.candidates, limits, self.spec.signed, elements
+        )
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        if not self.learns_width:
+            return self._at_width(x, self.bit_width)
+        low, high = self.spec.bit_width_range
+        if self.spec.width_gradient == "clipping":
+            return self._at_width(x, self.bit_width, (low, high))
+        width = self.clamped_bit_width()
+        lower = width.detach().floor().clamp(low, max(low, high - 1))
+        fraction = (width - lower).to(x.dtype)
+        return torch.lerp(self._at_width(x, lower), self._at_width(x, (lower + 1).clamp(max=high)), fraction)
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        width = self.integer_bit_width()
+        offset = None if self.offset is None else pick_column(self.offset, width, self.candidates)
+        return pick_column(self.scale, width, self.candidates).clamp_min(SMALLEST_SCALE), offset
+
+    @torch.no_grad()
+    def initialize(self, observer: HistogramObserver) -> None:
+        own = self.integer_bit_width()
+        widths = self.bank_widths or tuple(sorted({int(width) for width in own.flatten().tolist()}))
+        scales, offsets = observer.fit(widths, signed=self.spec.signed, with_offset=self.offset is not None)
+        if not self.bank_widths:
+            pick = self._own_width_index(own, widths)
+            scales, offsets = (values.gather(-1, pick) for values in (scales, offsets))
+        self.scale.copy_(scales.reshape(self.scale.shape))
+        if self.offset is not None:
+            self.offset.copy_(offsets.reshape(self.offset.shape))
+        self.calibrated = True
+
+    def _own_width_index(self, own: Tensor, widths: tuple[int, ...]) -> Tensor:
+        """Without switchable scales: for each scale the index of its width; of the middle one where heads of several
+        widths share a scale.
+        """
+        if torch.broadcast_shapes(self.scale_shape, tuple(own.shape)) == tuple(self.scale_shape):
+            per_scale = own.expand(self.scale_shape)
+        else:
+            per_scale = own.flatten().median().expand(self.scale_shape)
+        table = torch.tensor(widths, device=own.device, dtype=own.dtype)
+        return (per_scale.unsqueeze(-1) == table).to(torch.int64).argmax(-1, keepdim=True)

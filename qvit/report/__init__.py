@@ -1,0 +1,29 @@
+"""Tables and one self-contained HTML page about runs, from their JSON files alone.
+
+    runs = load_runs(["demo-output"])            # run directories, or a directory with many in `runs/`
+    rows = results_table(runs)                   # mean ± deviation over seeds, per model, method and budget
+    write_page(runs, Path("report.html"))        # plotly.js inside; opens without a network
+
+This part knows nothing of models and tensors and imports nothing from the rest of qvit but the errors: it can read runs
+of any machine, with neither the model nor the data at hand.
+"""
+
+from __future__ import annotations
+
+from qvit.report.page import write_page
+from qvit.report.reader import load_run, load_runs
+from qvit.report.runs import Run
+from qvit.report.tables import display_table, group_runs, markdown_table, mean_std, results_table, verdict
+
+__all__ = [
+    "Run",
+    "display_table",
+    "group_runs",
+    "load_run",
+    "load_runs",
+    "markdown_table",
+    "mean_std",
+    "results_table",
+    "verdict",
+    "write_page",
+]

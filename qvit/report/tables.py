@@ -1,0 +1,309 @@
+"""Runs → rows: seeds grouped, means and deviations, and what they say in one sentence.
+
+A group is what differs in nothing but the seed: data, model, method, and budget (runs without a budget are told apart
+by the name of their plan). Only finished runs count. The deviation is the sample standard deviation over seeds,
+
+    std = sqrt( Σ (a_i - mean)² / (n - 1) ),      0.0 for a single run,
+
+and a sentence about a difference always gives it, or says that one seed has none. Costs of a group are means, because
+runs that learn their widths end at slightly different costs. "Float" costs are 32 · 32 bit operations per
+multiply-accumulate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qvit.report.runs import Run
+from qvit.report.units import bytes_text, column, difference, duration, percent, significant, titled
+
+FLOAT_BOPS_PER_MAC = 32 * 32
+METHODS = ("float", "lsq", "lsq+")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        runs: The runs, by seed; unfinished ones too.
+        label: Short name, with the model or the data only where the report has several.
+        index: Position among the groups that are not float (the colour of the group); -1 for float.
+        peers: What must be equal for a comparison of methods: data, model, budget.
+    """
+
+    runs: tuple[Run, ...]
+    label: str
+    index: int
+    peers: tuple[str, ...]
+
+    @property
+    def first(self) -> Run:
+        """A run that stands for what all have in common."""
+        return self.runs[0]
+
+    @property
+    def is_float(self) -> bool:
+        """Whether these are runs of the float model."""
+        return self.first.method == "float"
+
+    @property
+    def finished(self) -> tuple[Run, ...]:
+        """The runs that count."""
+        return tuple(run for run in self.runs if run.finished)
+
+
+def mean_std(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation (n - 1); the deviation of one value is 0.0. Raises on an empty sequence."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Groups runs over seeds: by model, float first, then from the largest budget to the smallest, then by method."""
+    keys: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        keys.setdefault((*_peers(run), run.method), []).append(run)
+    costs: dict[tuple[str, ...], list[float]] = {}
+    for run in runs:
+        cost = run.result.bit_operations if run.result else run.log.budget_bit_operations
+        costs.setdefault(_peers(run), []).append(cost or 0.0)
+
+    def order(key: tuple[str, ...]) -> tuple[Any, ...]:
+        method = key[-1]
+        rank = METHODS.index(method) if method in METHODS else len(METHODS) + (method == "qvit")
+        return key[0], key[1], method != "float", -statistics.fmean(costs[key[:-1]]), key[2], rank, method
+
+    names = _short_names(runs)
+    groups, index = [], 0
+    for key in sorted(keys, key=order):
+        members = sorted(keys[key], key=lambda run: (run.seed is None, run.seed or 0, str(run.path)))
+        label = " · ".join(part for part in (names[key[:2]], key[-1], key[2]) if part)
+        groups.append(Group(tuple(members), label, -1 if key[-1] == "float" else index, key[:-1]))
+        index += key[-1] != "float"
+    return groups
+
+
+def results_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """One row per group of runs, as plain data (JSON types only).
+
+    Returns:
+        Rows with `model`, `variant` (the model with its options), `data`, `method`, `budget`, `plan`, `label`,
+        `seeds` and `n_seeds` (finished runs), `unfinished` (a count), `accuracy_mean`, `accuracy_std`,
+        `float_accuracy` (percent), `bit_operations`, `bit_operations_g`, `float_bit_operations`, `weight_bytes` and
+        `seconds` (means). What no finished run tells is None.
+    """
+    groups = group_runs(runs)
+    return [_row(group, groups) for group in groups]
+
+
+def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Header and cells as text, for a terminal, markdown or a page: one unit per column, enough digits."""
+    several = len({row["variant"] for row in rows}) > 1
+    bops_unit, bops = column([row["bit_operations"] for row in rows], "bops")
+    byte_unit, sizes = column([row["weight_bytes"] for row in rows], "bytes")
+    header = ["model"] if several else []
+    header += ["method", "budget", "accuracy (%)", "points vs float", titled("BOPs", bops_unit)]
+    header += ["BOPs vs float", titled("weights", byte_unit), "time per run", "seeds"]
+    cells = []
+    for row, cost, size in zip(rows, bops, sizes, strict=True):
+        accuracy, gap, share = "no finished run", "", ""
+        if row["accuracy_mean"] is not None:
+            deviation = f" ± {row['accuracy_std']:.2f}" if row["n_seeds"] > 1 else ""
+            accuracy = f"{row['accuracy_mean']:.2f}{deviation}"
+            if row["method"] != "float" and row["float_accuracy"] is not None:
+                gap = difference(row["accuracy_mean"] - row["float_accuracy"])
+            if row["method"] != "float" and row["float_bit_operations"] and row["bit_operations"]:
+                share = f"÷ {significant(row['float_bit_operations'] / row['bit_operations'], 3)}"
+        seeds = f"{row['n_seeds']}" + (f" (+ {row['unfinished']} unfinished)" if row["unfinished"] else "")
+        budget = row["budget"] or row["plan"] or ""
+        time = "" if row["seconds"] is None else duration(row["seconds"])
+        first = [row["variant"]] if several else []
+        cells.append([*first, row["method"], budget, accuracy, gap, cost, share, size, time, seeds])
+    return header, cells
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `results_table` as a markdown table."""
+    header, cells = display_table(rows)
+    lines = [header, ["---"] * len(header), *cells]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def verdict(runs: Sequence[Run]) -> list[str]:
+    """What the results say: per budget a sentence that compares the methods, or states the result of the only one."""
+    groups = [group for group in group_runs(runs) if group.finished]
+    rows = {group.label: row for group, row in zip(groups, (_row(g, groups) for g in groups), strict=True)}
+    families: dict[tuple[str, ...], list[Group]] = {}
+    for group in groups:
+        if not group.is_float:
+            families.setdefault(group.peers, []).append(group)
+    several = len({peers[:2] for peers in families}) > 1
+    sentences = []
+    for members in families.values():
+        subject = members[-1]
+        where = f"At {_budget_text(subject.first)}{' (' + subject.peers[1] + ')' if several else ''}"
+        if len(members) == 1:
+            sentences.append(_alone(where, rows[subject.label]))
+        sentences += [_compared(where, rows[subject.label], rows[other.label]) for other in members[:-1]]
+        sentences += [sentence for group in members if (sentence := _over_budget(group))]
+    if not sentences and groups:
+        row = rows[groups[0].label]
+        sentences = [
+            f"The float model reaches {row['accuracy_mean']:.2f} %{_spread(row)}; no quantized run has finished."
+        ]
+    return sentences or ["No run has finished yet, so there is no result to compare."]
+
+
+def common_options(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The options that all runs share, and those that differ (the values by run); seeds are no options."""
+    ignored = {
+        "versions",
+        "hardware",
+        "command",
+        "seed",
+        "out",
+        "output",
+        "resume",
+        "model",
+        "method",
+        "budget",
+        "data",
+    }
+    shared, differing = {}, {}
+    for key in dict.fromkeys(key for run in runs for key in run.config if key not in ignored):
+        texts = [_option_text(run.config.get(key)) for run in runs]
+        if len(set(texts)) == 1:
+            shared[key] = texts[0]
+        else:
+            differing[key] = texts
+    return shared, differing
+
+
+def _option_text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _peers(run: Run) -> tuple[str, ...]:
+    kwargs = run.config.get("model_kwargs")
+    model = run.model + (" " + json.dumps(kwargs, sort_keys=True) if kwargs else "")
+    constraint = "" if run.method == "float" else run.budget or run.plan_name or ""
+    return str(run.config.get("data") or ""), model, constraint
+
+
+def _short_names(runs: Sequence[Run]) -> dict[tuple[str, ...], str]:
+    """What must precede a label so that models and data sets are told apart."""
+    pairs = list(dict.fromkeys(_peers(run)[:2] for run in runs))
+    data, models = ({pair[position] for pair in pairs} for position in (0, 1))
+    return {
+        pair: " · ".join(part for part, differs in zip(pair, (len(data) > 1, len(models) > 1), strict=True) if differs)
+        for pair in pairs
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
+    run, results = group.first, [member.result for member in group.runs if member.result is not None]
+    accuracy, deviation = mean_std([result.accuracy for result in results]) if results else (None, None)
+    floats = [g for g in groups if g.is_float and g.peers[:2] == group.peers[:2]]
+    reference = _mean([result.float_accuracy for result in results])
+    if reference is None:
+        reference = _mean([member.result.accuracy for g in floats for member in g.runs if member.result is not None])
+    macs = _mean([member.cost.macs for g in (group, *floats) for member in g.runs if member.cost is not None])
+    cost, size = (_mean([getattr(result, key) for result in results]) for key in ("bit_operations", "weight_bytes"))
+    return {
+        "model": run.model,
+        "variant": group.peers[1],
+        "data": group.peers[0] or None,
+        "method": run.method,
+        "budget": run.budget,
+        "plan": run.plan_name,
+        "label": group.label,
+        "seeds": [member.seed for member in group.finished],
+        "n_seeds": len(results),
+        "unfinished": len(group.runs) - len(results),
+        "accuracy_mean": accuracy,
+        "accuracy_std": deviation,
+        "float_accuracy": reference,
+        "bit_operations": None if cost is None else round(cost),
+        "bit_operations_g": None if cost is None else cost / 1e9,
+        "float_bit_operations": None if macs is None else round(macs * FLOAT_BOPS_PER_MAC),
+        "weight_bytes": None if size is None else round(size),
+        "seconds": _mean([result.seconds for result in results]),
+    }
+
+
+def _budget_text(run: Run) -> str:
+    return f"the {run.budget} budget" if run.budget else f"plan {run.plan_name or 'unknown'}"
+
+
+def _spread(row: Mapping[str, Any]) -> str:
+    if row["n_seeds"] == 1:
+        return " (one seed, so the deviation is not known)"
+    return f" ({row['n_seeds']} seeds, standard deviation {row['accuracy_std']:.2f})"
+
+
+def _alone(where: str, row: Mapping[str, Any]) -> str:
+    text = f"{where} {row['method']} reaches {row['accuracy_mean']:.2f} %{_spread(row)}"
+    if row["float_accuracy"] is not None:
+        text += f", {_points(row['accuracy_mean'] - row['float_accuracy'])} the float model"
+    if row["float_bit_operations"] and row["bit_operations"]:
+        ratio = significant(row["float_bit_operations"] / row["bit_operations"], 3)
+        text += f", with {ratio} times fewer bit operations than float"
+    return text + f" and {bytes_text(row['weight_bytes'])} of weights."
+
+
+def _compared(where: str, row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    gap = row["accuracy_mean"] - other["accuracy_mean"]
+    counts, deviations = (row["n_seeds"], other["n_seeds"]), (row["accuracy_std"], other["accuracy_std"])
+    seeds = f"{counts[0]} seeds each" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]} seeds"
+    noise = f"{seeds}, standard deviations {deviations[0]:.2f} and {deviations[1]:.2f}"
+    if min(counts) == 1:
+        noise = "one seed each" if counts == (1, 1) else f"{counts[0]} and {counts[1]} seeds"
+        noise += ": how much of this is chance is not known"
+    elif abs(gap) <= max(deviations):
+        noise += ": no more than the seeds differ among themselves"
+    text = f"{where} {row['method']} is {_points(gap)} {other['method']}"
+    if row["bit_operations"] and other["bit_operations"]:
+        more = row["bit_operations"] / other["bit_operations"] - 1
+        text += (
+            ", at equal bit operations"
+            if abs(more) < 5e-4
+            else f", with {percent(abs(more))} {_more(more)} bit operations"
+        )
+    return f"{text} ({noise})."
+
+
+def _over_budget(group: Group) -> str:
+    """A sentence if runs ended above their budget."""
+    shares = [
+        run.result.bit_operations / run.log.budget_bit_operations - 1
+        for run in group.runs
+        if run.result is not None and run.log.budget_bit_operations
+    ]
+    over = [share for share in shares if share > 0]
+    if not over:
+        return ""
+    many = "its budget" if len(shares) == 1 else f"its budget in {len(over)} of {len(shares)} runs"
+    return f"{group.label} exceeds {many}, by up to {percent(max(over))}."
+
+
+def _more(value: float) -> str:
+    return "more" if value > 0 else "fewer"
+
+
+def _points(gap: float) -> str:
+    """`0.40 points above`, `0.40 points below` or `level with`."""
+    if math.isclose(round(gap, 2), 0.0, abs_tol=1e-9):
+        return "level with"
+    return f"{abs(gap):.2f} points {'above' if gap > 0 else 'below'}"

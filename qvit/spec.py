@@ -1,0 +1,180 @@
+"""What is decided about one tensor, and where that tensor lies: frozen data, no behaviour.
+
+A `TensorSpec` is the decision: widths, grid, granularity of the scale. A `Site` is the place: the dotted name of a
+tensor that gets quantized (the path of its quantizer without the suffix: `blocks.3.attn.query` ↔
+`blocks.3.attn.query_quantizer`) and the `Layout` of its axes.
+
+Granularity is about *scales*, the number of widths is its own matter: Q-ViT gives each attention head its own width,
+and either its own set of scales (the paper, eq. 9: `PerHead`) or one set for all heads (its public code: `PerTensor`).
+Both are a shape that broadcasts against the tensor:
+
+    tensor                              view          scales per head   scales per channel   widths of a per-head site
+    activations   (batch, tokens, C)    as it is      -                 (C,)                 -
+    q, k, v       (batch, H, N, d)      as it is      (H, 1, 1)         (H, 1, d)            (H, 1, 1)
+    W_q           (H·d, C)              (H, d, C)     (H, 1, 1)         (H, d, 1)            (H, 1, 1)       heads are blocks of output rows
+    W_o           (C, H·d)              (C, H, d)     (H, 1)            (C, 1, 1)            (H, 1)          heads are blocks of input columns
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qvit.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class PerTensor:
+    """One scale for the whole tensor: scale shape `()`."""
+
+
+@dataclass(frozen=True)
+class PerChannel:
+    """One scale per channel: output channels of a weight, the last axis of an activation."""
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """One scale per attention head; allowed where the site has heads."""
+
+
+Granularity = PerTensor | PerChannel | PerHead
+GRANULARITIES: dict[str, Granularity] = {"per-tensor": PerTensor(), "per-channel": PerChannel(), "per-head": PerHead()}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The axes of a site.
+
+    Attributes:
+        channels: Shape of one scale per channel; None if the site has no channel axis (attention probabilities).
+        heads: Shape of one number per head; None if the site has no heads.
+        view: Shape the tensor is viewed as before it is quantized, so that its heads are an axis; None for the tensor
+            as it is.
+    """
+
+    channels: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None
+    view: tuple[int, ...] | None = None
+
+    @property
+    def num_heads(self) -> int:
+        return max(self.heads) if self.heads else 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """How one tensor is quantized.
+
+    Attributes:
+        bit_width: One width, or one per head.
+        bit_width_range: Smallest and largest width that may be learned or allocated, both included.
+        learn_bit_width: Whether the width is a parameter that training moves (Q-ViT, searching stage).
+        signed: Two's complement grid, or 0 … 2^b - 1.
+        symmetric: False adds a learned offset (LSQ+); the grid is then unsigned.
+        granularity: What shares a scale.
+        switchable_scale: One scale per width of `bit_width_range` (Q-ViT, section 3.3) instead of one for all widths.
+        width_gradient: How the task's gradient reaches a learned width: through the clipping limits (Q-ViT) or by
+            interpolation between the two neighbouring widths (FracBits, Yang and Jin 2021).
+        quantizer: Registered name of the quantizer.
+    """
+
+    bit_width: int | tuple[int, ...] = 8
+    bit_width_range: tuple[int, int] = (2, 8)
+    learn_bit_width: bool = False
+    signed: bool = True
+    symmetric: bool = True
+    granularity: Granularity = field(default_factory=PerTensor)
+    switchable_scale: bool = False
+    width_gradient: Literal["clipping", "interpolation"] = "clipping"
+    quantizer: str = "lsq"
+
+    def __post_init__(self) -> None:
+        low, high = self.bit_width_range
+        if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= 16):
+            raise UsageError(
+                f"bit_width_range {self.bit_width_range} must be two integers between 1 and 16, the smaller first"
+            )
+        for width in self.widths:
+            if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= 16:
+                raise UsageError(f"bit_width {width!r} must be an integer between 1 and 16")
+            if self.learn_bit_width and not low <= width <= high:
+                raise UsageError(
+                    f"bit_width {width} lies outside of the range {low} to {high} in which it is to be learned"
+                )
+            if width == 1 and self.signed:
+                raise UsageError("bit_width 1 on a signed grid has no positive level; use an unsigned grid or 2 bits")
+            if self.switchable_scale and not low <= width <= high:
+                raise UsageError(
+                    f"bit_width {width} has no scale: switchable scales are kept for widths {low} to {high}"
+                )
+        if not self.symmetric and self.signed:
+            raise UsageError("an asymmetric spec has an unsigned grid and an offset: set signed=False")
+        if self.width_gradient not in ("clipping", "interpolation"):
+            raise UsageError(f"width_gradient {self.width_gradient!r} must be 'clipping' or 'interpolation'")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths as a tuple, of length 1 where one width serves the whole tensor."""
+        return self.bit_width if isinstance(self.bit_width, tuple) else (self.bit_width,)
+
+    def changed(self, changes: Mapping[str, Any]) -> TensorSpec:
+        """A copy with `changes`, given as in JSON (lists for tuples, granularity by name). Unknown keys are refused
+        with the nearest name.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        values: dict[str, Any] = {}
+        for key, value in changes.items():
+            if key not in known:
+                raise UsageError(
+                    f"unknown key '{key}' in a tensor spec{nearest(key, known)} (keys: {', '.join(sorted(known))})"
+                )
+            if key == "granularity" and isinstance(value, str):
+                if value not in GRANULARITIES:
+                    raise UsageError(
+                        f"unknown granularity '{value}'{nearest(value, GRANULARITIES)} ({', '.join(GRANULARITIES)})"
+                    )
+                value = GRANULARITIES[value]
+            expected = _PLAIN_TYPES.get(key)
+            if expected is not None and not isinstance(value, expected):
+                raise UsageError(f"'{key}' of a tensor spec must be {expected.__name__}, not {value!r}")
+            values[key] = tuple(value) if isinstance(value, list) else value
+        return dataclasses.replace(self, **values)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, the inverse of `changed` on a default spec."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["granularity"] = next(name for name, value in GRANULARITIES.items() if value == self.granularity)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+_PLAIN_TYPES: dict[str, type] = {
+    "learn_bit_width": bool,
+    "signed": bool,
+    "symmetric": bool,
+    "switchable_scale": bool,
+    "quantizer": str,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor that gets quantized.
+
+    Attributes:
+        name: Dotted path, unique in the model.
+        role: Weights are quantized from their values, activations are observed.
+        position: `first` and `last` are the patch embedding and the classifier, which presets keep at 8 bits.
+        layout: Axes.
+        default: The spec before any rule: grid and granularity that the tensor's range asks for.
+        numel: Number of elements, for weights; 0 for activations.
+    """
+
+    name: str
+    role: Literal["weight", "activation"]
+    layout: Layout
+    default: TensorSpec
+    position: Literal["first", "block", "last"] = "block"
+    numel: int = 0

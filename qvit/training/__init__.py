@@ -1,0 +1,1 @@
+"""Training on timm, torch and accelerate: configuration, data, optimizer, loop, checkpoints. Methods plug in through `loop.Hooks`."""

@@ -1,0 +1,88 @@
+"""Files of a run that survive a kill: written beside, flushed, renamed; read with `weights_only`, so that nothing in
+them is executed.
+
+A checkpoint holds everything that the next epoch needs: model, optimizer, EMA, epoch, the current plan, the method's
+state. Random numbers are not in it: every epoch seeds all generators from (seed, epoch), so a resumed run draws what
+the uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from qvit.errors import QvitError
+
+LAST = Path("checkpoints") / "last.pt"
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file so that a reader sees the old content or the new, whatever happens in between. Raises QvitError
+    naming the file if the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise QvitError(f"cannot write {path}: {error}; the previous file is untouched") from error
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON atomically; NaN is refused rather than written as something that is not JSON."""
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def save_checkpoint(run: Path, state: dict[str, Any]) -> Path:
+    """Writes the checkpoint of a run atomically and returns its path."""
+    path = run / LAST
+    write_atomically(path, lambda file: torch.save(state, file))
+    return path
+
+
+def load_checkpoint(run: Path) -> dict[str, Any]:
+    """Reads the checkpoint of a run. Raises QvitError if there is none or it cannot be read."""
+    path = run / LAST
+    if not path.is_file():
+        raise QvitError(
+            f"{run} has no checkpoint to resume from: it stopped before its first epoch ended; start it again with --overwrite"
+        )
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise QvitError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+
+
+def save_weights(path: Path, model: torch.nn.Module) -> None:
+    """Writes a model's state as safetensors, atomically."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    write_atomically(path, lambda file: file.write(safetensors_bytes(state)))
+
+
+def seed_everything(seed: int, epoch: int = 0) -> None:
+    """Seeds Python, numpy and torch from (seed, epoch): what an epoch draws depends on nothing that happened before
+    it.
+    """
+    mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)

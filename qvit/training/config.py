@@ -1,0 +1,99 @@
+"""Everything that decides a training run, as one validated object: what the command line fills in, what `config.json`
+of a run holds.
+
+Unknown keys are refused with the nearest name. A run is reproduced by its config: the same config, seed and hardware
+give the same numbers on CPU, bit for bit.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from qvit.errors import UsageError
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class TrainConfig(BaseModel):
+    """Options of `qvit train`; the defaults suit a short quantization-aware finetuning from a trained float model.
+
+    Learning rates are for the batch size as given (no scaling rule); epochs count passes over the training images.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: str
+    model_kwargs: dict[str, Any] = Field(default_factory=dict)
+    weights: str | None = None
+    pretrained: bool = False
+    method: str = "qvit"
+    method_options: dict[str, Any] = Field(default_factory=dict)
+    budget: str | None = None
+    plan: str | None = None
+
+    data: str = "digits"
+    eval_data: str | None = None
+    class_map: str | None = None
+    test_share: float = Field(0.2, gt=0, lt=1)
+    monitor_share: float = Field(0.0, ge=0, lt=1)
+    workers: int = Field(0, ge=0)
+    augment: Literal["none", "light", "deit"] = "light"
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+    epochs: int = Field(30, ge=1)
+    batch_size: int = Field(64, ge=1)
+    opt: str = "adamw"
+    lr: float = Field(5e-4, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_epochs: int = Field(0, ge=0)
+    sched: str = "cosine"
+    weight_decay: float = Field(0.05, ge=0)
+    clip_grad: float | None = Field(None, gt=0)
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    distill: float = Field(0.0, ge=0, le=1)
+    stochastic_depth: bool = False
+
+    calibration_images: int = Field(256, ge=1)
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    threads: int | None = Field(None, ge=1)
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(1, ge=1)
+
+    @field_validator("data", "eval_data", "class_map", "weights", "plan")
+    @classmethod
+    def _absolute_if_it_exists(cls, value: str | None) -> str | None:
+        """Paths become absolute, so that a run can be resumed from another directory."""
+        return str(Path(value).resolve()) if value and value != "digits" and Path(value).exists() else value
+
+    @classmethod
+    def create(cls, **values: Any) -> TrainConfig:
+        """Validates `values`. Raises UsageError with one line per mistake."""
+        return validated(cls, values)
+
+
+def validated(cls: type[T], values: dict[str, Any]) -> T:
+    """A `cls` of `values`; pydantic's report as one line, unknown keys with the nearest name. Raises UsageError."""
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        lines = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"])
+            close = difflib.get_close_matches(key, list(cls.model_fields), n=1)
+            if item["type"] == "extra_forbidden":
+                lines.append(
+                    f"unknown option '{key}'"
+                    + (f"; did you mean '{close[0]}'?" if close else f" (known: {', '.join(cls.model_fields)})")
+                )
+            else:
+                lines.append(f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
+        raise UsageError("; ".join(lines)) from None

@@ -1,0 +1,139 @@
+"""From a name to a float model with weights: timm's registry, plus the small model of the demo.
+
+`vit_digits` is a VisionTransformer for 8×8 grey images: patches of 2, width 48, 4 blocks of 4 heads, 16 patches and a
+class token. Registered with timm, so that `timm.create_model("vit_digits")` works once qvit is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import VisionTransformer, generate_default_cfgs, load_state_dict, register_model
+from torch import nn
+
+from qvit.errors import QvitError, UsageError, nearest
+
+_log = logging.getLogger(__name__)
+WEIGHTS_FILE = "model.safetensors"
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_digits.untrained": {
+            "url": "",
+            "num_classes": 10,
+            "input_size": (1, 8, 8),
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            "mean": (0.3053,),
+            "std": (0.3760,),
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+    }
+)
+
+
+@register_model
+def vit_digits(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The demo's model: 8×8 images of one channel, patch 2, width 48, depth 4, 4 heads, 115 thousand parameters. There
+    are no pretrained weights.
+    """
+    if pretrained:
+        raise UsageError(
+            "vit_digits has no pretrained weights: train it with `qvit train vit_digits --method float --data digits`"
+        )
+    settings = {
+        "img_size": 8,
+        "patch_size": 2,
+        "in_chans": 1,
+        "num_classes": 10,
+        "embed_dim": 48,
+        "depth": 4,
+        "num_heads": 4,
+    }
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(key, None)
+    model = VisionTransformer(**(settings | kwargs))
+    model.pretrained_cfg = model.default_cfg = default_cfgs["vit_digits"].default.to_dict()
+    return model
+
+
+def create_model(name: str, *, weights: str | Path | None = None, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A float timm model.
+
+    Args:
+        name: timm's name, with or without a pretrained tag.
+        weights: A `.safetensors`, `.pth` or `.pt` file with timm's keys, or the run directory of a float model.
+        pretrained: Takes the weights from timm's hub (needs a network).
+        kwargs: For `timm.create_model`; `num_classes` other than that of the weights leaves the classifier untrained,
+            with a warning.
+
+    Raises:
+        UsageError: Unknown model (the nearest names are shown) or arguments it does not take.
+        QvitError: Weights that cannot be read or do not fit.
+    """
+    base = name.split(".")[0].removeprefix("timm/")
+    if not timm.is_model(base):
+        raise UsageError(
+            f"unknown model '{name}'{nearest(base, timm.list_models())} (`timm.list_models('*vit*')` lists all)"
+        )
+    try:
+        model = timm.create_model(name.removeprefix("timm/"), pretrained=pretrained, **kwargs)
+    except (TypeError, AssertionError, RuntimeError, ValueError, OSError) as error:
+        where = "cannot fetch the pretrained weights of" if pretrained else "cannot make"
+        hint = "; without a network, give a file with --weights" if pretrained else ""
+        raise (QvitError if pretrained else UsageError)(f"{where} '{name}': {_first_line(error)}{hint}") from error
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def load_weights(model: nn.Module, source: str | Path) -> None:
+    """Loads weights into a float model, in place; a classifier of another size is left as it is, with a warning. Raises
+    QvitError if they do not fit.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    if not path.is_file():
+        raise QvitError(f"no weights at {path}")
+    try:
+        state = dict(load_state_dict(str(path), use_ema=False, weights_only=True))
+    except Exception as error:
+        raise QvitError(f"cannot read the weights {path}: {_first_line(error)}") from error
+    if any(key.endswith("_quantizer.scale") for key in state):
+        raise QvitError(f"{path} holds a quantized model; give the weights of the float model")
+    own = model.state_dict()
+    heads = [
+        key
+        for key in state
+        if key.split(".")[0] in ("head", "head_dist") and key in own and state[key].shape != own[key].shape
+    ]
+    for key in heads:
+        state[key] = own[key]
+    if heads:
+        _log.warning(
+            "the weights have another number of classes: the classifier (%s) starts untrained", ", ".join(heads)
+        )
+    wrong = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in state
+        if key in own and state[key].shape != own[key].shape
+    ]
+    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
+    for what, keys in (("wrong shape", wrong), ("missing", missing), ("unknown", unknown)):
+        if keys:
+            raise QvitError(f"the weights {path} do not fit this model: {len(keys)} {what}, first {keys[0]}")
+    model.load_state_dict(state)
+    if not all(bool(torch.isfinite(value).all()) for value in state.values() if value.is_floating_point()):
+        raise QvitError(f"the weights {path} hold NaN or infinite values")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,205 @@
+"""The architecture, as far as imports show it: which part of qvit may use which, and which may use which other package.
+
+A *part* is a file or folder directly in `qvit/`. Imports are read from the source, those inside functions and under
+`TYPE_CHECKING` included: an import that is late or for types alone is still knowledge about the other part.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "qvit"
+
+# From the bottom up. A part may import from the layers below its own, and from its own layer as long as nothing goes in
+# a circle. The package itself (`qvit/__init__.py`, which re-exports the public API) is above all of them.
+LAYERS: list[set[str]] = [
+    {"version", "errors", "spec", "functional"},
+    {"plan", "cost", "quantizers"},
+    {"layers"},
+    {"families"},
+    {"convert", "calibrate", "allocate", "sensitivity"},
+    {"training"},
+    {"methods", "deploy"},
+    {"run"},
+    {"report", "demo", "cli"},
+]
+
+# Parts that get along with less than their layer allows, and why that is worth keeping.
+NARROWER: dict[str, set[str]] = {
+    "quantizers": {"errors", "spec", "functional"},  # a quantizer knows nothing of plans or of what it costs
+    "cost": {"errors", "spec", "functional"},  # costs are arithmetic on sites, whatever the plan or the model
+    "report": {"errors"},  # reads JSON only: a run can be looked at wherever its files are
+}
+
+# (file, imported module) → why this one import against the direction is right.
+EXCEPTIONS: dict[tuple[str, str], str] = {}
+
+# Other packages that only some parts may import, so that a change of theirs is met in one place.
+THIRD_PARTY: dict[str, set[str]] = {
+    "timm": {"families", "training", "run", "demo", "cli"},  # run only notes its version
+    "accelerate": {"training"},
+    "plotly": {"report"},
+    "onnx": {"deploy"},
+    "onnxscript": {"deploy"},
+    "onnxruntime": {"deploy"},
+    "openvino": {"deploy"},
+}
+
+# Library code logs; only the command line prints.
+MAY_PRINT = {"cli.py"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of the package: its path relative to `qvit/`, and its text."""
+
+    path: str
+    text: str
+
+    @property
+    def part(self) -> str:
+        """`cost` for cost.py, `report` for report/page.py, the empty string for the package's own `__init__.py`."""
+        first = self.path.split("/")[0].removesuffix(".py")
+        return "" if first == "__init__" else "cli" if first == "__main__" else first
+
+    def imports(self) -> Iterator[tuple[str, str | None, int]]:
+        """Every import as (module, name imported from it or None, line), relative ones made absolute."""
+        package = ["qvit", *self.path.split("/")[:-1]]
+        for node in ast.walk(ast.parse(self.text, self.path)):
+            if isinstance(node, ast.Import):
+                for alias in node.names:
+                    yield alias.name, None, node.lineno
+            elif isinstance(node, ast.ImportFrom):
+                base = package[: len(package) - node.level + 1] if node.level else []
+                module = ".".join([*base, *([node.module] if node.module else [])])
+                for alias in node.names:
+                    yield module, alias.name, node.lineno
+
+    def internal(self) -> Iterator[tuple[str, str, int]]:
+        """Imports of other parts as (part, module, line); the part is the empty string for the package itself."""
+        for module, name, line in self.imports():
+            if module.split(".")[0] != "qvit":
+                continue
+            if module == "qvit" and name is not None and (name in ALL_PARTS or name in EXISTING_PARTS):
+                module = f"qvit.{name}"
+            part = module.removeprefix("qvit").lstrip(".").split(".")[0]
+            if part != self.part:
+                yield part, module, line
+
+
+def rank(part: str) -> int:
+    """Layer of a part, counted from the bottom; the package itself is on top."""
+    return next((i for i, layer in enumerate(LAYERS) if part in layer), len(LAYERS))
+
+
+def wrong_imports(source: Source) -> list[str]:
+    """One message for each import of a file that breaks a rule."""
+    messages = []
+    for part, module, line in source.internal():
+        where = f"qvit/{source.path}:{line} imports {module}"
+        if (source.path, module) in EXCEPTIONS or source.part == "":
+            continue
+        if part == "":
+            messages.append(f"{where}: import from the module that defines the name, the package itself is for users")
+        elif source.part in NARROWER and part not in NARROWER[source.part]:
+            messages.append(f"{where}: {source.part} may import only {', '.join(sorted(NARROWER[source.part]))}")
+        elif rank(part) > rank(source.part):
+            messages.append(f"{where}: {part} is above {source.part}")
+    for module, _, line in source.imports():
+        allowed = THIRD_PARTY.get(module.split(".")[0])
+        if allowed is not None and source.part not in allowed:
+            messages.append(f"qvit/{source.path}:{line} imports {module}: only {', '.join(sorted(allowed))} may")
+    return messages
+
+
+def prints(source: Source) -> list[str]:
+    """Places where a file calls `print`."""
+    calls = (node for node in ast.walk(ast.parse(source.text)) if isinstance(node, ast.Call))
+    return [f"qvit/{source.path}:{n.lineno}" for n in calls if isinstance(n.func, ast.Name) and n.func.id == "print"]
+
+
+ALL_PARTS = set().union(*LAYERS)
+SOURCES = [Source(p.relative_to(PACKAGE).as_posix(), p.read_text("utf-8")) for p in sorted(PACKAGE.rglob("*.py"))]
+EXISTING_PARTS = {source.part for source in SOURCES} - {""}
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.path)
+def test_imports_point_one_way(source: Source) -> None:
+    assert not (messages := wrong_imports(source)), "\n".join(messages)
+
+
+def test_every_part_has_its_layer() -> None:
+    unknown = sorted(EXISTING_PARTS - ALL_PARTS)
+    assert not unknown, f"not in LAYERS: {', '.join(unknown)}; say there what each may import"
+
+
+def test_no_circles_between_parts() -> None:
+    graph: dict[str, set[str]] = {}
+    for source in SOURCES:
+        if source.part:
+            graph.setdefault(source.part, set()).update(part for part, _, _ in source.internal() if part)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail("parts import each other: " + " → ".join(error.args[1]))
+
+
+def test_exceptions_are_still_needed() -> None:
+    there = {(source.path, module) for source in SOURCES for _, module, _ in source.internal()}
+    assert not (stale := sorted(set(EXCEPTIONS) - there)), f"no longer imported, remove from EXCEPTIONS: {stale}"
+
+
+def test_no_catch_all_module() -> None:
+    found = [source.path for source in SOURCES if {"utils", "util", "helpers"} & set(source.path[:-3].split("/"))]
+    assert not found, f"{', '.join(found)}: name a file after the one concept it holds"
+
+
+@pytest.mark.parametrize("source", [s for s in SOURCES if s.path not in MAY_PRINT], ids=lambda source: source.path)
+def test_library_does_not_print(source: Source) -> None:
+    assert not (places := prints(source)), f"print in {', '.join(places)}; use logging, or print in {sorted(MAY_PRINT)}"
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("spec.py", "from qvit.plan import QuantPlan"),
+        ("spec.py", "from qvit import plan"),
+        ("spec.py", "def f():\n    from .plan import QuantPlan"),
+        ("quantizers/lsq.py", "from ..plan import QuantPlan"),
+        ("quantizers/lsq.py", "import qvit.cost"),
+        ("training/loop.py", "from qvit.methods.qvit import QViT"),
+        ("layers.py", "from qvit import quantize"),
+        ("run.py", "from qvit import __version__"),
+        ("report/page.py", "from qvit.cost import Cost"),
+        ("convert.py", "import timm.models"),
+        ("methods/qvit.py", "from accelerate import Accelerator"),
+        ("cli.py", "import plotly"),
+    ],
+)
+def test_the_rules_catch(path: str, text: str) -> None:
+    assert wrong_imports(Source(path, text))
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("plan.py", "from qvit.spec import TensorSpec\nfrom qvit.cost import Cost"),
+        ("quantizers/lsq.py", "from .base import Quantizer\nfrom .. import functional\nimport qvit.spec as spec"),
+        ("training/loop.py", "from qvit import convert\nfrom qvit.version import __version__\nimport accelerate, timm"),
+        ("report/page.py", "from qvit.errors import QvitError\nimport plotly.graph_objects as go"),
+        ("__init__.py", "from qvit.training import train\nfrom qvit.cli import main"),
+    ],
+)
+def test_the_rules_allow(path: str, text: str) -> None:
+    assert wrong_imports(Source(path, text)) == []
+
+
+def test_the_rules_see_print() -> None:
+    assert prints(Source("cost.py", "def f():\n    print('x')")) == ["qvit/cost.py:2"]
+    assert prints(Source("cost.py", "console.print('x')  # print(x)\npprint(x)")) == []
