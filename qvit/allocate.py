@@ -24,7 +24,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -221,16 +224,35 @@ def _integer_program(problem: Problem, exact: bool) -> list[int] | None:
     objective[:size] = damage / max(1e-30, float(np.abs(damage).max()))
     integrality = np.zeros(total)
     integrality[:size] = 1
-    answer = milp(
-        objective,
-        integrality=integrality,
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(matrix, lower, np.array(limits)),
-        options={"mip_rel_gap": 0.0} if exact else {"node_limit": 1, "mip_rel_gap": 2e-3},
-    )
+    with _native_stdout_silenced():
+        answer = milp(
+            objective,
+            integrality=integrality,
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix, lower, np.array(limits)),
+            options={"mip_rel_gap": 0.0} if exact else {"node_limit": 1, "mip_rel_gap": 2e-3},
+        )
     if answer.status not in (0, 1) or answer.x is None:
         _log.info("the integer program found no answer (%s); the greedy one is taken", answer.message)
         return None
     return [
         options[int(np.argmax(answer.x[start[unit] : start[unit + 1]]))] for unit, options in enumerate(problem.options)
     ]
+
+
+@contextmanager
+def _native_stdout_silenced() -> Iterator[None]:
+    """HiGHS prints a line of debugging to the process's stdout now and then, which would end up in someone's JSON."""
+    sys.stdout.flush()
+    try:
+        saved = os.dup(1)
+    except OSError:
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

@@ -1,5 +1,6 @@
-"""The demo: a small float ViT on handwritten digits, then LSQ+ and Q-ViT at the same bit operations, from the same
-weights, over several seeds.
+"""The demo: LSQ+ and Q-ViT on handwritten digits, at the same bit operations, over several seeds.
+
+A small ViT is trained in float first; both methods start from its weights.
 
     for every seed    float → { lsq+, qvit } × { 3bit, 2bit }       4 quantized runs, one schedule, one learning rate
 

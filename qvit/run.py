@@ -1,7 +1,7 @@
 """One run from a config to its directory: data, float model, quantization, calibration, training, evaluation, files.
 
     RUN/config.json         every option, versions, hardware, command, class names: enough to start it again
-    RUN/plan.json           the plan; while widths are still searched, their rounded values
+    RUN/plan.json           the plan: that of the start while the run is going on, then the final one
     RUN/cost.json           costs per site, as `qvit cost --json` prints them
     RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
     RUN/model.safetensors   final weights and scales
@@ -21,7 +21,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from qvit.training.data import (
     train_loader,
 )
 from qvit.training.evaluate import evaluate
+from qvit.training.images import ImageSource
 from qvit.training.loop import Trainer
 from qvit.training.models import WEIGHTS_FILE, create_model
 from qvit.version import __version__
@@ -122,15 +123,25 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Scores a run's model on other images: `{"top1", "top5", "images"}` in percent."""
     run = Path(out)
-    _, record = read_config(run)
+    config, record = read_config(run)
     place = pick_device(device)
     model = load_run(run, place)
-    source = open_source(data, class_map=class_map, class_names=None if class_map else record["class_names"])
+    source = _images_to_score(config, record, data, class_map)
     return evaluate(
         model,
         eval_loader(source, data_config_of(model), batch_size=batch_size, workers=workers, device=place),
         progress=progress,
     )
+
+
+def _images_to_score(
+    config: TrainConfig, record: dict[str, Any], data: str, class_map: str | Path | None
+) -> ImageSource:
+    """The images of `data`; where they are the run's own, of which a share was set aside, that share alone."""
+    own = data == config.data or Path(data).resolve() == Path(config.data)
+    if own and config.eval_data is None:
+        return open_data(config.data, class_map=config.class_map, test_share=config.test_share).test
+    return open_source(data, class_map=class_map, class_names=None if class_map else record["class_names"])
 
 
 def read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
@@ -187,7 +198,7 @@ def _execute(
     if config.threads:
         torch.set_num_threads(config.threads)
     setup = _prepare(config, run, state is None, notify)
-    model = _starting_model(config, setup, state, notify)
+    model = _starting_model(config, run, setup, state, notify)
     trainer = _trainer(config, run, setup, model)
     setup.method.attach(model, setup.cost, trainer.steps_per_epoch)
     if state is not None:
@@ -245,14 +256,15 @@ def _prepare(config: TrainConfig, run: Path, fresh: bool, notify: Notify) -> _Se
     return _Setup(method, plan, bundle, float_model, data_config_of(float_model), cost, device)
 
 
-def _starting_model(config: TrainConfig, setup: _Setup, state: dict[str, Any] | None, notify: Notify) -> nn.Module:
+def _starting_model(config: TrainConfig, run: Path, setup: _Setup, state: dict[str, Any] | None, notify: Notify) -> nn.Module:
     """The model that training starts from: the float one, a freshly calibrated one, or that of a checkpoint."""
     if setup.plan is None:
         return setup.float_model
     if state is not None:
         model = quantize(setup.float_model, QuantPlan.from_json(json.loads(state["plan"])))
         return model.to(setup.device)
-    assert setup.plan is not None
+    plan_of_start = replace(setup.plan, model=config.model)
+    plan_of_start.save(run / PLAN)
     model = quantize(setup.float_model, setup.plan)
     notify(f"calibrating on {config.calibration_images} training images")
     batches = calibration_batches(
@@ -277,19 +289,6 @@ def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) ->
         device=setup.device,
     )
     setup.method.steps_per_epoch = len(loader)
-    monitor = None
-    if setup.bundle.held_out is not None:
-        watched = eval_loader(
-            setup.bundle.held_out,
-            setup.data_config,
-            batch_size=config.batch_size,
-            workers=config.workers,
-            device=setup.device,
-        )
-
-        def monitor(watched_model: nn.Module) -> float:
-            return evaluate(watched_model, watched)["top1"]
-
     return Trainer(
         model,
         config,
@@ -299,10 +298,24 @@ def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) ->
         hooks=setup.method,
         width_lr=setup.method.width_lr,
         teacher=setup.float_model if config.distill and setup.method.quantizes else None,
-        monitor=monitor,
+        monitor=_monitor(config, setup),
         plan=lambda: _plan_json(config, setup, model),
         label=" ".join(filter(None, (config.method, config.budget))),
     )
+
+
+def _monitor(config: TrainConfig, setup: _Setup) -> Callable[[nn.Module], float] | None:
+    """Measures accuracy on the images held out from training, in percent; None where there are none."""
+    if setup.bundle.held_out is None:
+        return None
+    watched = eval_loader(
+        setup.bundle.held_out,
+        setup.data_config,
+        batch_size=config.batch_size,
+        workers=config.workers,
+        device=setup.device,
+    )
+    return lambda model: evaluate(model, watched)["top1"]
 
 
 def _plan_json(config: TrainConfig, setup: _Setup, model: nn.Module) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import random
 import shutil
@@ -36,8 +35,6 @@ def find_browser() -> str | None:
 
 def missing_browser() -> str | None:
     """Why tests with a browser cannot run here, or None."""
-    if importlib.util.find_spec("playwright") is None:
-        return "playwright is not installed"
     if find_browser() is None:
         return f"no Chromium on this machine (looked for {', '.join(BROWSERS)})"
     return None

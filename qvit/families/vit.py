@@ -169,19 +169,23 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
+#: Layers whose computation is known; a subclass of a float one may compute something else.
+_PLAIN = (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d, QuantQKV)
+
+
 def _refuse_unknown(model: nn.Module) -> None:
     """Raises UsageError if a matmul of the model would be left out."""
     known: set[nn.Module] = (
         {model.get_submodule("patch_embed.proj")} if type(getattr(model, "patch_embed", None)) is PatchEmbed else set()
     )
     for _, module in _parts(model):
-        if isinstance(module, Attention) and getattr(module, "gate", None) is None:
-            known |= {module.qkv, module.proj}
+        if type(module) in (Attention, QuantAttention) and getattr(module, "gate", None) is None:
+            known |= {module.qkv, module.proj}  # type: ignore[arg-type]
         elif not isinstance(module, Attention):
             known |= {linear for _, linear in _linears(module)}
     known |= {head for _, head in _heads(model)}
     for path, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and module not in known:
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and (module not in known or type(module) not in _PLAIN):
             raise UsageError(
                 f"this {type(model).__name__} has a layer that qvit does not quantize yet: '{path}' ({type(module).__name__}). Supported are patch embedding by one "
                 "convolution, blocks with timm's Attention and an MLP of linear layers, and a linear classifier"

@@ -38,6 +38,8 @@ class Method(NoHooks):
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     quantizes: ClassVar[bool] = True
+    #: Batches of an epoch, set before `width_lr` is read.
+    steps_per_epoch: int
 
     def __init__(self, config: TrainConfig, options: Any) -> None:
         self.config, self.options = config, options

@@ -1,6 +1,6 @@
 """Q-ViT: fully differentiable quantization for vision transformers (Li et al. 2022, arXiv 2201.07703).
 
-    min over weights W, scales S, widths B     E[ loss ] + η·max(0, C(B)/c - 1)²           (eq. 12-14; relative form, see below)
+    min over weights W, scales S, widths B     E[ loss ] + η·max(0, C(B)/c - 1)²      (eq. 12-14; relative form, see below)
 
 * Scales and widths are learned together, each attention head has its own widths (section 3.3, eq. 7-10).
 * Switchable scale: one scale per candidate width 2…8, so that a change of width does not throw away the scale it had
@@ -156,7 +156,8 @@ class QViTMethod(Method):
         self.order = [name for name in cost.sites if name in dict(quantizers_of(model))]
         if len(self.order) != len(cost.sites):
             raise UsageError(
-                "method 'qvit' learns the widths of all sites: a plan that leaves tensors in float can be trained with lsq+"
+                "method 'qvit' learns the widths of all sites: "
+                "a plan that leaves tensors in float can be trained with lsq+"
             )
         found = dict(quantizers_of(model))
         self.quantizers = [found[name] for name in self.order]
@@ -166,8 +167,9 @@ class QViTMethod(Method):
         ).to(device)
 
     def bit_operations(self) -> Tensor:
-        """C(B) of the current widths, in BOPs, differentiable: rounded widths, or the fractional ones that
-        interpolation uses.
+        """C(B) of the current widths, in BOPs, differentiable.
+
+        Widths enter rounded, or as the fractional ones that interpolation uses.
         """
         assert self.differentiable is not None
         widths = clamp_inward(torch.cat([q.bit_width.flatten() for q in self.quantizers]), LOW, HIGH)
@@ -183,8 +185,9 @@ class QViTMethod(Method):
         return (self.options.penalty_weight or 50.0) * (self.bit_operations() / self.limit - 1).clamp_min(0).square()
 
     def on_epoch(self, trainer: Trainer, epoch: int) -> None:
-        """Ends the searching stage when its time has come; a run that searches to its last epoch is frozen by
-        `finish`.
+        """Ends the searching stage when its time has come.
+
+        A run that searches to its last epoch is frozen by `finish`.
         """
         if epoch >= self.searching_epochs and self.quantizers[0].learns_width:
             self.end_search(trainer)
@@ -213,11 +216,9 @@ class QViTMethod(Method):
             for head in range(len(own))
             if rounded[name][head] != final[name][head]
         ]
-        before = float(
-            self.differentiable(
-                torch.tensor([w for own in learned.values() for w in own], device=self.quantizers[0].bit_width.device)
-            )
-        )  # type: ignore[misc]
+        assert self.differentiable is not None
+        widths = [width for own in learned.values() for width in own]
+        before = float(self.differentiable(torch.tensor(widths, device=self.quantizers[0].bit_width.device)))
         after = self.cost.bit_operations(final)
         for model in trainer.models():
             freeze(model, final)

@@ -13,9 +13,10 @@ from __future__ import annotations
 from qvit.report.page import write_page
 from qvit.report.reader import load_run, load_runs
 from qvit.report.runs import Run
-from qvit.report.tables import display_table, group_runs, markdown_table, mean_std, results_table, verdict
+from qvit.report.tables import Group, display_table, group_runs, markdown_table, mean_std, results_table, verdict
 
 __all__ = [
+    "Group",
     "Run",
     "display_table",
     "group_runs",

@@ -65,7 +65,7 @@ figcaption { margin-top: 4px; max-width: 90ch; }
 table { border-collapse: collapse; font-size: 0.94rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 14px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 thead th { border-bottom: 2px solid var(--line); color: var(--muted); font-weight: 600; vertical-align: bottom; }
-th:first-child, td:first-child, th.text, td.text { text-align: left; }
+th.text, td.text { text-align: left; }
 th:first-child, td:first-child { padding-left: 4px; }
 tbody th { font-weight: 500; }
 tr.bold td, tr.bold th { font-weight: 700; }
@@ -105,7 +105,7 @@ footer {
   nav, .controls input, .skip, .modebar { display: none !important; }
   section { padding: 14px 0 0; }
   figure, tr, .warning, .verdict { break-inside: avoid; }
-  h2, h3 { break-after: avoid; }
+  h2, h3, .controls { break-after: avoid; }
   .scroll, .tall { overflow: visible; max-height: none; }
   .grid { display: block; }
   .paper { display: block; }
@@ -124,10 +124,7 @@ SCRIPT = """
   const logarithmic = new Set();
   const PRINT_WIDTH = 690;
   let printing = false;
-  const config = {
-    displaylogo: false, responsive: true, showTips: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d", "sendDataToCloud"],
-  };
+  const buttons = (fixed) => (fixed ? ["toImage"] : ["toImage", "zoom2d", "pan2d", "resetScale2d"]);
 
   function themed(figure) {
     const style = getComputedStyle(document.documentElement);
@@ -137,6 +134,7 @@ SCRIPT = """
     layout.hoverlabel = {
       ...layout.hoverlabel, bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") },
     };
+    layout.legend = { ...layout.legend, maxheight: 0.75 };
     layout.modebar = { bgcolor: "rgba(0,0,0,0)", color: colour("--muted"), activecolor: colour("--accent") };
     return layout;
   }
@@ -150,10 +148,14 @@ SCRIPT = """
     element.setAttribute("aria-label", (layout.meta || {}).alt || "");
     if (logarithmic.has(name)) {
       layout.xaxis.type = "log";
+      layout.xaxis.nticks = 6;
       delete layout.xaxis.range;
     }
     if (printing) layout.width = Math.max(PRINT_WIDTH, extra);
     element.style.zoom = printing ? PRINT_WIDTH / layout.width : "";
+    const config = {
+      displaylogo: false, responsive: true, showTips: false, modeBarButtons: [buttons(layout.xaxis.fixedrange)],
+    };
     return Plotly.react(element, structuredClone(figure.data), layout, config);
   }
 

@@ -15,8 +15,9 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from statistics import fmean
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import plotly.graph_objects as go
 
@@ -64,12 +65,24 @@ def new_figure(alt: str, x_title: str, y_title: str, *, height: int = 380, min_w
         font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        legend={"orientation": "h", "yref": "container", "y": 1, "yanchor": "top", "x": 0, "xanchor": "left"},
+        legend={"orientation": "h", "xref": "container", "x": 0, "xanchor": "left"}
+        | {"yref": "container", "y": 1, "yanchor": "top"},
         hoverlabel={"align": "left"},
         xaxis={**axis, "title": {"text": x_title, "standoff": 8}},
         yaxis={**axis, "title": {"text": y_title, "standoff": 8}},
         meta={"alt": alt, "min_width": min_width},
     )
+    return figure
+
+
+def with_room(figure: go.Figure) -> go.Figure | None:
+    """The figure, higher if its legend takes many lines; None if it is empty."""
+    if not figure.data:
+        return None
+    traces: Any = figure.data
+    names = [trace.name for trace in traces if trace.name and trace.showlegend is not False]
+    columns = max(1, 480 // (7 * max(map(len, names), default=0) + 45))
+    figure.layout.height += 28 * max(0, -(-len(names) // columns) - 2)
     return figure
 
 
@@ -106,7 +119,7 @@ def accuracy_figure(groups: Sequence[Group], cost: str = "bit_operations") -> go
     _float_lines(figure, groups, min(values) / size)
     if min(values) == max(values):
         figure.update_xaxes(range=[0.5 * values[0] / size, 1.5 * values[0] / size])
-    return figure
+    return with_room(figure)
 
 
 def _means(group: Group, cost: str, size: float) -> tuple[float, float, float]:
@@ -176,7 +189,7 @@ def _float_lines(figure: go.Figure, groups: Sequence[Group], x: float) -> None:
         if group.is_float and group.finished:
             references[group.peers[:2]] = [run.result.accuracy for run in group.finished if run.result is not None]
     lowest = min((run.result.accuracy for group in groups for run in group.finished if run.result), default=0.0)
-    for (_, model), values in references.items():
+    for position, ((_, model), values) in enumerate(references.items()):
         name = "float" if len(references) == 1 else f"float {model}"
         mean = fmean(values)
         room = 0.08 * abs(mean - lowest)
@@ -184,7 +197,7 @@ def _float_lines(figure: go.Figure, groups: Sequence[Group], x: float) -> None:
             y=mean,
             line={"dash": "dash", "width": 1.5, "color": GREY},
             annotation={"text": label(f"{name} {mean:.2f} %"), "font": {"size": 12}},
-            annotation_position="top left",
+            annotation_position="bottom right" if position % 2 else "top left",
         )
         hidden = {"opacity": 0, "size": 1}
         figure.add_scatter(x=[x], y=[mean + room], mode="markers", marker=hidden, hoverinfo="skip", showlegend=False)
@@ -225,7 +238,7 @@ def bit_operations_figure(groups: Sequence[Group]) -> go.Figure | None:
                 legendgroup=str(group.index),
                 showlegend=False,
             )
-    return figure
+    return with_room(figure)
 
 
 def curve_figures(groups: Sequence[Group]) -> dict[str, go.Figure]:
@@ -265,7 +278,7 @@ def _curves(groups: Sequence[Group], name: str, value: Callable[[Step], float | 
         runs = [run for run in group.runs if any(value(step) is not None for step in run.log.steps)]
         for position, run in enumerate(runs):
             _curve(figure, group, run, thin(run.log.steps), value, position == 0)
-    return figure if figure.data else None
+    return with_room(figure)
 
 
 def _held_out(groups: Sequence[Group]) -> go.Figure | None:
@@ -276,7 +289,7 @@ def _held_out(groups: Sequence[Group]) -> go.Figure | None:
         for position, run in enumerate(runs):
             measured = [epoch for epoch in run.log.epochs if epoch.accuracy is not None]
             _curve(figure, group, run, thin(measured), lambda epoch: epoch.accuracy, position == 0)
-    return figure if figure.data else None
+    return with_room(figure)
 
 
 def costs_by_tensor(group: Group, cost: str) -> dict[str, float]:
@@ -291,7 +304,11 @@ def costs_by_tensor(group: Group, cost: str) -> dict[str, float]:
         for site in one.sites:
             tensor = locate(site.site).tensor
             sums[tensor] = sums.get(tensor, 0.0) + getattr(site, cost) / len(runs)
-    return {PRODUCTS.get(tensor, tensor.removesuffix(".weight")): value for tensor, value in sums.items() if value}
+    return {
+        PRODUCTS.get(tensor, tensor.removesuffix(".weight").removesuffix(".proj")): value
+        for tensor, value in sums.items()
+        if value
+    }
 
 
 def cost_figure(groups: Sequence[Group], cost: str = "bit_operations") -> go.Figure | None:
@@ -309,21 +326,23 @@ def cost_figure(groups: Sequence[Group], cost: str = "bit_operations") -> go.Fig
     unit, size = unit_for([sum(costs.values()) for _, costs in shown], kind)
     title = titled(name, unit)
     figure = new_figure(f"{name.capitalize()} by kind of tensor, a stacked bar per group.", title, "")
-    tensors = list(dict.fromkeys(tensor for _, costs in shown for tensor in costs))
-    for position, tensor in enumerate(tensors):
+    both = [costs_by_tensor(group, key) for key in COST_NAMES for group, _ in shown]
+    colours = dict(zip(dict.fromkeys(tensor for costs in both for tensor in costs), cycle(COLOURS), strict=False))
+    for tensor in dict.fromkeys(tensor for _, costs in shown for tensor in costs):
         figure.add_bar(
             x=[costs.get(tensor, 0.0) / size for _, costs in shown],
             y=[label(group.label) for group, _ in shown],
             name=label(tensor),
             orientation="h",
-            marker={
-                "color": COLOURS[position % len(COLOURS)],
-                "line": {"width": 0.5, "color": "rgba(255,255,255,0.8)"},
-            },
+            marker={"color": colours[tensor], "line": {"width": 0.5, "color": "rgba(255,255,255,0.8)"}},
             text=[percent(costs.get(tensor, 0.0) / sum(costs.values())) for _, costs in shown],
             textposition="none",
             hovertemplate=f"{label(tensor)}: %{{x:.4~g}} {unit} (%{{text}})<extra>%{{y}}</extra>",
         )
-    figure.update_layout(barmode="stack", height=190 + 44 * len(shown), legend={"traceorder": "normal"})
+    figure.update_layout(
+        barmode="stack",
+        height=190 + 44 * len(shown),
+        legend={"traceorder": "normal", "entrywidth": 20 + 6 * max(map(len, colours))},
+    )
     figure.update_yaxes(autorange="reversed", showgrid=False)
-    return figure
+    return with_room(figure)

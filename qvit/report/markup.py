@@ -54,20 +54,22 @@ def tensor_name(name: str) -> str:
     return re.sub(r"^W_(\w+)$", r"W<sub>\1</sub>", escape(name))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, bold: Sequence[bool] = ()) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, bold: Sequence[bool] = (), text: int = 1) -> str:
     """A table.
 
     Args:
         header: Column headings, as HTML.
         rows: Cells, as HTML; the first cell of a row is its heading.
         bold: Which rows stand out.
+        text: How many columns, from the left, hold text; the others hold numbers and are aligned at the right.
     """
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in header)
+    style = [' class="text"' if column < text else "" for column in range(len(header))]
+    head = "".join(f'<th scope="col"{style[column]}>{cell}</th>' for column, cell in enumerate(header))
     body = []
     for position, (first, *rest) in enumerate(rows):
         mark = ' class="bold"' if position < len(bold) and bold[position] else ""
-        cells = "".join(f"<td>{cell}</td>" for cell in rest)
-        body.append(f'<tr{mark}><th scope="row">{first}</th>{cells}</tr>')
+        cells = "".join(f"<td{style[column]}>{cell}</td>" for column, cell in enumerate(rest, 1))
+        body.append(f'<tr{mark}><th scope="row" class="text">{first}</th>{cells}</tr>')
     inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
     return f'<div class="scroll" tabindex="0"><table>{inside}</table></div>'
 

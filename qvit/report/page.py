@@ -29,6 +29,8 @@ from qvit.report.runs import Run
 from qvit.report.sections import run_name
 from qvit.report.tables import Group, common_options, group_runs, verdict
 
+MAX_SENTENCES = 4
+
 
 def write_page(
     runs: Sequence[Run], out: str | Path, *, title: str | None = None, summary: Mapping[str, Any] | None = None
@@ -137,7 +139,10 @@ def _title(runs: Sequence[Run]) -> str:
 
 
 def _header(runs: Sequence[Run], groups: Sequence[Group], summary: Mapping[str, Any]) -> str:
-    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(runs))
+    said = [f"<p>{escape(sentence)}</p>" for sentence in verdict(runs)]
+    sentences = "".join(said[:MAX_SENTENCES])
+    if len(said) > MAX_SENTENCES:
+        sentences += folded(f"{len(said) - MAX_SENTENCES} more", "".join(said[MAX_SENTENCES:]))
     unfinished = [
         f"<li>{escape(run_name(run, group))} (<code>{escape(run.path.name)}</code>): {escape(run.state)}.</li>"
         for group in groups

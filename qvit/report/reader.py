@@ -50,15 +50,15 @@ def load_run(path: str | Path) -> Run:
         )
     result = _read_object(directory / "result.json")
     plan_name, plan = _read_plan(directory / "plan.json")
-    said = {**config, **{key: value for key, value in (result or {}).items() if value is not None}}
     for key in ("model", "method"):
-        if not isinstance(said.get(key), str):
-            raise QvitError(f'{directory / "config.json"}: "{key}" must be a string, not {said.get(key)!r}')
+        if not isinstance(config.get(key), str):
+            raise QvitError(f'{directory / "config.json"}: "{key}" must be a string, not {config.get(key)!r}')
+    said = {**config, **{key: value for key, value in (result or {}).items() if value is not None}}
     budget, seed = said.get("budget"), said.get("seed")
     return Run(
         path=directory,
-        model=said["model"],
-        method=said["method"],
+        model=config["model"],
+        method=config["method"],
         budget=None if budget is None else str(budget),
         seed=seed if isinstance(seed, int) else None,
         config=config,

@@ -34,7 +34,9 @@ def results(groups: Sequence[Group]) -> str:
         "Mean over seeds ± sample standard deviation. Costs are for one image, weights are packed. “Points vs float” "
         "is the difference in accuracy; “BOPs vs float” says by how much the float model's bit operations are divided."
     )
-    return f'<p class="muted">{note}</p>{table([escape(cell) for cell in header], rows)}'
+    return (
+        f'<p class="muted">{note}</p>{table([escape(cell) for cell in header], rows, text=header.index("budget") + 1)}'
+    )
 
 
 def accuracy(groups: Sequence[Group], canvas: Canvas) -> str:
@@ -67,8 +69,7 @@ def width_maps(groups: Sequence[Group], canvas: Canvas) -> str:
     if not any(run.plan for _, run in _runs(groups)):
         return ""
     shown = [(group, run) for group, run in _runs(groups) if _has_map(run)]
-    lines = " ".join(_uniform_lines(groups))
-    uniform = f'<p class="muted">{lines}</p>' if lines else ""
+    uniform = _uniform_note(groups)
     outside = _boundary_table(groups)
     maps = [figure for _, run in shown if (figure := widths.width_map(run)) is not None]
     if not maps:
@@ -96,16 +97,17 @@ def _has_map(run: Run) -> bool:
     return bool(run.plan) and (run.learned or widths.is_mixed(run))
 
 
-def _uniform_lines(groups: Sequence[Group]) -> list[str]:
-    """A sentence, as HTML, for each group whose widths are all the same inside the layers."""
-    lines = []
+def _uniform_note(groups: Sequence[Group]) -> str:
+    """Which groups have one width inside the layers, as HTML."""
+    uniform: dict[int, list[str]] = {}
     for group in groups:
         inner = {w for site, ws in group.first.bit_widths.items() if locate(site).layer for w in ws}
         if len(inner) == 1 and not any(_has_map(run) for run in group.runs):
-            lines.append(
-                f"{escape(group.label)} is uniform: {inner.pop()} bits in all layers but the first and the last."
-            )
-    return lines
+            uniform.setdefault(inner.pop(), []).append(escape(group.label))
+    if not uniform:
+        return ""
+    parts = "; ".join(f"{bits} bits in {', '.join(names)}" for bits, names in sorted(uniform.items(), reverse=True))
+    return f'<p class="muted">Uniform in all layers but the first and the last: {parts}.</p>'
 
 
 def _boundary_table(groups: Sequence[Group]) -> str:

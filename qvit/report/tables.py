@@ -135,21 +135,29 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def verdict(runs: Sequence[Run]) -> list[str]:
-    """What the results say: per budget a sentence that compares the methods, or states the result of the only one."""
+    """What the results say: per budget a sentence that compares the last method with the best of the others.
+
+    The order is that of `group_runs`: uniform baselines first, qvit last. Where there is one method, its result is
+    stated; where runs ended above their budget, a further sentence says so.
+    """
     groups = [group for group in group_runs(runs) if group.finished]
     rows = {group.label: row for group, row in zip(groups, (_row(g, groups) for g in groups), strict=True)}
     families: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
         if not group.is_float:
             families.setdefault(group.peers, []).append(group)
-    several = len({peers[:2] for peers in families}) > 1
+    names = _short_names(runs)
     sentences = []
     for members in families.values():
         subject = members[-1]
-        where = f"At {_budget_text(subject.first)}{' (' + subject.peers[1] + ')' if several else ''}"
+        name = names[subject.peers[:2]]
+        where = f"At {_budget_text(subject.first)}{f' ({name})' if name else ''}"
         if len(members) == 1:
             sentences.append(_alone(where, rows[subject.label]))
-        sentences += [_compared(where, rows[subject.label], rows[other.label]) for other in members[:-1]]
+        else:
+            others = [rows[other.label] for other in members[:-1]]
+            best = max(others, key=lambda row: row["accuracy_mean"])
+            sentences.append(_compared(where, rows[subject.label], best, len(others)))
         sentences += [sentence for group in members if (sentence := _over_budget(group))]
     if not sentences and groups:
         row = rows[groups[0].label]
@@ -263,7 +271,7 @@ def _alone(where: str, row: Mapping[str, Any]) -> str:
     return text + f" and {bytes_text(row['weight_bytes'])} of weights."
 
 
-def _compared(where: str, row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def _compared(where: str, row: Mapping[str, Any], other: Mapping[str, Any], others: int) -> str:
     gap = row["accuracy_mean"] - other["accuracy_mean"]
     counts, deviations = (row["n_seeds"], other["n_seeds"]), (row["accuracy_std"], other["accuracy_std"])
     seeds = f"{counts[0]} seeds each" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]} seeds"
@@ -274,6 +282,7 @@ def _compared(where: str, row: Mapping[str, Any], other: Mapping[str, Any]) -> s
     elif abs(gap) <= max(deviations):
         noise += ": no more than the seeds differ among themselves"
     text = f"{where} {row['method']} is {_points(gap)} {other['method']}"
+    text += f", the best of {others} others" if others > 1 else ""
     if row["bit_operations"] and other["bit_operations"]:
         more = row["bit_operations"] / other["bit_operations"] - 1
         text += (

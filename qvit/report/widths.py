@@ -14,7 +14,7 @@ from statistics import fmean
 
 import plotly.graph_objects as go
 
-from qvit.report.figures import COLOURS, colour_of, label, new_figure, run_label, thin
+from qvit.report.figures import COLOURS, colour_of, label, new_figure, run_label, thin, with_room
 from qvit.report.runs import Log, Run
 from qvit.report.sites import ATTENTION_PANELS, GELU, layer_labels, layers_of, locate, tensors_of
 from qvit.report.tables import Group
@@ -120,7 +120,7 @@ def _map_axes(
         )
     figure.update_xaxes(
         tickvals=[start[tensor] + (heads[tensor] - 1) / 2 for tensor in tensors],
-        ticktext=[label(tensor) for tensor in tensors],
+        ticktext=[label(tensor if len(tensor) <= 16 else tensor[:15] + "…") for tensor in tensors],
         side="top",
         tickangle=-40,
         ticklabeloverflow="allow",
@@ -235,7 +235,7 @@ def gelu_figure(groups: Sequence[Group]) -> go.Figure | None:
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_layout(margin={"r": 80})
     _bits_axis(figure)
-    return figure if figure.data else None
+    return with_room(figure)
 
 
 def _gelu_line(

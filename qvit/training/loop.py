@@ -1,9 +1,10 @@
-"""The training loop: one loop for float models, baselines and every method, so that a comparison differs in the method
-alone.
+"""The training loop: one for float models, baselines and every method, so that runs differ in the method alone.
 
-A step is   loss = (1 - w)·CE(targets) + w·CE(soft labels of the float model) + penalty   followed by the optimizer's step and timm's schedule, per step.
-A method takes part through `Hooks`: what happens at the start of an epoch (Q-ViT freezes its widths there), which
-penalty is added, which figures are logged.
+    loss = (1 - w)·CE(targets) + w·CE(soft labels of the float model) + penalty
+
+A step is the gradient of this loss, the optimizer's step and timm's schedule, per step. A method takes part through
+`Hooks`: what happens at the start of an epoch (Q-ViT freezes its widths there), which penalty is added, which figures
+are logged.
 
 Nothing asks the device for a number within a step: figures are read every `log_every` steps, and a loss that is not
 finite is noted on the device and found then; the run stops with the step's number and the name of the last good
@@ -49,8 +50,9 @@ class Hooks(Protocol):
         ...
 
     def figures(self, *, every_width: bool) -> dict[str, Any]:
-        """Figures for the log: `bit_operations`, and at the end of an epoch the widths; called where waiting for the
-        device is allowed.
+        """Figures for the log: `bit_operations`, and at the end of an epoch the widths.
+
+        Called where waiting for the device is allowed.
         """
         ...
 
@@ -133,7 +135,7 @@ class Trainer:
         if self.steps_per_epoch == 0:
             raise QvitError(f"too few training images for one batch of {config.batch_size}: use a smaller --batch-size")
         try:
-            self.scheduler, _ = create_scheduler_v2(
+            scheduler, _ = create_scheduler_v2(
                 self.optimizer,
                 sched=config.sched,
                 num_epochs=config.epochs,
@@ -145,9 +147,10 @@ class Trainer:
             )
         except (AssertionError, ValueError) as error:
             raise UsageError(f"schedule '{config.sched}': {error}") from None
-        if self.scheduler is None:
+        if scheduler is None:
             known = ("cosine", "tanh", "step", "multistep", "plateau", "poly")
             raise UsageError(f"unknown schedule '{config.sched}'{nearest(config.sched, known)} ({', '.join(known)})")
+        self.scheduler = scheduler
         self.mixup = None
         if config.mixup or config.cutmix:
             if config.batch_size % 2:
@@ -306,5 +309,6 @@ class Trainer:
         kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
         self.log.write("failed", step=step, reason=reason)
         raise QvitError(
-            f"{reason} at step {step} (epoch {step // self.steps_per_epoch}); {kept}. Try a smaller --lr, or --precision fp32"
+            f"{reason} at step {step} (epoch {step // self.steps_per_epoch}); {kept}. "
+            "Try a smaller --lr, or --precision fp32"
         )

@@ -6,13 +6,18 @@
     scales     scales and offsets of quantizers               no             lr
     widths     learned bit-widths b̃                           no             width_lr
 
-Two rules apply to scales around every step, as hooks of the optimizer, without asking the GPU anything:
+Three rules apply around every step, as hooks of the optimizer, without asking the GPU anything:
 
 * Switchable scales: the column of a width that is not in use has a gradient of exactly zero, yet Adam's momentum would
   go on moving it. It is put back.
 * A scale changes by at most a tenth of itself in one step. Adam moves every parameter by about lr, whatever its size;
   the step size of attention probabilities at 8 bits is near 2e-4, so an unbounded step would throw it across zero.
   (Ours; the Q-ViT code floors scales at 1e-4 instead.)
+* Widths are put back into their range after a step: momentum carries them across its limits otherwise, and they would
+  have to travel all the way back before they are felt again.
+
+Adam divides a width's step by its recent gradients. The first ones, far above the budget, are huge: with the usual
+memory of a thousand steps (β₂ = 0.999) a short search would hardly move after them. Widths remember twenty (β₂ = 0.95).
 
 When the widths are frozen their group is emptied; nothing else of the optimizer changes, as in the paper's diving
 stage.
@@ -30,13 +35,15 @@ from qvit.errors import UsageError
 from qvit.quantizers import quantizers_of
 
 LARGEST_RELATIVE_STEP = 0.1
+WIDTH_BETA2 = 0.95
 
 
 def create_optimizer(
     model: nn.Module, *, opt: str, lr: float, weight_decay: float, width_lr: float
 ) -> torch.optim.Optimizer:
-    """timm's optimizer `opt` over the four groups above, with the rules for scales installed. Raises UsageError for an
-    unknown name.
+    """timm's optimizer `opt` over the four groups above, with the rules for scales and widths installed.
+
+    Raises UsageError for an unknown name.
     """
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "others": [], "scales": [], "widths": []}
     in_quantizer = {id(p): leaf for _, quantizer in quantizers_of(model) for leaf, p in quantizer.named_parameters()}
@@ -51,24 +58,20 @@ def create_optimizer(
     settings: list[dict[str, Any]] = []
     for name, parameters in groups.items():
         decay = weight_decay if name == "weights" else 0.0
-        settings.append(
-            {
-                "name": name,
-                "params": parameters,
-                "weight_decay": decay,
-                "lr_scale": width_lr / lr if name == "widths" else 1.0,
-            }
-        )
-    fused = {"fused": True} if opt in ("adam", "adamw") else {}
+        rate = width_lr if name == "widths" else lr
+        settings.append({"name": name, "params": parameters, "weight_decay": decay, "lr": rate})
+    fused: dict[str, Any] = {"fused": True} if opt in ("adam", "adamw") else {}
     try:
         optimizer = create_optimizer_v2(settings, opt=opt, lr=lr, **fused)
     except (ValueError, AssertionError) as error:
         raise UsageError(f"optimizer '{opt}': {error}") from None
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
-    _ScaleRules(
-        groups["scales"], {id(q.scale) for _, q in quantizers_of(model) if isinstance(q.scale, Tensor)}
-    ).install(optimizer)
+        if group["name"] == "widths" and "betas" in group:
+            group["betas"] = (group["betas"][0], WIDTH_BETA2)
+    scales = {id(q.scale) for _, q in quantizers_of(model) if isinstance(q.scale, Tensor)}
+    _ScaleRules(groups["scales"], scales).install(optimizer)
+    widths = [(q.bit_width, q.spec.bit_width_range) for _, q in quantizers_of(model) if q.learns_width]
+    _WidthRule(widths).install(optimizer)
     return optimizer
 
 
@@ -108,6 +111,24 @@ class _ScaleRules:
             if parameter.shape[-1:] != (1,) and parameter.grad is not None:
                 parameter.copy_(torch.where(parameter.grad == 0, old, parameter))
         self.before = []
+
+
+class _WidthRule:
+    """A hook that puts widths back into their range after a step; in forward, a limit lets gradients lead inside only."""
+
+    def __init__(self, widths: list[tuple[Tensor, tuple[int, int]]]) -> None:
+        self.widths = widths
+
+    def install(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.widths:
+            optimizer.register_step_post_hook(self._project)
+
+    @torch.no_grad()
+    def _project(self, *_: Any) -> None:
+        for limits in {limits for _, limits in self.widths}:
+            own = [width for width, other in self.widths if other == limits and width.requires_grad]
+            torch._foreach_clamp_min_(own, float(limits[0]))
+            torch._foreach_clamp_max_(own, float(limits[1]))
 
 
 def _is_token(name: str) -> bool:

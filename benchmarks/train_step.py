@@ -1,0 +1,159 @@
+"""What quantization-aware training costs: time and peak memory of a training step over the float step.
+
+Same model, batch and precision, in one run. Time: the steps of all methods are interleaved, so that a busy machine slows all of them; the ratio is that of the
+medians. Memory: one process per method measures the growth of its resident set from before the model is made to the peak of three steps (on CUDA: the peak
+that the allocator reports).
+
+    python benchmarks/train_step.py                               DeiT-T, batch 16, 224 px, fp32, eager
+    python benchmarks/train_step.py --model vit_digits --batch 100 --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+
+from qvit.calibrate import calibrate
+from qvit.convert import quantize
+from qvit.families import inspect_model
+from qvit.methods import create_method
+from qvit.training.config import TrainConfig
+from qvit.training.data import data_config_of
+from qvit.training.models import create_model
+from qvit.training.optimizer import create_optimizer
+from qvit.version import __version__
+
+METHODS = ("float", "lsq+", "qvit")
+
+
+def make_step(method_name: str, options: argparse.Namespace) -> Callable[[], None]:
+    """One whole training step - forward, loss, penalty, backward, optimizer - as a function without arguments."""
+    torch.manual_seed(0)
+    device = options.device
+    model = create_model(options.model).to(device)
+    shape = data_config_of(model)["input_size"]
+    images = torch.randn(options.batch, *shape, device=device)
+    targets = torch.randint(model.num_classes, (options.batch,), device=device)  # type: ignore[arg-type]
+    config = TrainConfig.create(model=options.model, method=method_name, budget=None if method_name == "float" else "4bit")
+    method = create_method(config)
+    cost = inspect_model(model)
+    plan = method.plan(cost)
+    if plan is not None:
+        model = calibrate(quantize(model, plan, in_place=True), [images[:4]])
+        method.attach(model, cost, 100)
+    model.train()
+    optimizer = create_optimizer(model, opt="adamw", lr=1e-4, weight_decay=0.05, width_lr=1e-3)
+    compiled = torch.compile(model) if options.mode == "compiled" else model
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+
+    def step() -> None:
+        with torch.autocast(torch.device(device).type, dtype=dtype, enabled=options.precision == "bf16"):
+            loss = torch.nn.functional.cross_entropy(compiled(images).float(), targets)
+        penalty = method.penalty()
+        (loss if penalty is None else loss + penalty.float()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure_times(options: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds per step and method, steps interleaved."""
+    steps = {name: make_step(name, options) for name in METHODS}
+    times: dict[str, list[float]] = {name: [] for name in METHODS}
+    for round_ in range(options.rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if round_ >= 2:
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def measure_memory(name: str, options: argparse.Namespace) -> float:
+    """Mebibytes that a method's training adds to a process at its peak; runs in a process of its own."""
+    if options.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        step = make_step(name, options)
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    warm = torch.randn(64, 64, requires_grad=True)
+    (warm @ warm).sum().backward()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    step = make_step(name, options)
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
+    parser.add_argument("--json", action="store_true", help="print the result instead of a table")
+    parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        sys.stdout.write(f"{measure_memory(options.memory_of, options)}\n")
+        return
+    arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
+    memory = {}
+    for name in METHODS:
+        command = [sys.executable, __file__, *arguments, "--memory-of", name]
+        memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    times = measure_times(options)
+    result = {
+        "command": "python benchmarks/train_step.py " + " ".join(arguments),
+        "date": datetime.date.today().isoformat(),
+        "hardware": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"CPU, {options.threads} threads, {platform.machine()}",
+        "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "model": options.model,
+        "batch": options.batch,
+        "rows": [
+            {
+                "method": name,
+                "mode": options.mode,
+                "precision": options.precision,
+                "time_ratio": round(times[name] / times["float"], 3),
+                "memory_ratio": round(memory[name] / memory["float"], 3),
+                "milliseconds": round(times[name], 1),
+                "memory_mib": round(memory[name], 1),
+            }
+            for name in METHODS
+        ],
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    if options.json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return
+    for row in result["rows"]:
+        line = f"{row['method']:<6} {row['milliseconds']:9.1f} ms  × {row['time_ratio']:.2f}   {row['memory_mib']:8.0f} MiB  × {row['memory_ratio']:.2f}\n"
+        sys.stdout.write(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Small models, options and images that many tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from qvit.calibrate import calibrate
+from qvit.convert import quantize
+from qvit.plan import QuantPlan
+from qvit.training.config import TrainConfig
+from qvit.training.models import create_model
+
+SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+"""Arguments that make `vit_digits` train an epoch in a tenth of a second."""
+
+
+@torch.no_grad()
+def shake(model: nn.Module) -> nn.Module:
+    """Moves every parameter: a fresh model has biases and scores so close to zero that much could be missing from it."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
+    return model
+
+
+def digits_model(seed: int = 0, **kwargs: Any) -> nn.Module:
+    """`vit_digits`, one block of two heads unless asked otherwise, shaken, in eval mode."""
+    torch.manual_seed(seed)
+    return shake(create_model("vit_digits", **(SMALL | kwargs))).eval()
+
+
+def digit_batches(count: int = 2, size: int = 8, seed: int = 1) -> list[Tensor]:
+    """Random images of the shape that `vit_digits` takes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(size, 1, 8, 8, generator=generator) for _ in range(count)]
+
+
+def calibrated_model(plan: QuantPlan | str = "w4a4", seed: int = 0, **kwargs: Any) -> nn.Module:
+    """`digits_model`, quantized by `plan` and calibrated on random images."""
+    return calibrate(quantize(digits_model(seed, **kwargs), plan), digit_batches())
+
+
+def small_config(**changes: Any) -> TrainConfig:
+    """Options of a run on digits that takes well under a second per epoch."""
+    values: dict[str, Any] = {
+        "model": "vit_digits",
+        "model_kwargs": SMALL,
+        "data": "digits",
+        "device": "cpu",
+        "threads": 1,
+        "epochs": 2,
+        "batch_size": 200,
+        "calibration_images": 64,
+        "log_every": 2,
+    }
+    return TrainConfig.create(**(values | changes))
+
+
+def make_images(root: Path, classes: dict[str, int], size: int = 32, seed: int = 0) -> Path:
+    """Smooth random JPEGs, `root/class/number.jpg`; each class has a colour of its own."""
+    generator = np.random.default_rng(seed)
+    for index, (folder, count) in enumerate(classes.items()):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = generator.integers(0, 120, (4, 4, 3), dtype=np.uint8)
+            pixels[..., index % 3] += 120
+            image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
+            image.save(root / folder / f"{number}.jpg", quality=95)
+    return root
