@@ -1,8 +1,8 @@
 """What quantization-aware training costs: time and peak memory of a training step over the float step.
 
-Same model, batch and precision, in one run. Time: the steps of all methods are interleaved, so that a busy machine slows all of them; the ratio is that of the
-medians. Memory: one process per method measures the growth of its resident set from before the model is made to the peak of three steps (on CUDA: the peak
-that the allocator reports).
+Same model, batch and precision, in one run. Time: the steps of all methods are interleaved, so that a busy machine
+slows all of them; the ratio is that of the medians. Memory: one process per method measures the growth of its resident
+set from before the model is made to the peak of three steps (on CUDA: the peak that the allocator reports).
 
     python benchmarks/train_step.py                               DeiT-T, batch 16, 224 px, fp32, eager
     python benchmarks/train_step.py --model vit_digits --batch 100 --json
@@ -47,7 +47,8 @@ def make_step(method_name: str, options: argparse.Namespace) -> Callable[[], Non
     shape = data_config_of(model)["input_size"]
     images = torch.randn(options.batch, *shape, device=device)
     targets = torch.randint(model.num_classes, (options.batch,), device=device)  # type: ignore[arg-type]
-    config = TrainConfig.create(model=options.model, method=method_name, budget=None if method_name == "float" else "4bit")
+    budget = None if method_name == "float" else "4bit"
+    config = TrainConfig.create(model=options.model, method=method_name, budget=budget)
     method = create_method(config)
     cost = inspect_model(model)
     plan = method.plan(cost)
@@ -125,10 +126,11 @@ def main() -> None:
         command = [sys.executable, __file__, *arguments, "--memory-of", name]
         memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
     times = measure_times(options)
+    cpu = f"CPU, {options.threads} threads, {platform.machine()}"
     result = {
         "command": "python benchmarks/train_step.py " + " ".join(arguments),
         "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if options.device.startswith("cuda") else f"CPU, {options.threads} threads, {platform.machine()}",
+        "hardware": torch.cuda.get_device_name() if options.device.startswith("cuda") else cpu,
         "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "model": options.model,
         "batch": options.batch,
@@ -151,8 +153,10 @@ def main() -> None:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
         return
     for row in result["rows"]:
-        line = f"{row['method']:<6} {row['milliseconds']:9.1f} ms  × {row['time_ratio']:.2f}   {row['memory_mib']:8.0f} MiB  × {row['memory_ratio']:.2f}\n"
-        sys.stdout.write(line)
+        sys.stdout.write(
+            f"{row['method']:<6} {row['milliseconds']:9.1f} ms  × {row['time_ratio']:.2f}"
+            f"   {row['memory_mib']:8.0f} MiB  × {row['memory_ratio']:.2f}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""qvit: Vision Transformers at 2 to 8 bits. The public API is what this file names; it is loaded on first use, so that
-`qvit --help` need not import torch.
+"""qvit: Vision Transformers at 2 to 8 bits.
+
+The public API is what this file names; it is loaded on first use, so that `qvit --help` need not import torch.
 
     plan → quantize → calibrate → [train] → freeze        (see `qvit.convert`)
-    TrainConfig → train → load_run                         (see `qvit.run`)
+    TrainConfig → train → load_run                        (see `qvit.run`)
 """
 
 from __future__ import annotations
@@ -13,33 +14,19 @@ from typing import TYPE_CHECKING, Any
 from qvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from qvit.allocate import round_to_budget as round_to_budget
-    from qvit.calibrate import calibrate as calibrate
-    from qvit.convert import Stage as Stage
-    from qvit.convert import freeze as freeze
-    from qvit.convert import plan_of as plan_of
-    from qvit.convert import quantize as quantize
-    from qvit.convert import quantizers_disabled as quantizers_disabled
-    from qvit.convert import stage_of as stage_of
-    from qvit.cost import CostModel as CostModel
-    from qvit.cost import parse_budget as parse_budget
-    from qvit.errors import QvitError as QvitError
-    from qvit.errors import UsageError as UsageError
-    from qvit.families import inspect_model as inspect_model
-    from qvit.plan import QuantPlan as QuantPlan
-    from qvit.plan import Rule as Rule
-    from qvit.quantizers import quantizers_of as quantizers_of
-    from qvit.run import evaluate_run as evaluate_run
-    from qvit.run import load_run as load_run
-    from qvit.run import resume as resume
-    from qvit.run import train as train
-    from qvit.spec import PerChannel as PerChannel
-    from qvit.spec import PerHead as PerHead
-    from qvit.spec import PerTensor as PerTensor
-    from qvit.spec import TensorSpec as TensorSpec
-    from qvit.training.config import TrainConfig as TrainConfig
-    from qvit.training.evaluate import evaluate as evaluate
-    from qvit.training.models import create_model as create_model
+    from qvit.allocate import round_to_budget
+    from qvit.calibrate import calibrate
+    from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
+    from qvit.cost import CostModel, parse_budget
+    from qvit.errors import QvitError, UsageError
+    from qvit.families import inspect_model
+    from qvit.plan import QuantPlan, Rule
+    from qvit.quantizers import quantizers_of
+    from qvit.run import evaluate_run, load_run, resume, train
+    from qvit.spec import PerChannel, PerHead, PerTensor, TensorSpec
+    from qvit.training.config import TrainConfig
+    from qvit.training.evaluate import evaluate
+    from qvit.training.models import create_model
 
 _PUBLIC = {
     "qvit.allocate": ("round_to_budget",),
@@ -57,7 +44,36 @@ _PUBLIC = {
     "qvit.training.models": ("create_model",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "__version__",
+    "CostModel",
+    "PerChannel",
+    "PerHead",
+    "PerTensor",
+    "QuantPlan",
+    "QvitError",
+    "Rule",
+    "Stage",
+    "TensorSpec",
+    "TrainConfig",
+    "UsageError",
+    "calibrate",
+    "create_model",
+    "evaluate",
+    "evaluate_run",
+    "freeze",
+    "inspect_model",
+    "load_run",
+    "parse_budget",
+    "plan_of",
+    "quantize",
+    "quantizers_disabled",
+    "quantizers_of",
+    "resume",
+    "round_to_budget",
+    "stage_of",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,8 @@ BOPs are products of two unknown widths, so with binary x_{i,n} ("site i gets n 
 variables z_{n,m} ≥ 0 with Σ_m z_{n,m} = x_{i,n} and Σ_n z_{n,m} = x_{j,m}; for binary x this makes z = x_i·x_j exactly,
 and
 
-    minimise  Σ_i Σ_n damage_i(n)·x_{i,n}     subject to     Σ_pairs Σ_{n,m} coefficient·n·m·z_{n,m} ≤ budget,     Σ_n x_{i,n} = 1
+    minimise     Σ_i Σ_n damage_i(n)·x_{i,n}
+    subject to   Σ_pairs Σ_{n,m} coefficient·n·m·z_{n,m} ≤ budget        Σ_n x_{i,n} = 1 for every i
 
 is linear. HiGHS (scipy.optimize.milp) solves it, to optimality or, for the freezing of a search, at the root of its
 tree: that takes a second for DeiT-S, is the same on every machine (a time limit would not be), and was within 0.1 % of
@@ -29,6 +30,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -86,7 +88,8 @@ def round_to_budget(
     smallest = sum(coefficients) * low * low
     if smallest > budget:
         raise QvitError(
-            f"no widths from {low} to {high} bits fit into {format_bops(budget)}: the smallest model takes {format_bops(smallest)}"
+            f"no widths from {low} to {high} bits fit into {format_bops(budget)}: "
+            f"the smallest model takes {format_bops(smallest)}"
         )
     slope = [0.0] * len(flat)
     for c, i, j in zip(coefficients, left, right, strict=True):
@@ -149,8 +152,9 @@ def _damage(problem: Problem, widths: Sequence[int]) -> float:
 
 
 def _greedy(problem: Problem) -> list[int]:
-    """Starts at the least damage everywhere and lowers one unit at a time, the one that adds the least damage per BOP
-    saved.
+    """Widths by greedy descent from the least damage everywhere.
+
+    One unit is lowered at a time: the one that adds the least damage per BOP saved.
     """
     widths = [
         options[int(np.argmin(damages))] for options, damages in zip(problem.options, problem.damages, strict=True)
@@ -229,7 +233,7 @@ def _integer_program(problem: Problem, exact: bool) -> list[int] | None:
             objective,
             integrality=integrality,
             bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, lower, np.array(limits)),
+            constraints=LinearConstraint(matrix, cast("Any", lower), cast("Any", np.array(limits))),
             options={"mip_rel_gap": 0.0} if exact else {"node_limit": 1, "mip_rel_gap": 2e-3},
         )
     if answer.status not in (0, 1) or answer.x is None:

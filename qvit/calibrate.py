@@ -42,19 +42,31 @@ def calibrate(
     activations = {name: quantizer for name, quantizer in quantizers.items() if sites[name].role == "activation"}
     enabled = {name: quantizer.enabled for name, quantizer in quantizers.items()}
     was_training = model.training
-    images = 0
+    images, reached, hooks = 0, "", []
+
+    def note(site: str) -> Callable[..., None]:
+        def hook(*_: object) -> None:
+            nonlocal reached
+            reached = site
+
+        return hook
+
     try:
         for quantizer in quantizers.values():
             quantizer.enabled = False
-        for quantizer in activations.values():
+        for name, quantizer in activations.items():
             quantizer.observer = quantizer.create_observer()
+            hooks.append(quantizer.register_forward_pre_hook(note(name)))
         model.eval()
         for batch in batches:
             if not torch.isfinite(batch).all():
                 raise QvitError(
                     f"NaN or infinite pixels among calibration images {images} to {images + len(batch) - 1}"
                 )
-            model(batch)
+            try:
+                model(batch)
+            except QvitError as error:
+                raise QvitError(f"site '{reached}': {error}") from None
             images += len(batch)
             if progress is not None:
                 progress(images)
@@ -62,13 +74,15 @@ def calibrate(
             raise QvitError("no images to calibrate with: pass at least one batch of training images")
         for name, quantizer in quantizers.items():
             observer = quantizer.observer or quantizer.create_observer()
-            if name not in activations:
-                observer.observe(quantizer.view(_weight_of(model, name)))
             try:
+                if name not in activations:
+                    observer.observe(quantizer.view(_weight_of(model, name)))
                 quantizer.initialize(observer)
             except QvitError as error:
                 raise QvitError(f"site '{name}': {error}") from None
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, quantizer in quantizers.items():
             quantizer.observer = None
             quantizer.enabled = enabled[name]

@@ -1,8 +1,8 @@
-"""The command line: thin. Every command calls one function of the library and prints what it returns, as a table or,
-with --json, as JSON.
+"""The command line: every command calls one function of the library and prints what it returns.
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. A failure is one line on stderr; --debug (or QVIT_DEBUG=1)
-adds the traceback. The library is imported inside the commands, so that --help answers at once.
+The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. A failure is
+one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is imported inside the commands, so that
+--help answers at once.
 """
 
 from __future__ import annotations
@@ -246,8 +246,10 @@ def train(
     if model is None or run is None:
         raise UsageError("give a MODEL and --out RUN, or --resume RUN")
     flags = {
-        "method": method, "budget": budget, "plan": plan, "data": data, "eval_data": eval_data, "class_map": class_map, "weights": weights,
-        "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "distill": distill, "augment": augment, "precision": precision, "device": device, "workers": workers,
+        "method": method, "budget": budget, "plan": plan, "weights": weights,
+        "data": data, "eval_data": eval_data, "class_map": class_map, "augment": augment,
+        "epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "distill": distill,
+        "precision": precision, "device": device, "workers": workers,
     }  # fmt: skip
     values: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
     values |= {
@@ -326,7 +328,8 @@ def cost(
     if as_json:
         return _print_json(report)
     out.print(
-        f"{model}, plan {name}: {report['macs'] / 1e9:.3f} G MACs, {_bops(report['bit_operations'])} bit operations, weights {_bytes(report['weight_bytes'])}",
+        f"{model}, plan {name}: {report['macs'] / 1e9:.3f} G MACs, {_bops(report['bit_operations'])} bit operations, "
+        f"weights {_bytes(report['weight_bytes'])}",
         highlight=False,
     )
     if sites:
@@ -427,7 +430,7 @@ def report(
 
     Examples:  [cyan]qvit report runs/qvit[/]    [cyan]qvit report runs/* --out comparison.html[/]
     """
-    from qvit.report import load_runs, results_table, write_page
+    from qvit.report import display_table, load_runs, results_table, write_page
 
     loaded = load_runs(runs)
     target = page or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -435,24 +438,10 @@ def report(
     rows = results_table(loaded)
     if as_json:
         return _print_json({"page": str(target.absolute()), "rows": rows})
-    table = Table()
-    for column in ("model", "method", "budget", "accuracy %", "bit operations", "weights", "seeds"):
-        table.add_column(column, justify="left" if column in ("model", "method", "budget") else "right")
-    for row in rows:
-        accuracy = (
-            "-" if row.get("accuracy_mean") is None else _spread(row["accuracy_mean"], row.get("accuracy_std") or 0.0)
-        )
-        bops = "-" if row.get("bit_operations") is None else _bops(row["bit_operations"])
-        size = "-" if row.get("weight_bytes") is None else _bytes(row["weight_bytes"])
-        table.add_row(
-            str(row["model"]),
-            str(row["method"]),
-            str(row["budget"] or ""),
-            accuracy,
-            bops,
-            size,
-            str(row.get("seeds", "")),
-        )
+    header, lines = display_table(rows)
+    table = Table(*map(escape, header))
+    for line in lines:
+        table.add_row(*map(escape, line))
     out.print(table)
     out.print(f"page: {target.absolute()}", highlight=False, soft_wrap=True)
 
@@ -489,7 +478,8 @@ def _show_result(result: dict[str, Any], run: Path, as_json: bool) -> None:
         return _print_json(result)
     of_float = "" if result["method"] == "float" else f" (float {result['float_accuracy']:.2f} %)"
     out.print(
-        f"accuracy {result['accuracy']:.2f} %{of_float}, {_bops(result['bit_operations'])} bit operations, weights {_bytes(result['weight_bytes'])}, {result['seconds']:.0f} s",
+        f"accuracy {result['accuracy']:.2f} %{of_float}, {_bops(result['bit_operations'])} bit operations, "
+        f"weights {_bytes(result['weight_bytes'])}, {result['seconds']:.0f} s",
         highlight=False,
     )
     out.print(f"run: {run.absolute()}   (`qvit report {run}` draws it)", highlight=False, soft_wrap=True)

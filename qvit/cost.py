@@ -1,6 +1,8 @@
 """What a matmul costs: bit operations (BOPs) and weight bytes, for any widths, differentiable in them.
 
-    BOPs of a matmul = MACs · bits_a · bits_b          (Q-ViT section 3.3; no factor 2; LayerNorm, softmax, GELU and residuals are not counted)
+    BOPs of a matmul = MACs · bits_a · bits_b          (Q-ViT section 3.3; no factor 2)
+
+LayerNorm, softmax, GELU and residuals are not counted.
 
 A matmul whose operands have a width per head costs the sum over its heads, each with MACs/H: the mean of products. (The
 Q-ViT code multiplies two means for `proj`; the two agree for uniform widths only.) A tensor left in float counts 32
@@ -94,9 +96,7 @@ class CostModel:
         return {name: (bits if site.position == "block" else boundary_bits,) for name, site in self.sites.items()}
 
     def extreme(self, low: int = 2, high: int = 8) -> tuple[int, int]:
-        """The smallest and the largest BOPs that widths from `low` to `high` can have, first and last layer
-        included.
-        """
+        """The smallest and the largest BOPs that widths from `low` to `high` can have, in all layers."""
         lowest, highest = (self.bit_operations(self.uniform(bits, boundary_bits=bits)) for bits in (low, high))
         return lowest, highest
 
@@ -131,7 +131,8 @@ class CostModel:
         heads = max(left, right)
         if min(left, right) not in (1, heads) or matmul.macs % heads:
             raise UsageError(
-                f"the operands of {matmul.left} × {matmul.right} have {left} and {right} widths: give 1, or one per head"
+                f"the operands of {matmul.left} × {matmul.right} have {left} and {right} widths: "
+                "give 1, or one per head"
             )
         return heads, matmul.macs // heads
 
@@ -141,13 +142,18 @@ class CostModel:
 
 
 class DifferentiableCost(torch.nn.Module):
-    """BOPs as a function of one vector of real widths, for a penalty: ∂BOPs/∂b_i = Σ MACs · b_other over the matmuls of
-    i.
+    """BOPs as a function of one vector of real widths, for a penalty.
+
+    ∂BOPs/∂b_i = Σ MACs · b_other over the matmuls of i.
 
     Args:
         cost: The model's costs.
         counts: See `CostModel.pairs`.
     """
+
+    coefficients: Tensor
+    left: Tensor
+    right: Tensor
 
     def __init__(self, cost: CostModel, counts: Mapping[str, int]) -> None:
         super().__init__()
@@ -159,7 +165,7 @@ class DifferentiableCost(torch.nn.Module):
     def forward(self, widths: Tensor) -> Tensor:
         """BOPs, a float64 scalar: exact for integer widths below 2^53."""
         wide = widths.double()
-        return (self.coefficients * wide[self.left] * wide[self.right]).sum()  # type: ignore[operator, index]
+        return (self.coefficients * wide[self.left] * wide[self.right]).sum()
 
 
 _BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>bits?|g|m|%|)", re.IGNORECASE)
@@ -181,14 +187,16 @@ def parse_budget(text: str, cost: CostModel) -> int:
     match = _BUDGET.fullmatch(text.strip())
     if match is None:
         raise UsageError(
-            f"budget '{text}' is not understood: give '4bit', '21.455G' (bit operations), or a share of the 8-bit model such as '0.25' or '25%'"
+            f"budget '{text}' is not understood: give '4bit', '21.455G' (bit operations), "
+            "or a share of the 8-bit model such as '0.25' or '25%'"
         )
     number, unit = float(match["number"]), match["unit"].lower()
     lowest, highest = cost.extreme()
     if unit.startswith("bit"):
         if number != int(number) or not 1 <= number <= 16:
             raise UsageError(
-                f"budget '{text}': the bit-width must be an integer, such as '4bit'; for values between give bit operations, such as '{highest / 4e9:.4g}G'"
+                f"budget '{text}': the bit-width must be an integer, such as '4bit'; "
+                f"for values between give bit operations, such as '{highest / 4e9:.4g}G'"
             )
         budget = cost.bit_operations(cost.uniform(int(number)))
     elif unit in ("g", "m"):
@@ -200,8 +208,8 @@ def parse_budget(text: str, cost: CostModel) -> int:
         budget = round(share * highest)
     if budget < lowest:
         raise QvitError(
-            f"budget '{text}' ({format_bops(budget)}) is impossible: this model takes between {format_bops(lowest)} (2 bits everywhere) "
-            f"and {format_bops(highest)} (8 bits everywhere)"
+            f"budget '{text}' ({format_bops(budget)}) is impossible: this model takes between "
+            f"{format_bops(lowest)} (2 bits everywhere) and {format_bops(highest)} (8 bits everywhere)"
         )
     return budget
 

@@ -40,7 +40,13 @@ _SHARED: dict[str, Any] = {
     "checkpoint_every": 10,
 }
 _FLOAT: dict[str, Any] = {"method": "float", "epochs": 80, "batch_size": 50, "lr": 3e-3, "warmup_epochs": 10}
-_QUANTIZED: dict[str, Any] = {"epochs": 40, "batch_size": 100, "lr": 1e-3, "distill": 1.0, "calibration_images": 512}
+_QUANTIZED: dict[str, Any] = {
+    "epochs": 40,
+    "batch_size": 50,
+    "lr": 2e-3,
+    "distill": 1.0,
+    "calibration_images": 512,
+}
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
-"""Uniform quantization as pure tensor maths: the only place where rounding, clipping and straight-through gradients are
-written down.
+"""Uniform quantization as tensor maths: the only place that spells out rounding, clipping and their gradients.
 
 With scale `s`, offset `β` (in float; 0 for a symmetric grid) and bit-width `b`,
 
-    u = (x - β) / s        q = round(clamp(u, quant_min, quant_max))        x̂ = s·q + β            (Q-ViT eq. 8; LSQ+ eq. 1)
+    u = (x - β) / s        q = round(clamp(u, quant_min, quant_max))        x̂ = s·q + β      (Q-ViT eq. 8; LSQ+ eq. 1)
 
     signed:   quant_min = -2^(b-1),  quant_max = 2^(b-1) - 1            unsigned:  quant_min = 0,  quant_max = 2^b - 1
 
@@ -62,7 +61,7 @@ class _ScaleGradient(torch.autograd.Function):
         return grads[0] * ctx.factor, None
 
 
-def scale_gradient(x: Float[Tensor, "..."], factor: float) -> Float[Tensor, "..."]:
+def scale_gradient(x: Float[Tensor, "..."], factor: Tensor | float) -> Float[Tensor, "..."]:
     """Returns `x`; its gradient is multiplied by `factor` (LSQ, section 2.2)."""
     return _ScaleGradient.apply(x, factor)
 
@@ -97,8 +96,9 @@ def clamp_inward(x: Float[Tensor, "..."], low: float, high: float) -> Float[Tens
 
 
 def integer_range(bit_width: Tensor | int, signed: bool) -> tuple[Any, Any]:
-    """The smallest and largest integer of a grid, as `(quant_min, quant_max)`: numbers for a number, tensors for a
-    tensor.
+    """The smallest and largest integer of a grid: `(quant_min, quant_max)`.
+
+    Numbers for a number, tensors for a tensor.
 
     Args:
         bit_width: Integer-valued widths, any shape.
@@ -160,7 +160,7 @@ def fake_quantize(
     quant_min, quant_max = integer_range(bit_width, signed)
     if elements_per_scale is not None:
         factor = torch.rsqrt(elements_per_scale * quant_max.detach())
-        scale = scale_gradient(scale.expand(torch.broadcast_shapes(scale.shape, factor.shape)), factor)  # type: ignore[arg-type]
+        scale = scale_gradient(scale.expand(torch.broadcast_shapes(scale.shape, factor.shape)), factor)
     scale = scale.clamp_min(SMALLEST_SCALE)
     wide = _wide(x) if offset is None else _wide(x) - offset
     rounded = round_ste(torch.clamp(wide / scale, quant_min, quant_max))
@@ -171,8 +171,9 @@ def fake_quantize(
 def pick_column(
     bank: Float[Tensor, "... W"], bit_width: Tensor, candidates: Float[Tensor, " W"]
 ) -> Float[Tensor, "..."]:
-    """The entry of a bank of scales (or offsets) that belongs to each width: a one-hot product, so the other entries
-    get a gradient of exactly zero.
+    """The entry of a bank of scales (or offsets) that belongs to each width.
+
+    A one-hot product, so the other entries get a gradient of exactly zero.
 
     Args:
         bank: One column per candidate width; a bank of one column serves all widths.
@@ -210,8 +211,9 @@ def switchable_fake_quantize(
 
 
 class FakeQuantize(torch.autograd.Function):
-    """`switchable_fake_quantize` with its derivatives written by hand: saves `x` and a few small tensors. Arguments as
-    there, all positional.
+    """`switchable_fake_quantize` with its derivatives written by hand: saves `x` and a few small tensors.
+
+    Arguments as there, all positional.
 
     Every gradient but that of x is a combination of three sums over the elements that share a scale, g being the
     incoming gradient and c = clamp(u):
@@ -283,8 +285,9 @@ def _to_bank(grad: Tensor, bank: Tensor, width: Tensor, candidates: Tensor) -> T
 
 
 def _shape_of(full: Tensor, *parts: Tensor) -> tuple[int, ...]:
-    """The broadcast shape of `parts`, with as many dimensions as `full`: what a sum over shared elements is reduced
-    to.
+    """The broadcast shape of `parts`, with as many dimensions as `full`.
+
+    It is what a sum over shared elements is reduced to.
     """
     shape = torch.broadcast_shapes(*(part.shape for part in parts))
     return (1,) * (full.dim() - len(shape)) + tuple(shape)

@@ -18,7 +18,7 @@ Shapes: B batch, N tokens, C channels, H heads, d head_dim.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,9 @@ QKV = ("query", "key", "value")
 
 
 def adopt(cls: type[M], module: nn.Module) -> M:
-    """A `cls` that shares everything with `module`, a direct instance of one of its base classes: parameters, buffers,
-    submodules, attributes.
+    """A `cls` that shares everything with `module`, a direct instance of one of its base classes.
+
+    Everything: parameters, buffers, submodules, attributes.
     """
     new = cls.__new__(cls)
     new.__dict__ = {key: value.copy() if isinstance(value, dict) else value for key, value in module.__dict__.items()}
@@ -42,8 +43,9 @@ def adopt(cls: type[M], module: nn.Module) -> M:
 
 
 def add_quantizers(module: nn.Module, prefix: str, sites: Mapping[str, Site], specs: Specs) -> None:
-    """Gives `module` a quantizer for each of `sites` that is its own (`prefix.name`) and that `specs` does not leave in
-    float.
+    """Gives `module`, whose path is `prefix`, a quantizer for each of its own sites.
+
+    A site is its own if it is called `prefix.name`; one that `specs` leaves in float gets none.
     """
     for name, site in sites.items():
         path, _, leaf = name.rpartition(".")
@@ -107,7 +109,9 @@ class AttentionSites(nn.Module):
         return apply_quantizer(self, "probs", probs) @ v
 
 
-def linear_sites(name: str, module: nn.Linear | nn.Conv2d, spec: TensorSpec, position: str = "block") -> list[Site]:
+def linear_sites(
+    name: str, module: nn.Linear | nn.Conv2d, spec: TensorSpec, position: Literal["first", "block", "last"] = "block"
+) -> list[Site]:
     """The input and the weight of a plain linear or convolution.
 
     Args:
@@ -121,8 +125,8 @@ def linear_sites(name: str, module: nn.Linear | nn.Conv2d, spec: TensorSpec, pos
     activation = Layout(channels=(inputs, 1, 1) if isinstance(module, nn.Conv2d) else (inputs,))
     weight = Layout(channels=(module.weight.shape[0], *trailing))
     return [
-        Site(f"{name}.input", "activation", activation, spec, position),  # type: ignore[arg-type]
-        Site(f"{name}.weight", "weight", weight, spec, position, module.weight.numel()),  # type: ignore[arg-type]
+        Site(f"{name}.input", "activation", activation, spec, position),
+        Site(f"{name}.weight", "weight", weight, spec, position, module.weight.numel()),
     ]
 
 

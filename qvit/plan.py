@@ -1,17 +1,18 @@
-"""The QuantPlan: which tensor gets how many bits, as plain data. The result of every search, the input of every
-conversion.
+"""The QuantPlan: which tensor gets how many bits, as plain data.
 
-A plan is written in one of two forms, in one JSON format:
+A plan is the result of every search and the input of every conversion. It is written in one of two forms, in one JSON
+format:
 
-    rules    ordered (pattern → changes of the spec), e.g. "blocks.*.attn.*" → {"bit_width": 4}: short, for any model; presets are rules
-    sites    one complete TensorSpec per site of one model: what `resolve` returns; null for a tensor that stays in float
+    rules    ordered (pattern → changes of the spec), such as "blocks.*.attn.*" → {"bit_width": 4}; short, for any model
+    sites    a TensorSpec per site of one model: what `resolve` returns; null for a tensor that stays in float
 
-    {"format": "qvit-plan", "version": 1, "name": "w4a4", "model": null, "rules": [{"pattern": "*", "role": "weight",
-    "bit_width": 4}, ...]} {"format": "qvit-plan", "version": 1, "name": "w4a4", "model": "deit_tiny_patch16_224",
-    "sites": {"blocks.0.attn.query": {"bit_width": [3, 4, 3], ...}}}
+    {"format": "qvit-plan", "version": 1, "name": "w4a4", "model": null,
+     "rules": [{"pattern": "*", "role": "weight", "bit_width": 4}, ...]}
+    {"format": "qvit-plan", "version": 1, "name": "w4a4", "model": "deit_tiny_patch16_224",
+     "sites": {"blocks.0.attn.query": {"bit_width": [3, 4, 3], ...}, ...}}
 
-A later rule wins. A rule or a site that matches nothing in the model is an error that names the nearest site: a typo
-must not become a silent default.
+Presets are rules. A later rule wins. A rule or a site that matches nothing in the model is an error that names the
+nearest site: a typo must not become a silent default.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from qvit.cost import FLOAT_BITS
+from qvit.cost import FLOAT_BITS, Widths
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.spec import Site, TensorSpec
 
@@ -97,7 +98,8 @@ class QuantPlan:
         Raises:
             UsageError: If a rule matches no site, a site of the plan does not exist, or one of the model's is missing.
         """
-        known = dict(sites) if isinstance(sites, Mapping) else {site.name: site for site in sites}
+        by_name = sites if isinstance(sites, Mapping) else {site.name: site for site in sites}
+        known = dict(cast("Mapping[str, Site]", by_name))
         specs: dict[str, TensorSpec | None] = {name: site.default for name, site in known.items()}
         if self.sites:
             self._check_names(known)
@@ -106,7 +108,8 @@ class QuantPlan:
             matching = [name for name, site in known.items() if rule.matches(site)]
             if not matching and not rule.optional:
                 raise UsageError(
-                    f"rule '{rule.pattern}' matches no site{nearest(rule.pattern, known)} (`qvit cost MODEL` lists all sites)"
+                    f"rule '{rule.pattern}' matches no site{nearest(rule.pattern, known)} "
+                    "(`qvit cost MODEL` lists all sites)"
                 )
             for name in matching:
                 base = specs[name] or known[name].default
@@ -121,19 +124,21 @@ class QuantPlan:
         unknown = [name for name in self.sites if name not in known]
         if unknown:
             raise UsageError(
-                f"plan '{self.name}' names {len(unknown)} site(s) that this model does not have, first '{unknown[0]}'{nearest(unknown[0], known)}"
+                f"plan '{self.name}' names {len(unknown)} site(s) that this model does not have, "
+                f"first '{unknown[0]}'{nearest(unknown[0], known)}"
             )
         missing = [name for name in known if name not in self.sites]
         if missing:
             raise UsageError(
-                f"plan '{self.name}' lacks {len(missing)} site(s) of this model, first '{missing[0]}': it was made for {self.model or 'another model'}"
+                f"plan '{self.name}' lacks {len(missing)} site(s) of this model, first '{missing[0]}': "
+                f"it was made for {self.model or 'another model'}"
             )
 
     def widths(self) -> dict[str, tuple[int, ...]]:
         """Widths per site as `cost.CostModel` takes them; 32 for float."""
         return {name: (FLOAT_BITS,) if spec is None else spec.widths for name, spec in self.sites.items()}
 
-    def with_widths(self, widths: Mapping[str, tuple[int, ...]], name: str | None = None) -> QuantPlan:
+    def with_widths(self, widths: Widths, name: str | None = None) -> QuantPlan:
         """A copy of a resolved plan with other, fixed widths."""
         sites = dict(self.sites)
         for site, own in widths.items():

@@ -256,7 +256,9 @@ def _prepare(config: TrainConfig, run: Path, fresh: bool, notify: Notify) -> _Se
     return _Setup(method, plan, bundle, float_model, data_config_of(float_model), cost, device)
 
 
-def _starting_model(config: TrainConfig, run: Path, setup: _Setup, state: dict[str, Any] | None, notify: Notify) -> nn.Module:
+def _starting_model(
+    config: TrainConfig, run: Path, setup: _Setup, state: dict[str, Any] | None, notify: Notify
+) -> nn.Module:
     """The model that training starts from: the float one, a freshly calibrated one, or that of a checkpoint."""
     if setup.plan is None:
         return setup.float_model
@@ -284,7 +286,7 @@ def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) ->
         setup.bundle.train,
         setup.data_config,
         batch_size=config.batch_size,
-        augment=AugmentConfig.preset(config.augment),
+        augment=replace(AugmentConfig.preset(config.augment), repeated_augmentation=config.repeated_augmentation),
         workers=config.workers,
         device=setup.device,
     )

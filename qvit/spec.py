@@ -11,8 +11,10 @@ Both are a shape that broadcasts against the tensor:
     tensor                              view          scales per head   scales per channel   widths of a per-head site
     activations   (batch, tokens, C)    as it is      -                 (C,)                 -
     q, k, v       (batch, H, N, d)      as it is      (H, 1, 1)         (H, 1, d)            (H, 1, 1)
-    W_q           (H·d, C)              (H, d, C)     (H, 1, 1)         (H, d, 1)            (H, 1, 1)       heads are blocks of output rows
-    W_o           (C, H·d)              (C, H, d)     (H, 1)            (C, 1, 1)            (H, 1)          heads are blocks of input columns
+    W_q           (H·d, C)              (H, d, C)     (H, 1, 1)         (H, d, 1)            (H, 1, 1)
+    W_o           (C, H·d)              (C, H, d)     (H, 1)            (C, 1, 1)            (H, 1)
+
+Heads are blocks of output rows in W_q (W_k, W_v), and blocks of input columns in W_o.
 """
 
 from __future__ import annotations
@@ -121,8 +123,9 @@ class TensorSpec:
         return self.bit_width if isinstance(self.bit_width, tuple) else (self.bit_width,)
 
     def changed(self, changes: Mapping[str, Any]) -> TensorSpec:
-        """A copy with `changes`, given as in JSON (lists for tuples, granularity by name). Unknown keys are refused
-        with the nearest name.
+        """A copy with `changes`, given as in JSON: lists for tuples, granularity by name.
+
+        Unknown keys are refused with the nearest name.
         """
         known = {f.name for f in dataclasses.fields(self)}
         values: dict[str, Any] = {}

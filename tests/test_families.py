@@ -168,7 +168,8 @@ def test_plan_round_trip(variant: str) -> None:
     assert plan_of(quantized).widths() == widths
     again = quantize(model, QuantPlan.from_json(plan_of(quantized).to_json()))
     assert plan_of(again).sites == plan.sites
-    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in quantized.state_dict().items()}
+    shapes, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (again, quantized))
+    assert shapes == expected
 
 
 @pytest.mark.parametrize("variant", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "qk_norm", "res_post"])

@@ -151,7 +151,7 @@ class TestPage:
         write_run(tmp_path / "b", seed=1, killed=True, epochs=2 * EPOCHS)
         page = Page(render_page(load_runs([tmp_path / "a", tmp_path / "b"])))
         assert "1 of 2 runs is not finished" in page.text and "stopped at step 120 of 240" in page.text
-        assert "1 (+ 1 unfinished)" in page.text and "Options that differ between runs (1)" in page.text
+        assert "epochs=" in page.text and "0 (+ 1 unfinished)" in page.text and "Options that differ between runs (1)" in page.text
         assert len(page.figures["map"]) == 2
 
     def test_uniform_and_float_runs_leave_sections_out(self, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 
 @torch.no_grad()
 def shake(model: nn.Module) -> nn.Module:
-    """Moves every parameter: a fresh model has biases and scores so close to zero that much could be missing from it."""
+    """Moves every parameter: in a fresh model biases and scores are so close to zero that much could be missing."""
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
     return model

@@ -56,14 +56,16 @@ def family_of(model: nn.Module) -> Family:
     if family is None:
         known = ", ".join(sorted(model_class.__name__ for model_class in _FAMILIES))
         raise UsageError(
-            f"models of class {type(model).__name__} are not supported (supported: {known}; a new family is one file in qvit/families)"
+            f"models of class {type(model).__name__} are not supported "
+            f"(supported: {known}; a new family is one file in qvit/families)"
         )
     return family
 
 
 def inspect_model(model: nn.Module) -> CostModel:
-    """Sites and matmuls of a float or quantized model, as its cost model: `inspect_model(model).sites` lists every
-    site.
+    """Sites and matmuls of a float or quantized model, as its cost model.
+
+    `inspect_model(model).sites` lists every site.
     """
     family = family_of(model)
     return CostModel({site.name: site for site in family.sites(model)}, family.matmuls(model))

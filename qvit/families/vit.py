@@ -1,7 +1,7 @@
-"""timm's VisionTransformer: vit_*, deit_*, deit3_*, distilled DeiT; any number of prefix tokens, qk-norm, LayerScale,
-pre- or post-norm blocks.
+"""timm's VisionTransformer: vit_*, deit_*, deit3_*, distilled DeiT.
 
-Sites of one block, in order (Q-ViT section 3.3; H = one width per head):
+Prefix tokens may be any number; qk-norm, LayerScale, pre- and post-norm blocks are known. Sites of one block, in order
+(Q-ViT section 3.3; H = one width per head):
 
     attn.qkv.input                          the normalised input of the q, k, v projections
     attn.qkv.{query,key,value}_weight  H    thirds of the fused projection
@@ -19,6 +19,7 @@ per projection, N²·C for q·kᵀ and for probs·v; the classifier sees one tok
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from timm.layers import PatchEmbed
@@ -78,7 +79,7 @@ class ViT:
     def sites(self, model: nn.Module) -> list[Site]:
         _refuse_unknown(model)
         plain = TensorSpec()
-        sites = linear_sites("patch_embed.proj", model.get_submodule("patch_embed.proj"), plain, "first")  # type: ignore[arg-type]
+        sites = linear_sites("patch_embed.proj", _patch_conv(model), plain, "first")
         for name, module in _parts(model):
             if isinstance(module, Attention):
                 sites += attention_sites(name, module.qkv, module.proj, module.num_heads)
@@ -111,10 +112,11 @@ class ViT:
 
     def matmuls(self, model: nn.Module) -> list[Matmul]:
         _refuse_unknown(model)
-        patches = model.patch_embed.num_patches  # type: ignore[union-attr]
-        tokens: int = patches + model.num_prefix_tokens  # type: ignore[operator]
-        conv = model.get_submodule("patch_embed.proj")
-        products = [Matmul(patches * conv.weight.numel(), "patch_embed.proj.input", "patch_embed.proj.weight")]  # type: ignore[union-attr, operator]
+        vit = cast("VisionTransformer", model)
+        patches: int = vit.patch_embed.num_patches
+        tokens: int = patches + vit.num_prefix_tokens
+        embedding = patches * _patch_conv(model).weight.numel()
+        products = [Matmul(embedding, "patch_embed.proj.input", "patch_embed.proj.weight")]
         for name, module in _parts(model):
             if isinstance(module, Attention):
                 width = module.num_heads * module.head_dim
@@ -147,9 +149,14 @@ class ViT:
             model.set_submodule(path, quantized)
 
 
+def _patch_conv(model: nn.Module) -> nn.Conv2d:
+    """The convolution that embeds the patches."""
+    return cast("nn.Conv2d", model.get_submodule("patch_embed.proj"))
+
+
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The attention and feed-forward modules of all blocks, with their paths."""
-    for path, module in model.blocks.named_modules(prefix="blocks"):  # type: ignore[union-attr, operator]
+    for path, module in model.get_submodule("blocks").named_modules(prefix="blocks"):
         if isinstance(module, Attention) or path.rpartition(".")[2] == "mlp":
             yield path, module
 
@@ -179,14 +186,15 @@ def _refuse_unknown(model: nn.Module) -> None:
         {model.get_submodule("patch_embed.proj")} if type(getattr(model, "patch_embed", None)) is PatchEmbed else set()
     )
     for _, module in _parts(model):
-        if type(module) in (Attention, QuantAttention) and getattr(module, "gate", None) is None:
-            known |= {module.qkv, module.proj}  # type: ignore[arg-type]
-        elif not isinstance(module, Attention):
+        if not isinstance(module, Attention):
             known |= {linear for _, linear in _linears(module)}
+        elif type(module) in (Attention, QuantAttention) and getattr(module, "gate", None) is None:
+            known |= {module.qkv, module.proj}
     known |= {head for _, head in _heads(model)}
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)) and (module not in known or type(module) not in _PLAIN):
             raise UsageError(
-                f"this {type(model).__name__} has a layer that qvit does not quantize yet: '{path}' ({type(module).__name__}). Supported are patch embedding by one "
-                "convolution, blocks with timm's Attention and an MLP of linear layers, and a linear classifier"
+                f"this {type(model).__name__} has a layer that qvit does not quantize yet: '{path}' "
+                f"({type(module).__name__}). Supported are patch embedding by one convolution, blocks with timm's "
+                "Attention and an MLP of linear layers, and a linear classifier"
             )

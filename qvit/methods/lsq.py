@@ -1,7 +1,7 @@
 """LSQ and LSQ+: every block at the same width, scales learned; the baselines of the Q-ViT paper (its Table 1, "LSQ+").
 
-    lsq     Esser et al., ICLR 2020           symmetric grids; the GELU's output, which has negative values, on a signed one
-    lsq+    Bhalgat et al., CVPRW 2020        the GELU's output on an unsigned grid with learned offset
+    lsq     Esser et al., ICLR 2020       symmetric grids; the GELU's output, which has negative values, on a signed one
+    lsq+    Bhalgat et al., CVPRW 2020    the GELU's output on an unsigned grid with learned offset
 
 Same sites, granularity (one scale per head), MSE initialisation, optimizer and schedule as `qvit`; widths are fixed, so
 no scale needs to be switchable. (The public Q-ViT code trains its uniform baseline with another learning rate than the
@@ -57,7 +57,8 @@ class LSQMethod(Method):
             match = re.fullmatch(r"(\d+)bits?", self.config.budget.strip().lower())
             if match is None:
                 raise UsageError(
-                    f"method '{self.config.method}' has one width for all blocks: give a budget such as '4bit', or a --plan; '{self.config.budget}' needs method qvit"
+                    f"method '{self.config.method}' has one width for all blocks: "
+                    f"give a budget such as '4bit', or a --plan; '{self.config.budget}' needs method qvit"
                 )
             plan = QuantPlan.preset(f"w{match[1]}a{match[1]}")
         if self.config.method == "lsq":

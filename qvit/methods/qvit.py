@@ -1,6 +1,6 @@
 """Q-ViT: fully differentiable quantization for vision transformers (Li et al. 2022, arXiv 2201.07703).
 
-    min over weights W, scales S, widths B     E[ loss ] + η·max(0, C(B)/c - 1)²      (eq. 12-14; relative form, see below)
+    min over weights W, scales S, widths B     E[ loss ] + η·max(0, C(B)/c - 1)²   (eq. 12-14; relative form, see below)
 
 * Scales and widths are learned together, each attention head has its own widths (section 3.3, eq. 7-10).
 * Switchable scale: one scale per candidate width 2…8, so that a change of width does not throw away the scale it had

@@ -51,8 +51,9 @@ def create_quantizer(spec: TensorSpec, layout: Layout) -> Quantizer:
 
 
 class Quantizer(nn.Module):
-    """Base class: width, freezing, calibration state. Subclasses hold the scale and define `fake_quantize`, `grid` and
-    `initialize`.
+    """Base class: width, freezing, calibration state.
+
+    Subclasses hold the scale and define `fake_quantize`, `grid` and `initialize`.
     """
 
     SUFFIX: ClassVar[str] = "_quantizer"
@@ -109,8 +110,9 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
-        """The active `(scale, offset)`, detached, shaped to broadcast against the viewed tensor; offset None on a
-        symmetric grid.
+        """The active `(scale, offset)`, detached, shaped to broadcast against the viewed tensor.
+
+        The offset is None on a symmetric grid.
         """
         raise NotImplementedError
 
@@ -130,16 +132,18 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def from_int(self, q: Tensor) -> Tensor:
-        """The grid points of the integers `q`: `from_int(to_int(x))` equals `forward(x)` of a frozen quantizer, bit for
-        bit in float32.
+        """The grid points of the integers `q`.
+
+        `from_int(to_int(x))` equals `forward(x)` of a frozen quantizer, bit for bit in float32.
         """
         scale, offset = self.grid()
         return dequantize(self.view(q), scale, offset).view_as(q)
 
     @torch.no_grad()
     def freeze(self, bit_width: tuple[int, ...] | int | None = None) -> None:
-        """Makes the widths plain integers: `bit_width`, or the learned ones rounded to nearest. The spec then says so,
-        too.
+        """Makes the widths plain integers: `bit_width`, or the learned ones rounded to nearest.
+
+        The spec then says so, too.
         """
         widths = self.integer_bit_width().flatten().tolist() if bit_width is None else bit_width
         final = tuple(int(width) for width in (widths if isinstance(widths, (tuple, list)) else (widths,)))

@@ -1,8 +1,8 @@
 """LSQ with its two extensions: LSQ+'s learned offset, and Q-ViT's switchable scale.
 
-    LSQ    Esser et al., Learned Step Size Quantization, ICLR 2020            scale learned, gradient × 1/sqrt(n·quant_max)
-    LSQ+   Bhalgat et al., CVPR Workshops 2020                                offset learned, where the spec is asymmetric
-    Q-ViT  Li et al. 2022, arXiv 2201.07703, section 3.3                      one scale (and offset) per candidate width
+    LSQ    Esser et al., Learned Step Size Quantization, ICLR 2020     scale learned, gradient × 1/sqrt(n·quant_max)
+    LSQ+   Bhalgat et al., CVPR Workshops 2020                         offset learned, where the spec is asymmetric
+    Q-ViT  Li et al. 2022, arXiv 2201.07703, section 3.3               one scale (and offset) per candidate width
 
 `scale` and `offset` are banks of shape `scale_shape + (W,)`: W = 7 for switchable scales of widths 2…8, else 1. The
 column of the current width is picked by a one-hot product, in the graph, so that a width can move without recompiling
@@ -11,7 +11,9 @@ as it is (the optimizer's state stays valid) and one column of it is read.
 
 While a width is learned by interpolation (FracBits, Yang and Jin 2021, eq. 3), with l = floor(b̃) and f = b̃ - l,
 
-    x̂ = (1 - f)·q(x; l) + f·q(x; l+1)            ∂x̂/∂b̃ = q(x; l+1) - q(x; l)            (every element contributes, not only clipped ones)
+    x̂ = (1 - f)·q(x; l) + f·q(x; l+1)            ∂x̂/∂b̃ = q(x; l+1) - q(x; l)
+
+so every element contributes, not only clipped ones.
 
 Initialisation minimises the squared error separately for every width (`observers.py`), as the Q-ViT authors do in place
 of LSQ's 2·mean|x|/sqrt(quant_max).
@@ -89,8 +91,9 @@ class LSQQuantizer(Quantizer):
         self.calibrated = True
 
     def _own_width_index(self, own: Tensor, widths: tuple[int, ...]) -> Tensor:
-        """Without switchable scales: for each scale the index of its width; of the middle one where heads of several
-        widths share a scale.
+        """For each scale the index of its width, where scales are not switchable.
+
+        Where heads of several widths share a scale, it is the index of the middle one.
         """
         if torch.broadcast_shapes(self.scale_shape, tuple(own.shape)) == tuple(self.scale_shape):
             per_scale = own.expand(self.scale_shape)

@@ -137,10 +137,11 @@ class HistogramObserver:
     def _widen(self, needed: Tensor) -> None:
         """Doubles the range of the histograms that `needed` (powers of two) exceeds, merging bins two by two."""
         assert self.counts is not None
-        self.limit = torch.where(self.limit == 0, needed, self.limit)
-        while bool((needed > self.limit).any()):
-            grow = needed > self.limit
-            merged = self.counts.view(self.groups, BINS // 2, 2).sum(-1)
+        counts, limit = self.counts, torch.where(self.limit == 0, needed, self.limit)
+        while bool((needed > limit).any()):
+            grow = needed > limit
+            merged = counts.view(self.groups, BINS // 2, 2).sum(-1)
             padded = torch.nn.functional.pad(merged, (BINS // 4, BINS // 4))
-            self.counts = torch.where(grow.unsqueeze(1), padded, self.counts)
-            self.limit = torch.where(grow, self.limit * 2, self.limit)
+            counts = torch.where(grow.unsqueeze(1), padded, counts)
+            limit = torch.where(grow, limit * 2, limit)
+        self.counts, self.limit = counts, limit

@@ -35,12 +35,14 @@ class Group:
         label: Short name, with the model or the data only where the report has several.
         index: Position among the groups that are not float (the colour of the group); -1 for float.
         peers: What must be equal for a comparison of methods: data, model, budget.
+        setting: Options that tell the group from others of the same method, such as `head_wise=false`; else empty.
     """
 
     runs: tuple[Run, ...]
     label: str
     index: int
     peers: tuple[str, ...]
+    setting: str = ""
 
     @property
     def first(self) -> Run:
@@ -58,6 +60,13 @@ class Group:
         return tuple(run for run in self.runs if run.finished)
 
 
+#: Options in which runs of one setting may differ: their float weights belong to a seed, the rest changes no result.
+NO_SETTING = frozenset(
+    ("weights", "method_options", "started", "data_note", "class_names", "threads", "workers", "device", "log_every")
+    + ("checkpoint_every",)
+)
+
+
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (n - 1); the deviation of one value is 0.0. Raises on an empty sequence."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
@@ -66,25 +75,29 @@ def mean_std(values: Sequence[float]) -> tuple[float, float]:
 def group_runs(runs: Sequence[Run]) -> list[Group]:
     """Groups runs over seeds: by model, float first, then from the largest budget to the smallest, then by method."""
     keys: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        keys.setdefault((*_peers(run), run.method), []).append(run)
     costs: dict[tuple[str, ...], list[float]] = {}
     for run in runs:
+        keys.setdefault((*_peers(run), run.method), []).append(run)
         cost = run.result.bit_operations if run.result else run.log.budget_bit_operations
         costs.setdefault(_peers(run), []).append(cost or 0.0)
+    split: dict[tuple[str, ...], list[Run]] = {}
+    for key, members in keys.items():
+        for run, setting in zip(members, _settings(members), strict=True):
+            split.setdefault((*key, setting), []).append(run)
 
     def order(key: tuple[str, ...]) -> tuple[Any, ...]:
-        method = key[-1]
+        data, model, constraint, method, setting = key
         rank = METHODS.index(method) if method in METHODS else len(METHODS) + (method == "qvit")
-        return key[0], key[1], method != "float", -statistics.fmean(costs[key[:-1]]), key[2], rank, method
+        return data, model, method != "float", -statistics.fmean(costs[key[:3]]), constraint, rank, method, setting
 
     names = _short_names(runs)
     groups, index = [], 0
-    for key in sorted(keys, key=order):
-        members = sorted(keys[key], key=lambda run: (run.seed is None, run.seed or 0, str(run.path)))
-        label = " · ".join(part for part in (names[key[:2]], key[-1], key[2]) if part)
-        groups.append(Group(tuple(members), label, -1 if key[-1] == "float" else index, key[:-1]))
-        index += key[-1] != "float"
+    for key in sorted(split, key=order):
+        members = sorted(split[key], key=lambda run: (run.seed is None, run.seed or 0, str(run.path)))
+        is_float = key[3] == "float"
+        label = " · ".join(part for part in (names[key[:2]], key[3], key[2], key[4]) if part)
+        groups.append(Group(tuple(members), label, -1 if is_float else index, key[:3], key[4]))
+        index += not is_float
     return groups
 
 
@@ -123,7 +136,9 @@ def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
         budget = row["budget"] or row["plan"] or ""
         time = "" if row["seconds"] is None else duration(row["seconds"])
         first = [row["variant"]] if several else []
-        cells.append([*first, row["method"], budget, accuracy, gap, cost, share, size, time, seeds])
+        cells.append(
+            [*first, f"{row['method']} {row['setting']}".strip(), budget, accuracy, gap, cost, share, size, time, seeds]
+        )
     return header, cells
 
 
@@ -198,6 +213,16 @@ def _option_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
+def _settings(runs: Sequence[Run]) -> list[str]:
+    """For each run of one method what tells it from the others, such as `head_wise=false`; empty where all are alike."""
+    _, differing = common_options(runs)
+    options = [dict(run.config.get("method_options") or {}) for run in runs]
+    for key in dict.fromkeys(key for own in options for key in own):
+        differing[key] = [_option_text(own.get(key)) for own in options]
+    told = {key: texts for key, texts in differing.items() if key not in NO_SETTING and len(set(texts)) > 1}
+    return [", ".join(f"{key}={texts[position]}" for key, texts in told.items()) for position in range(len(runs))]
+
+
 def _peers(run: Run) -> tuple[str, ...]:
     kwargs = run.config.get("model_kwargs")
     model = run.model + (" " + json.dumps(kwargs, sort_keys=True) if kwargs else "")
@@ -234,6 +259,7 @@ def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "variant": group.peers[1],
         "data": group.peers[0] or None,
         "method": run.method,
+        "setting": group.setting,
         "budget": run.budget,
         "plan": run.plan_name,
         "label": group.label,

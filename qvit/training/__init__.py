@@ -1,1 +1,4 @@
-"""Training on timm, torch and accelerate: configuration, data, optimizer, loop, checkpoints. Methods plug in through `loop.Hooks`."""
+"""Training on timm, torch and accelerate: configuration, data, optimizer, loop, checkpoints.
+
+Methods plug in through `loop.Hooks`.
+"""

@@ -1,5 +1,6 @@
-"""Files of a run that survive a kill: written beside, flushed, renamed; read with `weights_only`, so that nothing in
-them is executed.
+"""Files of a run that survive a kill: written beside, flushed, renamed.
+
+They are read with `weights_only`, so that nothing in them is executed.
 
 A checkpoint holds everything that the next epoch needs: model, optimizer, EMA, epoch, the current plan, the method's
 state. Random numbers are not in it: every epoch seeds all generators from (seed, epoch), so a resumed run draws what
@@ -26,8 +27,9 @@ LAST = Path("checkpoints") / "last.pt"
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file so that a reader sees the old content or the new, whatever happens in between. Raises QvitError
-    naming the file if the disk is full.
+    """Writes a file so that a reader sees the old content or the new, whatever happens in between.
+
+    Raises QvitError naming the file if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = ""
@@ -64,7 +66,8 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
     path = run / LAST
     if not path.is_file():
         raise QvitError(
-            f"{run} has no checkpoint to resume from: it stopped before its first epoch ended; start it again with --overwrite"
+            f"{run} has no checkpoint to resume from: it stopped before its first epoch ended; "
+            "start it again with --overwrite"
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -79,8 +82,9 @@ def save_weights(path: Path, model: torch.nn.Module) -> None:
 
 
 def seed_everything(seed: int, epoch: int = 0) -> None:
-    """Seeds Python, numpy and torch from (seed, epoch): what an epoch draws depends on nothing that happened before
-    it.
+    """Seeds Python, numpy and torch from (seed, epoch).
+
+    What an epoch draws depends on nothing that happened before it.
     """
     mixed = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
     random.seed(mixed)

@@ -1,8 +1,7 @@
-"""Everything that decides a training run, as one validated object: what the command line fills in, what `config.json`
-of a run holds.
+"""Everything that decides a training run, as one validated object.
 
-Unknown keys are refused with the nearest name. A run is reproduced by its config: the same config, seed and hardware
-give the same numbers on CPU, bit for bit.
+It is what the command line fills in and what `config.json` of a run holds. Unknown keys are refused with the nearest
+name. A run is reproduced by its config: the same config, seed and hardware give the same numbers on CPU, bit for bit.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ class TrainConfig(BaseModel):
     monitor_share: float = Field(0.0, ge=0, lt=1)
     workers: int = Field(0, ge=0)
     augment: Literal["none", "light", "deit"] = "light"
+    repeated_augmentation: int = Field(0, ge=0)
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.training.digits import DIGITS, TEST_IMAGES, DigitStore
-
 from qvit.training.images import (
     HubStore,
     ImageDataset,

@@ -27,14 +27,15 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
-from qvit.errors import QvitError, UsageError, nearest
-from qvit.training.digits import DIGITS
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
+
+from qvit.errors import QvitError, UsageError, nearest
+from qvit.training.digits import DIGITS
 
 logger = logging.getLogger(__name__)
 

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from qvit.errors import QvitError, UsageError, nearest
-from qvit.training.digits import DigitsLoader, DigitStore
 from timm.data.config import resolve_model_data_config
 from timm.data.loader import create_loader
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from qvit.errors import QvitError, UsageError, nearest
+from qvit.training.digits import DigitsLoader, DigitStore
 from qvit.training.images import ImageSource, one_line
 
 logger = logging.getLogger(__name__)

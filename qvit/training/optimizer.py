@@ -114,7 +114,10 @@ class _ScaleRules:
 
 
 class _WidthRule:
-    """A hook that puts widths back into their range after a step; in forward, a limit lets gradients lead inside only."""
+    """A hook that puts widths back into their range after a step.
+
+    Within the range, a gradient at a limit leads inside only.
+    """
 
     def __init__(self, widths: list[tuple[Tensor, tuple[int, int]]]) -> None:
         self.widths = widths

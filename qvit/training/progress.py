@@ -1,5 +1,6 @@
-"""What a person sees while a run trains: one line with epoch, loss, accuracy, bit operations, learning rate and time
-left. Silent where nobody looks (no terminal).
+"""What a person sees while a run trains: one line with steps, loss, accuracy, BOPs, learning rate and time left.
+
+Silent where nobody looks (no terminal).
 """
 
 from __future__ import annotations

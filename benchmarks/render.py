@@ -1,0 +1,233 @@
+"""Writes the tables of README.md and docs/results.md from the files in benchmarks/results: no number is typed by hand.
+
+A table stands between two markers, `<!-- results:NAME:begin -->` and `<!-- results:NAME:end -->`:
+
+    demo          demo.json           what `qvit demo` measured: its results.json with command, date, hardware, versions
+    train_step    train_step*.json    what `benchmarks/train_step.py` measured, one table per file
+
+    python benchmarks/render.py                       writes the tables
+    python benchmarks/render.py --check               writes nothing; exit code 1 if a table is out of date
+    python benchmarks/render.py --demo demo-output    first takes a demo's results over into demo.json
+
+Where a file is missing, "Not measured yet" and the command to measure it stand in the table's place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("README.md", "docs/results.md")
+_BLOCK = re.compile(r"<!-- results:(\w+):begin -->\n(.*?)<!-- results:(\w+):end -->", re.DOTALL)
+_MARKER = re.compile(r"<!-- results:\w+:(?:begin|end) -->")
+
+
+class RenderError(Exception):
+    """A file that cannot be rendered, or a document with broken markers."""
+
+
+def demo_tables(results: Path) -> str:
+    """Accuracy of the demo's methods at equal bit operations."""
+    file = results / "demo.json"
+    if not file.is_file():
+        return "Not measured yet: `make demo`, then `python benchmarks/render.py --demo demo-output`."
+    data = _read(file)
+    try:
+        unit, factor = _unit([row["bit_operations"] for row in data["rows"]], (("G", 1e9), ("M", 1e6)), 1e8)
+        seeds = sorted({seed for row in data["rows"] for seed in row["seeds"]})
+        rows = [
+            ["float", "32 bit", _spread(data["float_accuracy_mean"], data["float_accuracy_std"], len(seeds)), "", ""]
+        ]
+        rows += [
+            [
+                row["method"],
+                row["budget"],
+                _spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
+                f"{row['bit_operations'] / factor:.3f}",
+                f"{row['weight_bytes'] / 1e3:.1f}",
+            ]
+            for row in data["rows"]
+        ]
+        header = ["method", "budget", "accuracy (%)", f"bit operations ({unit})", "weights (kB, packed)"]
+        several = "mean ± standard deviation over " if len(seeds) > 1 else ""
+        facts = [f"accuracy: {several}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", *_facts(data)]
+        if data.get("seconds"):
+            facts.append(f"all runs together: {data['seconds'] / 60:.1f} minutes")
+        return "\n\n".join([_table(header, rows, left=2), " ".join(_verdict(data)), _listed(facts)])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RenderError(f"{file} is not what a demo writes: {type(error).__name__} {error}") from None
+
+
+def train_step_tables(results: Path) -> str:
+    """Time and memory of a training step over the float step, a table for each file."""
+    files = sorted(results.glob("train_step*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/train_step.py`."
+    parts = []
+    for file in files:
+        data = _read(file)
+        try:
+            rows = [
+                [
+                    row["method"],
+                    f"{row['milliseconds']:.1f}",
+                    f"{row['time_ratio']:.2f}",
+                    f"{row['memory_mib']:.0f}",
+                    f"{row['memory_ratio']:.2f}",
+                ]
+                for row in data["rows"]
+            ]
+            header = ["method", "time (ms)", "time / float", "memory (MiB)", "memory / float"]
+            kinds = dict.fromkeys(f"{row['precision']}, {row['mode']}" for row in data["rows"])
+            title = f"`{data['model']}`, batch {data['batch']}, {'; '.join(kinds)}:"
+            parts += [title, _table(header, rows, left=1), _listed(_facts(data))]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+    return "\n\n".join(parts)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"demo": demo_tables, "train_step": train_step_tables}
+
+
+def fill(text: str, results: Path) -> str:
+    """`text` with every marked section written anew. Raises RenderError for unknown, unpaired or missing markers."""
+
+    def write(match: re.Match[str]) -> str:
+        name, end = match[1], match[3]
+        if name != end or name not in TABLES or _MARKER.search(match[2]):
+            raise RenderError(f"the section 'results:{name}' ends as '{end}', or is none of {', '.join(TABLES)}")
+        return f"<!-- results:{name}:begin -->\n\n{TABLES[name](results)}\n\n<!-- results:{name}:end -->"
+
+    filled, sections = _BLOCK.subn(write, text)
+    if sections == 0 or len(_MARKER.findall(text)) != 2 * sections:
+        raise RenderError("markers of a section are missing or come singly")
+    return filled
+
+
+def take_over(demo: Path, results: Path) -> Path:
+    """Writes demo.json from a demo's directory; command, date, hardware and versions are those its runs recorded."""
+    data = _read(demo / "results.json")
+    configs = [_read(file) for file in sorted(demo.glob("runs/*/config.json"))]
+    if not configs:
+        raise RenderError(f"{demo} has no runs: give the directory that `qvit demo --out` was told to write to")
+    try:
+        versions = {json.dumps(config["versions"]) for config in configs}
+        hardware = dict.fromkeys(config["hardware"] for config in configs)
+        if len(versions) > 1:
+            raise RenderError(f"the runs in {demo} were made with different versions: run the demo anew (--overwrite)")
+        last = max(configs, key=lambda config: config["started"])
+        data |= {
+            "command": shlex.join(last["command"]),
+            "date": last["started"][:10],
+            "hardware": "; ".join(hardware),
+            "versions": last["versions"],
+        }
+    except (KeyError, TypeError) as error:
+        raise RenderError(f"a config.json in {demo} lacks {error}") from None
+    target = results / "demo.json"
+    results.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    parser.add_argument("--demo", type=Path, metavar="DIR", help="take the results of this demo over first")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    try:
+        if options.demo and not options.check:
+            take_over(options.demo, options.results)
+        stale = []
+        for name in DOCUMENTS:
+            document = options.root / name
+            before = document.read_text(encoding="utf-8")
+            try:
+                after = fill(before, options.results)
+            except RenderError as error:
+                raise RenderError(f"{name}: {error}") from None
+            if after != before:
+                stale.append(name)
+                if not options.check:
+                    document.write_text(after, encoding="utf-8")
+    except (RenderError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if options.check and stale:
+        sys.stderr.write(f"out of date: {', '.join(stale)}; run `python benchmarks/render.py`\n")
+        return 1
+    return 0
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RenderError(f"cannot read {file}: {error}") from None
+    if not isinstance(data, dict):
+        raise RenderError(f"{file} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def _facts(data: dict[str, Any]) -> list[str]:
+    """Where a measurement comes from; what a file does not say is left out."""
+    facts = [f"command: `{data['command'].strip()}`"]
+    seeds = data.get("seeds")
+    facts += [f"seeds: {', '.join(map(str, seeds))}"] if seeds else []
+    facts += [f"hardware: {data['hardware']}", f"date: {data['date']}"]
+    versions = data.get("versions") or {}
+    facts += [", ".join(f"{name} {version}" for name, version in versions.items())] if versions else []
+    return facts
+
+
+def _listed(facts: Iterable[str]) -> str:
+    return "Measured with " + "; ".join(facts) + "."
+
+
+def _verdict(data: dict[str, Any]) -> list[str]:
+    """A sentence for each budget that compares Q-ViT with LSQ+, from the numbers alone."""
+    sentences = []
+    for budget in dict.fromkeys(row["budget"] for row in data["rows"]):
+        pair = {row["method"]: row for row in data["rows"] if row["budget"] == budget}
+        if not {"lsq+", "qvit"} <= pair.keys():
+            continue
+        gain = pair["qvit"]["accuracy_mean"] - pair["lsq+"]["accuracy_mean"]
+        relation = "above" if gain > 0 else "below"
+        amount = f"{abs(gain):.2f} points {relation}" if round(abs(gain), 2) else "level with"
+        if min(len(row["seeds"]) for row in pair.values()) < 2:
+            certainty = "from one seed, which says nothing about the deviation"
+        else:
+            deviation = max(row["accuracy_std"] for row in pair.values())
+            within = "more than" if abs(gain) > deviation else "within"
+            certainty = f"{within} the larger standard deviation over seeds ({deviation:.2f})"
+        sentences.append(f"At the budget {budget}, `qvit` is {amount} `lsq+`, {certainty}.")
+    return sentences
+
+
+def _spread(mean: float, deviation: float, seeds: int) -> str:
+    return f"{mean:.2f} ± {deviation:.2f}" if seeds > 1 else f"{mean:.2f}"
+
+
+def _unit(values: Sequence[float], units: Sequence[tuple[str, float]], threshold: float) -> tuple[str, float]:
+    """The first unit if a value reaches the threshold, else the second."""
+    return units[0] if max(values) >= threshold else units[1]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> str:
+    """A markdown table; the first `left` columns are text, the others numbers."""
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""README and documentation do what they say: examples run, command lines parse, links lead somewhere, tables of results are
+those of the measured files, and tables of options are those of the code."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from qvit.cli import app
+from qvit.methods.lsq import LSQOptions
+from qvit.methods.qvit import QViTOptions
+from qvit.training.config import TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+def blocks(document: Path, *languages: str) -> list[str]:
+    return [body for language, body in FENCE.findall(document.read_text("utf-8")) if language in languages]
+
+
+def render_module() -> Any:
+    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Examples
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if blocks(d, "python")], ids=name_of)
+def test_python_examples_run(document: Path, tmp_path: Path) -> None:
+    """All examples of a document, one after the other, in a process that finds nothing but the package."""
+    script = tmp_path / "example.py"
+    script.write_text("\n\n".join(blocks(document, "python")), "utf-8")
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_has_an_example_of_the_whole_path() -> None:
+    (example,) = blocks(ROOT / "README.md", "python")
+    assert all(call in example for call in ("QuantPlan", "quantize", "calibrate", "inspect_model", "train", "load_run"))
+
+
+# Command lines
+
+
+def command_lines(document: Path) -> list[str]:
+    """Lines that begin with `qvit` in blocks of shell input, continuations joined, comments cut."""
+    lines = []
+    for language, body in FENCE.findall(document.read_text("utf-8")):
+        if language not in ("bash", "console"):
+            continue
+        for line in body.replace("\\\n", " ").splitlines():
+            shown = line.removeprefix("$ ") if language == "console" else line
+            if shown.startswith("qvit ") and (language == "bash" or line.startswith("$ ")):
+                lines.append(shown)
+    return lines
+
+
+def parse(line: str) -> None:
+    """Parses a command line as the program would, without running it."""
+    command, words = typer.main.get_command(app), shlex.split(line, comments=True)[1:]
+    context = command.make_context("qvit", list(words), resilient_parsing=True)
+    while hasattr(command, "commands"):
+        name = words.pop(0)
+        assert name in command.commands, f"'{name}' is no command: {line}"
+        command = command.commands[name]
+    command.make_context(name, words, parent=context)
+
+
+ALL_LINES = sorted({(name_of(document), line) for document in DOCUMENTS for line in command_lines(document)})
+
+
+@pytest.mark.parametrize(("document", "line"), ALL_LINES)
+def test_command_lines_parse(document: str, line: str) -> None:
+    parse(line)
+
+
+def test_a_wrong_command_line_would_be_noticed() -> None:
+    for line in ("qvit cost deit --plann w3a3", "qvit const deit", "qvit plan shw x", "qvit evaluate"):
+        with pytest.raises(Exception, match="(?i)no such option|no command|missing"):
+            parse(line)
+    assert len(ALL_LINES) > 20
+
+
+def flags_of(command: Any) -> set[str]:
+    own = {flag for parameter in command.params for flag in parameter.opts}
+    return own.union(*(flags_of(child) for child in getattr(command, "commands", {}).values()))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_options_in_running_text_exist(document: Path) -> None:
+    flags = flags_of(typer.main.get_command(app)) | {"--help"}
+    foreign = {"--check", "--demo", "--strict"}  # of render.py and mkdocs
+    text = FENCE.sub("", document.read_text("utf-8"))
+    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if not span.startswith(("pip", "python", "make", "apt"))]
+    used = {word for span in spans for word in re.findall(r"(?<!\S)(--[a-z][a-z-]*|-[a-z](?=\s|$))", span)}
+    assert used <= flags | foreign
+
+
+def settings_in(text: str) -> set[tuple[str, str]]:
+    return set(re.findall(r"(?:--set|-o|--option) '?([a-z_]+)=([^\s`']+)", text))
+
+
+def test_settings_in_command_lines_exist() -> None:
+    known = set(TrainConfig.model_fields) | set(QViTOptions.model_fields) | set(LSQOptions.model_fields)
+    for document in DOCUMENTS:
+        assert {key for key, _ in settings_in(document.read_text("utf-8"))} <= known, document
+
+
+# Tables of options
+
+
+def rows_of(section: str) -> dict[str, str]:
+    """Key → default of the table below a heading of docs/cli.md."""
+    text = (ROOT / "docs" / "cli.md").read_text("utf-8")
+    part = text.split(f"### {section}\n", 1)[1].split("\n### ", 1)[0].split("\n## ", 1)[0]
+    return {key: default for key, default in re.findall(r"^\| `(\w+)` \| (.*?) \|", part, re.MULTILINE)}
+
+
+@pytest.mark.parametrize(
+    ("section", "model"),
+    [("Settings", TrainConfig), ("Options of `qvit`", QViTOptions), ("Options of `lsq` and `lsq+`", LSQOptions)],
+)
+def test_tables_of_options_are_those_of_the_code(section: str, model: Any) -> None:
+    rows = rows_of(section)
+    assert list(rows) == list(model.model_fields)
+    for key, field in model.model_fields.items():
+        if field.is_required():
+            assert rows[key] == ""
+        else:
+            default = field.get_default(call_default_factory=True)
+            assert json.loads(rows[key].strip("`")) == (list(default) if isinstance(default, tuple) else default), key
+
+
+# Links
+
+
+def anchors_of(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", document.read_text("utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", document.read_text("utf-8"))):
+        if re.match(r"\w+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (document.parent / path).resolve() if path else document
+        assert file.exists(), f"{name_of(document)} links to {target}"
+        assert not anchor or anchor in anchors_of(file), f"{name_of(document)} links to {target}"
+
+
+def test_files_and_symbols_of_paper_to_code_exist() -> None:
+    for file, symbol in re.findall(
+        r"`([\w/]+\.py)(?:::([\w.]+))?`", (ROOT / "docs/paper-to-code.md").read_text("utf-8")
+    ):
+        source = ROOT / "qvit" / file
+        assert source.is_file(), file
+        for part in filter(None, symbol.split(".")):
+            assert re.search(rf"\b(?:def|class) {part}\b", source.read_text("utf-8")), f"{file}::{symbol}"
+
+
+# Tables of results
+
+
+def test_tables_are_those_of_the_measured_files() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks/render.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+DEMO = {
+    "float_accuracy_mean": 97.5,
+    "float_accuracy_std": 0.25,
+    "rows": [
+        {
+            "method": method,
+            "budget": "3bit",
+            "bit_operations": 18_146_688,
+            "weight_bytes": 42_144,
+            "accuracy_mean": accuracy,
+            "accuracy_std": 0.5,
+            "seeds": [0, 1, 2],
+        }
+        for method, accuracy in (("lsq+", 96.0), ("qvit", 97.0))
+    ],
+    "seconds": 90.0,
+    "command": "qvit demo",
+    "date": "2020-01-02",
+    "hardware": "CPU, 2 cores",
+    "versions": {"qvit": "0.0.0"},
+}
+STEP = {
+    "command": "python benchmarks/train_step.py",
+    "date": "2020-01-02",
+    "hardware": "CPU",
+    "versions": {"torch": "1"},
+    "model": "vit_digits",
+    "batch": 4,
+    "rows": [
+        {
+            "method": "qvit",
+            "mode": "eager",
+            "precision": "fp32",
+            "time_ratio": 2.5,
+            "memory_ratio": 1.5,
+            "milliseconds": 10.0,
+            "memory_mib": 20.0,
+        }
+    ],
+}
+EMPTY = "\n".join(f"<!-- results:{name}:begin -->\n<!-- results:{name}:end -->" for name in ("demo", "train_step"))
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/results.md"):
+        (tmp_path / name).write_text(f"before\n{EMPTY}\nafter\n")
+    (tmp_path / "results").mkdir()
+    return tmp_path
+
+
+def render(project: Path, *arguments: str) -> int:
+    return render_module().main(["--root", str(project), "--results", str(project / "results"), *arguments])
+
+
+def test_render_without_results_says_how_to_measure(project: Path) -> None:
+    assert render(project, "--check") == 1
+    assert render(project) == 0
+    assert render(project, "--check") == 0
+    assert (project / "README.md").read_text().count("Not measured yet") == 2
+
+
+def test_render_shows_what_was_measured_and_notices_a_change(project: Path) -> None:
+    (project / "results" / "demo.json").write_text(json.dumps(DEMO))
+    (project / "results" / "train_step.json").write_text(json.dumps(STEP))
+    assert render(project) == 0
+    text = (project / "docs" / "results.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n")
+    assert "| qvit | 3bit | 97.00 ± 0.50 | 18.147 | 42.1 |" in text
+    assert "`qvit` is 1.00 points above `lsq+`, more than the larger standard deviation over seeds (0.50)" in text
+    assert "| qvit | 10.0 | 2.50 | 20 | 1.50 |" in text
+    assert all(fact in text for fact in ("`qvit demo`", "seeds 0, 1, 2", "CPU, 2 cores", "2020-01-02", "torch 1"))
+    (project / "results" / "demo.json").write_text(json.dumps({**DEMO, "float_accuracy_mean": 97.6}))
+    assert render(project, "--check") == 1
+
+
+def test_render_names_what_is_wrong(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (project / "results" / "demo.json").write_text("{}")
+    assert render(project) == 2
+    assert "demo.json" in capsys.readouterr().err
+    (project / "results" / "demo.json").unlink()
+    for broken in ("no markers", "<!-- results:demo:begin -->", EMPTY.replace("demo:end", "nothing:end")):
+        (project / "README.md").write_text(broken)
+        assert render(project) == 2
+        assert "README.md" in capsys.readouterr().err
+
+
+def test_render_takes_a_demo_over(project: Path) -> None:
+    demo = project / "demo"
+    for seed in (0, 1):
+        (demo / "runs" / f"float-seed{seed}").mkdir(parents=True)
+        config = {
+            "versions": DEMO["versions"],
+            "hardware": DEMO["hardware"],
+            "command": ["qvit", "demo"],
+            "started": "2020-01-02T03:04:05+0000",
+        }
+        (demo / "runs" / f"float-seed{seed}" / "config.json").write_text(json.dumps(config))
+    measured = {key: value for key, value in DEMO.items() if key not in ("command", "date", "hardware", "versions")}
+    (demo / "results.json").write_text(json.dumps(measured))
+    assert render(project, "--demo", str(demo)) == 0
+    assert json.loads((project / "results" / "demo.json").read_text()) == DEMO
