@@ -26,7 +26,7 @@ from pathlib import Path
 import timm
 import torch
 
-from qvit.calibrate import calibrate
+from qvit.calibration import calibrate
 from qvit.convert import quantize
 from qvit.families import inspect_model
 from qvit.methods import create_method

@@ -15,7 +15,7 @@ from qvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qvit.allocate import round_to_budget
-    from qvit.calibrate import calibrate
+    from qvit.calibration import calibrate
     from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
     from qvit.cost import CostModel, parse_budget
     from qvit.errors import QvitError, UsageError
@@ -25,12 +25,17 @@ if TYPE_CHECKING:
     from qvit.run import evaluate_run, load_run, resume, train
     from qvit.spec import PerChannel, PerHead, PerTensor, TensorSpec
     from qvit.training.config import TrainConfig
+    from qvit.training.data import calibration_batches as calibration_batches
+    from qvit.training.data import data_config_of as data_config_of
+    from qvit.training.data import eval_loader as eval_loader
+    from qvit.training.data import open_data as open_data
+    from qvit.training.data import train_loader as train_loader
     from qvit.training.evaluate import evaluate
     from qvit.training.models import create_model
 
 _PUBLIC = {
     "qvit.allocate": ("round_to_budget",),
-    "qvit.calibrate": ("calibrate",),
+    "qvit.calibration": ("calibrate",),
     "qvit.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
     "qvit.cost": ("CostModel", "parse_budget"),
     "qvit.errors": ("QvitError", "UsageError"),
@@ -40,6 +45,7 @@ _PUBLIC = {
     "qvit.run": ("evaluate_run", "load_run", "resume", "train"),
     "qvit.spec": ("PerChannel", "PerHead", "PerTensor", "TensorSpec"),
     "qvit.training.config": ("TrainConfig",),
+    "qvit.training.data": ("calibration_batches", "data_config_of", "eval_loader", "open_data", "train_loader"),
     "qvit.training.evaluate": ("evaluate",),
     "qvit.training.models": ("create_model",),
 }
@@ -58,12 +64,16 @@ __all__ = [
     "TrainConfig",
     "UsageError",
     "calibrate",
+    "calibration_batches",
     "create_model",
+    "data_config_of",
+    "eval_loader",
     "evaluate",
     "evaluate_run",
     "freeze",
     "inspect_model",
     "load_run",
+    "open_data",
     "parse_budget",
     "plan_of",
     "quantize",
@@ -73,6 +83,7 @@ __all__ = [
     "round_to_budget",
     "stage_of",
     "train",
+    "train_loader",
 ]
 
 

@@ -204,7 +204,8 @@ def parse_budget(text: str, cost: CostModel) -> int:
     else:
         share = number / 100 if unit == "%" else number
         if share > 1:
-            raise UsageError(f"budget '{text}' is a share above 1: did you mean '{text}bit' or '{text}G'?")
+            meant = "" if unit else f": did you mean '{text}bit' or '{text}G'?"
+            raise UsageError(f"budget '{text}' is more than the 8-bit model takes{meant}")
         budget = round(share * highest)
     if budget < lowest:
         raise QvitError(

@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qvit.errors import UsageError
+from qvit.files import write_json
 from qvit.run import CONFIG, LOG, RESULT, resume, train
-from qvit.training.checkpoint import LAST, write_json
+from qvit.training.checkpoint import LAST
 from qvit.training.config import TrainConfig
 
 METHODS, BUDGETS = ("lsq+", "qvit"), ("3bit", "2bit")
@@ -111,6 +112,8 @@ def run_demo(
     """
     if seeds < 1:
         raise UsageError(f"a demo needs at least one seed, not {seeds}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"a demo needs at least one process, not {workers}")
     folder = Path(out)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     console = console or Console(stderr=True)

@@ -163,7 +163,9 @@ def fake_quantize(
         scale = scale_gradient(scale.expand(torch.broadcast_shapes(scale.shape, factor.shape)), factor)
     scale = scale.clamp_min(SMALLEST_SCALE)
     wide = _wide(x) if offset is None else _wide(x) - offset
-    rounded = round_ste(torch.clamp(wide / scale, quant_min, quant_max))
+    u = wide / scale
+    clamped = torch.where(u > quant_max, quant_max, torch.where(u < quant_min, quant_min, u))
+    rounded = round_ste(clamped)
     values = rounded * scale
     return (values if offset is None else values + offset).to(x.dtype)
 

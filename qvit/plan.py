@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +27,7 @@ from typing import Any, cast
 
 from qvit.cost import FLOAT_BITS, Widths
 from qvit.errors import QvitError, UsageError, nearest
+from qvit.files import write_json
 from qvit.spec import Site, TensorSpec
 
 FORMAT, VERSION = "qvit-plan", 1
@@ -205,16 +204,7 @@ class QuantPlan:
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON; a reader sees the old file or the new one, never half of it."""
-        target = Path(path)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(self.to_json(), file, indent=1)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> QuantPlan:

@@ -29,14 +29,15 @@ import timm
 import torch
 from torch import nn
 
-from qvit.calibrate import calibrate
+from qvit.calibration import calibrate
 from qvit.convert import plan_of, quantize
 from qvit.cost import FLOAT_BITS, CostModel
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
+from qvit.files import write_json
 from qvit.methods import Method, create_method
 from qvit.plan import QuantPlan
-from qvit.training.checkpoint import LAST, load_checkpoint, save_weights, seed_everything, write_json
+from qvit.training.checkpoint import LAST, load_checkpoint, save_weights, seed_everything
 from qvit.training.config import TrainConfig
 from qvit.training.data import (
     AugmentConfig,

@@ -12,7 +12,7 @@ from tiny_models import digit_batches, digits_model, small_config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qvit.calibrate import calibrate
+from qvit.calibration import calibrate
 from qvit.convert import freeze, quantize
 from qvit.cost import CostModel
 from qvit.families import inspect_model
@@ -22,8 +22,6 @@ from qvit.quantizers import quantizers_of
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler on CPU"
 )
-# What Inductor's own dependencies warn of while it generates code; nothing of it is about the model.
-quiet_inductor = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +122,6 @@ def test_the_penalty_is_one_graph_without_recompilation() -> None:
 
 
 @needs_compiler
-@quiet_inductor
 @pytest.mark.slow
 @pytest.mark.parametrize("width_gradient", ["clipping", "interpolation"])
 def test_inductor_agrees_with_eager(width_gradient: str) -> None:

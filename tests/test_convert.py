@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import calibrated_model, digit_batches, digits_model
 from torch import Tensor, nn
 
-from qvit.calibrate import calibrate
+from qvit.calibration import calibrate
 from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model

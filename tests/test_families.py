@@ -21,7 +21,7 @@ from tiny_models import digit_batches, digits_model, shake
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qvit.calibrate import calibrate
+from qvit.calibration import calibrate
 from qvit.convert import plan_of, quantize, quantizers_disabled
 from qvit.errors import UsageError
 from qvit.families import inspect_model

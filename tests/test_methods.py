@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import digit_batches, digits_model, small_config
+from tiny_models import digits_model, events, small_config, starting_point, tiny_trainer
 from torch import Tensor, nn
 
-from qvit.calibrate import calibrate
 from qvit.convert import Stage, plan_of, quantize, stage_of
 from qvit.cost import CostModel
 from qvit.errors import QvitError, UsageError
@@ -22,8 +20,6 @@ from qvit.methods.qvit import QViTMethod
 from qvit.plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.spec import PerHead, TensorSpec
-from qvit.training.config import TrainConfig
-from qvit.training.loop import Trainer
 
 HEADS = 2
 GELU = "blocks.0.mlp.fc2.input"
@@ -84,7 +80,8 @@ def test_scales_of_the_baselines_by_option(cost: CostModel) -> None:
 @pytest.mark.parametrize("method", ["lsq+", "qvit"])
 def test_offsets_for_further_activations(cost: CostModel, method: str) -> None:
     specs = plan_for(cost, method, asymmetric=["blocks.*.mlp.fc1.*", "head.input"])
-    assert {name for name, spec in specs.items() if not spec.symmetric} == {GELU, "blocks.0.mlp.fc1.input", "head.input"}
+    offset = {name for name, spec in specs.items() if not spec.symmetric}
+    assert offset == {GELU, "blocks.0.mlp.fc1.input", "head.input"}
     assert not any(spec.signed for spec in specs.values() if not spec.symmetric)
     with pytest.raises(UsageError, match=r"fc3.*did you mean"):
         plan_for(cost, method, asymmetric=["blocks.0.mlp.fc3.input"])
@@ -156,10 +153,9 @@ def test_ablations_of_the_paper_are_options(cost: CostModel) -> None:
     shared = plan_for(cost, "qvit", scales="shared")
     assert {shared[name].to_json()["granularity"] for name in HEAD_SITES} == {"per-tensor"}
     assert {len(shared[name].widths) for name in HEAD_SITES} == {HEADS}
-    assert {spec.width_gradient for spec in plan_for(cost, "qvit", width_gradient="interpolation").values()} == {
-        "interpolation"
-    }
-    assert {spec.widths[0] for name, spec in plan_for(cost, "qvit", initial_bits=6).items() if name in HEAD_SITES} == {6}
+    interpolated = plan_for(cost, "qvit", width_gradient="interpolation")
+    assert {spec.width_gradient for spec in interpolated.values()} == {"interpolation"}
+    assert all(plan_for(cost, "qvit", initial_bits=6)[name].widths == (6, 6) for name in HEAD_SITES)
 
 
 @pytest.mark.parametrize(("switchable", "columns"), [(True, 7), (False, 1)])
@@ -180,22 +176,22 @@ def test_qvit_starts_from_a_given_plan(cost: CostModel, tmp_path: Path) -> None:
     assert specs["blocks.0.attn.key"].widths == (2, 7)
     assert specs["blocks.0.attn.query"].widths == (3, 3) and specs["blocks.0.mlp.fc1.weight"].widths == (5,)
     assert all(spec.learn_bit_width for spec in specs.values())
-    assert plan_for(cost, "qvit", "3bit", str(tmp_path / "start.json"), head_wise=False)["blocks.0.attn.key"].widths in (
-        (4,),
-        (5,),
-    )
+    single = plan_for(cost, "qvit", "3bit", str(tmp_path / "start.json"), head_wise=False)
+    assert single["blocks.0.attn.key"].widths in ((4,), (5,)), "the mean of 2 and 7"
 
 
 def test_qvit_refuses_sites_left_in_float(cost: CostModel, tmp_path: Path) -> None:
     plan = QuantPlan.preset("w4a4").resolve(cost.sites)
     QuantPlan("part", (), {**plan.sites, "blocks.0.attn.key": None}).save(tmp_path / "part.json")
-    model, method = calibrated(small_config(method="qvit", budget="3bit", plan=str(tmp_path / "part.json")), attach=False)
+    config = small_config(method="qvit", budget="3bit", plan=str(tmp_path / "part.json"))
+    model, method = starting_point(config, attach=False)
     with pytest.raises(UsageError, match="leaves tensors in float"):
         method.attach(model, cost, 1)
 
 
 @pytest.mark.parametrize(
-    ("ratio", "epochs", "search"), [(None, 10, 4), (None, 199, 79), (None, 200, 180), (0.29, 100, 29), (0, 5, 0), (1, 5, 5)]
+    ("ratio", "epochs", "search"),
+    [(None, 10, 4), (None, 199, 79), (None, 200, 180), (0.29, 100, 29), (0, 5, 0), (1, 5, 5)],
 )
 def test_length_of_the_searching_stage(ratio: float | None, epochs: int, search: int) -> None:
     config = small_config(method="qvit", budget="3bit", epochs=epochs, method_options={"searching_ratio": ratio})
@@ -216,19 +212,6 @@ def test_the_widths_learning_rate_lets_them_travel_ten_bits() -> None:
 
 
 # --------------------------------------------------------------------------------------------- the penalty in numbers
-
-
-def calibrated(config: TrainConfig, *, attach: bool = True, seed: int = 0) -> tuple[nn.Module, Any]:
-    """The model that training would start from, and its method."""
-    float_model = digits_model(seed)
-    cost = inspect_model(float_model)
-    method = create_method(config)
-    plan = method.plan(cost)
-    assert plan is not None
-    model = calibrate(quantize(float_model, plan), digit_batches())
-    if attach:
-        method.attach(model, cost, 6)
-    return model, method
 
 
 def set_widths(model: nn.Module, widths: dict[str, Sequence[float]] | float) -> None:
@@ -264,7 +247,7 @@ ALL_MACS = MACS["patch_embed"] + 4 * MACS["projection"] + 2 * MACS["scores"] + 2
 def test_penalty_values_by_hand(bits: float, width_gradient: str) -> None:
     for penalty, weight in (("relative", None), ("relative", 3.0), ("absolute", None), ("absolute", 2.0)):
         options = {"penalty": penalty, "penalty_weight": weight, "width_gradient": width_gradient}
-        model, method = calibrated(small_config(method="qvit", budget="0.2", method_options=options))
+        model, method = starting_point(small_config(method="qvit", budget="0.2", method_options=options))
         set_widths(model, bits)
         effective = bits if width_gradient == "interpolation" else round(bits)
         operations = ALL_MACS * effective**2
@@ -275,22 +258,23 @@ def test_penalty_values_by_hand(bits: float, width_gradient: str) -> None:
         else:
             expected = (weight or 0.1) * max(0.0, (operations - limit) / 1e9) ** 2
         assert expected > 0
-        assert float(method.penalty()) == pytest.approx(expected, rel=1e-5)
+        assert method.penalty().item() == pytest.approx(expected, rel=1e-5)
         assert method.figures(every_width=False)["bit_operations"] == pytest.approx(operations, rel=1e-6)
 
 
 @pytest.mark.parametrize("penalty", ["relative", "absolute"])
 def test_penalty_gradient_by_hand(penalty: str) -> None:
     """∂BOPs/∂b of a width is the MACs that it takes part in, times the width of the other operand."""
-    model, method = calibrated(small_config(method="qvit", budget="0.2", method_options={"penalty": penalty}))
+    model, method = starting_point(small_config(method="qvit", budget="0.2", method_options={"penalty": penalty}))
     widths: dict[str, list[float]] = {
         name: [3.0 + (i + head) % 5 for head in range(q.bit_width.numel())]
         for i, (name, q) in enumerate(quantizers_of(model))
     }
     set_widths(model, widths)
-    operations, limit = float(method.bit_operations()), method.limit
+    operations, limit = method.bit_operations().item(), method.limit
     assert operations > limit
-    outer = 50 * 2 * (operations / limit - 1) / limit if penalty == "relative" else 0.1 * 2 * (operations - limit) / 1e18
+    relative = 50 * 2 * (operations / limit - 1) / limit
+    outer = relative if penalty == "relative" else 0.1 * 2 * (operations - limit) / 1e18
     gradients = width_gradients(model, method.penalty())
     attn, parts = "blocks.0.attn", ("query", "key", "value")
     projection, scores, mlp = MACS["projection"], MACS["scores"], MACS["mlp"]
@@ -315,19 +299,19 @@ def test_penalty_gradient_by_hand(penalty: str) -> None:
 
 @pytest.mark.parametrize("penalty", ["relative", "absolute"])
 def test_within_the_budget_there_is_no_penalty_and_no_gradient(penalty: str) -> None:
-    model, method = calibrated(small_config(method="qvit", budget="3bit", method_options={"penalty": penalty}))
+    model, method = starting_point(small_config(method="qvit", budget="3bit", method_options={"penalty": penalty}))
     set_widths(model, 2.0)
     value = method.penalty()
-    assert float(value) == 0.0
+    assert value.item() == 0.0
     assert not any(gradient.any() for gradient in width_gradients(model, value).values())
     at_the_limit = {name: [3.0] * q.bit_width.numel() for name, q in quantizers_of(model)}
     at_the_limit |= {name: [8.0] for name in FIRST_AND_LAST}
     set_widths(model, at_the_limit)
-    assert float(method.bit_operations()) == method.limit and float(method.penalty()) == 0.0
+    assert method.bit_operations().item() == method.limit and method.penalty().item() == 0.0
 
 
 def test_the_penalty_pulls_back_widths_that_overshot_and_leaves_the_lowest() -> None:
-    model, method = calibrated(small_config(method="qvit", budget="2bit"))
+    model, method = starting_point(small_config(method="qvit", budget="2bit"))
     set_widths(model, 8.7)
     gradients = width_gradients(model, method.penalty())
     assert all((gradient > 0).all() for gradient in gradients.values()), "a width above 8 would never come back"
@@ -346,31 +330,8 @@ def test_impossible_budgets_name_what_is_possible(cost: CostModel) -> None:
 # --------------------------------------------------------------------------------------- the end of the searching stage
 
 
-class Batches(list[tuple[Tensor, Tensor]]):
-    """A loader of batches made beforehand."""
-
-
-def tiny_trainer(run: Path, seed: int = 0, steps: int = 3, **changes: Any) -> tuple[Trainer, Any, nn.Module]:
-    """A trainer on random images, which takes a few hundredths of a second per step."""
-    config = small_config(**({"method": "qvit", "budget": "3bit", "batch_size": 8, "log_every": 1} | changes))
-    run.mkdir(parents=True, exist_ok=True)
-    model, method = calibrated(config, seed=seed, attach=False)
-    method.steps_per_epoch = steps
-    generator = torch.Generator().manual_seed(seed)
-    labels = [torch.randint(0, 10, (8,), generator=generator) for _ in range(steps)]
-    loader = Batches(zip(digit_batches(steps, 8, seed=seed), labels, strict=True))
-    trainer = Trainer(model, config, loader, num_classes=10, run=run, hooks=method, width_lr=method.width_lr)
-    method.attach(model, inspect_model(model), steps)
-    return trainer, method, model
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (run / "log.jsonl").read_text().splitlines()
-    return [event for line in lines if (event := json.loads(line))["event"] == kind]
-
-
 @pytest.mark.parametrize(("ratio", "epochs", "frozen_at"), [(0.5, 4, 2), (0.4, 4, 1), (0.0, 2, 0), (0.99, 3, 2)])
-def test_widths_stand_still_after_the_searching_stage(tmp_path: Path, ratio: float, epochs: int, frozen_at: int) -> None:
+def test_widths_stand_still_after_the_search(tmp_path: Path, ratio: float, epochs: int, frozen_at: int) -> None:
     options = {"searching_ratio": ratio, "width_lr": 0.2}
     trainer, method, model = tiny_trainer(tmp_path, epochs=epochs, method_options=options)
     trainer.fit(quiet=True)
@@ -445,7 +406,8 @@ def test_spare_budget_is_spent(tmp_path: Path) -> None:
     trainer, method, model = tiny_trainer(tmp_path, budget="4bit")
     set_widths(model, 2.2)
     method.end_search(trainer)
-    assert method.cost.bit_operations(plan_of(model).widths()) > method.cost.bit_operations(method.cost.uniform(2)) * 1.5
+    rounded = method.cost.bit_operations(method.cost.uniform(2, boundary_bits=2))
+    assert method.cost.bit_operations(plan_of(model).widths()) > 1.5 * rounded
 
 
 def test_widths_leave_the_optimizer_when_they_are_frozen(tmp_path: Path) -> None:
@@ -478,11 +440,13 @@ def test_the_averaged_model_is_frozen_with_the_same_widths(tmp_path: Path) -> No
 
 def test_scales_of_widths_that_were_left_stand_still(tmp_path: Path) -> None:
     """Adam's momentum would go on moving the scale of a width that is no longer used."""
-    trainer, _, model = tiny_trainer(tmp_path, epochs=1, method_options={"searching_ratio": 1.0, "width_lr": 1e-4})
+    trainer, _, model = tiny_trainer(tmp_path, epochs=2, method_options={"searching_ratio": 1.0, "width_lr": 1e-4})
+    whole = trainer.config
+    trainer.config = whole.model_copy(update={"epochs": 1})
     trainer.fit(quiet=True)
     before = {name: q.scale.detach().clone() for name, q in quantizers_of(model)}
     set_widths(model, 6.0)
-    trainer.config = trainer.config.model_copy(update={"epochs": 2})
+    trainer.config = whole
     trainer.fit(quiet=True)
     for name, quantizer in quantizers_of(model):
         moved = (quantizer.scale != before[name]).view(-1, 7).any(0).tolist()

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from qvit.cli import app
+from qvit.cli import app, main
 from qvit.methods.lsq import LSQOptions
 from qvit.methods.qvit import QViTOptions
 from qvit.training.config import TrainConfig
@@ -103,6 +103,28 @@ def test_a_wrong_command_line_would_be_noticed() -> None:
         with pytest.raises(Exception, match="(?i)no such option|no command|missing"):
             parse(line)
     assert len(ALL_LINES) > 20
+
+
+def shown_outputs() -> list[tuple[str, str]]:
+    """Command and output of the examples that need no run: costs, and errors."""
+    examples = []
+    for document in DOCUMENTS:
+        for body in blocks(document, "console"):
+            for part in body.split("$ ")[1:]:
+                line, _, output = part.partition("\n")
+                if line.startswith("qvit cost") and "runs/" not in line:
+                    examples.append((line, output))
+    return examples
+
+
+@pytest.mark.parametrize(("line", "output"), shown_outputs())
+def test_shown_outputs_are_real(
+    line: str, output: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
+    with pytest.raises(SystemExit):
+        main()
+    assert "".join(capsys.readouterr()).split() == output.split()
 
 
 def flags_of(command: Any) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from qvit.calibrate import calibrate
+from qvit.calibration import calibrate
 from qvit.convert import quantize
+from qvit.families import inspect_model
+from qvit.methods import create_method
 from qvit.plan import QuantPlan
 from qvit.training.config import TrainConfig
+from qvit.training.loop import Trainer
 from qvit.training.models import create_model
 
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
@@ -59,6 +63,42 @@ def small_config(**changes: Any) -> TrainConfig:
         "log_every": 2,
     }
     return TrainConfig.create(**(values | changes))
+
+
+def starting_point(config: TrainConfig, *, attach: bool = True, seed: int = 0) -> tuple[nn.Module, Any]:
+    """The model that training would start from, and its method."""
+    float_model = digits_model(seed)
+    cost = inspect_model(float_model)
+    method = create_method(config)
+    plan = method.plan(cost)
+    assert plan is not None
+    model = calibrate(quantize(float_model, plan), digit_batches())
+    if attach:
+        method.attach(model, cost, 6)
+    return model, method
+
+
+class Batches(list[tuple[Tensor, Tensor]]):
+    """A loader of batches made beforehand."""
+
+
+def tiny_trainer(run: Path, seed: int = 0, steps: int = 3, **changes: Any) -> tuple[Trainer, Any, nn.Module]:
+    """A trainer on random images, which takes a few hundredths of a second per step."""
+    config = small_config(**({"method": "qvit", "budget": "3bit", "batch_size": 8, "log_every": 1} | changes))
+    run.mkdir(parents=True, exist_ok=True)
+    model, method = starting_point(config, seed=seed, attach=False)
+    method.steps_per_epoch = steps
+    generator = torch.Generator().manual_seed(seed)
+    labels = [torch.randint(0, 10, (8,), generator=generator) for _ in range(steps)]
+    loader = Batches(zip(digit_batches(steps, 8, seed=seed), labels, strict=True))
+    trainer = Trainer(model, config, loader, num_classes=10, run=run, hooks=method, width_lr=method.width_lr)
+    method.attach(model, inspect_model(model), steps)
+    return trainer, method, model
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [event for line in lines if (event := json.loads(line))["event"] == kind]
 
 
 def make_images(root: Path, classes: dict[str, int], size: int = 32, seed: int = 0) -> Path:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 import re
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from qvit.errors import QvitError
+from qvit.files import write_atomically
 from qvit.report import sections
 from qvit.report.assets import CSS, SCRIPT
 from qvit.report.markup import Canvas, escape, folded, table
@@ -53,19 +52,7 @@ def write_page(
         raise QvitError("no run to report on: give at least one run directory")
     target = Path(out)
     page = render_page(runs, title=title, summary=summary).encode("utf-8", errors="replace")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(page)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise QvitError(f"cannot write the report to {target}: {error}") from None
+    write_atomically(target, lambda file: file.write(page))
     return target
 
 

@@ -214,7 +214,7 @@ def _option_text(value: Any) -> str:
 
 
 def _settings(runs: Sequence[Run]) -> list[str]:
-    """For each run of one method what tells it from the others, such as `head_wise=false`; empty where all are alike."""
+    """For each run of one method what tells it from the others, such as `head_wise=false`; else empty."""
     _, differing = common_options(runs)
     options = [dict(run.config.get("method_options") or {}) for run in runs]
     for key in dict.fromkeys(key for own in options for key in own):

@@ -1,6 +1,4 @@
-"""Files of a run that survive a kill: written beside, flushed, renamed.
-
-They are read with `weights_only`, so that nothing in them is executed.
+"""Checkpoints and weights of a run: written so that they survive a kill, read so that nothing in them is executed.
 
 A checkpoint holds everything that the next epoch needs: model, optimizer, EMA, epoch, the current plan, the method's
 state. Random numbers are not in it: every epoch seeds all generators from (seed, epoch), so a resumed run draws what
@@ -9,49 +7,18 @@ the uninterrupted one would have drawn.
 
 from __future__ import annotations
 
-import json
-import os
 import random
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save as safetensors_bytes
 
 from qvit.errors import QvitError
+from qvit.files import write_atomically
 
 LAST = Path("checkpoints") / "last.pt"
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file so that a reader sees the old content or the new, whatever happens in between.
-
-    Raises QvitError naming the file if the disk is full.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = ""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise QvitError(f"cannot write {path}: {error}; the previous file is untouched") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes JSON atomically; NaN is refused rather than written as something that is not JSON."""
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> Path:

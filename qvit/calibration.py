@@ -23,7 +23,7 @@ from qvit.quantizers import quantizers_of
 def calibrate(
     model: nn.Module, batches: Iterable[Tensor], *, progress: Callable[[int], None] | None = None
 ) -> nn.Module:
-    """Initialises all quantizers, in place.
+    """Initialises all quantizers, in place; scales that were there are chosen anew.
 
     Args:
         model: A quantized model; its mode (train or eval) is restored.
@@ -31,8 +31,7 @@ def calibrate(
         progress: Called with the number of images after each batch.
 
     Raises:
-        UsageError: If the model is float, or nothing is left to calibrate because widths are frozen with trained
-            scales.
+        UsageError: If the model is float.
         QvitError: If there are no images, or activations are not finite; the site is named.
     """
     if stage_of(model) is Stage.FLOAT:
