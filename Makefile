@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-output
 WORKERS ?= 2
-BENCHMARKS ?= $(sort $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)))
+BENCHMARKS ?= $(sort $(filter-out benchmarks/_% benchmarks/render.py,$(wildcard benchmarks/*.py)))
 PIP_ARGS ?=
 
 # Looked up when an environment is created, not on every run.
@@ -48,6 +48,7 @@ docs: $(VENV)/.dev ## build the documentation in site/; a broken link is an erro
 
 bench: $(VENV)/.demo ## run the benchmarks (BENCHMARKS=FILE for one of them)
 	@set -e; for script in $(BENCHMARKS); do echo "$(BIN)/python $$script"; $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/render.py
 
 env: $(VENV)/.demo ## make the environment for using qvit
 

@@ -57,11 +57,10 @@ def demo_tables(results: Path) -> str:
             for row in data["rows"]
         ]
         header = ["method", "budget", "accuracy (%)", f"bit operations ({unit})", "weights (kB, packed)"]
-        several = "mean ± standard deviation over " if len(seeds) > 1 else ""
-        facts = [f"accuracy: {several}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", *_facts(data)]
-        if data.get("seconds"):
-            facts.append(f"all runs together: {data['seconds'] / 60:.1f} minutes")
-        return "\n\n".join([_table(header, rows, left=2), " ".join(_verdict(data)), _listed(facts)])
+        spread = "Mean ± standard deviation over seeds" if len(seeds) > 1 else "Seed"
+        over = f"{spread} {', '.join(map(str, seeds))}."
+        took = f" All runs together took {data['seconds'] / 60:.1f} minutes." if data.get("seconds") else ""
+        return "\n\n".join([_table(header, rows, left=2), " ".join(_verdict(data)), f"{over} {_origin(data)}{took}"])
     except (KeyError, TypeError, ValueError) as error:
         raise RenderError(f"{file} is not what a demo writes: {type(error).__name__} {error}") from None
 
@@ -88,7 +87,7 @@ def train_step_tables(results: Path) -> str:
             header = ["method", "time (ms)", "time / float", "memory (MiB)", "memory / float"]
             kinds = dict.fromkeys(f"{row['precision']}, {row['mode']}" for row in data["rows"])
             title = f"`{data['model']}`, batch {data['batch']}, {'; '.join(kinds)}:"
-            parts += [title, _table(header, rows, left=1), _listed(_facts(data))]
+            parts += [title, _table(header, rows, left=1), _origin(data)]
         except (KeyError, TypeError, ValueError) as error:
             raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
     return "\n\n".join(parts)
@@ -179,19 +178,12 @@ def _read(file: Path) -> dict[str, Any]:
     return data
 
 
-def _facts(data: dict[str, Any]) -> list[str]:
-    """Where a measurement comes from; what a file does not say is left out."""
-    facts = [f"command: `{data['command'].strip()}`"]
-    seeds = data.get("seeds")
-    facts += [f"seeds: {', '.join(map(str, seeds))}"] if seeds else []
-    facts += [f"hardware: {data['hardware']}", f"date: {data['date']}"]
-    versions = data.get("versions") or {}
-    facts += [", ".join(f"{name} {version}" for name, version in versions.items())] if versions else []
-    return facts
-
-
-def _listed(facts: Iterable[str]) -> str:
-    return "Measured with " + "; ".join(facts) + "."
+def _origin(data: dict[str, Any]) -> str:
+    """Where a measurement comes from, in a sentence."""
+    seeds = f", seeds {', '.join(map(str, data['seeds']))}" if data.get("seeds") else ""
+    versions = ", ".join(f"{name} {version}" for name, version in (data.get("versions") or {}).items())
+    where = f"{data['hardware']}{seeds}, {data['date']}" + (f" ({versions})" if versions else "")
+    return f"Measured with `{data['command'].strip()}` on {where}."
 
 
 def _verdict(data: dict[str, Any]) -> list[str]:

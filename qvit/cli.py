@@ -252,13 +252,12 @@ def train(
         "precision": precision, "device": device, "workers": workers,
     }  # fmt: skip
     values: dict[str, Any] = {key: value for key, value in flags.items() if value is not None}
-    values |= {
-        "model": model,
-        "pretrained": pretrained,
-        "model_kwargs": _pairs(model_arg),
-        "method_options": _pairs(method_option),
-        **_pairs(setting),
-    }
+    values |= {"model": model, "model_kwargs": _pairs(model_arg), "method_options": _pairs(method_option)}
+    values |= {"pretrained": True} if pretrained else {}
+    settings = _pairs(setting)
+    if twice := [key for key in settings if values.get(key)]:
+        raise UsageError(f"'{twice[0]}' is given twice, as an option of its own and with --set")
+    values |= settings
     config = TrainConfig.create(**values)
     _show_result(runs.train(config, run, overwrite=overwrite, quiet=quiet or as_json, notify=notify), run, as_json)
 

@@ -215,14 +215,14 @@ def switchable_fake_quantize(
 class FakeQuantize(torch.autograd.Function):
     """`switchable_fake_quantize` with its derivatives written by hand: saves `x` and a few small tensors.
 
-    Arguments as there, all positional.
+    Arguments as there, all positional. Every gradient but that of x is a combination of three sums over the elements
+    that share a scale, g being the incoming gradient, c = clamp(u), and g' = g·1[u ≠ c] its clipped part:
 
-    Every gradient but that of x is a combination of three sums over the elements that share a scale, g being the
-    incoming gradient and c = clamp(u):
+        A = Σ g·(q - c)        B = Σ g'        C = Σ g'·c = quant_max·H + quant_min·L        with B = H + L
 
-        A = Σ g·(q - c)        H = Σ g·1[u > quant_max]        L = Σ g·1[u < quant_min]
+        ∂s: A + C        ∂β: B        ∂b: s·ln2·2^(b-1)·(H - L), or s·ln2·2^b·H unsigned
 
-        ∂s: A + quant_max·H + quant_min·L        ∂β: H + L        ∂b: s·ln2·2^(b-1)·(H - L), or s·ln2·2^b·H unsigned
+    On CPU, comparisons that yield booleans and clamps between tensors cost several times an addition: here are none.
     """
 
     @staticmethod
@@ -243,9 +243,9 @@ class FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, offset, width, scales, bit_width, candidates)
         ctx.limits, ctx.signed, ctx.elements_per_scale = limits, signed, elements_per_scale
         quant_min, quant_max = integer_range(width, signed)
-        wide = _wide(x) if offset is None else _wide(x) - offset
-        values = (wide / scale).clamp(quant_min, quant_max).round() * scale
-        return (values if offset is None else values + offset).to(x.dtype)
+        u = _in_steps(x, scale, offset)
+        values = torch.minimum(torch.maximum(u, quant_min), quant_max).round_().mul_(scale)
+        return (values if offset is None else values.add_(offset)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -253,29 +253,32 @@ class FakeQuantize(torch.autograd.Function):
         x, scale, offset, width, scales, bit_width, candidates = ctx.saved_tensors
         grad = _wide(grads[0])
         quant_min, quant_max = integer_range(width, ctx.signed)
-        u = (_wide(x) if offset is None else _wide(x) - offset) / scale
-        clamped = u.clamp(quant_min, quant_max)
-        grad_x = grad * (u == clamped)
+        u = _in_steps(x, scale, offset)
+        clamped = torch.minimum(torch.maximum(u, quant_min), quant_max)
+        grad_clipped = u.ne_(clamped).mul_(grad)
+        grad_x = grad - grad_clipped
         shape = _shape_of(grad, scale, quant_max)
-        inner = (clamped.round() - clamped).mul_(grad).sum_to_size(shape)
-        outer = (grad - grad_x) if offset is not None or ctx.signed else None
-        above = (grad * (u > quant_max)).sum_to_size(shape)
-        below = outer.sum_to_size(shape) - above if outer is not None else torch.zeros_like(above)
-
-        grad_scale = inner + quant_max * above + quant_min * below
+        clipped = (grad_clipped * clamped).sum_to_size(shape)
+        grad_scale = clamped.round().sub_(clamped).mul_(grad).sum_to_size(shape) + clipped
         if ctx.elements_per_scale is not None:
             grad_scale = grad_scale * torch.rsqrt(ctx.elements_per_scale * quant_max)
         grad_scales = _to_bank(grad_scale, scales, width, candidates)
-        grad_offsets = None
-        if offset is not None:
-            low_and_high = above + below
-            grad_offsets = _to_bank(low_and_high, scales, width, candidates)
-        grad_width = None
-        if ctx.limits is not None:
-            outward_sum = above - below if ctx.signed else above
-            grad_width = (outward_sum * (scale * (quant_max + 1) * math.log(2.0))).sum_to_size(bit_width.shape)
-            grad_width = _inward(bit_width, grad_width, *ctx.limits)
+        grad_offsets = grad_width = None
+        if offset is not None or ctx.limits is not None:
+            total = grad_clipped.sum_to_size(shape)
+            if offset is not None:
+                grad_offsets = _to_bank(total, scales, width, candidates)
+            if ctx.limits is not None:
+                above = (clipped - quant_min * total) / (quant_max - quant_min)
+                outward = 2 * above - total if ctx.signed else above
+                grad_width = (outward * (scale * (quant_max + 1) * math.log(2.0))).sum_to_size(bit_width.shape)
+                grad_width = _inward(bit_width, grad_width, *ctx.limits)
         return grad_x.to(x.dtype), grad_scales, grad_offsets, grad_width, None, None, None, None
+
+
+def _in_steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """(x - β)/s, a new tensor of at least float32."""
+    return _wide(x) / scale if offset is None else (_wide(x) - offset).div_(scale)
 
 
 def _to_bank(grad: Tensor, bank: Tensor, width: Tensor, candidates: Tensor) -> Tensor:

@@ -147,7 +147,10 @@ class QuantPlan:
         return replace(self, name=name or self.name, sites=sites)
 
     def diff(self, other: QuantPlan) -> list[dict[str, Any]]:
-        """Where two resolved plans differ: rows of site, key, and the value here and there."""
+        """Where two resolved plans differ: rows of site, key, and the value here and there.
+
+        One width for a tensor and the same width for each of its heads are no difference.
+        """
         rows: list[dict[str, Any]] = []
         for site in dict.fromkeys([*self.sites, *other.sites]):
             here, there = (
@@ -159,7 +162,7 @@ class QuantPlan:
                 for plan in (self, other)
             )
             for key in dict.fromkeys([*here, *there]):
-                if here.get(key) != there.get(key):
+                if not _equal(here.get(key), there.get(key)):
                     rows.append({"site": site, "key": key, "here": here.get(key), "there": there.get(key)})
         return rows
 
@@ -218,6 +221,13 @@ class QuantPlan:
             raise QvitError(f"cannot read the plan {file}: {error}") from None
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
+
+
+def _equal(here: Any, there: Any) -> bool:
+    if isinstance(here, list) != isinstance(there, list) and None not in (here, there):
+        many, one = (here, there) if isinstance(here, list) else (there, here)
+        return set(many) == {one}
+    return here == there
 
 
 def _rule_to_json(rule: Rule) -> dict[str, Any]:

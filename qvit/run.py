@@ -78,7 +78,11 @@ def train(
     """
     run = Path(out)
     _claim(run, overwrite)
-    return _execute(config, run, None, quiet=quiet, notify=notify)
+    try:
+        return _execute(config, run, None, quiet=quiet, notify=notify)
+    finally:
+        if not any(run.iterdir()):
+            run.rmdir()
 
 
 def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) -> dict[str, Any]:
@@ -140,7 +144,8 @@ def _images_to_score(
 ) -> ImageSource:
     """The images of `data`; where they are the run's own, of which a share was set aside, that share alone."""
     own = data == config.data or Path(data).resolve() == Path(config.data)
-    if own and config.eval_data is None:
+    same_classes = class_map is None or str(Path(class_map).resolve()) == config.class_map
+    if own and same_classes and config.eval_data is None:
         return open_data(config.data, class_map=config.class_map, test_share=config.test_share).test
     return open_source(data, class_map=class_map, class_names=None if class_map else record["class_names"])
 
@@ -238,6 +243,8 @@ def _prepare(config: TrainConfig, run: Path, fresh: bool, notify: Notify) -> _Se
     float_model = _float_model(config, bundle.num_classes, load=True).to(device).eval()
     cost = inspect_model(float_model)
     plan = method.plan(cost)
+    if plan is not None and config.weights is None and not config.pretrained:
+        notify("no --weights and no --pretrained: the float model is untrained, and so will be what is made of it")
     if fresh:
         record = config.model_dump() | {
             "num_classes": bundle.num_classes,

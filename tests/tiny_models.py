@@ -97,8 +97,16 @@ def tiny_trainer(run: Path, seed: int = 0, steps: int = 3, **changes: Any) -> tu
 
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (run / "log.jsonl").read_text().splitlines()
-    return [event for line in lines if (event := json.loads(line))["event"] == kind]
+    """The lines of one kind in a run's log; what was cut off is left out, as readers do."""
+    found = []
+    for line in (run / "log.jsonl").read_text().splitlines():
+        try:
+            event = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if event["event"] == kind:
+            found.append(event)
+    return found
 
 
 def make_images(root: Path, classes: dict[str, int], size: int = 32, seed: int = 0) -> Path:

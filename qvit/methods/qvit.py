@@ -95,7 +95,8 @@ class QViTMethod(Method):
         self.searching_ratio = (
             ratio if ratio is not None else LONG_SEARCH if config.epochs >= LONG_RUN else SHORT_SEARCH
         )
-        self.searching_epochs = int(self.searching_ratio * config.epochs + 1e-9)
+        searched = int(self.searching_ratio * config.epochs + 1e-9)
+        self.searching_epochs = max(1, searched) if self.searching_ratio > 0 else 0
         self.steps_per_epoch = 1
         self.model: nn.Module | None = None
         self.differentiable: DifferentiableCost | None = None

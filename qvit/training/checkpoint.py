@@ -19,6 +19,7 @@ from qvit.errors import QvitError
 from qvit.files import write_atomically
 
 LAST = Path("checkpoints") / "last.pt"
+PARTS = ("epoch", "plan", "model", "optimizer", "ema")
 
 
 def save_checkpoint(run: Path, state: dict[str, Any]) -> Path:
@@ -37,9 +38,14 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
             "start it again with --overwrite"
         )
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise QvitError(f"cannot read the checkpoint {path}: {str(error).splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise QvitError(f"cannot read the checkpoint {path}: {reason}") from error
+    missing = PARTS if not isinstance(state, dict) else [key for key in PARTS if key not in state]
+    if missing:
+        raise QvitError(f"{path} is not a checkpoint of qvit: it lacks '{missing[0]}'")
+    return state
 
 
 def save_weights(path: Path, model: torch.nn.Module) -> None:

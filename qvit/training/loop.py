@@ -134,6 +134,9 @@ class Trainer:
         self.steps_per_epoch = len(loader)
         if self.steps_per_epoch == 0:
             raise QvitError(f"too few training images for one batch of {config.batch_size}: use a smaller --batch-size")
+        known = ("cosine", "tanh", "step", "multistep", "poly")
+        if config.sched not in known:
+            raise UsageError(f"unknown schedule '{config.sched}'{nearest(config.sched, known)} ({', '.join(known)})")
         try:
             scheduler, _ = create_scheduler_v2(
                 self.optimizer,
@@ -147,9 +150,7 @@ class Trainer:
             )
         except (AssertionError, ValueError) as error:
             raise UsageError(f"schedule '{config.sched}': {error}") from None
-        if scheduler is None:
-            known = ("cosine", "tanh", "step", "multistep", "plateau", "poly")
-            raise UsageError(f"unknown schedule '{config.sched}'{nearest(config.sched, known)} ({', '.join(known)})")
+        assert scheduler is not None
         self.scheduler = scheduler
         self.mixup = None
         if config.mixup or config.cutmix:
@@ -309,6 +310,6 @@ class Trainer:
         kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
         self.log.write("failed", step=step, reason=reason)
         raise QvitError(
-            f"{reason} at step {step} (epoch {step // self.steps_per_epoch}); {kept}. "
+            f"{reason} at step {step} (epoch {max(0, step - 1) // self.steps_per_epoch}); {kept}. "
             "Try a smaller --lr, or --precision fp32"
         )

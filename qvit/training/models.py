@@ -87,10 +87,17 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
         )
     try:
         model = timm.create_model(name.removeprefix("timm/"), pretrained=pretrained, **kwargs)
+    except UsageError:
+        raise
     except (TypeError, AssertionError, RuntimeError, ValueError, OSError) as error:
         where = "cannot fetch the pretrained weights of" if pretrained else "cannot make"
         hint = "; without a network, give a file with --weights" if pretrained else ""
         raise (QvitError if pretrained else UsageError)(f"{where} '{name}': {_first_line(error)}{hint}") from error
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if pretrained and kwargs.get("num_classes", known) != known:
+        _log.warning(
+            "the weights have %s classes, the model %s: its classifier starts untrained", known, kwargs["num_classes"]
+        )
     if weights is not None:
         load_weights(model, weights)
     return model
@@ -133,9 +140,9 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     for what, keys in (("wrong shape", wrong), ("missing", missing), ("unknown", unknown)):
         if keys:
             raise QvitError(f"the weights {path} do not fit this model: {len(keys)} {what}, first {keys[0]}")
-    model.load_state_dict(state)
     if not all(bool(torch.isfinite(value).all()) for value in state.values() if value.is_floating_point()):
         raise QvitError(f"the weights {path} hold NaN or infinite values")
+    model.load_state_dict(state)
 
 
 def _first_line(error: BaseException) -> str:
