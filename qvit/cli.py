@@ -56,6 +56,8 @@ def main() -> NoReturn:
     debug = "--debug" in sys.argv or bool(os.environ.get("QVIT_DEBUG"))
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # how typer returns from a keyboard interrupt
+            raise KeyboardInterrupt
         sys.exit(code if isinstance(code, int) else 0)
     except typer.Exit as exit_request:
         sys.exit(exit_request.exit_code)
@@ -151,7 +153,7 @@ def demo(
     out.print(table)
     for sentence in verdict(results):
         out.print(sentence, highlight=False)
-    out.print(f"page: {(out_dir / REPORT).absolute()}", highlight=False, soft_wrap=True)
+    out.print(escape(f"page: {(out_dir / REPORT).absolute()}"), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -237,7 +239,7 @@ def train(
     from qvit import run as runs
     from qvit.training.config import TrainConfig
 
-    notify = (lambda _: None) if quiet or as_json else lambda text: err.print(escape(text), highlight=False)
+    notify = (lambda _: None) if quiet or as_json else lambda text: out.print(escape(text), highlight=False)
     if resume is not None:
         if model is not None or run is not None:
             raise UsageError("--resume takes the model, the directory and every option from the run: give nothing else")
@@ -373,7 +375,7 @@ def plan_show(
     resolved = _resolved_plan(plan, model, model_arg)
     if as_json:
         return _print_json(resolved.to_json())
-    table = Table(title=f"plan {resolved.name}" + (f" of {resolved.model}" if resolved.model else ""))
+    table = Table(title=escape(f"plan {resolved.name}" + (f" of {resolved.model}" if resolved.model else "")))
     for column in ("site", "bits", "grid", "scales"):
         table.add_column(column)
     for site, spec in resolved.sites.items():
@@ -404,7 +406,7 @@ def plan_diff(
         return _print_json(rows)
     table = Table(title=f"{len({row['site'] for row in rows})} of {len(first.sites)} sites differ")
     for column in ("site", "key", first.name, second.name):
-        table.add_column(column)
+        table.add_column(escape(column))
     for row in rows:
         table.add_row(row["site"], row["key"], escape(str(row["here"])), escape(str(row["there"])))
     out.print(table)
@@ -442,7 +444,7 @@ def report(
     for line in lines:
         table.add_row(*map(escape, line))
     out.print(table)
-    out.print(f"page: {target.absolute()}", highlight=False, soft_wrap=True)
+    out.print(escape(f"page: {target.absolute()}"), highlight=False, soft_wrap=True)
 
 
 def _resolved_plan(name: str, model: str | None, model_arg: list[str] | None) -> Any:
@@ -481,7 +483,8 @@ def _show_result(result: dict[str, Any], run: Path, as_json: bool) -> None:
         f"weights {_bytes(result['weight_bytes'])}, {result['seconds']:.0f} s",
         highlight=False,
     )
-    out.print(f"run: {run.absolute()}   (`qvit report {run}` draws it)", highlight=False, soft_wrap=True)
+    place = escape(f"run: {run.absolute()}   (`qvit report {run}` draws it)")
+    out.print(place, highlight=False, soft_wrap=True)
 
 
 def _print_json(data: Any) -> None:

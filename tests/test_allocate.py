@@ -28,7 +28,9 @@ def cost() -> CostModel:
 
 
 def random_problem(seed: int) -> Problem:
-    """Four to six units with two to four options, random products among them, a budget somewhere in between."""
+    """Four to six units with two to four options, random products among them, and a budget that is tight: the cost of a
+    random choice, or one operation less.
+    """
     generator = random.Random(seed)
     units = generator.randint(4, 6)
     options = [sorted(generator.sample(range(2, 9), generator.randint(2, 4))) for _ in range(units)]
@@ -37,8 +39,8 @@ def random_problem(seed: int) -> Problem:
     coefficients = [generator.choice([0, 1, 3, 10, 1000, 30_000_000]) for _ in pairs]
     left, right = [i for i, _ in pairs], [j for _, j in pairs]
     problem = Problem(options, damages, coefficients, left, right, 0)
-    low, high = (problem.cost([own[end] for own in options]) for end in (0, -1))
-    budget = low + round((high - low) * generator.choice([0.0, generator.random(), generator.random(), 1.0]))
+    budget = problem.cost([generator.choice(own) for own in options]) - generator.choice([0, 1])
+    budget = max(budget, problem.cost([own[0] for own in options]))
     return Problem(options, damages, coefficients, left, right, budget)
 
 
@@ -122,6 +124,19 @@ def test_a_problem_worked_out_by_hand() -> None:
     for budget, expected in ((160, [4, 4]), (159, [4, 2]), (80, [4, 2]), (79, [2, 2]), (40, [2, 2])):
         for exact in (True, False):
             assert solve(Problem(options, damages, [10], [0], [1], budget), exact=exact) == expected
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_without_the_integer_program_the_descent_answers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gives up what costs least per operation: within the budget, and not far from the best."""
+    monkeypatch.setattr("qvit.allocate._integer_program", lambda problem, exact: None)
+    assert solve(Problem([[2, 4], [2, 4]], [[5.0, 0.0], [3.0, 0.0]], [10], [0], [1], 159)) == [4, 2]
+    assert solve(Problem([[2, 4], [2, 4]], [[3.0, 0.0], [5.0, 0.0]], [10], [0], [1], 159)) == [2, 4]
+    problem = random_problem(seed)
+    answer = solve(problem)
+    assert problem.cost(answer) <= problem.budget
+    best, worst = least_damage(problem), sum(max(own) for own in problem.damages)
+    assert damage(problem, answer) <= best + 0.5 * (worst - best) + 1e-6
 
 
 def test_options_that_do_no_good_are_not_bought() -> None:

@@ -299,6 +299,14 @@ def test_diff_lists_every_difference_and_nothing_else() -> None:
     assert {row["site"] for row in plan.diff(shorter)} == {"head.weight"}
 
 
+def test_diff_does_not_mind_how_equal_widths_of_heads_are_written() -> None:
+    single, each = resolved(query=4), resolved(query=[4, 4, 4])
+    assert single.diff(each) == each.diff(single) == []
+    assert single.diff(resolved(query=[4, 4, 3])) == [
+        {"site": "blocks.0.attn.query", "key": "bit_width", "here": 4, "there": [4, 4, 3]}
+    ]
+
+
 # ---- JSON ----
 
 rule_changes = st.one_of(
