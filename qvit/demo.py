@@ -121,6 +121,8 @@ def run_demo(
     listed = jobs(folder, list(range(seeds)), short=short)
     todo = [job for job in listed if overwrite or not _is_done(folder / "runs" / job.name, job.config)]
     if todo:
+        processes = min(workers or os.cpu_count() or 1, len(todo))
+        console.print(f"{len(todo)} training runs in {processes} process(es), one thread each", highlight=False)
         _run_all(folder / "runs", todo, workers or os.cpu_count() or 1, console)
     results = summarize(folder, listed)
     results["seconds"] = round(time.perf_counter() - started, 1) if todo else _previous_seconds(folder)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import digit_batches, digits_model, small_config
+from tiny_models import digit_batches, digits_model, events, small_config, tiny_trainer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -139,3 +140,19 @@ def test_inductor_agrees_with_eager(width_gradient: str) -> None:
             torch.testing.assert_close(actual, expected)
             for name, gradient in gradients.items():
                 torch.testing.assert_close(compiled_gradients[name], gradient, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_run_may_be_compiled(tmp_path: Path) -> None:
+    """The searching stage with `compile`: the losses are those of the plain run."""
+    losses = []
+    for compiled in (False, True):
+        run = tmp_path / str(compiled)
+        options = {"searching_ratio": 1.0, "width_lr": 0.1}
+        trainer, method, _ = tiny_trainer(run, steps=6, epochs=1, compile=compiled, lr=1e-4, method_options=options)
+        trainer.fit(quiet=True)
+        method.finish(trainer)
+        losses.append([event["task_loss"] for event in events(run, "step")])
+        assert len(events(run, "freeze")) == 1
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)

@@ -242,14 +242,14 @@ MACS = {
 ALL_MACS = MACS["patch_embed"] + 4 * MACS["projection"] + 2 * MACS["scores"] + 2 * MACS["mlp"] + MACS["head"]
 
 
-@pytest.mark.parametrize("width_gradient", ["clipping", "interpolation"])
+@pytest.mark.parametrize("counted", ["real", "rounded"])
 @pytest.mark.parametrize("bits", [5.0, 4.0, 4.3, 7.6])
-def test_penalty_values_by_hand(bits: float, width_gradient: str) -> None:
+def test_penalty_values_by_hand(bits: float, counted: str) -> None:
     for penalty, weight in (("relative", None), ("relative", 3.0), ("absolute", None), ("absolute", 2.0)):
-        options = {"penalty": penalty, "penalty_weight": weight, "width_gradient": width_gradient}
+        options = {"penalty": penalty, "penalty_weight": weight, "penalty_widths": counted}
         model, method = starting_point(small_config(method="qvit", budget="0.2", method_options=options))
         set_widths(model, bits)
-        effective = bits if width_gradient == "interpolation" else round(bits)
+        effective = bits if counted == "real" else round(bits)
         operations = ALL_MACS * effective**2
         limit = round(0.2 * ALL_MACS * 64)
         assert method.limit == limit

@@ -415,6 +415,22 @@ def test_a_write_that_is_interrupted_leaves_the_previous_file(tmp_path: Path, mo
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 1
 
 
+def test_a_file_changes_by_being_renamed_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is read while a file is written is the old content or the new."""
+    path = tmp_path / "file.json"
+    write_json(path, "old")
+    seen: list[str] = []
+
+    def replace(source: str, target: Path) -> None:
+        seen.append(json.loads(path.read_text()) + " " + json.loads(Path(source).read_text()))
+        raise OSError("no rename today")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(QvitError, match="no rename today"):
+        write_json(path, "new")
+    assert seen == ["old new"] and json.loads(path.read_text()) == "old"
+
+
 def test_json_without_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         write_json(tmp_path / "file.json", {"accuracy": math.nan})
