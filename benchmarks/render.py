@@ -44,21 +44,37 @@ def demo_tables(results: Path) -> str:
         unit, factor = _unit([row["bit_operations"] for row in data["rows"]], (("G", 1e9), ("M", 1e6)), 1e8)
         seeds = sorted({seed for row in data["rows"] for seed in row["seeds"]})
         rows = [
-            ["float", "32 bit", _spread(data["float_accuracy_mean"], data["float_accuracy_std"], len(seeds)), "", ""]
+            [
+                "float",
+                "32 bit",
+                _spread(data["float_accuracy_mean"], data["float_accuracy_std"], len(seeds)),
+                "",
+                "",
+                "",
+            ]
         ]
         rows += [
             [
                 row["method"],
                 row["budget"],
                 _spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
+                f"{row['train_loss_mean']:.3f}" if row.get("train_loss_mean") else "",
                 f"{row['bit_operations'] / factor:.3f}",
                 f"{row['weight_bytes'] / 1e3:.1f}",
             ]
             for row in data["rows"]
         ]
-        header = ["method", "budget", "accuracy (%)", f"bit operations ({unit})", "weights (kB, packed)"]
+        header = [
+            "method",
+            "budget",
+            "accuracy (%)",
+            "training loss",
+            f"bit operations ({unit})",
+            "weights (kB, packed)",
+        ]
         spread = "Mean ± standard deviation over seeds" if len(seeds) > 1 else "Seed"
-        over = f"{spread} {', '.join(map(str, seeds))}."
+        note = "Training loss: cross-entropy with the float model's soft labels, mean of the last five epochs."
+        over = f"{note} {spread} {', '.join(map(str, seeds))}."
         took = f" All runs together took {data['seconds'] / 60:.1f} minutes." if data.get("seconds") else ""
         return "\n\n".join([_table(header, rows, left=2), " ".join(_verdict(data)), f"{over} {_origin(data)}{took}"])
     except (KeyError, TypeError, ValueError) as error:

@@ -136,16 +136,16 @@ def demo(
     if as_json:
         return _print_json(results)
     table = Table(title="vit_digits on 597 test images, first and last layer counted")
-    for column in ("method", "budget", "accuracy %", "bit operations", "weights", "seeds"):
+    for column in ("method", "budget", "accuracy %", "training loss", "bit operations", "weights", "seeds"):
         table.add_column(column, justify="left" if column in ("method", "budget") else "right")
-    table.add_row(
-        "float", "32 bit", _spread(results["float_accuracy_mean"], results["float_accuracy_std"]), "", "", str(seeds)
-    )
+    of_float = _spread(results["float_accuracy_mean"], results["float_accuracy_std"])
+    table.add_row("float", "32 bit", of_float, "", "", "", str(seeds))
     for row in results["rows"]:
         table.add_row(
             row["method"],
             row["budget"],
             _spread(row["accuracy_mean"], row["accuracy_std"]),
+            "" if row["train_loss_mean"] is None else f"{row['train_loss_mean']:.3f}",
             _bops(row["bit_operations"]),
             _bytes(row["weight_bytes"]),
             str(len(row["seeds"])),

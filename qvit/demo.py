@@ -108,7 +108,7 @@ def run_demo(
 
     Returns:
         The content of `results.json`: `{"float_accuracy_mean", "rows": [{"method", "budget", "bit_operations",
-        "weight_bytes", "accuracy_mean", "accuracy_std", "seeds"}], ...}`.
+        "weight_bytes", "accuracy_mean", "accuracy_std", "train_loss_mean", "seeds"}], ...}`.
     """
     if seeds < 1:
         raise UsageError(f"a demo needs at least one seed, not {seeds}")
@@ -142,7 +142,8 @@ def summarize(folder: Path, listed: list[Job]) -> dict[str, Any]:
     rows = []
     for budget in BUDGETS:
         for method in METHODS:
-            group = [result for result in results.values() if (result["method"], result["budget"]) == (method, budget)]
+            names = [name for name, own in results.items() if (own["method"], own["budget"]) == (method, budget)]
+            group = [results[name] for name in names]
             accuracies = [result["accuracy"] for result in group]
             rows.append(
                 {
@@ -152,6 +153,7 @@ def summarize(folder: Path, listed: list[Job]) -> dict[str, Any]:
                     "weight_bytes": round(statistics.mean(result["weight_bytes"] for result in group)),
                     "accuracy_mean": statistics.mean(accuracies),
                     "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+                    "train_loss_mean": _final_loss([folder / "runs" / name for name in names]),
                     "seeds": [result["seed"] for result in group],
                 }
             )
@@ -247,6 +249,16 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
 
 def _announce(job: Job, result: dict[str, Any], console: Console) -> None:
     console.print(f"{job.name:<18} {result['accuracy']:6.2f} %   {result['seconds']:5.1f} s", highlight=False)
+
+
+def _final_loss(runs: list[Path]) -> float | None:
+    """Mean training loss over the last five epochs of some runs: what accuracy on few test images cannot resolve."""
+    losses: list[float] = []
+    for run in runs:
+        lines = (run / LOG).read_text(encoding="utf-8").splitlines() if (run / LOG).is_file() else []
+        epochs = [json.loads(line) for line in lines if line.startswith('{"event": "epoch"')]
+        losses += [epoch["train_loss"] for epoch in epochs[-5:]]
+    return statistics.mean(losses) if losses else None
 
 
 def _epochs_done(run: Path) -> int:

@@ -230,7 +230,7 @@ def test_roundings_that_fit_exactly_are_hardly_touched(cost: CostModel, seed: in
 
 
 def test_the_same_question_has_the_same_answer(cost: CostModel) -> None:
-    learned, budget = random_learned(cost, 5), parse_budget("3bit", cost)
+    learned, budget = random_learned(cost, 3), parse_budget("3bit", cost)
     assert round_to_budget(cost, learned, budget) == round_to_budget(cost, learned, budget)
 
 
