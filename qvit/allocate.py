@@ -120,7 +120,11 @@ def solve(problem: Problem, *, exact: bool = True) -> list[int]:
     Raises:
         QvitError: If nothing fits.
     """
-    found = _integer_program(problem, exact)
+    excluded: list[list[int]] = []
+    found = _integer_program(problem, exact, excluded)
+    while found is not None and problem.cost(found) > problem.budget and len(excluded) < 100:
+        excluded.append(found)  # over the budget by less than the solver's tolerance
+        found = _integer_program(problem, exact, excluded)
     answers = [
         answer for answer in (found, _greedy(problem)) if answer is not None and problem.cost(answer) <= problem.budget
     ]
@@ -184,8 +188,8 @@ def _greedy(problem: Problem) -> list[int]:
     return widths
 
 
-def _integer_program(problem: Problem, exact: bool) -> list[int] | None:
-    """The widths that HiGHS finds, or None."""
+def _integer_program(problem: Problem, exact: bool, excluded: Sequence[Sequence[int]]) -> list[int] | None:
+    """The widths that HiGHS finds, none of those that are excluded, or None."""
     start = np.cumsum([0, *(len(options) for options in problem.options)])
     size = int(start[-1])
     pairs = [(c, i, j) for c, i, j in zip(problem.coefficients, problem.left, problem.right, strict=True) if c]
@@ -219,8 +223,11 @@ def _integer_program(problem: Problem, exact: bool) -> list[int] | None:
             )
     equalities = len(limits)
     add_row(budget_row, problem.budget / unit_cost)
+    for widths in excluded:
+        chosen = [int(start[unit]) + options.index(widths[unit]) for unit, options in enumerate(problem.options)]
+        add_row([(column, 1.0) for column in chosen], len(chosen) - 1.0)
     lower = np.array(limits)
-    lower[equalities] = -np.inf
+    lower[equalities:] = -np.inf
     total = int(base[-1])
     matrix = coo_array((values, (rows, columns)), shape=(len(limits), total)).tocsr()
     damage = np.concatenate([np.asarray(own, dtype=float) for own in problem.damages])

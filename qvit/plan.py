@@ -215,12 +215,12 @@ class QuantPlan:
         file = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
         try:
             return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise QvitError(f"no plan at {file}") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise QvitError(f"cannot read the plan {file}: {error}") from None
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
+        except FileNotFoundError:
+            raise QvitError(f"no plan at {file}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise QvitError(f"cannot read the plan {file}: {error}") from None
 
 
 def _equal(here: Any, there: Any) -> bool:
@@ -246,7 +246,7 @@ def _rule_from_json(data: Any) -> Rule:
         {
             key: value
             for key, value in changes.items()
-            if key not in ("bit_width", "learn_bit_width", "symmetric", "signed")
+            if key not in ("bit_width", "bit_width_range", "switchable_scale", "learn_bit_width", "symmetric", "signed")
         }
     )
     for key, allowed in (("role", ("weight", "activation")), ("position", ("first", "block", "last"))):

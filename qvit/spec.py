@@ -94,7 +94,15 @@ class TensorSpec:
     quantizer: str = "lsq"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bit_width_range, tuple) or len(self.bit_width_range) != 2:
+            raise UsageError(f"bit_width_range {self.bit_width_range!r} must be two integers, the smaller first")
+        if not isinstance(self.granularity, (PerTensor, PerChannel, PerHead)):
+            raise UsageError(f"granularity {self.granularity!r} must be one of {', '.join(GRANULARITIES)}")
+        if not self.widths:
+            raise UsageError("bit_width is empty: give one width, or one per head")
         low, high = self.bit_width_range
+        if isinstance(low, bool) or isinstance(high, bool):
+            raise UsageError(f"bit_width_range {self.bit_width_range!r} must be two integers, the smaller first")
         if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= 16):
             raise UsageError(
                 f"bit_width_range {self.bit_width_range} must be two integers between 1 and 16, the smaller first"

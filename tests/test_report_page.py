@@ -151,7 +151,11 @@ class TestPage:
         write_run(tmp_path / "b", seed=1, killed=True, epochs=2 * EPOCHS)
         page = Page(render_page(load_runs([tmp_path / "a", tmp_path / "b"])))
         assert "1 of 2 runs is not finished" in page.text and "stopped at step 120 of 240" in page.text
-        assert "epochs=" in page.text and "0 (+ 1 unfinished)" in page.text and "Options that differ between runs (1)" in page.text
+        assert (
+            "epochs=" in page.text
+            and "0 (+ 1 unfinished)" in page.text
+            and "Options that differ between runs (1)" in page.text
+        )
         assert len(page.figures["map"]) == 2
 
     def test_uniform_and_float_runs_leave_sections_out(self, tmp_path: Path) -> None:
@@ -190,11 +194,11 @@ class TestPage:
         def fail(*_: object) -> None:
             raise OSError("no space left")
 
-        monkeypatch.setattr("qvit.report.page.os.replace", fail)
-        with pytest.raises(QvitError, match="cannot write the report to .*no space left"):
+        monkeypatch.setattr("qvit.files.os.replace", fail)
+        with pytest.raises(QvitError, match="cannot write .*no space left"):
             write_page(runs, out)
         assert out.read_bytes() == before and [file.name for file in out.parent.iterdir()] == ["report.html"]
 
     def test_a_folder_is_no_page(self, runs: list[Run], tmp_path: Path) -> None:
-        with pytest.raises(QvitError, match="cannot write the report"):
+        with pytest.raises(QvitError, match="cannot write"):
             write_page(runs[:1], tmp_path)

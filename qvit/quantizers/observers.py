@@ -5,7 +5,7 @@ arrives. Doubling merges bins two by two, so the counts stay exact however many 
 scale: activations are never kept.
 
 For every width separately, `fit` minimises  Σ_i count_i · (x_i - s·q_i - β)²  over the bin centres x_i: the best of 32
-clipping limits between the largest value and 1/32 of it, then least squares for (s, β) and re-rounding, in turn (for β
+clipping limits between the largest value and 1/100 of it, then least squares for (s, β) and re-rounding, in turn (for β
 = 0: s = <x, q> / <q, q>, the iteration that the Q-ViT code uses from one starting point). A bin is 1/16 of an 8-bit
 step when the range is used in full. Source of the criterion: Q-ViT section 4.1, "a typical MSE-based approach".
 """
@@ -21,7 +21,9 @@ from qvit.errors import QvitError
 from qvit.functional import SMALLEST_SCALE, integer_range
 
 BINS = 2048
-_SEARCH_STEPS = 32
+_SEARCH_STEPS = 64
+_SHRINK = 0.93
+_LOWER_ENDS = (1.0, 0.75, 0.5, 0.3, 0.15, 0.05)
 _REFINEMENTS = 12
 
 
@@ -53,9 +55,9 @@ class HistogramObserver:
                 "NaN or infinite values while calibrating: the float model is broken before any quantization"
             )
         self.smallest = torch.minimum(self.smallest, values.amin(dim=1))
-        self._widen(torch.where(largest > 0, torch.exp2(torch.ceil(torch.log2(largest.clamp_min(1e-30)))), 0.0))
+        self._widen(torch.where(largest > 0, torch.exp2(torch.floor(torch.log2(largest.clamp_min(1e-30))) + 1), 0.0))
         limit = self.limit.clamp_min(1e-30).unsqueeze(1)
-        index = ((values / limit + 1.0) * (BINS / 2)).to(torch.int64).clamp_(0, BINS - 1)
+        index = (torch.floor(values / limit * (BINS / 2)).to(torch.int64) + BINS // 2).clamp_(0, BINS - 1)
         index += torch.arange(self.groups, device=index.device).unsqueeze(1) * BINS
         self.counts += torch.bincount(index.flatten(), minlength=self.groups * BINS).view(self.groups, BINS)
 
@@ -103,16 +105,18 @@ class HistogramObserver:
         def error(q: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
             return (weight * (x - q * scale - offset).square()).sum(-1, keepdim=True)
 
-        reach = (top - offset) if with_offset else top
-        best_scale = (reach / quant_max).clamp_min(SMALLEST_SCALE)
-        best_offset = offset
-        best_error = error(round_to_grid(best_scale, offset), best_scale, offset)
-        first = best_scale
-        for step in range(1, _SEARCH_STEPS):
-            scale = (first * (1 - step / _SEARCH_STEPS)).clamp_min(SMALLEST_SCALE)
-            candidate = error(round_to_grid(scale, offset), scale, offset)
-            best_scale = torch.where(candidate < best_error, scale, best_scale)
-            best_error = torch.minimum(candidate, best_error)
+        best_scale, best_offset = (top / quant_max).clamp_min(SMALLEST_SCALE), offset
+        best_error = torch.full_like(best_scale, math.inf)
+        for share in _LOWER_ENDS if with_offset else (0.0,):
+            lower = offset * share
+            for step in range(_SEARCH_STEPS):
+                upper = lower + (top - lower) * _SHRINK**step if with_offset else top * _SHRINK**step
+                scale = ((upper - lower) / quant_max).clamp_min(SMALLEST_SCALE)
+                candidate = error(round_to_grid(scale, lower), scale, lower)
+                better = candidate < best_error
+                best_scale = torch.where(better, scale, best_scale)
+                best_offset = torch.where(better, lower, best_offset)
+                best_error = torch.minimum(candidate, best_error)
         scale, shift = best_scale, best_offset
         for _ in range(_REFINEMENTS):
             q = round_to_grid(scale, shift)

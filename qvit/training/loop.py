@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -123,6 +124,9 @@ class Trainer:
         self.model, self.config, self.loader, self.run, self.hooks = model, config, loader, run, hooks
         self.teacher, self.monitor, self.plan, self.label = teacher, monitor, plan, label
         self.log = RunLog(run / "log.jsonl")
+        AcceleratorState._reset_state(
+            reset_partial_state=False
+        )  # another run of this process may have had another precision
         self.accelerator = Accelerator(
             cpu=config.device == "cpu", mixed_precision="bf16" if config.precision == "bf16" else "no"
         )
