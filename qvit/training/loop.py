@@ -83,8 +83,10 @@ class RunLog:
     def write(self, event: str, **values: Any) -> None:
         line = json.dumps({"event": event, **values}, allow_nan=False, default=float) + "\n"
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(line)
+            with self.path.open("ab+") as file:
+                if file.tell() and file.seek(-1, 2) is not None and file.read(1) != b"\n":
+                    line = "\n" + line  # a killed run left half a line
+                file.write(line.encode())
         except OSError as error:
             raise QvitError(f"cannot write the log {self.path}: {error}") from error
 
@@ -226,12 +228,13 @@ class Trainer:
         self.model.train(self.config.stochastic_depth)
         start, begun = time.perf_counter(), self.epoch * self.steps_per_epoch
         sums: Tensor | None = None
-        images, since = 0, start
+        images, seen, since = 0, 0, start
         for index, (batch, targets) in enumerate(self.loader):
             step = begun + index + 1
             parts = self._step(batch, targets, step)
             sums = parts if sums is None else sums + parts
             images += len(batch)
+            seen += len(batch)
             if step % self.config.log_every == 0 or index + 1 == self.steps_per_epoch:
                 now = time.perf_counter()
                 self._report(step, parts.tolist(), len(batch), images / max(1e-9, now - since), progress)
@@ -245,7 +248,7 @@ class Trainer:
             epoch=self.epoch,
             step=begun + self.steps_per_epoch,
             train_loss=means[0],
-            train_accuracy=100 * means[3] / self.config.batch_size,
+            train_accuracy=100 * means[3] * self.steps_per_epoch / seen,
             accuracy=accuracy,
             seconds=time.perf_counter() - start,
             **figures,
