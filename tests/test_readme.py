@@ -288,7 +288,7 @@ def test_render_shows_what_was_measured_and_notices_a_change(project: Path) -> N
     assert render(project) == 0
     text = (project / "docs" / "results.md").read_text()
     assert text.startswith("before\n") and text.endswith("after\n")
-    assert "| qvit | 3bit | 97.00 ± 0.50 | 18.147 | 42.1 |" in text
+    assert "| qvit | 3bit | 97.00 ± 0.50 |  | 18.147 | 42.1 |" in text
     assert "`qvit` is 1.00 points above `lsq+`, more than the larger standard deviation over seeds (0.50)" in text
     assert "| qvit | 10.0 | 2.50 | 20 | 1.50 |" in text
     assert all(fact in text for fact in ("`qvit demo`", "seeds 0, 1, 2", "CPU, 2 cores", "2020-01-02", "torch 1"))
