@@ -99,7 +99,8 @@ def round_to_budget(
         options = [[n for n in range(low, high + 1) if abs(n - math.floor(width + 0.5)) <= reach] for width in flat]
         damages = [[slope[i] * (4.0 ** (flat[i] - n) - 1.0) for n in own] for i, own in enumerate(options)]
         problem = Problem(options, damages, coefficients, left, right, budget)
-        if problem.cost([own[0] for own in options]) <= budget:
+        lowest, highest = (problem.cost([own[end] for own in options]) for end in (0, -1))
+        if lowest <= budget <= highest:
             break
     chosen = solve(problem, exact=False)
     result, start = {}, 0

@@ -195,7 +195,7 @@ class QuantPlan:
                 raise UsageError(f"site '{site}' of a plan must be an object or null, not {value!r}")
             try:
                 parsed[site] = None if value is None else TensorSpec().changed(value)
-            except (UsageError, TypeError) as error:
+            except UsageError as error:
                 raise UsageError(f"site '{site}' of the plan: {error}") from None
         model = data.get("model")
         return cls(
@@ -242,13 +242,7 @@ def _rule_from_json(data: Any) -> Rule:
     changes = {
         key: value for key, value in data.items() if key not in ("pattern", "role", "position", "optional", "float")
     }
-    TensorSpec().changed(
-        {
-            key: value
-            for key, value in changes.items()
-            if key not in ("bit_width", "bit_width_range", "switchable_scale", "learn_bit_width", "symmetric", "signed")
-        }
-    )
+    _check_changes(data["pattern"], changes)
     for key, allowed in (("role", ("weight", "activation")), ("position", ("first", "block", "last"))):
         if data.get(key) is not None and data[key] not in allowed:
             raise UsageError(f"{key} '{data[key]}' of rule '{data['pattern']}' must be one of {', '.join(allowed)}")
@@ -259,6 +253,19 @@ def _rule_from_json(data: Any) -> Rule:
         data.get("position"),
         bool(data.get("optional")),
     )
+
+
+def _check_changes(pattern: str, changes: dict[str, Any]) -> None:
+    """Refuses changes that no spec could take, one by one: what they need beside them may come from another rule."""
+    needed = {"bit_width": 4, "bit_width_range": [1, 16], "signed": False}
+    for key, value in changes.items():
+        try:
+            if key == "bit_width_range":
+                TensorSpec().changed({"bit_width": 1, "signed": False, key: value})
+            else:
+                TensorSpec().changed(needed | {key: value} if key != "signed" else {key: value})
+        except UsageError as error:
+            raise UsageError(f"rule '{pattern}' of the plan: {error}") from None
 
 
 def plan_from(value: QuantPlan | str | Path) -> QuantPlan:

@@ -182,7 +182,6 @@ def nearest(width: float) -> int:
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6])
-@pytest.mark.xfail(strict=False, reason="known defect, to be mended")
 def test_spare_budget_is_spent(cost: CostModel, bits: int) -> None:
     """Widths that were learned far below the budget are raised until next to nothing of it is left."""
     budget = parse_budget(f"{bits}bit", cost)

@@ -222,7 +222,6 @@ def test_many_groups_are_fitted_like_few() -> None:
 
 
 @pytest.mark.parametrize("name", SIGNED)
-@pytest.mark.xfail(strict=False, reason="known defect, to be mended")
 def test_scale_is_near_the_best_of_a_dense_search(name: str) -> None:
     x = sample(name)
     scales, offsets = observed(x).fit(WIDTHS, signed=SIGNED[name], with_offset=False)
@@ -234,7 +233,6 @@ def test_scale_is_near_the_best_of_a_dense_search(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SIGNED)
-@pytest.mark.xfail(strict=False, reason="known defect, to be mended")
 def test_scale_and_offset_are_near_the_best_of_a_dense_search(name: str) -> None:
     x = sample(name)
     scales, offsets = observed(x).fit(WIDTHS, signed=False, with_offset=True)
@@ -245,7 +243,6 @@ def test_scale_and_offset_are_near_the_best_of_a_dense_search(name: str) -> None
 
 @pytest.mark.parametrize("with_offset", [False, True])
 @pytest.mark.parametrize("name", SIGNED)
-@pytest.mark.xfail(strict=False, reason="known defect, to be mended")
 def test_better_than_the_largest_value(name: str, with_offset: bool) -> None:
     """Never worse than the scale that reaches the extremes, but for the width of a bin; clearly better at few bits.
 
@@ -277,7 +274,6 @@ def test_more_bits_never_hurt() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, signed in SIGNED.items() if signed])
-@pytest.mark.xfail(strict=False, reason="known defect, to be mended")
 def test_an_offset_is_no_worse_than_none(name: str) -> None:
     """The grids with offset contain the ones without: 0 … 2^b - 1 shifted by half of it is the signed grid."""
     x = sample(name)

@@ -124,7 +124,6 @@ def test_widths_forget_faster_than_weights() -> None:
 @pytest.mark.parametrize(
     "opt", ["adam", "sgd", "lamb", "nadamw", "adafactor", "rmsprop", "lookahead_adamw", "muon", "adan"]
 )
-@pytest.mark.xfail(strict=False, reason="known defect, to be mended")
 def test_optimizers_of_timm_can_be_chosen(opt: str) -> None:
     """The rules hold for all of them, however many betas they have."""
     model = calibrated_model(LEARNED)

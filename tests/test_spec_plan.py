@@ -425,7 +425,6 @@ GOOD: dict[str, Any] = {"format": "qvit-plan", "version": 1, "name": "x", "rules
         (GOOD | {"sites": {"a": {"symmetric": False}}}, "site 'a' of the plan: an asymmetric spec"),
     ],
 )
-@pytest.mark.xfail(strict=False, reason="known defect, to be mended")
 def test_malformed_plans_are_refused(data: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         QuantPlan.from_json(data)

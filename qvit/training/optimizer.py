@@ -66,7 +66,7 @@ def create_optimizer(
     except (ValueError, AssertionError) as error:
         raise UsageError(f"optimizer '{opt}': {error}") from None
     for group in optimizer.param_groups:
-        if group["name"] == "widths" and "betas" in group:
+        if group["name"] == "widths" and len(group.get("betas", ())) == 2:
             group["betas"] = (group["betas"][0], WIDTH_BETA2)
     scales = {id(q.scale) for _, q in quantizers_of(model) if isinstance(q.scale, Tensor)}
     _ScaleRules(groups["scales"], scales).install(optimizer)
