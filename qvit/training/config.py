@@ -21,6 +21,8 @@ class TrainConfig(BaseModel):
     """Options of `qvit train`; the defaults suit a short quantization-aware finetuning from a trained float model.
 
     Learning rates are for the batch size as given (no scaling rule); epochs count passes over the training images.
+    `batch_size` is the number of images per optimizer step, over all processes and all `accumulate` micro-batches: the
+    same config on more processes is the same training.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -40,6 +42,7 @@ class TrainConfig(BaseModel):
     test_share: float = Field(0.2, gt=0, lt=1)
     monitor_share: float = Field(0.0, ge=0, lt=1)
     workers: int = Field(0, ge=0)
+    on_bad_image: Literal["fatal", "skip"] = "fatal"
     augment: Literal["none", "light", "deit"] = "light"
     repeated_augmentation: int = Field(0, ge=0)
     mixup: float = Field(0.0, ge=0)
@@ -48,6 +51,7 @@ class TrainConfig(BaseModel):
 
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(64, ge=1)
+    accumulate: int = Field(1, ge=1)
     opt: str = "adamw"
     lr: float = Field(5e-4, gt=0)
     min_lr: float = Field(0.0, ge=0)
@@ -57,6 +61,11 @@ class TrainConfig(BaseModel):
     clip_grad: float | None = Field(None, gt=0)
     ema_decay: float | None = Field(None, gt=0, lt=1)
     distill: float = Field(0.0, ge=0, le=1)
+    distill_kind: Literal["soft", "hard"] = "soft"
+    distill_temperature: float = Field(1.0, gt=0)
+    teacher: str | None = None
+    teacher_weights: str | None = None
+    teacher_kwargs: dict[str, Any] = Field(default_factory=dict)
     stochastic_depth: bool = False
 
     calibration_images: int = Field(256, ge=1)
@@ -67,6 +76,9 @@ class TrainConfig(BaseModel):
     threads: int | None = Field(None, ge=1)
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1, ge=1)
+    checkpoint_steps: int | None = Field(None, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    tensorboard: bool = False
 
     @field_validator("data", "eval_data", "class_map", "weights", "plan")
     @classmethod

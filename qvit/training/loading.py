@@ -30,7 +30,15 @@ logger = logging.getLogger(__name__)
 
 
 class LoaderLike(Protocol):
-    """Yields `(images, targets)` on the device; every `iter()` is a new pass; `len()` is the number of batches."""
+    """Yields `(images, targets)` on the device; every `iter()` is a new pass; `len()` is the number of batches.
+
+    A training loader draws nothing from the global generators: what it yields depends on its seed, the epoch and the
+    position in the epoch alone.
+    """
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """The next pass is that of `epoch`, without its first `skip` batches (which are not read)."""
+        ...
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
 
