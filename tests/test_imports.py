@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"convert", "calibration", "allocate", "sensitivity"},
     {"training"},
     {"methods", "deploy"},
-    {"run"},
+    {"run", "rundir"},
     {"report", "demo", "cli"},
 ]
 

@@ -25,7 +25,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.plan import QuantPlan
 from qvit.run import evaluate_run, load_run, resume, train
 from qvit.training import images as image_files
-from qvit.training.checkpoint import LAST
+from qvit.training.checkpoint import checkpoints_of
 from qvit.training.config import TrainConfig
 from qvit.training.data import open_data
 from qvit.training.loop import Trainer
@@ -200,7 +200,8 @@ def test_nothing_else_is_left_in_the_directory(finished: Path) -> None:
     run = whole_run(finished, "qvit")
     expected = {"config.json", "plan.json", "cost.json", "log.jsonl", "model.safetensors", "result.json"}
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    assert files == expected | {str(LAST)}
+    kept = checkpoints_of(run)
+    assert len(kept) == 2 and files == expected | {str(path.relative_to(run)) for path in kept}
 
 
 # --------------------------------------------------------------------------------------------------------------- seeds
@@ -228,10 +229,10 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The process ends in the middle of a step, counted from 1 over all epochs."""
     whole_step = Trainer._step
 
-    def dying_step(self: Trainer, batch: Any, targets: Any, number: int) -> Any:
+    def dying_step(self: Trainer, batches: Any, number: int) -> Any:
         if number == step:
             raise Killed
-        return whole_step(self, batch, targets, number)
+        return whole_step(self, batches, number)
 
     monkeypatch.setattr(Trainer, "_step", dying_step)
 
@@ -342,7 +343,7 @@ def test_a_process_that_was_killed_is_resumed_bit_for_bit(
     )
     try:
         deadline = time.monotonic() + 300
-        while not ((killed / LAST).is_file() and events(killed, wait_for)):
+        while not (checkpoints_of(killed) and events(killed, wait_for)):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline
             time.sleep(0.005)
