@@ -69,6 +69,18 @@ train(TrainConfig.create(**json.loads(sys.argv[1])), sys.argv[2], quiet=True)
 """
 
 
+TRAIN_OR_RESUME = """
+import json, sys
+from pathlib import Path
+from qvit import TrainConfig, resume, train
+print("begin", flush=True)
+if (Path(sys.argv[2]) / "config.json").is_file():
+    resume(sys.argv[2], quiet=True)
+else:
+    train(TrainConfig.create(**json.loads(sys.argv[1])), sys.argv[2], quiet=True)
+"""
+
+
 def run_config(name: str, **changes: Any) -> TrainConfig:
     return small_config(**({"epochs": EPOCHS} | METHODS[name] | changes))
 
@@ -359,6 +371,35 @@ def test_a_process_that_was_killed_is_resumed_bit_for_bit(
     resume(killed, quiet=True)
     if not (whole / runs.RESULT).is_file():
         train(config, whole, quiet=True)
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    """SIGKILL at any moment, while a checkpoint is written too: one is written after every step."""
+    config = run_config("qvit", epochs=150, checkpoint_steps=1, keep_checkpoints=2, log_every=1)
+    moments = random.Random(20)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(config, whole, quiet=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", TRAIN_OR_RESUME, json.dumps(config.model_dump()), str(killed)]
+    steps = []
+    for _ in range(20):
+        process = subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout and process.stderr
+            assert process.stdout.readline() == "begin\n", process.stderr.read()
+            time.sleep(moments.uniform(0, 2.5))
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        finally:
+            process.kill()
+            process.communicate()
+        steps.append(max((event["step"] for event in events(killed, "step")), default=0))
+    assert len(set(steps)) > 10, f"hardly any kill met the run at work: {steps}"
+    resume(killed, quiet=True)
     assert_same_run(killed, whole)
 
 
