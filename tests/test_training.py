@@ -320,19 +320,23 @@ def test_a_checkpoint_never_holds_weights_that_are_not_finite(tmp_path: Path) ->
 def test_micro_batches_are_the_same_training(tmp_path: Path) -> None:
     """The gradient of 16 images, at once or in four parts: also that of scales, whose factor counts elements."""
     images, labels = digit_batches(1, 16)[0], torch.randint(0, 10, (16,))
-    models = []
+    gradients: list[dict[str, Tensor]] = []
     for parts in (1, 4):
-        trainer, method, model = tiny_trainer(
-            tmp_path / str(parts), steps=parts, epochs=1, batch_size=16, accumulate=parts, clip_grad=0.1, opt="sgd"
+        trainer, _, model = tiny_trainer(
+            tmp_path / str(parts), steps=parts, epochs=1, batch_size=16, accumulate=parts, label_smoothing=0.1
         )
         trainer.loader = Batches(zip(images.chunk(parts), labels.chunk(parts), strict=True))
-        assert (trainer.steps_per_epoch, method.steps_per_epoch) == (1, parts)
+        assert trainer.steps_per_epoch == 1
+
+        def note(*_: Any, model: nn.Module = model) -> None:
+            gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+        trainer.optimizer.register_step_pre_hook(note)
         trainer.fit(quiet=True)
-        models.append(model.state_dict())
-    for key, value in models[0].items():
-        torch.testing.assert_close(
-            models[1][key], value, rtol=2e-5, atol=1e-7, msg=lambda text, key=key: f"{key} {text}"
-        )
+    whole, parted = gradients
+    assert whole.keys() == parted.keys() and any(name.endswith("input_quantizer.scale") for name in whole)
+    for name, value in whole.items():
+        assert torch.allclose(parted[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max())), name
     losses = [events(tmp_path / parts, "step")[0]["loss"] for parts in ("1", "4")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     accuracies = [events(tmp_path / parts, "epoch")[0]["train_accuracy"] for parts in ("1", "4")]
