@@ -345,7 +345,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "own attention": (lambda: VisionTransformer(**SIZE, attn_layer=HalvedAttention), "blocks.0.attn"),
     "gated attention": (lambda: VisionTransformer(**SIZE, attn_layer=GatedAttention), "blocks.0.attn"),
     "own linear layer": (with_own_classifier, "head"),
-    "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 1)), "SwinTransformer"),
+    "swin v2 cr": (lambda: timm.create_model("swinv2_cr_tiny_224", embed_dim=12, depths=(1, 1)), "SwinTransformerV2Cr"),
     "resnet": (lambda: timm.create_model("resnet18"), "ResNet"),
     "relative positions": (
         lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1),
