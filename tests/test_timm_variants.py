@@ -1,7 +1,8 @@
-"""Every architecture that timm registers for Swin, Swin v2, EVA, BEiT and CaiT, at tiny depth: the bypass contract."""
+"""Every architecture that timm registers for a supported family, at tiny depth: the bypass contract, costs, plans."""
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import pytest
@@ -23,26 +24,40 @@ SWIN: dict[str, Any] = {"depths": (2, 1, 2, 1), "embed_dim": 16, "num_heads": (1
 TINY: dict[str, dict[str, Any]] = {
     "swin_transformer": SWIN,
     "swin_transformer_v2": SWIN,
+    "vision_transformer": {"depth": 1, "embed_dim": 48, "num_heads": 3},
+    "deit": {"depth": 1, "embed_dim": 48, "num_heads": 3},
     "eva": {"depth": 2, "embed_dim": 128, "num_heads": 2},
     "beit": {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 48},
     "cait": {"depth": 2, "embed_dim": 48, "num_heads": 4, "img_size": 48},
 }
-REFUSED = ("vit_pe_core",)
-"""Beginnings of names of models with attention pooling."""
+# What has layers that no part covers: a pattern of names, and the path that the refusal names.
+POOLING = r"vit_pe_core_.*|vit_.*_patch\d\d_siglip_\d+|vit_so150m_patch16_reg4_map_256|test_vit3"
+REFUSED = {
+    POOLING: "attn_pool.",
+    r".*_xp_224|vit_d?pwee_.*": "blocks.0.in_proj",
+    r"vit_d(little|wee)_.*": "blocks.0.attn",
+}
 
 
 def kwargs_of(name: str, module: str) -> dict[str, Any]:
-    """Arguments that make one model tiny."""
+    """Arguments that make one model tiny: 2×2 patches, or 4×4 where their positions are rotated."""
     kwargs = TINY[module] | {"num_classes": 11}
-    if module == "eva":
-        kwargs["img_size"] = 56 if "patch14" in name else 64
+    if "img_size" not in kwargs:
+        patch = re.search(r"patch(\d+)", name)
+        kwargs["img_size"] = (4 if module == "eva" else 2) * (int(patch[1]) if patch else 16)
     if "sapiens2" in name:
         kwargs["num_kv_heads"] = (2, 1)  # one block of each kind
+    if name.startswith("vit_pe_core_"):
+        kwargs["attn_pool_num_heads"] = 2
     return kwargs
 
 
+def refusal(name: str) -> str | None:
+    return next((path for pattern, path in REFUSED.items() if re.fullmatch(pattern, name)), None)
+
+
 MODULES = {name: module for module in TINY for name in timm.list_models(module=module)}
-VARIANTS = [name for name in MODULES if not name.startswith(REFUSED)]
+VARIANTS = [name for name in MODULES if refusal(name) is None]
 
 
 def build(name: str) -> nn.Module:
@@ -129,8 +144,7 @@ def test_weight_bytes_cover_every_matrix(pair: Pair) -> None:
     assert sum(site.numel for site in inspect_model(pair.model).sites.values()) == expected
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith(REFUSED)])
-def test_attention_pooling_is_refused_by_name(name: str) -> None:
-    kwargs: dict[str, Any] = {**kwargs_of(name, MODULES[name]), "attn_pool_num_heads": 2}
-    with pytest.raises(UsageError, match=r"attn_pool\."):
-        quantize(timm.create_model(name, **kwargs), "w4a4")
+@pytest.mark.parametrize("name", [name for name in MODULES if refusal(name)])
+def test_other_layers_are_refused_by_name(name: str) -> None:
+    with pytest.raises(UsageError, match=f"'{refusal(name)}"):
+        quantize(timm.create_model(name, **kwargs_of(name, MODULES[name])), "w4a4")
