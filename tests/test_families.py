@@ -72,6 +72,7 @@ BUILT_VARIANTS: dict[str, dict[str, Any]] = {
     "no_positions": {"pos_embed": "none", "final_norm": False},
     "pre_norm_registers": {"pre_norm": True, "reg_tokens": 3, "no_embed_class": True},
     "one_head": {"num_heads": 1},
+    "no_pooling": {"global_pool": ""},
     "rectangle": {"img_size": (16, 32), "patch_size": (8, 4)},
 }
 VARIANTS = [*TIMM_VARIANTS, *BUILT_VARIANTS]

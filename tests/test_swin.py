@@ -99,6 +99,15 @@ def test_padded_windows_are_counted_as_computed() -> None:
     assert macs[f"{block}.mlp.fc1.weight"] == 81 * 16 * 64
 
 
+@pytest.mark.parametrize("name", ["eva02", "beit", "cait"])
+def test_a_classifier_without_pooling_sees_every_token(name: str) -> None:
+    counts = [
+        next(matmul.macs for matmul in inspect_model(tiny(name, global_pool=pool)).matmuls if "head." in matmul.right)
+        for pool in ("", "avg")
+    ]
+    assert counts == [5 * 5 * 32, 5 * 32]
+
+
 # ---------------------------------------------------------------------------------------------------------------- sites
 
 
@@ -207,6 +216,39 @@ def _with_widths(quantizer: Any, x: Tensor, spec: Any) -> Tensor:
         return other(x).view(x.shape)
 
 
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        ("swin", "layers.0.blocks.1.attn"),
+        ("swin_v2", "layers.0.blocks.1.attn"),
+        ("eva02", "blocks.0.attn"),
+        ("beit", "blocks.0.attn"),
+        ("cait", "blocks_token_only.0.attn"),
+    ],
+)
+def test_heads_stay_apart_up_to_their_outputs(name: str, attention: str) -> None:
+    """One head gets other widths in every tensor of a module: the other head's output stays the same, in all bits."""
+    model = tiny(name)
+    images = images_for(model)
+    plan = QuantPlan.preset("w4a4").resolve(inspect_model(model).sites)
+    uniform = {site: (4,) * own.layout.num_heads for site, own in inspect_model(model).sites.items()}
+    last = {f"{attention}.output", f"{attention}.proj.weight"}
+    changed = {
+        site: (4, 2) if site.startswith(attention) and len(own) == 2 and site not in last else own
+        for site, own in uniform.items()
+    }
+    assert sum(changed[site] != uniform[site] for site in uniform) == 7
+    seen: list[Tensor] = []
+    for widths in (uniform, changed):
+        quantized = calibrate(quantize(model, plan.with_widths(widths)), [images])
+        output = quantized.get_submodule(f"{attention}.output_quantizer")
+        output.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with torch.no_grad():
+            quantized(images)
+    first, second = (torch.equal(seen[0][:, head], seen[1][:, head]) for head in range(2))
+    assert first and not second
+
+
 def test_widths_of_a_head_reach_the_cost_of_its_stage_alone() -> None:
     cost = inspect_model(tiny())
     uniform: dict[str, tuple[int, ...]] = {name: (4,) * own.layout.num_heads for name, own in cost.sites.items()}
@@ -261,7 +303,9 @@ def test_learned_widths_are_rounded_to_the_budget(name: str) -> None:
     assert {site: len(own) for site, own in final.items()} == {n: s.layout.num_heads for n, s in cost.sites.items()}
 
 
-@pytest.mark.parametrize("name", ["swin", "swin_v2", "eva02", "cait"])
+@pytest.mark.parametrize(
+    "name", ["swin", *(pytest.param(name, marks=pytest.mark.slow) for name in ("swin_v2", "eva02", "sapiens2", "cait"))]
+)
 def test_a_quantized_model_compiles_to_one_graph(name: str) -> None:
     model = tiny(name)
     images = images_for(model)
