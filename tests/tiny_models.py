@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,17 @@ def starting_point(config: TrainConfig, *, attach: bool = True, seed: int = 0) -
 
 
 class Batches(list[tuple[Tensor, Tensor]]):
-    """A loader of batches made beforehand."""
+    """A loader of batches made beforehand, the same in each epoch."""
+
+    _skip = 0
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """The next pass starts at batch `skip`."""
+        self._skip = skip
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        skip, self._skip = self._skip, 0
+        return iter(self[skip:])
 
 
 def tiny_trainer(run: Path, seed: int = 0, steps: int = 3, **changes: Any) -> tuple[Trainer, Any, nn.Module]:
