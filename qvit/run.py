@@ -47,7 +47,7 @@ from qvit.training.data import (
 )
 from qvit.training.distill import Teacher
 from qvit.training.evaluate import evaluate
-from qvit.training.images import ImageSource
+from qvit.training.loading import Source
 from qvit.training.loop import Trainer, micro_batch
 from qvit.training.models import WEIGHTS_FILE, create_model
 from qvit.training.processes import Processes
@@ -144,9 +144,7 @@ def evaluate_run(
     )
 
 
-def _images_to_score(
-    config: TrainConfig, record: dict[str, Any], data: str, class_map: str | Path | None
-) -> ImageSource:
+def _images_to_score(config: TrainConfig, record: dict[str, Any], data: str, class_map: str | Path | None) -> Source:
     """The images of `data`; where they are the run's own, of which a share was set aside, that share alone."""
     own = data == config.data or Path(data).resolve() == Path(config.data)
     same_classes = class_map is None or str(Path(class_map).resolve()) == config.class_map
@@ -171,12 +169,15 @@ class _Setup:
     def device(self) -> str:
         return self.processes.device
 
-    @property
-    def share(self) -> dict[str, int]:
-        """Which part of the images is this process's, for loaders."""
-        if self.processes.alone:
-            return {}
-        return {"rank": self.processes.rank, "world_size": self.processes.world_size}
+    def reading(self, config: TrainConfig) -> dict[str, Any]:
+        """How this process reads its part of the images: what all loaders are told."""
+        return {
+            "workers": config.workers,
+            "device": self.device,
+            "on_bad_image": config.on_bad_image,
+            "rank": self.processes.rank,
+            "world_size": self.processes.world_size,
+        }
 
 
 def _execute(
@@ -281,6 +282,7 @@ def _starting_model(
         seed=config.seed,
         workers=config.workers,
         device=setup.device,
+        on_bad_image=config.on_bad_image,
     )
     return setup.processes.share(calibrate(model, batches))
 
@@ -291,9 +293,8 @@ def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) ->
         setup.data_config,
         batch_size=micro_batch(config, setup.processes.world_size),
         augment=replace(AugmentConfig.preset(config.augment), repeated_augmentation=config.repeated_augmentation),
-        workers=config.workers,
-        device=setup.device,
-        **setup.share,
+        seed=config.seed,
+        **setup.reading(config),
     )
     setup.method.steps_per_epoch = len(loader) // config.accumulate
     return Trainer(
@@ -338,17 +339,15 @@ def _teacher(config: TrainConfig, setup: _Setup) -> Teacher | None:
     return teacher.to(setup.device)
 
 
-def _evaluator(config: TrainConfig, setup: _Setup, source: ImageSource) -> Callable[[nn.Module], dict[str, Any]]:
+def _evaluator(config: TrainConfig, setup: _Setup, source: Source) -> Callable[[nn.Module], dict[str, Any]]:
     """Scores models on some images, each image in one process."""
     loader = eval_loader(
         source,
         setup.data_config,
         batch_size=max(64, micro_batch(config, setup.processes.world_size)),
-        workers=config.workers,
-        device=setup.device,
-        **setup.share,
+        **setup.reading(config),
     )
-    return lambda model: evaluate(model, loader)
+    return lambda model: evaluate(model, loader, reduce=setup.processes.sum)
 
 
 def _monitor(config: TrainConfig, setup: _Setup) -> Callable[[nn.Module], float] | None:

@@ -7,14 +7,11 @@ import errno
 import gzip
 import importlib.util
 import io
-import multiprocessing
 import os
 import pickle
-import random
 import shutil
 import sys
 import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from image_sets import CONFIG, GREY, drain, make_images, make_tar, names, same, with_workers
 from PIL import Image
 from timm.data import create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
@@ -32,8 +30,6 @@ from qvit.errors import QvitError, UsageError
 from qvit.training import digits
 from qvit.training.data import (
     AugmentConfig,
-    ImageSource,
-    LoaderLike,
     calibration_batches,
     data_config_of,
     eval_loader,
@@ -44,41 +40,11 @@ from qvit.training.data import (
     train_loader,
 )
 
-CONFIG: dict[str, Any] = {
-    "input_size": (3, 16, 16),
-    "interpolation": "bicubic",
-    "mean": (0.5, 0.4, 0.3),
-    "std": (0.2, 0.25, 0.3),
-    "crop_pct": 0.9,
-    "crop_mode": "center",
-}
-GREY = {**CONFIG, "input_size": (1, 8, 8), "mean": (0.25,), "std": (0.5,)}
-
-# Two workers on a machine with one core are asked for on purpose.
-with_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "qvit"
-
-
-def make_images(root: Path, classes: dict[str, int], seed: int = 0) -> Path:
-    """Smooth random JPEGs of 24x20 pixels, `root/class/class_number.jpg`."""
-    generator = np.random.default_rng(seed)
-    for folder, count in classes.items():
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            coarse = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
-            coarse.resize((24, 20), Image.Resampling.BICUBIC).save(root / folder / f"{folder}_{number}.jpg", quality=95)
-    return root
-
-
-def make_tar(folder: Path, archive: Path, arcname: str = ".", mode: str = "w") -> Path:
-    with tarfile.open(archive, mode) as tar:  # type: ignore[call-overload]
-        tar.add(folder, arcname)
-    return archive
 
 
 @pytest.fixture
@@ -89,24 +55,6 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
     return make_images(tmp_path / "many", {"ant": 23, "bee": 11, "cow": 7})
-
-
-def names(source: ImageSource) -> list[str]:
-    return [source.filename(i) for i in range(len(source))]
-
-
-def drain(loader: LoaderLike, seed: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images and targets of one pass, with every generator seeded before it."""
-    if seed is not None:
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-    images, targets = zip(*loader, strict=True)
-    return torch.cat(images), torch.cat(targets)
-
-
-def same(a: Iterable[torch.Tensor], b: Iterable[torch.Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------- what is opened
@@ -381,28 +329,6 @@ def test_archives_that_are_none(folder: Path, tmp_path: Path, cache: Path) -> No
         open_source(tmp_path / "pets.zip")
 
 
-@with_workers
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("damage", ["text", "truncated", "empty"])
-@pytest.mark.parametrize("form", ["folder", "tar"])
-def test_an_unreadable_image_is_named(folder: Path, tmp_path: Path, workers: int, damage: str, form: str) -> None:
-    bad = folder / "dog" / "dog_3.jpg"
-    whole = bad.read_bytes()
-    bad.write_bytes({"text": b"<html>404</html>", "truncated": whole[: len(whole) // 2], "empty": b""}[damage])
-    data = folder if form == "folder" else make_tar(folder, tmp_path / "pets.tar")
-    source = open_source(data)
-    for loader in (
-        eval_loader(source, CONFIG, batch_size=4, workers=workers),
-        train_loader(source, CONFIG, batch_size=4, workers=workers, augment=AugmentConfig.preset("light")),
-    ):
-        with pytest.raises(QvitError) as caught:
-            drain(loader)
-        message = str(caught.value)
-        assert message.startswith(f"cannot read image 'dog/dog_3.jpg' in {data}: ") and "\n" not in message
-        assert message.endswith("; remove or repair it")
-        assert not multiprocessing.active_children(), "workers end with the pass, not when the garbage is collected"
-
-
 def test_an_image_that_vanished_is_named(folder: Path) -> None:
     source = open_source(folder)
     (folder / "eel" / "eel_0.jpg").unlink()
@@ -424,29 +350,6 @@ def test_eval_loader_is_timms_evaluation(folder: Path, tmp_path: Path, workers: 
     assert len(loader) == 5 and images.shape == (18, 3, 16, 16) and images.dtype == torch.float32
     torch.testing.assert_close(images, expected)
     assert targets.dtype == torch.int64 and targets.tolist() == source.targets.tolist()
-
-
-def test_evaluation_and_calibration_leave_the_generators_alone(folder: Path) -> None:
-    source = open_source(folder)
-    before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    drain(eval_loader(source, CONFIG, batch_size=4))
-    list(calibration_batches(source, CONFIG, images=5, batch_size=4))
-    after = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
-
-
-@with_workers
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("preset", ["deit", "light", "none"])
-def test_training_passes_repeat_by_seed(folder: Path, workers: int, preset: str) -> None:
-    augment = AugmentConfig.preset(preset)
-    loader = train_loader(open_source(folder), CONFIG, batch_size=4, augment=augment, workers=workers)
-    first = drain(loader, seed=1)
-    assert first[0].shape == (16, 3, 16, 16) and first[0].dtype == torch.float32 and len(loader) == 4
-    assert same(drain(loader, seed=1), first)
-    assert not same(drain(loader, seed=2), first)
-    fresh = train_loader(open_source(folder), CONFIG, batch_size=4, augment=augment, workers=workers)
-    assert same(drain(fresh, seed=1), first)
 
 
 def test_augmentation_none_only_shuffles(folder: Path) -> None:
@@ -471,20 +374,10 @@ def test_last_batches(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
             eval_loader(source, CONFIG, **wrong)
 
 
-def test_repeated_augmentation_draws_fewer_images_more_often(folder: Path) -> None:
-    source = open_source(folder)
-    augment = AugmentConfig(auto_augment=None, random_erasing=0, hflip=0.5, scale=(0.3, 0.9), repeated_augmentation=3)
-    images, targets = drain(train_loader(source, CONFIG, batch_size=6, augment=augment))
-    assert len(images) == 18
-    drawn = targets.view(6, 3)
-    assert torch.equal(drawn, drawn[:, :1].expand(6, 3)), "the same image three times in a row"
-    assert not torch.equal(images[0], images[1]), "augmented anew each time"
-
-
 def test_random_erasing_probability(folder: Path) -> None:
     def passes(probability: float) -> torch.Tensor:
         augment = AugmentConfig(auto_augment=None, random_erasing=probability, hflip=0, scale=(1, 1), ratio=(1, 1))
-        return drain(train_loader(open_source(folder), CONFIG, batch_size=18, augment=augment), seed=0)[0]
+        return drain(train_loader(open_source(folder), CONFIG, batch_size=18, augment=augment))[0]
 
     changed = (passes(1.0) != passes(0.0)).any(dim=1).float().mean(dim=(1, 2))
     assert 0.02 < changed.min() and changed.max() < 0.5, "a rectangle of every image, and not the rest"
@@ -583,12 +476,9 @@ def test_digits_are_exact_at_their_own_size() -> None:
 def test_digits_training() -> None:
     train = open_data("digits").train
     loader = train_loader(train, GREY, batch_size=128)
-    first = drain(loader, seed=1)
+    first = drain(loader)
     assert len(loader) == 9 and first[0].shape == (1152, 1, 8, 8)
-    assert same(drain(loader, seed=1), first) and not same(drain(loader, seed=2), first)
-    plain = drain(
-        train_loader(train, GREY, batch_size=128, augment=AugmentConfig.preset("none"), drop_last=False), seed=1
-    )
+    plain = drain(train_loader(train, GREY, batch_size=128, augment=AugmentConfig.preset("none"), drop_last=False))
     clean, clean_targets = drain(eval_loader(train, GREY, batch_size=128))
     assert sorted(plain[1].tolist()) == sorted(clean_targets.tolist()) and not torch.equal(plain[1], clean_targets)
     assert torch.equal(plain[0].sum(0).sort().values.round(decimals=2), clean.sum(0).sort().values.round(decimals=2))
@@ -682,8 +572,9 @@ def test_cifar_from_a_compressed_tar(real_data: Path) -> None:
     few = bundle.train.subset(range(0, 8000, 40))
     config = {**CONFIG, "input_size": (3, 32, 32)}
     loader = train_loader(few, config, batch_size=50, workers=2)
-    assert same(drain(loader, seed=0), drain(loader, seed=0))
-    assert drain(loader)[0].shape == (200, 3, 32, 32)
+    first = drain(loader)
+    loader.set_epoch(0)
+    assert same(drain(loader), first) and first[0].shape == (200, 3, 32, 32)
 
 
 @pytest.mark.slow

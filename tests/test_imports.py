@@ -46,6 +46,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 THIRD_PARTY: dict[str, set[str]] = {
     "timm": {"families", "training", "run", "demo", "cli"},  # run only notes its version
     "accelerate": {"training"},
+    "webdataset": {"training"},
     "plotly": {"report"},
     "onnx": {"deploy"},
     "onnxscript": {"deploy"},

@@ -80,16 +80,17 @@ def starting_point(config: TrainConfig, *, attach: bool = True, seed: int = 0) -
 
 
 class Batches(list[tuple[Tensor, Tensor]]):
-    """A loader of batches made beforehand."""
+    """A loader of batches made beforehand, the same in each epoch."""
 
-    skip = 0
+    _skip = 0
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        self.skip = skip
+        """The next pass starts at batch `skip`."""
+        self._skip = skip
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        begin, self.skip = self.skip, 0
-        return iter(self[begin:])
+        skip, self._skip = self._skip, 0
+        return iter(self[skip:])
 
 
 def tiny_trainer(run: Path, seed: int = 0, steps: int = 3, **changes: Any) -> tuple[Trainer, Any, nn.Module]:

@@ -8,10 +8,10 @@ The data set needs no download, so demos, tests and a first try of any option ru
 
 An epoch of training is one gather, one `grid_sample` over all images and a slice per batch, about 3 ms for 1,200 images
 on one CPU core: the model sets the pace, not the data. Each image is turned by up to 10 degrees, shifted by up to 0.7
-pixel along each axis and zoomed by 0.9 to 1.1; digits are never mirrored. All randomness is from torch's global CPU
-generator, whatever the device: `torch.manual_seed` before an epoch fixes the epoch. Images are then brought to the
-input size of the model by bilinear interpolation (8x8 stays as it is), the grey channel is repeated for colour models,
-and `mean` and `std` of the model's data configuration are applied last.
+pixel along each axis and zoomed by 0.9 to 1.1; digits are never mirrored. Order and augmentation are drawn for the
+whole epoch from (seed, epoch), as `qvit.training.sampling` says, on the CPU, whatever the device; a process takes its
+part. Images are then brought to the input size of the model by bilinear interpolation (8x8 stays as it is), the grey
+channel is repeated for colour models, and `mean` and `std` of the model's data configuration are applied last.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qvit.errors import UsageError
+from qvit.training.sampling import AFFINE, EpochCounter, derived_seed, epoch_order, process_batches
 
 DIGITS = "digits"
 """The name under which the data set is asked for."""
@@ -78,7 +79,11 @@ def _load() -> tuple[Tensor, Tensor]:
 
 
 def random_affine(
-    images: Tensor, rotation: float = 10.0, shift: float = 0.7, zoom: tuple[float, float] = (0.9, 1.1)
+    images: Tensor,
+    rotation: float = 10.0,
+    shift: float = 0.7,
+    zoom: tuple[float, float] = (0.9, 1.1),
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """Rotates, shifts and zooms every image by its own random amount, in one bilinear resampling; outside is black.
 
@@ -87,9 +92,10 @@ def random_affine(
         rotation: Largest angle, in degrees, either way.
         shift: Largest displacement along each axis, in pixels, either way.
         zoom: Smallest and largest magnification.
+        generator: A CPU generator, so that the amounts are the same on every device; None for torch's global one.
     """
     count, _, height, width = images.shape
-    draws = torch.rand(4, count)  # from the CPU generator: the same on every device
+    draws = torch.rand(4, count, generator=generator)
     angle, right, down, magnify = draws.to(images.device)
     angle = (2 * angle - 1) * math.radians(rotation)
     right = (2 * right - 1) * (2 * shift / width)  # in grid units: the image spans -1..1
@@ -113,6 +119,10 @@ class DigitsLoader:
         shuffle: Draw a new order each epoch.
         augment: Apply `random_affine`.
         drop_last: Leave out a last batch that would be smaller than the others.
+        repeats: How often an image is drawn for an epoch, which keeps its length.
+        seed: Chooses order and augmentation, together with the epoch.
+        rank: Number of this process, which takes its part of every batch.
+        world_size: How many processes there are.
     """
 
     def __init__(
@@ -126,32 +136,43 @@ class DigitsLoader:
         shuffle: bool = False,
         augment: bool = False,
         drop_last: bool = False,
+        repeats: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self._images = images.to(device)
         self._targets = targets.to(device)
-        self._batch_size = batch_size
-        self._shuffle = shuffle
-        self._augment = augment
-        self._drop_last = drop_last
+        self._shuffle, self._augment, self._repeats, self._seed = shuffle, augment, repeats, seed
+        self._batches = process_batches(len(images), batch_size, drop_last=drop_last, rank=rank, world_size=world_size)
+        self._epochs = EpochCounter()
         self._channels, *self._size = data_config["input_size"]
         self._mean = _per_channel(data_config["mean"], self._channels).to(device)
         self._std = _per_channel(data_config["std"], self._channels).to(device)
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None: ...
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """The next pass is that of `epoch`, without its first `skip` batches."""
+        self._epochs.set_epoch(epoch, skip)
+
+    def bad_images(self) -> list[str]:
+        """No names: digits cannot be unreadable."""
+        return []
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self._images), self._batch_size)
-        return whole + (rest > 0 and not self._drop_last)
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self._pass(*self._epochs.begin())
+
+    def _pass(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         images, targets = self._images, self._targets
         if self._shuffle:
-            order = torch.randperm(len(images)).to(images.device)
+            order = epoch_order(len(images), self._seed, epoch, self._repeats)[0].to(images.device)
             images, targets = images[order], targets[order]
-        if self._augment:
-            images = random_affine(images)
-        for start in range(0, len(self) * self._batch_size, self._batch_size):
-            batch = slice(start, start + self._batch_size)
+        if self._augment:  # all of them in one go, so that no digit depends on which others are taken
+            generator = torch.Generator().manual_seed(derived_seed(AFFINE, self._seed, epoch))
+            images = random_affine(images, generator=generator)
+        for batch in self._batches[skip:]:
             yield self._fit(images[batch]), targets[batch]
 
     def _fit(self, images: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
-import io
 import logging
 import os
 import shutil
@@ -35,6 +34,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qvit.errors import QvitError, UsageError, nearest
+from qvit.training.decoding import BadImages, decode, one_line
 from qvit.training.digits import DIGITS
 
 logger = logging.getLogger(__name__)
@@ -79,20 +79,8 @@ class _FileStore:
         raise NotImplementedError
 
     def load(self, row: int, mode: str = "RGB") -> Image.Image:
-        """Decodes an image.
-
-        Raises:
-            QvitError: It cannot be read or decoded; the message names it.
-        """
-        try:
-            with Image.open(io.BytesIO(self.read(row))) as image:
-                return image.convert(mode)
-        except MemoryError:
-            raise
-        except Exception as error:  # on damaged data decoders raise OSError, SyntaxError, struct.error and more
-            reason = "not an image, or damaged" if isinstance(error, Image.UnidentifiedImageError) else one_line(error)
-            where = f"image {self.name(row)!r} in {self.origin}"
-            raise QvitError(f"cannot read {where}: {reason}; remove or repair it") from error
+        """Decodes an image. Raises UnreadableImage, which names it."""
+        return decode(lambda: self.read(row), mode, lambda: self.name(row), self.origin)
 
 
 class _FolderStore(_FileStore):
@@ -169,11 +157,6 @@ class HubStore(_FileStore):
 
 def _in_order(names: Any) -> list[str]:
     return sorted(names, key=lambda name: (natural_key(name), name))
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, for the middle of a sentence."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _no_images(origin: str) -> QvitError:
@@ -261,16 +244,24 @@ class ImageSource:
         num_classes: How many classes the labels are from; with a class map more than have images.
         class_names: The folder of each class.
         targets: `[images]` int64, the class of each image.
+        bad: Which of them turned out to be unreadable; one record for the images and all subsets of them.
     """
 
     def __init__(
-        self, name: str, store: ImageStore, rows: np.ndarray, targets: np.ndarray, class_names: Sequence[str]
+        self,
+        name: str,
+        store: ImageStore,
+        rows: np.ndarray,
+        targets: np.ndarray,
+        class_names: Sequence[str],
+        bad: BadImages | None = None,
     ) -> None:
         self.name = name
         self.store = store
         self.rows = rows
         self.targets = targets.astype(np.int64)
         self.class_names = list(class_names)
+        self.bad = bad or BadImages()
 
     @property
     def num_classes(self) -> int:
@@ -298,11 +289,16 @@ class ImageSource:
     def subset(self, indices: Sequence[int] | np.ndarray | Tensor, name: str | None = None) -> ImageSource:
         """The chosen images, in the order given, with the same classes."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return ImageSource(name or self.name, self.store, self.rows[chosen], self.targets[chosen], self.class_names)
+        rows, targets = self.rows[chosen], self.targets[chosen]
+        return ImageSource(name or self.name, self.store, rows, targets, self.class_names, self.bad)
+
+    def bad_images(self) -> list[str]:
+        """Names of images that loaders of these images, or of subsets of them, found unreadable and went without."""
+        return self.bad.names()
 
 
 class ImageDataset(Dataset):
-    """`(transform(image), target)` by index; timm's loader sets `transform` later. See `ImageSource.dataset`."""
+    """`(transform(image), target)` by index. See `ImageSource.dataset`."""
 
     def __init__(self, source: ImageSource, transform: Callable[[Any], Any] | None, mode: str) -> None:
         self._source = source

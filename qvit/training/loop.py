@@ -20,11 +20,11 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from timm.data import Mixup
@@ -40,18 +40,13 @@ from qvit.training.checkpoint import last_checkpoint, save_checkpoint, seed_ever
 from qvit.training.config import TrainConfig
 from qvit.training.distill import distillation_loss
 from qvit.training.hooks import Hooks
+from qvit.training.loading import LoaderLike
 from qvit.training.log import RunLog
 from qvit.training.optimizer import create_optimizer
 from qvit.training.processes import Processes
 from qvit.training.progress import TrainingProgress
 from qvit.training.schedule import create_schedule
 from qvit.training.signals import StopRequest, Terminated
-
-
-class Loader(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
-    """Micro-batches of images and class indices, with a length; see `loading.LoaderLike`."""
-
-    def set_epoch(self, epoch: int, skip: int = 0) -> None: ...
 
 
 class Trainer:
@@ -79,7 +74,7 @@ class Trainer:
         self,
         model: nn.Module,
         config: TrainConfig,
-        loader: Loader,
+        loader: LoaderLike,
         *,
         num_classes: int,
         run: Path,
@@ -121,6 +116,7 @@ class Trainer:
         self.step = 0
         self.sums: Tensor | None = None
         self.seen = 0
+        self.bad_images: set[str] = set()
 
     @property
     def epoch(self) -> int:
@@ -214,7 +210,7 @@ class Trainer:
         epoch, done = divmod(self.step, self.steps_per_epoch)
         accumulate = self.config.accumulate
         self.loader.set_epoch(epoch, done * accumulate)
-        batches: Iterator[tuple[Tensor, Tensor]] = iter(self.loader)
+        batches = iter(self.loader)
         start = since = time.perf_counter()
         images = 0
         for index in range(done, self.steps_per_epoch):
@@ -249,6 +245,7 @@ class Trainer:
         means = (rows.mean(0) / self.steps_per_epoch).tolist()
         correct = float(rows[:, 3].sum())
         accuracy = self.monitor(self.result_model) if self.monitor else None
+        self._log_bad_images(epoch)
         self.log.write(
             "epoch",
             epoch=epoch,
@@ -260,6 +257,15 @@ class Trainer:
             **self.hooks.figures(every_width=True),
         )
         self.sums, self.seen = None, 0
+
+    def _log_bad_images(self, epoch: int) -> None:
+        """Names the unreadable images that were met for the first time."""
+        if self.config.on_bad_image != "skip":
+            return
+        names = set().union(*self.processes.gather_objects(self.loader.bad_images()))
+        if new := sorted(names - self.bad_images):
+            self.bad_images |= names
+            self.log.write("bad_images", epoch=epoch, step=self.step, count=len(self.bad_images), names=new)
 
     def _step(self, batches: list[tuple[Tensor, Tensor]], step: int) -> Tensor:
         """One optimizer step; returns [loss, task loss, penalty, correct] on the device, the last one a sum."""

@@ -1,0 +1,180 @@
+"""Which images an epoch consists of, in which order and with which random numbers: a function of (seed, epoch) alone.
+
+    order of an epoch    (row, sample seed) for each position, drawn from a generator seeded by (seed, epoch)
+    global batch g       positions g·B·W to (g+1)·B·W of the order, for W processes with B images per batch each
+    process r            the r-th B positions of each global batch
+
+Hence one process with batches of 2B images and two processes with batches of B see the same images, augmented alike, in
+the same steps; a pass can start at any batch without reading those before it; and nothing depends on, or changes, the
+global generators or the number of workers. With repeated augmentation (Hoffer et al., CVPR 2020) an image has several
+consecutive positions, each with a sample seed of its own. The DeiT code deals these repeats out to the processes; here
+their place in the order decides, so that the training does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from qvit.errors import UsageError
+
+# The first word of a key says what the numbers are for, so that no two streams of a run are the same.
+ORDER, AFFINE, ERASING, SHARDS, CALIBRATION = 1, 2, 3, 4, 5
+
+
+def derived_seed(*key: int) -> int:
+    """A seed of 63 bits from a key of whole numbers, by numpy's `SeedSequence`, whose hash is fixed for good."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Seeds `random`, numpy and torch (its CPU generator, and that of a CUDA `device`), and restores them afterwards.
+
+    torch's own `manual_seed` would seed all devices, and no longer know the state they had.
+    """
+    generators = [torch.default_generator]
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators.append(torch.cuda.default_generators[index])
+    states = [generator.get_state() for generator in generators]
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        for generator in generators:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def epoch_order(count: int, seed: int, epoch: int, repeats: int = 1) -> tuple[Tensor, Tensor]:
+    """The order of an epoch.
+
+    Args:
+        count: Images there are, which is also the length of the order.
+        seed: The run's seed.
+        epoch: The epoch's number.
+        repeats: How often an image is drawn; the epoch has so many times fewer of them.
+
+    Returns:
+        `rows [count]` and `seeds [count]`, int64: the image at each position, and the seed of its augmentation.
+    """
+    generator = torch.Generator().manual_seed(derived_seed(ORDER, seed, epoch))
+    rows = torch.randperm(count, generator=generator)
+    if repeats > 1:
+        rows = rows[: -(-count // repeats)].repeat_interleave(repeats)[:count]
+    return rows, torch.randint(2**62, (count,), generator=generator)
+
+
+def require_process(batch_size: int, workers: int, rank: int, world_size: int) -> None:
+    """Raises UsageError for numbers that cannot describe a loader of a process."""
+    if batch_size < 1 or workers < 0:
+        raise UsageError(f"a loader needs batch_size >= 1 and workers >= 0, not {batch_size} and {workers}")
+    if not 0 <= rank < world_size:
+        raise UsageError(f"a loader needs 0 <= rank < world_size, not rank {rank} of {world_size}")
+
+
+def process_batches(count: int, batch_size: int, *, drop_last: bool, rank: int = 0, world_size: int = 1) -> list[slice]:
+    """Positions of the batches of one process in an order of `count` positions; as many as each other process has.
+
+    Without `drop_last` the images that fill no global batch are dealt out in parts of nearly equal size, if there is
+    one for each process.
+    """
+    whole = batch_size * world_size
+    batches, rest = divmod(count, whole)
+    starts = (batch * whole + rank * batch_size for batch in range(batches))
+    found = [slice(start, start + batch_size) for start in starts]
+    if not drop_last and rest >= world_size:
+        first, last = (batches * whole + rest * part // world_size for part in (rank, rank + 1))
+        found.append(slice(first, last))
+    return found
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of `(row, sample seed)` of one process, in the order of an epoch.
+
+    Args:
+        count: Images there are.
+        batch_size: Images in a batch of this process.
+        seed: The run's seed.
+        repeats: See `epoch_order`.
+        drop_last: See `process_batches`.
+        rank: Number of this process.
+        world_size: How many processes there are.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        repeats: int = 1,
+        drop_last: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._order: dict[str, Any] = {"count": count, "seed": seed, "repeats": max(repeats, 1)}
+        self._batches = process_batches(count, batch_size, drop_last=drop_last, rank=rank, world_size=world_size)
+        self._epoch, self._skip = 0, 0
+
+    def start(self, epoch: int, skip: int) -> None:
+        """The next iteration is that of `epoch`, from batch `skip`."""
+        self._epoch, self._skip = epoch, skip
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        rows, seeds = epoch_order(epoch=self._epoch, **self._order)
+        for batch in self._batches[self._skip :]:
+            yield list(zip(rows[batch].tolist(), seeds[batch].tolist(), strict=True))
+
+
+class RowBatches(Sampler[list[tuple[int, None]]]):
+    """Batches of `(row, None)`: all rows in their order, the same in each epoch."""
+
+    def __init__(self, count: int, batch_size: int) -> None:
+        self._count, self._batch_size, self._skip = count, batch_size, 0
+
+    def start(self, epoch: int, skip: int) -> None:
+        """The next iteration begins at batch `skip`."""
+        self._skip = skip
+
+    def __len__(self) -> int:
+        return -(-self._count // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, None]]]:
+        for start in range(self._skip * self._batch_size, self._count, self._batch_size):
+            yield [(row, None) for row in range(start, min(start + self._batch_size, self._count))]
+
+
+class EpochCounter:
+    """The epoch and first batch of a loader's next pass: what `set_epoch` said, else the epoch after the last one."""
+
+    def __init__(self) -> None:
+        self._next = (0, 0)
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """The next pass is that of `epoch`, without its first `skip` batches."""
+        if epoch < 0 or skip < 0:
+            raise UsageError(f"a pass needs epoch >= 0 and skip >= 0, not {epoch} and {skip}")
+        self._next = (epoch, skip)
+
+    def begin(self) -> tuple[int, int]:
+        """The epoch and first batch of the pass that begins now."""
+        epoch, skip = self._next
+        self._next = (epoch + 1, 0)
+        return epoch, skip
