@@ -16,7 +16,7 @@ from image_sets import CONFIG, LIGHT, drain, make_images, make_tar, same, with_w
 from PIL import Image
 from torch import Tensor, nn
 
-from qvit.errors import QvitError
+from qvit.errors import QvitError, UsageError
 from qvit.training.data import AugmentConfig, ImageSource, calibration_batches, eval_loader, open_source, train_loader
 from qvit.training.evaluate import evaluate
 
@@ -200,3 +200,9 @@ def test_subsets_share_the_record(folder: Path) -> None:
     assert isinstance(source, ImageSource)
     drain(eval_loader(source.subset([0, 1, 2]), CONFIG, batch_size=4, on_bad_image="skip"))
     assert source.bad_images() == ["cat/cat_0.jpg"]
+
+
+def test_a_policy_that_there_is_not(folder: Path) -> None:
+    for make in (train_loader, eval_loader):
+        with pytest.raises(UsageError, match="on_bad_image is 'fatal' or 'skip', not 'ignore'"):
+            make(open_source(folder), CONFIG, batch_size=4, on_bad_image="ignore")  # type: ignore[arg-type]

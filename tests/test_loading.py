@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,15 @@ def test_a_pass_can_start_anywhere(any_source: tuple[ImageSource, dict[str, Any]
     assert not same_batches(loader, whole), "the next pass is that of the next epoch"
     with pytest.raises(UsageError, match="epoch >= 0 and skip >= 0"):
         loader.set_epoch(0, -1)
+
+
+@with_workers
+def test_workers_end_with_a_pass_that_is_given_up(source: ImageSource) -> None:
+    batches = iter(train_loader(source, CONFIG, batch_size=2, workers=2))
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    del batches
+    assert not multiprocessing.active_children()
 
 
 def test_what_is_skipped_is_not_read(source: ImageSource, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from qvit.errors import QvitError
-from qvit.training.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, one_line
+from qvit.training.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, is_fatal, one_line
 from qvit.training.images import ImageSource
 from qvit.training.sampling import ERASING, EpochCounter, derived_seed, seeded
 
@@ -75,7 +75,7 @@ class RowSamples(Dataset):
         replace: bool,
     ) -> None:
         self._source, self._transform, self._mode = source, transform, mode
-        self._fatal, self._replace = on_bad_image == "fatal", replace
+        self._fatal, self._replace = is_fatal(on_bad_image), replace
         self._in_a_row = 0
 
     def __getitem__(self, position: tuple[int, int | None]) -> Sample:

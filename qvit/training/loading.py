@@ -37,7 +37,10 @@ class LoaderLike(Protocol):
     """
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """The next pass is that of `epoch`, without its first `skip` batches (which are not read)."""
+        """The next pass is that of `epoch`, without its first `skip` batches.
+
+        These are not read; only a stream of shards has to pass over them.
+        """
         ...
 
     def bad_images(self) -> list[str]:

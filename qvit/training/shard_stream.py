@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from qvit.errors import QvitError, UsageError
 from qvit.training.batches import BatchLoader, Sample, too_many_in_a_row, transformed
-from qvit.training.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, decode, one_line
+from qvit.training.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, decode, is_fatal, one_line
 from qvit.training.sampling import CALIBRATION, SHARDS, derived_seed
 from qvit.training.shards import IMAGE_EXTENSIONS, ShardSource
 
@@ -64,7 +64,7 @@ class ShardSamples(IterableDataset):
         world_size: int = 1,
     ) -> None:
         self._source, self._transform, self._mode = source, transform, mode
-        self._fatal, self._batch_size = on_bad_image == "fatal", batch_size
+        self._fatal, self._batch_size = is_fatal(on_bad_image), batch_size
         self._lanes, self._per_lane, self._shuffle, self._seed = lanes, per_lane, shuffle, seed
         self._rank, self._world_size = rank, world_size
         self._epoch, self._skip = 0, 0

@@ -100,7 +100,7 @@ def find_shards(data: str, splits: Sequence[str]) -> dict[str, Shards]:
     place = data[len(PREFIX) :]
     if not place:
         raise UsageError("'wds/' lacks the folder or pattern of the shards: wds/FOLDER or wds/FOLDER/{000..099}.tar")
-    if "{" in place or ".tar" in place:
+    if "{" in place or place.partition("|")[0].endswith((".tar", ".tar.gz", ".tgz")):
         return {"": _by_pattern(place, data)}
     folder = Path(place).expanduser()
     if not folder.is_dir():
