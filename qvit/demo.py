@@ -27,8 +27,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from qvit.errors import UsageError
 from qvit.files import write_json
-from qvit.run import CONFIG, LOG, RESULT, resume, train
-from qvit.training.checkpoint import LAST
+from qvit.run import resume, train
+from qvit.rundir import CONFIG, LOG, RESULT, forget_progress
+from qvit.training.checkpoint import last_checkpoint
 from qvit.training.config import TrainConfig
 
 METHODS, BUDGETS = ("lsq+", "qvit"), ("3bit", "2bit")
@@ -119,7 +120,11 @@ def run_demo(
     console = console or Console(stderr=True)
     started = time.perf_counter()
     listed = jobs(folder, list(range(seeds)), short=short)
-    todo = [job for job in listed if overwrite or not _is_done(folder / "runs" / job.name, job.config)]
+    again = {job.name for job in listed if overwrite or not _same_config(folder / "runs" / job.name, job.config)}
+    again |= {job.name for job in listed if job.after in again}  # what started from other weights is another run
+    for name in again:
+        forget_progress(folder / "runs" / name)
+    todo = [job for job in listed if not (folder / "runs" / job.name / RESULT).is_file()]
     if todo:
         processes = min(workers or os.cpu_count() or 1, len(todo))
         console.print(f"{len(todo)} training runs in {processes} process(es), one thread each", highlight=False)
@@ -188,22 +193,21 @@ def _previous_seconds(folder: Path) -> float | None:
         return None
 
 
-def _is_done(run: Path, config: TrainConfig) -> bool:
-    return (run / RESULT).is_file() and _same_config(run, config)
-
-
 def _same_config(run: Path, config: TrainConfig) -> bool:
     try:
         record = json.loads((run / CONFIG).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return False
-    return all(record.get(key) == value for key, value in config.model_dump(mode="json").items())
+    wanted = config.model_dump(mode="json")
+    for values in (record, wanted):
+        values["weights"] = values.get("weights") and Path(values["weights"]).name  # the folder may have been moved
+    return all(record.get(key) == value for key, value in wanted.items())
 
 
 def _work(run: str, values: dict[str, Any]) -> dict[str, Any]:
     """One run, in a process of the pool: resumed if it can be."""
     folder, config = Path(run), TrainConfig.create(**values)
-    if _same_config(folder, config) and (folder / LAST).is_file() and not (folder / RESULT).is_file():
+    if last_checkpoint(folder) and not (folder / RESULT).is_file():
         return resume(folder, quiet=True)
     return train(config, folder, overwrite=True, quiet=True)
 
@@ -223,10 +227,6 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
         console=console,
         disable=not console.is_terminal,
     )
-    for job in todo:
-        for name in (LOG, RESULT):
-            if not _same_config(runs / job.name, job.config) or name == RESULT:
-                (runs / job.name / name).unlink(missing_ok=True)
     with bar, ProcessPoolExecutor(min(workers, len(todo)), mp_context=multiprocessing.get_context("spawn")) as pool:
         task = bar.add_task("training", total=total)
         try:

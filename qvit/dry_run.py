@@ -10,8 +10,7 @@ once, parameters left out. Workspaces and the gradients of activations come and 
 are not counted; nor is what an allocator keeps. The peaks that `benchmarks/train_step.py` measures (no float model is
 kept there) are 2 to 5 % above the sum with MALLOC_MMAP_THRESHOLD_=65536, 18 to 32 % with glibc's default.
 
-Without a CUDA device the pass follows the CPU's rules for attention and autocast; those of CUDA keep softmax and
-LayerNorm in fp32, so bf16 needs more there.
+Without a CUDA device the pass follows the CPU's autocast; that of CUDA keeps softmax and LayerNorm in fp32.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from qvit.plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.training.config import TrainConfig
 from qvit.training.data import data_config_of, open_data
-from qvit.training.models import create_model
+from qvit.training.loop import micro_batch
+from qvit.training.models import WEIGHTS_FILE, create_model
 from qvit.training.optimizer import create_optimizer
 
 
@@ -47,14 +47,14 @@ def plan_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
             large as the model's own.
 
     Returns:
-        Plain data: `model, method, budget, epochs, accumulate, budget_bit_operations, bit_operations, weight_bytes`,
-        `widths` (by kind of tensor), `plan` (by site), `float_weights, images, classes, processes, batch_size,
-        micro_batch, steps_per_epoch, steps, memory, config`. Bit operations and bytes are plain counts.
+        Plain data, see docs/cli.md; bit operations and bytes are plain counts.
 
     Raises:
-        QvitError: Whatever would stop the run before its first step: unknown names, an impossible budget, no data.
+        QvitError: Unknown names, an impossible budget, a batch that cannot be shared, data that are not there.
     """
     method = create_method(config)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = micro_batch(config, processes)
     images, classes = _count_images(config) if with_data else (None, None)
     with torch.device("meta"):
         kwargs: dict[str, Any] = {} if classes is None else {"num_classes": classes}
@@ -66,8 +66,7 @@ def plan_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
             model = quantize(model, plan, in_place=True)
     widths = {site: (FLOAT_BITS,) for site in cost.sites} if plan is None else plan.widths()
     batch_size = config.batch_size if images is None else min(config.batch_size, images["train"])
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batch = -(-batch_size // (processes * config.accumulate))
+    micro = min(micro, batch_size)
     steps_per_epoch = None if images is None else images["train"] // batch_size
     return {
         **{key: getattr(config, key) for key in ("model", "method", "budget", "epochs", "accumulate")},
@@ -81,10 +80,10 @@ def plan_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
         "classes": getattr(model, "num_classes", None),
         "processes": processes,
         "batch_size": batch_size,
-        "micro_batch": micro_batch,
+        "micro_batch": micro,
         "steps_per_epoch": steps_per_epoch,
         "steps": None if steps_per_epoch is None else steps_per_epoch * config.epochs,
-        "memory": _memory(config, model, micro_batch, quantizes=method.quantizes),
+        "memory": _memory(config, model, micro, quantizes=method.quantizes),
         "config": config.model_dump(),
     }
 
@@ -92,8 +91,8 @@ def plan_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
 def _count_images(config: TrainConfig) -> tuple[dict[str, int], int]:
     options = config.model_dump(include={"class_map", "test_share", "monitor_share", "seed"})
     bundle = open_data(config.data, test_data=config.eval_data, **options)
-    held_out = {} if bundle.held_out is None else {"held out": len(bundle.held_out)}
-    return {"train": len(bundle.train), **held_out, "test": len(bundle.test)}, bundle.num_classes
+    sources = {"train": bundle.train, "held out": bundle.held_out, "test": bundle.test}
+    return {name: len(source) for name, source in sources.items() if source is not None}, bundle.num_classes
 
 
 def _source_of_weights(config: TrainConfig) -> str:
@@ -113,28 +112,34 @@ def _widths_by_kind(plan: QuantPlan) -> list[dict[str, Any]]:
         row["sites"] += 1
         if spec is not None:
             row["widths"] += len(spec.widths)
-            row["bits"] = [min([*(row["bits"] or [99]), *spec.widths]), max([*(row["bits"] or [0]), *spec.widths])]
+            seen = [*(row["bits"] or ()), *spec.widths]
+            row["bits"] = [min(seen), max(seen)]
     return list(rows.values())
 
 
-def _memory(config: TrainConfig, model: nn.Module, micro_batch: int, *, quantizes: bool) -> dict[str, Any]:
+def _memory(config: TrainConfig, model: nn.Module, micro: int, *, quantizes: bool) -> dict[str, Any]:
     parameters = sum(map(_size, model.parameters()))
+    bf16, place = config.precision == "bf16", config.device
     parts = {
         "parameters": parameters,
         "gradients": parameters,
         "optimizer": round(parameters * _state_per_parameter(config.opt)),
-        "activations": saved_for_backward(
-            model, micro_batch, device=config.device, bf16=config.precision == "bf16", train=config.stochastic_depth
-        ),
+        "activations": saved_for_backward(model, micro, device=place, bf16=bf16, train=config.stochastic_depth),
     }
     if config.ema_decay:
         parts["averaged_model"] = parameters
     if quantizes:  # the float model stays, to be scored beside the other and to be learned from
         parts["float_model"] = sum(_size(p) for name, p in model.named_parameters() if "_quantizer." not in name)
-    if quantizes and config.distill and config.teacher:
-        with torch.device("meta"):
-            parts["teacher"] = sum(map(_size, create_model(config.teacher, **config.teacher_kwargs).parameters()))
+    if config.distill and config.teacher:
+        parts["teacher"] = _bytes_of_teacher(config.teacher, config.teacher_kwargs)
     return {"total": sum(parts.values()), "parts": parts, "note": "an allocator takes more, on CPU up to a third"}
+
+
+def _bytes_of_teacher(name: str, kwargs: dict[str, Any]) -> int:
+    if (file := Path(name) / WEIGHTS_FILE).is_file():
+        return file.stat().st_size
+    with torch.device("meta"):
+        return sum(map(_size, create_model(name, **kwargs).parameters()))
 
 
 def _size(tensor: Tensor) -> int:
@@ -165,8 +170,6 @@ def saved_for_backward(
     """
     place = "cuda" if torch.cuda.is_available() and device.startswith(("auto", "cuda")) else "cpu"
     shape = data_config_of(model)["input_size"]
-    for _, quantizer in quantizers_of(model):
-        quantizer.calibrated = True
     saved: dict[int, torch.UntypedStorage] = {}
     with FakeTensorMode():
         for module in model.modules():
@@ -179,6 +182,8 @@ def saved_for_backward(
                 else:
                     module._buffers[name] = fake
         model.train(train)
+        for _, quantizer in quantizers_of(model):
+            quantizer.calibrated = True
         persistent = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -187,12 +192,9 @@ def saved_for_backward(
                 saved[storage._cdata] = storage
             return tensor
 
-        images = torch.empty(batch, *shape, device=place)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         targets = torch.zeros(batch, dtype=torch.int64, device=place)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast(place, torch.bfloat16, enabled=bf16),
-        ):
-            logits = model(images).float()
+        with hooks, torch.autocast(place, torch.bfloat16, enabled=bf16):
+            logits = model(torch.empty(batch, *shape, device=place)).float()
             F.cross_entropy(logits, targets) if logits.shape[-1] else logits.sum()
     return sum(storage.nbytes() for storage in saved.values())

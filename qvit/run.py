@@ -1,14 +1,10 @@
 """One run from a config to its directory: data, float model, quantization, calibration, training, evaluation, files.
 
-    RUN/config.json         every option, versions, hardware, command, class names: enough to start it again
-    RUN/plan.json           the plan: that of the start while the run is going on, then the final one
-    RUN/cost.json           costs per site, as `qvit cost --json` prints them
-    RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
-    RUN/model.safetensors   final weights and scales
-    RUN/result.json         the result, written last: a directory without it holds an interrupted run
-    RUN/checkpoints/        the last checkpoint, from which `resume` continues bit for bit (on CPU)
+The test images are opened for the final number alone; calibration and monitoring see training images. What the files
+of a run's directory are is said in `rundir.py`.
 
-The test images are opened for the final number alone; calibration and monitoring see training images.
+Under accelerate's launcher every process goes through the same steps. The first one claims the directory, writes all
+files and speaks; calibration is its own, handed to the others, and an evaluation counts each image in one process.
 """
 
 from __future__ import annotations
@@ -17,7 +13,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -31,13 +26,14 @@ from torch import nn
 
 from qvit.calibration import calibrate
 from qvit.convert import plan_of, quantize
-from qvit.cost import FLOAT_BITS, CostModel
+from qvit.cost import CostModel
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
 from qvit.files import write_json
 from qvit.methods import Method, create_method
 from qvit.plan import QuantPlan
-from qvit.training.checkpoint import LAST, load_checkpoint, save_weights, seed_everything
+from qvit.rundir import CONFIG, COST, PLAN, RESULT, claim, clear, read_config, require_finished
+from qvit.training.checkpoint import last_checkpoint, load_checkpoint, save_weights, seed_everything
 from qvit.training.config import TrainConfig
 from qvit.training.data import (
     AugmentConfig,
@@ -49,14 +45,15 @@ from qvit.training.data import (
     open_source,
     train_loader,
 )
+from qvit.training.distill import Teacher
 from qvit.training.evaluate import evaluate
 from qvit.training.images import ImageSource
-from qvit.training.loop import Trainer
+from qvit.training.loop import Trainer, micro_batch
 from qvit.training.models import WEIGHTS_FILE, create_model
+from qvit.training.processes import Processes
 from qvit.version import __version__
 
 _log = logging.getLogger(__name__)
-CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
 Notify = Callable[[str], None]
 
 
@@ -76,13 +73,16 @@ def train(
         The content of `result.json`: `{"model", "method", "accuracy", "float_accuracy", "budget", "bit_operations",
         "weight_bytes", "seconds", "seed", ...}`, in percent, BOPs and bytes.
     """
-    run = Path(out)
-    _claim(run, overwrite)
-    try:
-        return _execute(config, run, None, quiet=quiet, notify=notify)
-    finally:
-        if not any(run.iterdir()):
-            run.rmdir()
+    run, processes = Path(out), Processes(config.device)
+    with processes.lost_ones_are_reported():
+        if processes.is_main:
+            claim(run, overwrite)
+        processes.wait()
+        try:
+            return _execute(config, run, processes, None, quiet=quiet, notify=notify)
+        finally:
+            if processes.is_main and not any(run.iterdir()):
+                run.rmdir()
 
 
 def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) -> dict[str, Any]:
@@ -92,11 +92,16 @@ def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) 
     if (run / RESULT).is_file():
         notify(f"{run} is finished")
         return json.loads((run / RESULT).read_text(encoding="utf-8"))
-    if not (run / LAST).is_file():
-        notify(f"{run} stopped before its first checkpoint: it starts again")
-        _clear(run)
-        return _execute(config, run, None, quiet=quiet, notify=notify)
-    return _execute(config, run, load_checkpoint(run), quiet=quiet, notify=notify)
+    processes = Processes(config.device)
+    with processes.lost_ones_are_reported():
+        state = None
+        if last_checkpoint(run):
+            state = load_checkpoint(run)
+        elif processes.is_main:
+            notify(f"{run} stopped before its first checkpoint: it starts again")
+            clear(run)
+        processes.wait()
+        return _execute(config, run, processes, state, quiet=quiet, notify=notify)
 
 
 def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
@@ -129,7 +134,7 @@ def evaluate_run(
     """Scores a run's model on other images: `{"top1", "top5", "images"}` in percent."""
     run = Path(out)
     config, record = read_config(run)
-    place = pick_device(device)
+    place = Processes(device).device
     model = load_run(run, place)
     source = _images_to_score(config, record, data, class_map)
     return evaluate(
@@ -150,40 +155,6 @@ def _images_to_score(
     return open_source(data, class_map=class_map, class_names=None if class_map else record["class_names"])
 
 
-def read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """The config of a run and everything recorded beside it. Raises QvitError if this is no run directory."""
-    if not run.is_dir():
-        raise QvitError(f"no run at {run}")
-    try:
-        record = json.loads((run / CONFIG).read_text(encoding="utf-8"))
-        return TrainConfig.create(
-            **{key: value for key, value in record.items() if key in TrainConfig.model_fields}
-        ), record
-    except FileNotFoundError:
-        raise QvitError(f"{run} is not a run directory: it has no {CONFIG}") from None
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise QvitError(f"cannot read {run / CONFIG}: {error}") from None
-
-
-def require_finished(run: Path) -> None:
-    """Raises QvitError, with what to do, for the directory of an interrupted run."""
-    if not (run / RESULT).is_file():
-        raise QvitError(
-            f"{run} holds an interrupted run (it has no {RESULT}): continue it with `qvit train --resume {run}`"
-        )
-
-
-def pick_device(name: str) -> str:
-    """`auto`: a CUDA GPU if there is one. Raises UsageError for a device that is not there."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device '{name}' is not available: {str(error).splitlines()[0]}") from None
-    return name
-
-
 @dataclass
 class _Setup:
     """What a run works with."""
@@ -194,42 +165,66 @@ class _Setup:
     float_model: nn.Module
     data_config: dict[str, Any]
     cost: CostModel
-    device: str
+    processes: Processes
+
+    @property
+    def device(self) -> str:
+        return self.processes.device
+
+    @property
+    def share(self) -> dict[str, int]:
+        """Which part of the images is this process's, for loaders."""
+        if self.processes.alone:
+            return {}
+        return {"rank": self.processes.rank, "world_size": self.processes.world_size}
 
 
 def _execute(
-    config: TrainConfig, run: Path, state: dict[str, Any] | None, *, quiet: bool, notify: Notify
+    config: TrainConfig,
+    run: Path,
+    processes: Processes,
+    state: dict[str, Any] | None,
+    *,
+    quiet: bool,
+    notify: Notify,
 ) -> dict[str, Any]:
     started = time.perf_counter()
     if config.threads:
         torch.set_num_threads(config.threads)
-    setup = _prepare(config, run, state is None, notify)
+    if not processes.is_main:
+        notify = _silence
+    micro_batch(config, processes.world_size)  # refused before anything is read
+    setup = _prepare(config, run, processes, state is None, notify)
     model = _starting_model(config, run, setup, state, notify)
     trainer = _trainer(config, run, setup, model)
     setup.method.attach(model, setup.cost, trainer.steps_per_epoch)
     if state is not None:
         trainer.restore(state)
-        notify(f"resuming {run} after epoch {trainer.epoch} of {config.epochs}")
+        notify(f"resuming {run} after step {trainer.step} of {trainer.total_steps}")
     _log_start(trainer, config, setup, resumed=state is not None)
     trainer.fit(quiet=quiet)
     setup.method.finish(trainer)
     result_model = trainer.result_model
-    _write_costs(config, run, setup, result_model)
-    save_weights(run / WEIGHTS_FILE, result_model)
+    cost = _costs(config, setup, result_model)
+    if processes.is_main:
+        _plan(config, setup, result_model).save(run / PLAN)
+        write_json(run / COST, cost)
+        save_weights(run / WEIGHTS_FILE, result_model)
     notify(f"evaluating on {len(setup.bundle.test)} test images")
-    result = _result(config, setup, result_model, run)
+    result = _result(config, setup, result_model, cost)
     result["seconds"] = round(time.perf_counter() - started, 2)
-    trainer.log.write(
-        "end", step=config.epochs * trainer.steps_per_epoch, accuracy=result["accuracy"], seconds=result["seconds"]
-    )
-    write_json(run / RESULT, result)
+    trainer.log.write("end", step=trainer.total_steps, accuracy=result["accuracy"], seconds=result["seconds"])
+    if processes.is_main:
+        write_json(run / RESULT, result)
     return result
 
 
-def _prepare(config: TrainConfig, run: Path, fresh: bool, notify: Notify) -> _Setup:
+def _silence(_: str) -> None: ...
+
+
+def _prepare(config: TrainConfig, run: Path, processes: Processes, fresh: bool, notify: Notify) -> _Setup:
     """Opens data and float model, and writes the config of a fresh run."""
     method = create_method(config)
-    device = pick_device(config.device)
     bundle = open_data(
         config.data,
         test_data=config.eval_data,
@@ -240,12 +235,12 @@ def _prepare(config: TrainConfig, run: Path, fresh: bool, notify: Notify) -> _Se
     )
     notify(bundle.note)
     seed_everything(config.seed)
-    float_model = _float_model(config, bundle.num_classes, load=True).to(device).eval()
+    float_model = _float_model(config, bundle.num_classes, load=True).to(processes.device).eval()
     cost = inspect_model(float_model)
     plan = method.plan(cost)
     if plan is not None and config.weights is None and not config.pretrained:
         notify("no --weights and no --pretrained: the float model is untrained, and so will be what is made of it")
-    if fresh:
+    if fresh and processes.is_main:
         record = config.model_dump() | {
             "num_classes": bundle.num_classes,
             "class_names": list(bundle.class_names),
@@ -256,12 +251,13 @@ def _prepare(config: TrainConfig, run: Path, fresh: bool, notify: Notify) -> _Se
                 "timm": timm.__version__,
                 "python": platform.python_version(),
             },
-            "hardware": _hardware(device),
+            "hardware": _hardware(processes.device),
+            "processes": processes.world_size,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_json(run / CONFIG, record)
-    return _Setup(method, plan, bundle, float_model, data_config_of(float_model), cost, device)
+    return _Setup(method, plan, bundle, float_model, data_config_of(float_model), cost, processes)
 
 
 def _starting_model(
@@ -273,8 +269,8 @@ def _starting_model(
     if state is not None:
         model = quantize(setup.float_model, QuantPlan.from_json(json.loads(state["plan"])))
         return model.to(setup.device)
-    plan_of_start = replace(setup.plan, model=config.model)
-    plan_of_start.save(run / PLAN)
+    if setup.processes.is_main:
+        replace(setup.plan, model=config.model).save(run / PLAN)
     model = quantize(setup.float_model, setup.plan)
     notify(f"calibrating on {config.calibration_images} training images")
     batches = calibration_batches(
@@ -286,19 +282,20 @@ def _starting_model(
         workers=config.workers,
         device=setup.device,
     )
-    return calibrate(model, batches)
+    return setup.processes.share(calibrate(model, batches))
 
 
 def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) -> Trainer:
     loader = train_loader(
         setup.bundle.train,
         setup.data_config,
-        batch_size=config.batch_size,
+        batch_size=micro_batch(config, setup.processes.world_size),
         augment=replace(AugmentConfig.preset(config.augment), repeated_augmentation=config.repeated_augmentation),
         workers=config.workers,
         device=setup.device,
+        **setup.share,
     )
-    setup.method.steps_per_epoch = len(loader)
+    setup.method.steps_per_epoch = len(loader) // config.accumulate
     return Trainer(
         model,
         config,
@@ -307,58 +304,84 @@ def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) ->
         run=run,
         hooks=setup.method,
         width_lr=setup.method.width_lr,
-        teacher=setup.float_model if config.distill and setup.method.quantizes else None,
+        teacher=_teacher(config, setup),
         monitor=_monitor(config, setup),
-        plan=lambda: _plan_json(config, setup, model),
+        plan=lambda: _plan(config, setup, model).to_json() if setup.method.quantizes else None,
         label=" ".join(filter(None, (config.method, config.budget))),
+        processes=setup.processes,
     )
+
+
+def _teacher(config: TrainConfig, setup: _Setup) -> Teacher | None:
+    """Whom the model learns from: nobody, the float model that it was made from, or the one that is named."""
+    if not config.distill:
+        if config.teacher is not None:
+            raise UsageError("a teacher without --distill teaches nothing: give a share, such as --distill 1")
+        return None
+    if config.teacher is None:
+        if not setup.method.quantizes:
+            raise UsageError(f"method '{config.method}' has no float model to learn from: name one with --teacher")
+        return Teacher(setup.float_model)
+    if (Path(config.teacher) / CONFIG).is_file():
+        model = load_run(config.teacher)
+    else:
+        weights, kwargs = config.teacher_weights, dict(config.teacher_kwargs)
+        if weights is not None:
+            kwargs.setdefault("num_classes", getattr(setup.float_model, "num_classes", setup.bundle.num_classes))
+        model = create_model(config.teacher, weights=weights, pretrained=weights is None, **kwargs)
+    teacher = Teacher(
+        model,
+        student_data=setup.data_config,
+        own_data=data_config_of(model),
+        num_classes=getattr(setup.float_model, "num_classes", None),
+    )
+    return teacher.to(setup.device)
+
+
+def _evaluator(config: TrainConfig, setup: _Setup, source: ImageSource) -> Callable[[nn.Module], dict[str, Any]]:
+    """Scores models on some images, each image in one process."""
+    loader = eval_loader(
+        source,
+        setup.data_config,
+        batch_size=max(64, micro_batch(config, setup.processes.world_size)),
+        workers=config.workers,
+        device=setup.device,
+        **setup.share,
+    )
+    return lambda model: evaluate(model, loader)
 
 
 def _monitor(config: TrainConfig, setup: _Setup) -> Callable[[nn.Module], float] | None:
     """Measures accuracy on the images held out from training, in percent; None where there are none."""
     if setup.bundle.held_out is None:
         return None
-    watched = eval_loader(
-        setup.bundle.held_out,
-        setup.data_config,
-        batch_size=config.batch_size,
-        workers=config.workers,
-        device=setup.device,
-    )
-    return lambda model: evaluate(model, watched)["top1"]
+    score = _evaluator(config, setup, setup.bundle.held_out)
+    return lambda model: score(model)["top1"]
 
 
-def _plan_json(config: TrainConfig, setup: _Setup, model: nn.Module) -> dict[str, Any] | None:
-    return plan_of(model, _plan_name(config), config.model).to_json() if setup.method.quantizes else None
+def _plan(config: TrainConfig, setup: _Setup, model: nn.Module) -> QuantPlan:
+    """The plan of a model as it is; for a float model one that leaves every site in float."""
+    if setup.method.quantizes:
+        return plan_of(model, _plan_name(config), config.model)
+    return QuantPlan("float", (), dict.fromkeys(setup.cost.sites), config.model)
 
 
 def _plan_name(config: TrainConfig) -> str:
-    return (
-        f"{config.method}-{config.budget}"
-        if config.budget
-        else Path(config.plan).stem
-        if config.plan
-        else config.method
-    )
+    if config.budget:
+        return f"{config.method}-{config.budget}"
+    return Path(config.plan).stem if config.plan else config.method
 
 
-def _write_costs(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) -> None:
-    if setup.method.quantizes:
-        plan = plan_of(model, _plan_name(config), config.model)
-        plan.save(run / PLAN)
-        widths = plan.widths()
-    else:
-        widths = {name: (FLOAT_BITS,) for name in setup.cost.sites}
-        empty = QuantPlan("float", (), dict.fromkeys(setup.cost.sites), config.model)
-        empty.save(run / PLAN)
-    write_json(run / COST, setup.cost.report(widths, model=config.model, plan=_plan_name(config)))
+def _costs(config: TrainConfig, setup: _Setup, model: nn.Module) -> dict[str, Any]:
+    widths = _plan(config, setup, model).widths()
+    return setup.cost.report(widths, model=config.model, plan=_plan_name(config))
 
 
 def _log_start(trainer: Trainer, config: TrainConfig, setup: _Setup, *, resumed: bool) -> None:
     uniform = {str(bits): setup.cost.bit_operations(setup.cost.uniform(bits)) for bits in range(2, 9)}
     trainer.log.write(
         "resume" if resumed else "start",
-        step=trainer.epoch * trainer.steps_per_epoch,
+        step=trainer.step,
         time=time.time(),
         epochs=config.epochs,
         steps_per_epoch=trainer.steps_per_epoch,
@@ -367,17 +390,10 @@ def _log_start(trainer: Trainer, config: TrainConfig, setup: _Setup, *, resumed:
     )
 
 
-def _result(config: TrainConfig, setup: _Setup, model: nn.Module, run: Path) -> dict[str, Any]:
-    loader = eval_loader(
-        setup.bundle.test,
-        setup.data_config,
-        batch_size=max(64, config.batch_size),
-        workers=config.workers,
-        device=setup.device,
-    )
-    scores = evaluate(model, loader)
-    float_scores = evaluate(setup.float_model, loader) if setup.method.quantizes else scores
-    cost = json.loads((run / COST).read_text(encoding="utf-8"))
+def _result(config: TrainConfig, setup: _Setup, model: nn.Module, cost: dict[str, Any]) -> dict[str, Any]:
+    score = _evaluator(config, setup, setup.bundle.test)
+    scores = score(model)
+    float_scores = score(setup.float_model) if setup.method.quantizes else scores
     return {
         "model": config.model,
         "method": config.method,
@@ -401,32 +417,6 @@ def _float_model(config: TrainConfig, num_classes: int, *, load: bool) -> nn.Mod
     return create_model(
         config.model, weights=config.weights if load else None, pretrained=config.pretrained and load, **kwargs
     )
-
-
-def _claim(run: Path, overwrite: bool) -> None:
-    """Makes sure that nothing of another run is lost or mixed in."""
-    if (run / CONFIG).is_file():
-        if not overwrite and ((run / RESULT).is_file() or (run / LAST).is_file()):
-            state = (
-                "a finished run"
-                if (run / RESULT).is_file()
-                else f"an interrupted run, which `qvit train --resume {run}` continues"
-            )
-            raise UsageError(f"{run} holds {state}: choose another --out, or --overwrite")
-        _clear(run)
-    elif run.is_dir() and any(run.iterdir()):
-        raise UsageError(f"{run} is not empty and holds no run: choose another --out")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QvitError(f"cannot make {run}: {error}") from error
-
-
-def _clear(run: Path) -> None:
-    """Deletes the files of a run, and nothing else."""
-    for name in (RESULT, PLAN, COST, LOG, WEIGHTS_FILE, CONFIG):
-        (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / LAST.parent, ignore_errors=True)
 
 
 def _hardware(device: str) -> str:

@@ -78,7 +78,7 @@ def test_optimizer_state_is_that_of_the_optimizer(opt: str, copies: int) -> None
         plan_run(small_config(method="float", opt="adamwww"))
 
 
-def test_further_models_are_counted() -> None:
+def test_further_models_are_counted(tmp_path: Path) -> None:
     def parts(**changes: Any) -> dict[str, int]:
         return plan_run(small_config(**changes))["memory"]["parts"]
 
@@ -89,6 +89,9 @@ def test_further_models_are_counted() -> None:
     assert parts(method="lsq+", budget="3bit", ema_decay=0.9)["averaged_model"] == plain["parameters"]
     taught = parts(method="lsq+", budget="3bit", distill=0.5, teacher="vit_digits", teacher_kwargs=SMALL | {"depth": 2})
     assert floating < taught["teacher"] < 2 * floating
+    train(small_config(method="float", epochs=1), tmp_path / "run", quiet=True)
+    taught = parts(method="float", distill=1, teacher=str(tmp_path / "run"))
+    assert taught["teacher"] == pytest.approx(floating, rel=0.3), "the file has a header"
 
 
 @pytest.mark.parametrize("method", ["float", "lsq+", "qvit"])
@@ -136,6 +139,7 @@ def test_wrong_options_fail_as_they_do_in_a_run() -> None:
         ({"budget": "0.1M"}, "impossible"),
         ({"budget": "3bit", "method_options": {"head_wize": True}}, "did you mean 'head_wise'"),
         ({"budget": "3bit", "data": "./nowhere"}, "nowhere"),
+        ({"budget": "3bit", "batch_size": 50, "accumulate": 4}, "multiple of 4"),
     ):
         with pytest.raises(QvitError, match=message):
             plan_run(small_config(**changes))

@@ -25,7 +25,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.plan import QuantPlan
 from qvit.run import evaluate_run, load_run, resume, train
 from qvit.training import images as image_files
-from qvit.training.checkpoint import LAST
+from qvit.training.checkpoint import checkpoints_of
 from qvit.training.config import TrainConfig
 from qvit.training.data import open_data
 from qvit.training.loop import Trainer
@@ -66,6 +66,18 @@ TRAIN = """
 import json, sys
 from qvit import TrainConfig, train
 train(TrainConfig.create(**json.loads(sys.argv[1])), sys.argv[2], quiet=True)
+"""
+
+
+TRAIN_OR_RESUME = """
+import json, sys
+from pathlib import Path
+from qvit import TrainConfig, resume, train
+print("begin", flush=True)
+if (Path(sys.argv[2]) / "config.json").is_file():
+    resume(sys.argv[2], quiet=True)
+else:
+    train(TrainConfig.create(**json.loads(sys.argv[1])), sys.argv[2], quiet=True)
 """
 
 
@@ -200,7 +212,8 @@ def test_nothing_else_is_left_in_the_directory(finished: Path) -> None:
     run = whole_run(finished, "qvit")
     expected = {"config.json", "plan.json", "cost.json", "log.jsonl", "model.safetensors", "result.json"}
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    assert files == expected | {str(LAST)}
+    kept = checkpoints_of(run)
+    assert len(kept) == 2 and files == expected | {str(path.relative_to(run)) for path in kept}
 
 
 # --------------------------------------------------------------------------------------------------------------- seeds
@@ -228,10 +241,10 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """The process ends in the middle of a step, counted from 1 over all epochs."""
     whole_step = Trainer._step
 
-    def dying_step(self: Trainer, batch: Any, targets: Any, number: int) -> Any:
+    def dying_step(self: Trainer, batches: Any, number: int) -> Any:
         if number == step:
             raise Killed
-        return whole_step(self, batch, targets, number)
+        return whole_step(self, batches, number)
 
     monkeypatch.setattr(Trainer, "_step", dying_step)
 
@@ -342,7 +355,7 @@ def test_a_process_that_was_killed_is_resumed_bit_for_bit(
     )
     try:
         deadline = time.monotonic() + 300
-        while not ((killed / LAST).is_file() and events(killed, wait_for)):
+        while not (checkpoints_of(killed) and events(killed, wait_for)):
             assert process.poll() is None, process.stderr.read() if process.stderr else ""
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -358,6 +371,35 @@ def test_a_process_that_was_killed_is_resumed_bit_for_bit(
     resume(killed, quiet=True)
     if not (whole / runs.RESULT).is_file():
         train(config, whole, quiet=True)
+    assert_same_run(killed, whole)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    """SIGKILL at any moment, while a checkpoint is written too: one is written after every step."""
+    config = run_config("qvit", epochs=150, checkpoint_steps=1, keep_checkpoints=2, log_every=1)
+    moments = random.Random(20)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(config, whole, quiet=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", TRAIN_OR_RESUME, json.dumps(config.model_dump()), str(killed)]
+    steps = []
+    for _ in range(20):
+        process = subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            assert process.stdout and process.stderr
+            assert process.stdout.readline() == "begin\n", process.stderr.read()
+            time.sleep(moments.uniform(0, 2.5))
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, process.stderr.read()
+        finally:
+            process.kill()
+            process.communicate()
+        steps.append(max((event["step"] for event in events(killed, "step")), default=0))
+    assert len(set(steps)) > 10, f"hardly any kill met the run at work: {steps}"
+    resume(killed, quiet=True)
     assert_same_run(killed, whole)
 
 

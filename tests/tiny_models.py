@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qvit.calibration import calibrate
-from qvit.convert import quantize
+from qvit.convert import plan_of, quantize
 from qvit.families import inspect_model
 from qvit.methods import create_method
 from qvit.plan import QuantPlan
@@ -81,6 +82,15 @@ def starting_point(config: TrainConfig, *, attach: bool = True, seed: int = 0) -
 class Batches(list[tuple[Tensor, Tensor]]):
     """A loader of batches made beforehand."""
 
+    skip = 0
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        self.skip = skip
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        begin, self.skip = self.skip, 0
+        return iter(self[begin:])
+
 
 def tiny_trainer(run: Path, seed: int = 0, steps: int = 3, **changes: Any) -> tuple[Trainer, Any, nn.Module]:
     """A trainer on random images, which takes a few hundredths of a second per step."""
@@ -91,7 +101,16 @@ def tiny_trainer(run: Path, seed: int = 0, steps: int = 3, **changes: Any) -> tu
     generator = torch.Generator().manual_seed(seed)
     labels = [torch.randint(0, 10, (8,), generator=generator) for _ in range(steps)]
     loader = Batches(zip(digit_batches(steps, 8, seed=seed), labels, strict=True))
-    trainer = Trainer(model, config, loader, num_classes=10, run=run, hooks=method, width_lr=method.width_lr)
+    trainer = Trainer(
+        model,
+        config,
+        loader,
+        num_classes=10,
+        run=run,
+        hooks=method,
+        width_lr=method.width_lr,
+        plan=lambda: plan_of(model).to_json(),
+    )
     method.attach(model, inspect_model(model), steps)
     return trainer, method, model
 

@@ -62,7 +62,7 @@ def train(
         float | None, typer.Option(help="Share of the loss that learns from the float model's soft labels, 0 to 1.")
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Another model to learn from: timm's name. Default: the float model.")
+        str | None, typer.Option(help="Another model to learn from: timm's name or a run. Default: the float model.")
     ] = None,
     augment: Annotated[str | None, typer.Option(help="none, light or deit.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,

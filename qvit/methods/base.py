@@ -1,7 +1,7 @@
 """What a method is: the plan it starts from, and its part in training.
 
 `plan` turns a budget into the starting plan for a model's sites (None for a method that does not quantize); `attach` is
-called with the calibrated model; the three hooks of `training.loop.Hooks` do the rest. Everything else - data,
+called with the calibrated model; the three hooks of `training.hooks.Hooks` do the rest. Everything else - data,
 calibration, loop, evaluation, files - is the same for all methods.
 """
 
@@ -17,7 +17,8 @@ from qvit.cost import CostModel
 from qvit.errors import UsageError, nearest
 from qvit.plan import QuantPlan
 from qvit.training.config import TrainConfig, validated
-from qvit.training.loop import NoHooks, Trainer
+from qvit.training.hooks import NoHooks
+from qvit.training.loop import Trainer
 
 _REGISTRY: dict[str, type[Method]] = {}
 

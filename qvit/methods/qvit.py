@@ -230,7 +230,7 @@ class QViTMethod(Method):
         drop_widths(trainer.optimizer)
         trainer.log.write(
             "freeze",
-            step=trainer.epoch * trainer.steps_per_epoch,
+            step=trainer.step,
             epoch=trainer.epoch,
             budget_bit_operations=self.limit,
             bit_operations_learned=before,

@@ -73,6 +73,8 @@ class Quantizer(nn.Module):
             self.register_buffer("bit_width", widths)
         self.enabled = True
         self.calibrated = False
+        #: How many processes and micro-batches see a part of each training step's batch (activations only).
+        self.batch_parts = 1
         self.observer: HistogramObserver | None = None
         self.register_load_state_dict_post_hook(_recognise_calibration)
 

@@ -55,7 +55,7 @@ class LSQQuantizer(Quantizer):
         self.num_groups = math.prod(groups)
 
     def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
-        elements = x.numel() // self.num_groups
+        elements = x.numel() * self.batch_parts // self.num_groups
         return FakeQuantize.apply(
             x, self.scale, self.offset, bit_width, self.candidates, limits, self.spec.signed, elements
         )

@@ -80,7 +80,7 @@ class TrainConfig(BaseModel):
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = False
 
-    @field_validator("data", "eval_data", "class_map", "weights", "plan")
+    @field_validator("data", "eval_data", "class_map", "weights", "plan", "teacher", "teacher_weights")
     @classmethod
     def _absolute_if_it_exists(cls, value: str | None) -> str | None:
         """Paths become absolute, so that a run can be resumed from another directory."""

@@ -137,6 +137,8 @@ class DigitsLoader:
         self._mean = _per_channel(data_config["mean"], self._channels).to(device)
         self._std = _per_channel(data_config["std"], self._channels).to(device)
 
+    def set_epoch(self, epoch: int, skip: int = 0) -> None: ...
+
     def __len__(self) -> int:
         whole, rest = divmod(len(self._images), self._batch_size)
         return whole + (rest > 0 and not self._drop_last)

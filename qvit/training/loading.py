@@ -295,6 +295,8 @@ class _NamingLoader:
     def __init__(self, loader: Any) -> None:
         self._loader = loader
 
+    def set_epoch(self, epoch: int, skip: int = 0) -> None: ...
+
     def __len__(self) -> int:
         return len(self._loader)
 

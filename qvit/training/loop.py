@@ -1,94 +1,57 @@
 """The training loop: one for float models, baselines and every method, so that runs differ in the method alone.
 
-    loss = (1 - w)·CE(targets) + w·CE(soft labels of the float model) + penalty
+    loss = (1 - w)·CE(targets) + w·(what the teacher says, see `distill.py`) + penalty
 
-A step is the gradient of this loss, the optimizer's step and timm's schedule, per step. A method takes part through
-`Hooks`: what happens at the start of an epoch (Q-ViT freezes its widths there), which penalty is added, which figures
-are logged.
+A step is the gradient of this loss over `batch_size` images, on all processes and in all their micro-batches together,
+then the optimizer's step and timm's schedule, per step. A method takes part through `Hooks`: what happens at the start
+of an epoch (Q-ViT freezes its widths there), which penalty is added, which figures are logged.
 
-Nothing asks the device for a number within a step: figures are read every `log_every` steps, and a loss that is not
-finite is noted on the device and found then; the run stops with the step's number and the name of the last good
-checkpoint. Quantization-aware finetuning runs with dropout and stochastic depth off (as the Q-ViT code does) unless
-asked otherwise; nothing in a ViT depends on the mode otherwise.
+Nothing asks the device for a number within a step, and processes exchange gradients alone: figures are read every
+`log_every` steps, and a loss that is not finite is noted on the device and found then; the run stops with the step's
+number and the name of the last good checkpoint. Quantization-aware finetuning runs with dropout and stochastic depth
+off (as the Q-ViT code does) unless asked otherwise; nothing in a ViT depends on the mode otherwise.
+
+A run can be taken up after any step. Random numbers are drawn from (seed, step, process), images from (seed, epoch,
+position), so that nothing of the past is needed but the checkpoint.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterable, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
-from qvit.errors import QvitError, UsageError, nearest
-from qvit.training.checkpoint import LAST, save_checkpoint, seed_everything
+from qvit.errors import QvitError, UsageError
+from qvit.families import inspect_model
+from qvit.quantizers import quantizers_of
+from qvit.training.checkpoint import last_checkpoint, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
+from qvit.training.distill import distillation_loss
+from qvit.training.hooks import Hooks
+from qvit.training.log import RunLog
 from qvit.training.optimizer import create_optimizer
+from qvit.training.processes import Processes
 from qvit.training.progress import TrainingProgress
-
-
-class Hooks(Protocol):
-    """How a method takes part in training. `NoHooks` does nothing."""
-
-    def on_epoch(self, trainer: Trainer, epoch: int) -> None:
-        """Called before the epoch's first step."""
-        ...
-
-    def penalty(self) -> Tensor | None:
-        """Added to the loss of every step; None for none."""
-        ...
-
-    def figures(self, *, every_width: bool) -> dict[str, Any]:
-        """Figures for the log: `bit_operations`, and at the end of an epoch the widths.
-
-        Called where waiting for the device is allowed.
-        """
-        ...
-
-
-class NoHooks:
-    """A method without a penalty, stages or figures."""
-
-    def on_epoch(self, trainer: Trainer, epoch: int) -> None: ...
-
-    def penalty(self) -> Tensor | None:
-        return None
-
-    def figures(self, *, every_width: bool) -> dict[str, Any]:
-        return {}
+from qvit.training.schedule import create_schedule
+from qvit.training.signals import StopRequest, Terminated
 
 
 class Loader(Sized, Iterable[tuple[Tensor, Tensor]], Protocol):
-    """Batches of images and class indices, with a length."""
+    """Micro-batches of images and class indices, with a length; see `loading.LoaderLike`."""
 
-
-@dataclass
-class RunLog:
-    """The JSON-lines log of a run; one object a line, flushed."""
-
-    path: Path
-
-    def write(self, event: str, **values: Any) -> None:
-        line = json.dumps({"event": event, **values}, allow_nan=False, default=float) + "\n"
-        try:
-            with self.path.open("ab+") as file:
-                if file.tell() and file.seek(-1, 2) is not None and file.read(1) != b"\n":
-                    line = "\n" + line  # a killed run left half a line
-                file.write(line.encode())
-        except OSError as error:
-            raise QvitError(f"cannot write the log {self.path}: {error}") from error
+    def set_epoch(self, epoch: int, skip: int = 0) -> None: ...
 
 
 class Trainer:
@@ -97,15 +60,19 @@ class Trainer:
     Args:
         model: What is trained, on its device.
         config: The run's options.
-        loader: Training batches; iterating it anew starts a new epoch.
+        loader: Training batches of this process, `batch_size / (processes · accumulate)` images each.
         num_classes: For mixup.
         run: The run's directory.
         hooks: The method's part.
         width_lr: Learning rate of learned widths.
-        teacher: The float model, for distillation; None without.
+        teacher: Returns logits for a batch, for distillation; None without.
         monitor: Measures accuracy on images held out from training, in percent; None without.
         plan: Called for the checkpoint: the current plan as JSON, or None for a float model.
         label: For the progress bar.
+        processes: Those that train together; None: this one alone.
+
+    Attributes:
+        step: Optimizer steps that are done.
     """
 
     def __init__(
@@ -118,59 +85,51 @@ class Trainer:
         run: Path,
         hooks: Hooks,
         width_lr: float,
-        teacher: nn.Module | None = None,
+        teacher: Callable[[Tensor], Tensor] | None = None,
         monitor: Callable[[nn.Module], float] | None = None,
         plan: Callable[[], Any] = lambda: None,
         label: str = "train",
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.config, self.loader, self.run, self.hooks = model, config, loader, run, hooks
         self.teacher, self.monitor, self.plan, self.label = teacher, monitor, plan, label
-        self.log = RunLog(run / "log.jsonl")
-        AcceleratorState._reset_state(
-            reset_partial_state=False
-        )  # another run of this process may have had another precision
-        self.accelerator = Accelerator(
-            cpu=config.device == "cpu", mixed_precision="bf16" if config.precision == "bf16" else "no"
-        )
-        if self.accelerator.distributed_type not in (DistributedType.NO,):
-            raise UsageError("training on several processes is not supported yet: start one process")
+        self.processes = processes or Processes(config.device)
+        self.log = RunLog(run / "log.jsonl", enabled=self.processes.is_main, tensorboard=config.tensorboard)
+        micro = micro_batch(config, self.processes.world_size)
+        self.steps_per_epoch = len(loader) // config.accumulate
+        if self.steps_per_epoch == 0:
+            raise QvitError(f"too few training images for one batch of {config.batch_size}: use a smaller --batch-size")
         self.optimizer = create_optimizer(
             model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, width_lr=width_lr
         )
-        self.steps_per_epoch = len(loader)
-        if self.steps_per_epoch == 0:
-            raise QvitError(f"too few training images for one batch of {config.batch_size}: use a smaller --batch-size")
-        known = ("cosine", "tanh", "step", "multistep", "poly")
-        if config.sched not in known:
-            raise UsageError(f"unknown schedule '{config.sched}'{nearest(config.sched, known)} ({', '.join(known)})")
-        try:
-            scheduler, _ = create_scheduler_v2(
-                self.optimizer,
-                sched=config.sched,
-                num_epochs=config.epochs,
-                min_lr=config.min_lr,
-                warmup_epochs=config.warmup_epochs,
-                warmup_prefix=True,
-                step_on_epochs=False,
-                updates_per_epoch=self.steps_per_epoch,
-            )
-        except (AssertionError, ValueError) as error:
-            raise UsageError(f"schedule '{config.sched}': {error}") from None
-        assert scheduler is not None
-        self.scheduler = scheduler
+        self.scheduler = create_schedule(self.optimizer, config, self.steps_per_epoch)
         self.mixup = None
         if config.mixup or config.cutmix:
-            if config.batch_size % 2:
-                raise UsageError(f"mixup and cutmix need an even batch size, not {config.batch_size}")
+            if micro % 2:
+                raise UsageError(f"mixup and cutmix need an even batch size, not {micro}")
             self.mixup = Mixup(
                 config.mixup, config.cutmix, label_smoothing=config.label_smoothing, num_classes=num_classes
             )
         smooth = LabelSmoothingCrossEntropy(config.label_smoothing) if config.label_smoothing else nn.CrossEntropyLoss()
         self.criterion = SoftTargetCrossEntropy() if self.mixup else smooth
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
-        self.compiled = torch.compile(model) if config.compile else model
+        _count_elements_of_whole_steps(model, self.processes.world_size * config.accumulate)
+        self.wrapped: nn.Module | None = None
+        self.compiled: Callable[[Tensor], Tensor] = model
+        self.trained: list[int] = []
         self.first_bad_step: Tensor | None = None
-        self.epoch = 0
+        self.step = 0
+        self.sums: Tensor | None = None
+        self.seen = 0
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next step belongs to."""
+        return self.step // self.steps_per_epoch
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.epochs * self.steps_per_epoch
 
     @property
     def result_model(self) -> nn.Module:
@@ -182,34 +141,47 @@ class Trainer:
         return [self.model, *([self.ema.module] if self.ema else [])]
 
     def fit(self, *, quiet: bool = False) -> None:
-        """Trains from the current epoch to the last. Raises QvitError if the loss stops being finite."""
-        total = self.config.epochs * self.steps_per_epoch
-        with TrainingProgress(self.label, total, enabled=not quiet) as progress:
-            while self.epoch < self.config.epochs:
-                seed_everything(self.config.seed, self.epoch)
-                self.hooks.on_epoch(self, self.epoch)
-                self._train_epoch(progress)
-                self.epoch += 1
-                if self.epoch % self.config.checkpoint_every == 0 or self.epoch == self.config.epochs:
-                    self.save()
+        """Trains from the current step to the last.
 
-    def save(self) -> Path:
-        """Writes a checkpoint at the end of an epoch; never one with weights that are not finite."""
-        broken = [
-            name
-            for name, value in self.model.state_dict().items()
-            if value.is_floating_point() and not bool(torch.isfinite(value).all())
-        ]
-        if broken:
-            self._stop_diverged(self.epoch * self.steps_per_epoch, f"'{broken[0]}' is not finite")
+        Raises:
+            QvitError: The loss stops being finite, or another process is lost.
+            Terminated: SIGTERM came; a checkpoint has been written.
+        """
+        shown = self.processes.is_main and not quiet
+        with (
+            TrainingProgress(self.label, self.total_steps, enabled=shown) as progress,
+            StopRequest() as stop,
+            self.processes.lost_ones_are_reported(),
+        ):
+            while self.step < self.total_steps:
+                if self.step % self.steps_per_epoch == 0:
+                    self.hooks.on_epoch(self, self.epoch)
+                self._wrap()
+                self._train_epoch(progress, stop)
+                if self.epoch % self.config.checkpoint_every == 0 or self.step == self.total_steps:
+                    self.save()
+                if stop.requested and self.processes.alone and self.step < self.total_steps:
+                    self._terminate()
+
+    def save(self) -> Path | None:
+        """Writes a checkpoint, never one with weights that are not finite; returns its path in the first process.
+
+        All processes must call it.
+        """
+        if broken := self._broken():
+            self._stop_diverged(self.step, broken)
+        sums = None if self.sums is None else self.processes.gather(self.sums).mean(0)
+        if not self.processes.is_main:
+            return None
         state = {
-            "epoch": self.epoch,
+            "step": self.step,
             "plan": json.dumps(self.plan()),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
+            "sums": None if sums is None else {"parts": sums, "images": self.seen},
         }
-        return save_checkpoint(self.run, state)
+        return save_checkpoint(self.run, state, keep=self.config.keep_checkpoints)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint; the model has been built from the checkpoint's plan already."""
@@ -218,55 +190,86 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema:
                 self.ema.module.load_state_dict(state["ema"])
-            self.epoch = int(state["epoch"])
+            self.step = int(state["step"])
+            if state["sums"] is not None:
+                device = next(self.model.parameters()).device
+                self.sums, self.seen = state["sums"]["parts"].to(device), int(state["sums"]["images"])
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise QvitError(
-                f"the checkpoint {self.run / LAST} does not fit this run: {str(error).splitlines()[0]}"
+                f"the checkpoint of {self.run} does not fit this run: {str(error).splitlines()[0]}"
             ) from error
 
-    def _train_epoch(self, progress: TrainingProgress) -> None:
+    def _wrap(self) -> None:
+        """Prepares the model for the steps to come, anew if what is trained has changed (widths were frozen)."""
+        trained = [id(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        if self.wrapped is None or trained != self.trained:
+            self.compiled, self.wrapped = self.model, None  # ends the hooks of the old wrapper first
+            self.wrapped = self.processes.wrap(self.model)
+            self.compiled = torch.compile(self.wrapped) if self.config.compile else self.wrapped
+            self.trained = trained
+
+    def _train_epoch(self, progress: TrainingProgress, stop: StopRequest) -> None:
+        """The rest of the epoch that the next step belongs to."""
         self.model.train(self.config.stochastic_depth)
-        start, begun = time.perf_counter(), self.epoch * self.steps_per_epoch
-        sums: Tensor | None = None
-        images, seen, since = 0, 0, start
-        for index, (batch, targets) in enumerate(self.loader):
-            step = begun + index + 1
-            parts = self._step(batch, targets, step)
-            sums = parts if sums is None else sums + parts
-            images += len(batch)
-            seen += len(batch)
-            if step % self.config.log_every == 0 or index + 1 == self.steps_per_epoch:
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        accumulate = self.config.accumulate
+        self.loader.set_epoch(epoch, done * accumulate)
+        batches: Iterator[tuple[Tensor, Tensor]] = iter(self.loader)
+        start = since = time.perf_counter()
+        images = 0
+        for index in range(done, self.steps_per_epoch):
+            step = self.step + 1
+            own = list(islice(batches, accumulate))
+            if len(own) < accumulate:
+                raise QvitError(f"the training images of epoch {epoch} ended before its step {index + 1}")
+            seed_everything(self.config.seed, step, self.processes.rank)
+            parts = self._step(own, step)
+            self.step = step
+            self.sums = parts if self.sums is None else self.sums + parts
+            size = sum(len(batch) for batch, _ in own) * self.processes.world_size
+            images, self.seen = images + size, self.seen + size
+            last = index + 1 == self.steps_per_epoch
+            stopping = stop.requested and self.processes.alone
+            if step % self.config.log_every == 0 or last:
                 now = time.perf_counter()
-                self._report(step, parts.tolist(), len(batch), images / max(1e-9, now - since), progress)
+                asked = self._report(parts, size, images / max(1e-9, now - since), stop.requested, progress)
+                stopping = stopping or asked
                 images, since = 0, now
-        assert sums is not None
-        means = (sums / self.steps_per_epoch).tolist()
+            if not last and stopping:
+                self._terminate()
+            if not last and self.config.checkpoint_steps and step % self.config.checkpoint_steps == 0:
+                self.save()
+        self._end_epoch(epoch, time.perf_counter() - start)
+
+    def _end_epoch(self, epoch: int, seconds: float) -> None:
+        if broken := self._broken():
+            self._stop_diverged(self.step, broken)
+        assert self.sums is not None
+        rows = self.processes.gather(self.sums)
+        means = (rows.mean(0) / self.steps_per_epoch).tolist()
+        correct = float(rows[:, 3].sum())
         accuracy = self.monitor(self.result_model) if self.monitor else None
-        figures = self.hooks.figures(every_width=True)
         self.log.write(
             "epoch",
-            epoch=self.epoch,
-            step=begun + self.steps_per_epoch,
+            epoch=epoch,
+            step=self.step,
             train_loss=means[0],
-            train_accuracy=100 * means[3] * self.steps_per_epoch / seen,
+            train_accuracy=100 * correct / self.seen,
             accuracy=accuracy,
-            seconds=time.perf_counter() - start,
-            **figures,
+            seconds=seconds,
+            **self.hooks.figures(every_width=True),
         )
+        self.sums, self.seen = None, 0
 
-    def _step(self, batch: Tensor, targets: Tensor, step: int) -> Tensor:
-        """One optimizer step; returns [loss, task loss, penalty, correct] on the device."""
-        labels = targets
-        if self.mixup:
-            batch, labels = self.mixup(batch, targets)
-        with self.accelerator.autocast():
-            logits = self.compiled(batch)
-            task = self._task_loss(logits.float(), labels, batch)
-        penalty = self.hooks.penalty()
-        loss = task if penalty is None else task + penalty.to(task.dtype)
-        self.accelerator.backward(loss)
+    def _step(self, batches: list[tuple[Tensor, Tensor]], step: int) -> Tensor:
+        """One optimizer step; returns [loss, task loss, penalty, correct] on the device, the last one a sum."""
+        parts: Tensor | None = None
+        for index, (batch, targets) in enumerate(batches):
+            own = self._backward(batch, targets, 1 / len(batches), last=index + 1 == len(batches))
+            parts = own if parts is None else parts + own
+        assert parts is not None
         if self.config.clip_grad:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step_update(num_updates=step)
@@ -274,33 +277,57 @@ class Trainer:
             self.ema.update(self.model, step=step)
         with torch.no_grad():
             if self.first_bad_step is None:
-                self.first_bad_step = torch.zeros((), device=loss.device)
-            self.first_bad_step.add_(((self.first_bad_step == 0) & ~torch.isfinite(loss)) * step)
+                self.first_bad_step = torch.zeros((), device=parts.device)
+            self.first_bad_step.add_(((self.first_bad_step == 0) & ~torch.isfinite(parts[0])) * step)
+        return parts
+
+    def _backward(self, batch: Tensor, targets: Tensor, share: float, *, last: bool) -> Tensor:
+        """Adds the gradient of one micro-batch; processes exchange theirs with the last one."""
+        labels = targets
+        if self.mixup:
+            if len(batch) % 2:
+                raise QvitError(f"mixup and cutmix need an even batch size, not {len(batch)}")
+            batch, labels = self.mixup(batch, targets)
+        waits = isinstance(self.wrapped, DistributedDataParallel) and not last
+        with self.wrapped.no_sync() if waits else nullcontext():  # type: ignore[union-attr]
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                logits = self.compiled(batch)
+                task = self._task_loss(logits.float(), labels, batch)
+            penalty = self.hooks.penalty()
+            loss = task if penalty is None else task + penalty.to(task.dtype)
+            (loss if share == 1 else loss * share).backward()
+        with torch.no_grad():
             correct = (logits.argmax(-1) == targets).sum()
-            parts = [loss, task, torch.zeros_like(task) if penalty is None else penalty, correct]
-            return torch.stack([part.detach().to(torch.float32) for part in parts])
+            parts = [loss * share, task * share, torch.zeros_like(task) if penalty is None else penalty * share]
+            return torch.stack([part.detach().to(torch.float32) for part in (*parts, correct)])
 
     def _task_loss(self, logits: Tensor, labels: Tensor, batch: Tensor) -> Tensor:
         share = self.config.distill
         if not share or self.teacher is None:
             return self.criterion(logits, labels)
         with torch.no_grad():
-            soft = self.teacher(batch).float().softmax(-1)
-        distilled = F.cross_entropy(logits, soft)
+            taught = self.teacher(batch).float()
+        distilled = distillation_loss(logits, taught, self.config.distill_kind, self.config.distill_temperature)
         return distilled if share == 1 else (1 - share) * self.criterion(logits, labels) + share * distilled
 
-    def _report(self, step: int, parts: list[float], size: int, speed: float, progress: TrainingProgress) -> None:
-        loss, task, penalty, correct = parts
+    def _report(self, parts: Tensor, size: int, speed: float, stop: bool, progress: TrainingProgress) -> bool:
+        """Logs the step just done; returns whether any process was asked to stop."""
         assert self.first_bad_step is not None
-        if bad := int(self.first_bad_step):
-            self._stop_diverged(bad, "the loss is not finite")
-        lr = self.optimizer.param_groups[0]["lr"]
+        own = torch.cat([parts, self.first_bad_step[None], parts.new_tensor([float(stop)])])
+        rows = self.processes.gather(own).tolist()
+        if bad := [int(row[4]) for row in rows if row[4]]:
+            self._stop_diverged(min(bad), "the loss is not finite")
+        loss, task, penalty, correct = (sum(row[i] for row in rows) for i in range(4))
+        loss, task, penalty = loss / len(rows), task / len(rows), penalty / len(rows)
         figures = self.hooks.figures(every_width=False)
         bops = figures.get("bit_operations")
+        if bops is not None and not math.isfinite(bops):
+            self._stop_diverged(self.step, "a bit-width is not finite")
+        lr = self.optimizer.param_groups[0]["lr"]
         self.log.write(
             "step",
-            step=step,
-            epoch=self.epoch,
+            step=self.step,
+            epoch=(self.step - 1) // self.steps_per_epoch,
             loss=loss,
             task_loss=task,
             penalty=penalty,
@@ -310,13 +337,50 @@ class Trainer:
         )
         shown = {"loss": f"{loss:.3f}", "accuracy": f"{100 * correct / size:.1f}%"}
         shown |= {"BOPs": f"{bops / 1e9:.3g}G"} if bops else {}
-        progress.update(step, shown | {"lr": f"{lr:.1e}"})
+        progress.update(self.step, shown | {"lr": f"{lr:.1e}"})
+        return any(row[5] for row in rows)
+
+    def _broken(self) -> str:
+        """Names a weight, scale or width that is not finite, or the empty string."""
+        values = [(name, value) for name, value in self.model.state_dict().items() if value.is_floating_point()]
+        finite = torch.stack([torch.isfinite(value).all() for _, value in values])
+        if bool(finite.all()):
+            return ""
+        return f"'{values[finite.tolist().index(False)][0]}' is not finite"
+
+    def _terminate(self) -> None:
+        path = self.save()
+        self.log.write("terminated", step=self.step)
+        raise Terminated(
+            f"SIGTERM at step {self.step} of {self.total_steps}: saved {path or 'a checkpoint'}; "
+            f"`qvit train --resume {self.run}` continues"
+        )
 
     def _stop_diverged(self, step: int, reason: str) -> None:
-        last = self.run / LAST
-        kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+        last = last_checkpoint(self.run)
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint yet"
         self.log.write("failed", step=step, reason=reason)
         raise QvitError(
             f"{reason} at step {step} (epoch {max(0, step - 1) // self.steps_per_epoch}); {kept}. "
             "Try a smaller --lr, or --precision fp32"
         )
+
+
+def micro_batch(config: TrainConfig, world_size: int) -> int:
+    """Images that one process computes at a time. Raises UsageError if the batch cannot be divided evenly."""
+    parts = world_size * config.accumulate
+    if config.batch_size % parts:
+        raise UsageError(
+            f"a batch of {config.batch_size} images cannot be divided evenly over {world_size} process(es) and "
+            f"{config.accumulate} micro-batch(es): give a multiple of {parts} as --batch-size"
+        )
+    return config.batch_size // parts
+
+
+def _count_elements_of_whole_steps(model: nn.Module, parts: int) -> None:
+    """LSQ's gradient factor counts the elements of an activation in the whole batch, wherever its parts are."""
+    found = dict(quantizers_of(model))
+    if found:
+        for name, site in inspect_model(model).sites.items():
+            if name in found and site.role == "activation":
+                found[name].batch_parts = parts
