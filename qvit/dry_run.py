@@ -112,8 +112,7 @@ def _widths_by_kind(plan: QuantPlan) -> list[dict[str, Any]]:
         row["sites"] += 1
         if spec is not None:
             row["widths"] += len(spec.widths)
-            seen = [*(row["bits"] or ()), *spec.widths]
-            row["bits"] = [min(seen), max(seen)]
+            row["bits"] = [min(seen := [*(row["bits"] or ()), *spec.widths]), max(seen)]
     return list(rows.values())
 
 

@@ -404,6 +404,15 @@ def test_train_prints_where_the_run_is(qvit: Qvit, tmp_path: Path, length: int) 
     assert resumed.code == 0 and f"{run} is finished\n" in resumed.out
 
 
+def test_one_process_of_several_prints_the_result(
+    qvit: Qvit, small_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        answer = qvit("train", "--resume", small_runs / "qvit", "--quiet")
+        assert answer.code == 0 and ("accuracy" in answer.out) == (rank == 0)
+
+
 def test_options_reach_the_run(qvit: Qvit, tmp_path: Path) -> None:
     options = ["-o", "head_wise=false", "-o", "searching_ratio=0", "-o", 'asymmetric=["*.fc1.input"]']
     settings = ["--set", "weight_decay=0.1", "--set", "ema_decay=0.9", "--set", "mixup=0.1", "--set", "clip_grad=None"]

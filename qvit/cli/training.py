@@ -141,10 +141,7 @@ def train(
     if dry_run:
         from qvit.dry_run import plan_run
 
-        report = plan_run(config, with_data=has_data)
-        if int(os.environ.get("RANK", "0")) == 0:
-            _show_plan(report, as_json)
-        return None
+        return _show_plan(plan_run(config, with_data=has_data), as_json)
     assert run is not None
     notify = (lambda _: None) if quiet or as_json else say
     result = runs.train(config, run, overwrite=overwrite, quiet=quiet or as_json, notify=notify)
@@ -162,7 +159,14 @@ def _config(model: str, overrides: dict[str, Any], *, dry_run: bool) -> tuple[An
     return config_from_recipe(model, overrides, needs_data=not dry_run), has_data
 
 
+def _speaks() -> bool:
+    """Whether this is the process, of those that `accelerate launch` started, that prints what all of them found."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def _show_result(result: dict[str, Any], run: Path, as_json: bool) -> None:
+    if not _speaks():
+        return None
     if as_json:
         return print_json(result)
     of_float = "" if result["method"] == "float" else f" (float {result['float_accuracy']:.2f} %)"
@@ -175,6 +179,8 @@ def _show_result(result: dict[str, Any], run: Path, as_json: bool) -> None:
 
 def _show_plan(report: dict[str, Any], as_json: bool) -> None:
     """A dry run for people: widths by kind of tensor, then one line per subject."""
+    if not _speaks():
+        return None
     if as_json:
         return print_json(report)
     if report["widths"]:
