@@ -8,24 +8,25 @@ Fused `qkv` (rows ordered q|k|v, then head, then head_dim) is three weights to Q
 each third, with heads as blocks of output rows. The heads of `proj` (W_o) are blocks of input columns: its layout views
 the weight as (out, H, d).
 
-`AttentionSites` is what attention classes of all families share: quantizers for q, k, v (after bias and norm, before
-the 1/sqrt(d) factor), for the attention probabilities (after dropout, unsigned), and for the heads' outputs before they
-are concatenated (Q-ViT eq. 9-10).
+`AttentionSites` is what attention classes of all families share: quantizers for q, k, v (after bias, norm and rotation,
+before the 1/sqrt(d) factor), for the attention probabilities (after dropout, unsigned), and for the heads' outputs
+before they are concatenated (Q-ViT eq. 9-10).
 
-Shapes: B batch, N tokens, C channels, H heads, d head_dim.
+Shapes: B batch (of images, or of windows), N tokens, C channels, H heads, d head_dim.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvit.quantizers import Quantizer, create_quantizer
-from qvit.spec import Layout, PerHead, Site, TensorSpec
+from qvit.spec import Layout, PerHead, Position, Site, TensorSpec
 
 M = TypeVar("M", bound=nn.Module)
 Specs = Mapping[str, TensorSpec | None]
@@ -90,13 +91,29 @@ class QuantQKV(nn.Linear):
 class AttentionSites(nn.Module):
     """The quantized part of multi-head attention; an attention class of a family inherits it beside its float class."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None, dropout: nn.Module) -> Tensor:
+    def fused_projection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of `self.qkv`, each (B, H, N, d), from tokens (B, N, C).
+
+        BEiT, EVA and Swin v2 keep the biases of q and v beside the projection (k's is a buffer of zeros): they are
+        added here.
+        """
+        module: Any = self
+        qkv = module.qkv(x)
+        if getattr(self, "q_bias", None) is not None:
+            qkv = qkv + torch.cat((module.q_bias, module.k_bias, module.v_bias))
+        q, k, v = qkv.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, bias: Tensor | None, dropout: nn.Module
+    ) -> Tensor:
         """softmax(q̂·k̂ᵀ·scale + bias)·v̂ with quantized operands.
 
         Args:
-            q, k, v: (B, H, N, d), not scaled.
-            scale: 1/sqrt(d), applied in float after the product.
-            bias: Added to the scores in float, broadcasting to (B, H, N, N): masks, relative position bias. None for
+            q: (B, H, N, d), not scaled.
+            k, v: (B, G, M, d); G is H, or a divisor of it where G groups of heads share keys and values.
+            scale: 1/sqrt(d), or one number per head (H, 1, 1); applied in float.
+            bias: Added to the scores in float, broadcasting to (B, H, N, M): masks, relative position bias. None for
                 none.
             dropout: The module's attention dropout.
 
@@ -104,13 +121,37 @@ class AttentionSites(nn.Module):
             (B, H, N, d), not yet quantized.
         """
         q, k, v = apply_quantizer(self, "query", q), apply_quantizer(self, "key", k), apply_quantizer(self, "value", v)
+        shared = q.shape[1] // k.shape[1]
+        if shared > 1:
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         scores = (q * scale) @ k.transpose(-2, -1)
         probs = dropout((scores if bias is None else scores + bias).softmax(dim=-1))
         return apply_quantizer(self, "probs", probs) @ v
 
+    def merge(self, x: Tensor) -> Tensor:
+        """The heads' outputs (B, H, N, d), normalised if the module does so, quantized, concatenated to (B, N, C)."""
+        norm = getattr(self, "norm", None)
+        if norm is not None and not isinstance(norm, nn.Identity):
+            x = norm(x.transpose(1, 2).flatten(2)).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+        return apply_quantizer(self, "output", x).transpose(1, 2).flatten(2)
+
+
+def additive_mask(attn_mask: Tensor | None, is_causal: bool, q: Tensor) -> Tensor | None:
+    """The mask as something to add to the scores, with the meaning of `scaled_dot_product_attention`."""
+    if is_causal:
+        tokens = q.shape[-2]
+        return q.new_full((tokens, tokens), float("-inf")).triu(1)
+    if attn_mask is None or attn_mask.dtype != torch.bool:
+        return attn_mask
+    return torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill(~attn_mask, float("-inf"))
+
 
 def linear_sites(
-    name: str, module: nn.Linear | nn.Conv2d, spec: TensorSpec, position: Literal["first", "block", "last"] = "block"
+    name: str,
+    module: nn.Linear | nn.Conv2d,
+    spec: TensorSpec,
+    position: Position = "block",
+    inputs: TensorSpec | None = None,
 ) -> list[Site]:
     """The input and the weight of a plain linear or convolution.
 
@@ -119,33 +160,72 @@ def linear_sites(
         module: A linear layer, or a convolution (whose channels are axis 1 of its input).
         spec: Default for both tensors.
         position: See `Site`.
+        inputs: Default for the input, where its range asks for another grid than the weight's.
     """
     trailing = (1,) * (module.weight.dim() - 1)
-    inputs = module.weight.shape[1]
-    activation = Layout(channels=(inputs, 1, 1) if isinstance(module, nn.Conv2d) else (inputs,))
+    channels = module.weight.shape[1]
+    activation = Layout(channels=(channels, 1, 1) if isinstance(module, nn.Conv2d) else (channels,))
     weight = Layout(channels=(module.weight.shape[0], *trailing))
     return [
-        Site(f"{name}.input", "activation", activation, spec, position),
+        Site(f"{name}.input", "activation", activation, inputs or spec, position),
         Site(f"{name}.weight", "weight", weight, spec, position, module.weight.numel()),
     ]
 
 
 def attention_sites(name: str, qkv: nn.Linear, proj: nn.Linear, heads: int) -> list[Site]:
     """The sites of an attention module with fused `qkv` and `proj`, in the order of the computation."""
-    inputs, outputs = qkv.in_features, proj.out_features
-    dim = qkv.out_features // (3 * heads)
-    per_head = TensorSpec(granularity=PerHead())
-    rows = Layout(view=(heads, dim, inputs), heads=(heads, 1, 1), channels=(heads, dim, 1))
-    columns = Layout(view=(outputs, heads, dim), heads=(heads, 1), channels=(outputs, 1, 1))
-    tokens = Layout(heads=(heads, 1, 1), channels=(heads, 1, dim))
+    inputs, dim = qkv.in_features, qkv.out_features // (3 * heads)
+    rows, spec = _rows(heads, dim, inputs), TensorSpec(granularity=PerHead())
     sites = [Site(f"{name}.qkv.input", "activation", Layout(channels=(inputs,)), TensorSpec())]
-    sites += [Site(f"{name}.qkv.{part}_weight", "weight", rows, per_head, numel=heads * dim * inputs) for part in QKV]
-    sites += [Site(f"{name}.{part}", "activation", tokens, per_head) for part in QKV]
-    sites += [
-        Site(
-            f"{name}.probs", "activation", Layout(heads=(heads, 1, 1)), TensorSpec(granularity=PerHead(), signed=False)
-        ),
-        Site(f"{name}.output", "activation", tokens, per_head),
-        Site(f"{name}.proj.weight", "weight", columns, per_head, numel=proj.weight.numel()),
+    sites += [Site(f"{name}.qkv.{part}_weight", "weight", rows, spec, numel=heads * dim * inputs) for part in QKV]
+    return sites + _head_sites(name, proj, {part: heads for part in QKV}, dim)
+
+
+def separate_attention_sites(
+    name: str, projections: Mapping[str, nn.Linear], proj: nn.Linear, heads: Mapping[str, int]
+) -> list[Site]:
+    """The sites of an attention module with a linear layer for each of q, k, v.
+
+    Keys and values that are shared by groups of heads have one width and one scale for all groups: a product has as
+    many widths as its operands' heads, and theirs are not the query's.
+
+    Args:
+        name: Path of the module.
+        projections: The layers by their names in the module, in the order q, k, v.
+        proj: The output projection.
+        heads: The number of heads of `query`, `key` and `value`.
+    """
+    dim = projections[next(iter(projections))].out_features // heads["query"]
+    sites = []
+    for part, (leaf, linear) in zip(QKV, projections.items(), strict=True):
+        own, weight = linear_sites(f"{name}.{leaf}", linear, TensorSpec())
+        if heads[part] == heads["query"]:
+            layout = _rows(heads[part], dim, linear.in_features)
+            weight = replace(weight, layout=layout, default=TensorSpec(granularity=PerHead()))
+        sites += [own, weight]
+    return sites + _head_sites(name, proj, heads, dim)
+
+
+def _rows(heads: int, dim: int, inputs: int) -> Layout:
+    """A projection to heads: blocks of output rows."""
+    return Layout(view=(heads, dim, inputs), heads=(heads, 1, 1), channels=(heads, dim, 1))
+
+
+def _head_sites(name: str, proj: nn.Linear, heads: Mapping[str, int], dim: int) -> list[Site]:
+    """What follows the projections: q, k, v, probabilities, outputs, and the blocks of input columns of `proj`."""
+    count, outputs = heads["query"], proj.out_features
+    spec = TensorSpec(granularity=PerHead())
+    tokens = Layout(heads=(count, 1, 1), channels=(count, 1, dim))
+    columns = Layout(view=(outputs, count, dim), heads=(count, 1), channels=(outputs, 1, 1))
+    sites = []
+    for part in QKV:
+        own = heads[part] == count
+        layout = tokens if own else Layout(channels=(heads[part], 1, dim))
+        sites.append(Site(f"{name}.{part}", "activation", layout, spec if own else TensorSpec()))
+    probs = Layout(heads=(count, 1, 1))
+    return [
+        *sites,
+        Site(f"{name}.probs", "activation", probs, TensorSpec(granularity=PerHead(), signed=False)),
+        Site(f"{name}.output", "activation", tokens, spec),
+        Site(f"{name}.proj.weight", "weight", columns, spec, numel=proj.weight.numel()),
     ]
-    return sites

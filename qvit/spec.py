@@ -170,6 +170,9 @@ _PLAIN_TYPES: dict[str, type] = {
 }
 
 
+Position = Literal["first", "block", "last"]
+
+
 @dataclass(frozen=True)
 class Site:
     """A tensor that gets quantized.
@@ -187,5 +190,5 @@ class Site:
     role: Literal["weight", "activation"]
     layout: Layout
     default: TensorSpec
-    position: Literal["first", "block", "last"] = "block"
+    position: Position = "block"
     numel: int = 0

@@ -72,6 +72,7 @@ BUILT_VARIANTS: dict[str, dict[str, Any]] = {
     "no_positions": {"pos_embed": "none", "final_norm": False},
     "pre_norm_registers": {"pre_norm": True, "reg_tokens": 3, "no_embed_class": True},
     "one_head": {"num_heads": 1},
+    "no_pooling": {"global_pool": ""},
     "rectangle": {"img_size": (16, 32), "patch_size": (8, 4)},
 }
 VARIANTS = [*TIMM_VARIANTS, *BUILT_VARIANTS]
@@ -345,7 +346,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "own attention": (lambda: VisionTransformer(**SIZE, attn_layer=HalvedAttention), "blocks.0.attn"),
     "gated attention": (lambda: VisionTransformer(**SIZE, attn_layer=GatedAttention), "blocks.0.attn"),
     "own linear layer": (with_own_classifier, "head"),
-    "swin": (lambda: timm.create_model("swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 1)), "SwinTransformer"),
+    "swin v2 cr": (lambda: timm.create_model("swinv2_cr_tiny_224", embed_dim=12, depths=(1, 1)), "SwinTransformerV2Cr"),
     "resnet": (lambda: timm.create_model("resnet18"), "ResNet"),
     "relative positions": (
         lambda: timm.create_model("vit_relpos_small_patch16_224", depth=1),

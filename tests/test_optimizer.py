@@ -10,7 +10,7 @@ import torch
 from tiny_models import calibrated_model, digit_batches, digits_model
 from torch import Tensor, nn
 
-from qvit.convert import freeze
+from qvit.convert import freeze, quantize
 from qvit.errors import UsageError
 from qvit.plan import QuantPlan, Rule
 from qvit.quantizers import LSQQuantizer, quantizers_of
@@ -108,6 +108,41 @@ def test_tokens_of_other_models_get_no_weight_decay() -> None:
     for owner, token in ((model, "dist_token"), (registers, "reg_token"), (model, "pos_embed")):
         others = group(make_optimizer(owner), "others")["params"]
         assert any(parameter is owner.get_parameter(token) for parameter in others)
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "exempt", "decayed"),
+    [
+        (
+            "swin_tiny_patch4_window7_224",
+            {"depths": (1, 1)},
+            "layers.1.blocks.0.attn.relative_position_bias_table",
+            "layers.1.downsample.reduction.weight",
+        ),
+        (
+            "swinv2_tiny_window8_256",
+            {"depths": (1, 1)},
+            "layers.0.blocks.0.attn.cpb_mlp.0.weight",
+            "layers.0.blocks.0.attn.proj.weight",
+        ),
+        ("vit_small_patch16_rope_mixed_224", {"depth": 1}, "rope.freqs", "blocks.0.mlp.fc1.weight"),
+        (
+            "beit_base_patch16_224",
+            {"depth": 1},
+            "blocks.0.attn.relative_position_bias_table",
+            "blocks.0.attn.qkv.weight",
+        ),
+    ],
+)
+def test_what_timm_exempts_by_name_gets_no_weight_decay(
+    model: str, kwargs: dict[str, Any], exempt: str, decayed: str
+) -> None:
+    with torch.device("meta"):
+        owner = quantize(create_model(model, **kwargs), "w4a4", in_place=True)
+    optimizer = make_optimizer(owner)
+    for name, parameter in (("others", exempt), ("weights", decayed)):
+        assert any(own is owner.get_parameter(parameter) for own in group(optimizer, name)["params"]), parameter
+    assert owner.get_parameter(exempt).dim() > 1
 
 
 def test_widths_forget_faster_than_weights() -> None:

@@ -289,6 +289,8 @@ class TestNames:
             ("blocks.3.attn.qkv.query_weight", "blocks.3", "W_q"),
             ("blocks.11.mlp.fc2.input", "blocks.11", "GELU out"),
             ("layers.0.blocks.1.attn.probs", "layers.0.blocks.1", "probs"),
+            ("blocks.3.attn.q_proj.weight", "blocks.3", "W_q"),
+            ("blocks_token_only.0.attn.v.weight", "blocks_token_only.0", "W_v"),
             ("layers.0.downsample.reduction.weight", "layers.0", "downsample.reduction.weight"),
             ("blocks.3.mlp.0.input", "blocks.3", "mlp.0.input"),
             ("features.7.weight", "features.7", "weight"),
@@ -303,6 +305,7 @@ class TestNames:
         sites = ["blocks.10.x", "blocks.2.mlp.fc2.input", "blocks.2.attn.query", "head.weight"]
         assert layers_of(sites) == ["blocks.2", "blocks.10"] and layer_labels(layers_of(sites)) == ["2", "10"]
         assert tensors_of(sites) == ["q", "GELU out", "x"]
+        assert tensors_of(["blocks.0.attn.q.weight", "blocks.1.attn.qkv.query_weight"]) == ["W_q"]
         assert layer_labels(["layers.0", "layers.0.blocks.1"]) == ["layers.0", "layers.0.blocks.1"]
 
     @pytest.mark.parametrize(

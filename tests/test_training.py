@@ -855,6 +855,26 @@ def test_another_number_of_classes_leaves_the_classifier_untrained_and_says_so(
         assert torch.equal(value, fresh[key] if key.startswith("head.") else source[key]), key
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs", "classifiers"),
+    [
+        ("swin_tiny_patch4_window7_224", {"depths": (1, 1), "embed_dim": 12, "num_heads": (1, 2)}, ["head.fc"]),
+        ("eva02_tiny_patch14_224", {"depth": 1, "embed_dim": 12, "num_heads": 1}, ["head"]),
+        ("deit_tiny_distilled_patch16_224", {"depth": 1, "embed_dim": 12}, ["head", "head_dist"]),
+    ],
+)
+def test_classifiers_of_all_families_may_have_another_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, kwargs: dict[str, Any], classifiers: list[str]
+) -> None:
+    source = create_model(name, num_classes=3, **kwargs).state_dict()
+    path = weights_file(tmp_path, "safetensors", source)
+    with caplog.at_level(logging.WARNING, "qvit"):
+        loaded = create_model(name, weights=path, num_classes=4, **kwargs).state_dict()
+    keys = [f"{classifier}.{leaf}" for classifier in classifiers for leaf in ("weight", "bias")]
+    assert [record.message for record in caplog.records if ", ".join(keys) in record.message]
+    assert all(torch.equal(value, source[key]) for key, value in loaded.items() if key not in keys)
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
 def test_damaged_and_missing_weights_are_named(tmp_path: Path, name: str) -> None:
     path = tmp_path / name

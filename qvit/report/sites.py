@@ -32,6 +32,12 @@ TENSORS = {
     "mlp.fc1.weight": "W_fc1",
     "mlp.fc2.input": "GELU out",
     "mlp.fc2.weight": "W_fc2",
+    "attn.q_proj.weight": "W_q",
+    "attn.k_proj.weight": "W_k",
+    "attn.v_proj.weight": "W_v",
+    "attn.q.weight": "W_q",
+    "attn.k.weight": "W_k",
+    "attn.v.weight": "W_v",
 }
 GELU = "GELU out"
 ATTENTION_PANELS = {"q": "q (queries)", "k": "k (keys)", "v": "v (values)", "probs": "A (attention probabilities)"}
@@ -77,6 +83,6 @@ def layer_labels(layers: Iterable[str]) -> list[str]:
 def tensors_of(sites: Iterable[str]) -> list[str]:
     """The tensors that occur in layers: known ones in the order of the data flow, then the others as they come."""
     found = dict.fromkeys(place.tensor for place in map(locate, sites) if place.layer)
-    return [name for name in TENSORS.values() if name in found] + [
+    return [name for name in dict.fromkeys(TENSORS.values()) if name in found] + [
         name for name in found if name not in TENSORS.values()
     ]

@@ -120,10 +120,11 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     if any(key.endswith("_quantizer.scale") for key in state):
         raise QvitError(f"{path} holds a quantized model; give the weights of the float model")
     own = model.state_dict()
+    classifiers = _classifiers(model)
     heads = [
         key
-        for key in state
-        if key.split(".")[0] in ("head", "head_dist") and key in own and state[key].shape != own[key].shape
+        for key in own
+        if key.rpartition(".")[0] in classifiers and key in state and state[key].shape != own[key].shape
     ]
     for key in heads:
         state[key] = own[key]
@@ -143,6 +144,14 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     if not all(bool(torch.isfinite(value).all()) for value in state.values() if value.is_floating_point()):
         raise QvitError(f"the weights {path} hold NaN or infinite values")
     model.load_state_dict(state)
+
+
+def _classifiers(model: nn.Module) -> set[str]:
+    """Paths of the layers that answer with classes: `head`, `head.fc`, or two for a distilled model."""
+    get: Any = getattr(model, "get_classifier", None)
+    found = get() if callable(get) else getattr(model, "head", None)
+    layers = found if isinstance(found, tuple) else (found,)
+    return {path for path, module in model.named_modules() if any(module is layer for layer in layers)}
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,7 +2,8 @@
 
     group      what                                           weight decay   learning rate
     weights    matrices and kernels                           yes            lr
-    others     biases, norms, tokens, LayerScale              no             lr
+    others     biases, norms, tokens, LayerScale, and what    no             lr
+               the model's `no_weight_decay()` names
     scales     scales and offsets of quantizers               no             lr
     widths     learned bit-widths b̃                           no             width_lr
 
@@ -46,6 +47,7 @@ def create_optimizer(
     Raises UsageError for an unknown name.
     """
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "others": [], "scales": [], "widths": []}
+    exempt = _without_decay(model)
     in_quantizer = {id(p): leaf for _, quantizer in quantizers_of(model) for leaf, p in quantizer.named_parameters()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -54,7 +56,7 @@ def create_optimizer(
         if leaf is not None:
             groups["widths" if leaf == "bit_width" else "scales"].append(parameter)
         else:
-            groups["others" if parameter.dim() <= 1 or _is_token(name) else "weights"].append(parameter)
+            groups["others" if parameter.dim() <= 1 or name in exempt else "weights"].append(parameter)
     settings: list[dict[str, Any]] = []
     for name, parameters in groups.items():
         decay = weight_decay if name == "weights" else 0.0
@@ -134,5 +136,11 @@ class _WidthRule:
             torch._foreach_clamp_max_(own, float(limits[1]))
 
 
-def _is_token(name: str) -> bool:
-    return name.rpartition(".")[2] in ("cls_token", "dist_token", "reg_token", "pos_embed")
+def _without_decay(model: nn.Module) -> set[str]:
+    """Names of tokens, position embeddings, and what timm exempts by name, such as Swin's tables of relative positions.
+
+    A quantized model is still of timm's class, which answers for the float parameters.
+    """
+    tokens = ("cls_token", "dist_token", "reg_token", "pos_embed", "relative_position_bias_table")
+    named = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in tokens}
+    return named | set(getattr(model, "no_weight_decay", set)())
