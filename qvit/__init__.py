@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qvit.calibration import calibrate
     from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
     from qvit.cost import CostModel, parse_budget
+    from qvit.dry_run import plan_run
     from qvit.errors import QvitError, UsageError
     from qvit.families import inspect_model
     from qvit.plan import QuantPlan, Rule
@@ -32,12 +33,14 @@ if TYPE_CHECKING:
     from qvit.training.data import train_loader as train_loader
     from qvit.training.evaluate import evaluate
     from qvit.training.models import create_model
+    from qvit.training.recipe import config_from_recipe
 
 _PUBLIC = {
     "qvit.allocate": ("round_to_budget",),
     "qvit.calibration": ("calibrate",),
     "qvit.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
     "qvit.cost": ("CostModel", "parse_budget"),
+    "qvit.dry_run": ("plan_run",),
     "qvit.errors": ("QvitError", "UsageError"),
     "qvit.families": ("inspect_model",),
     "qvit.plan": ("QuantPlan", "Rule"),
@@ -48,6 +51,7 @@ _PUBLIC = {
     "qvit.training.data": ("calibration_batches", "data_config_of", "eval_loader", "open_data", "train_loader"),
     "qvit.training.evaluate": ("evaluate",),
     "qvit.training.models": ("create_model",),
+    "qvit.training.recipe": ("config_from_recipe",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [
@@ -65,6 +69,7 @@ __all__ = [
     "UsageError",
     "calibrate",
     "calibration_batches",
+    "config_from_recipe",
     "create_model",
     "data_config_of",
     "eval_loader",
@@ -76,6 +81,7 @@ __all__ = [
     "open_data",
     "parse_budget",
     "plan_of",
+    "plan_run",
     "quantize",
     "quantizers_disabled",
     "quantizers_of",

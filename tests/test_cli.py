@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import QUICK, SMALL_DIGITS, Qvit
+from command_line import qvit as qvit  # a fixture
 from tiny_models import make_images, small_config
 
 from qvit import cli
@@ -25,66 +24,8 @@ from qvit.plan import QuantPlan
 from qvit.run import train
 from qvit.training.models import create_model
 
-SMALL_DIGITS = ["vit_digits", "-m", "depth=1", "-m", "embed_dim=16", "-m", "num_heads=2"]
-QUICK = [
-    "--device",
-    "cpu",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "200",
-    "--set",
-    "threads=1",
-    "--set",
-    "calibration_images=32",
-]
 COST_KEYS = {"model", "plan", "macs", "bit_operations", "weight_bytes", "sites"}
 SITE_KEYS = {"site", "macs", "bit_width", "bit_operations", "weight_bytes"}
-
-
-@dataclass
-class Answer:
-    """What a command returned."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> Any:
-        assert self.code == 0, self.err
-        return json.loads(self.out)
-
-    def failed(self, code: int) -> str:
-        """The message of a failure that was reported as promised: one line on stderr, no traceback."""
-        lines = self.err.strip().splitlines()
-        assert self.code == code, f"exit code {self.code}: {self.err}"
-        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
-        assert "Traceback" not in self.err + self.out
-        assert "defect" not in lines[0], lines[0]
-        return lines[0]
-
-
-Qvit = Callable[..., Answer]
-
-
-@pytest.fixture
-def qvit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Qvit]:
-    """Runs a command in this process: `qvit("cost", "vit_digits", "--json")`."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.delenv("QVIT_DEBUG", raising=False)
-    level = logging.getLogger("timm").level
-
-    def call(*arguments: Any) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["qvit", *map(str, arguments)])
-        capsys.readouterr()
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:
-            cli.main()
-        captured = capsys.readouterr()
-        return Answer(int(caught.value.code or 0), captured.out, captured.err)
-
-    yield call
-    logging.getLogger("timm").setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -450,15 +391,26 @@ def test_train_evaluate_and_report_on_jpegs(qvit: Qvit, tmp_path: Path) -> None:
     assert qvit("report", tmp_path / "qvit").code == 0 and (tmp_path / "qvit" / "report.html").is_file()
 
 
-@pytest.mark.xfail(strict=False, reason="known defect, to be mended")
-def test_train_prints_where_the_run_is(qvit: Qvit, tmp_path: Path) -> None:
-    answer = qvit("train", *SMALL_DIGITS, "--method", "lsq", "--budget", "4bit", *QUICK, "--out", tmp_path / "run")
+@pytest.mark.parametrize("length", [1, 150])
+def test_train_prints_where_the_run_is(qvit: Qvit, tmp_path: Path, length: int) -> None:
+    """Whatever the width of the window and the length of the path: no line is broken."""
+    run = tmp_path / ("r" * length)
+    answer = qvit("train", *SMALL_DIGITS, "--method", "lsq", "--budget", "4bit", *QUICK, "--out", run)
     assert answer.code == 0
     assert re.search(r"accuracy \d+\.\d\d % \(float \d+\.\d\d %\), \d+\.\d+ M bit operations", answer.out)
-    assert str(tmp_path / "run") in answer.out.replace("\n", "")
+    assert f"run: {run}   (`qvit report {run}` draws it)\n" in answer.out
     assert "calibrating" in answer.out and "597" in answer.out and answer.err == ""
-    resumed = qvit("train", "--resume", tmp_path / "run")
-    assert resumed.code == 0 and "is finished" in resumed.out
+    resumed = qvit("train", "--resume", run)
+    assert resumed.code == 0 and f"{run} is finished\n" in resumed.out
+
+
+def test_one_process_of_several_prints_the_result(
+    qvit: Qvit, small_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        answer = qvit("train", "--resume", small_runs / "qvit", "--quiet")
+        assert answer.code == 0 and ("accuracy" in answer.out) == (rank == 0)
 
 
 def test_options_reach_the_run(qvit: Qvit, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_shown_outputs_are_real(
 
 
 def flags_of(command: Any) -> set[str]:
-    own = {flag for parameter in command.params for flag in parameter.opts}
+    own = {flag for parameter in command.params for flag in [*parameter.opts, *parameter.secondary_opts]}
     return own.union(*(flags_of(child) for child in getattr(command, "commands", {}).values()))
 
 

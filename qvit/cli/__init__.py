@@ -1,0 +1,104 @@
+"""The command line: every command calls one function of the library and prints what it returns.
+
+    training.py   train                        console.py   options and formats that commands share
+    results.py    demo, evaluate, report
+    plans.py      cost, plan show, plan diff
+
+The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. A failure is
+one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is imported inside the commands, so that
+--help answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Annotated, NoReturn
+
+import typer
+
+from qvit.cli import plans, results, training
+from qvit.cli.console import Debug, out
+from qvit.errors import QvitError, UsageError
+from qvit.version import __version__
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Vision Transformers at 2 to 8 bits: learn, train, measure and report mixed-precision plans for timm models.",
+)
+plan_app = typer.Typer(no_args_is_help=True, help="Look at plans: which tensor has how many bits.")
+
+
+def main() -> NoReturn:
+    """Entry point of the `qvit` command."""
+    click_error = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+    debug = "--debug" in sys.argv or bool(os.environ.get("QVIT_DEBUG"))
+    try:
+        code = app(standalone_mode=False)
+        if code == 130:  # how typer returns from a keyboard interrupt
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
+    except typer.Exit as exit_request:
+        sys.exit(exit_request.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; a run continues with `qvit train --resume RUN`", 130)
+    except QvitError as error:
+        if debug:
+            raise
+        _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, click_error):
+            message = error.format_message()  # type: ignore[attr-defined]
+            if not message:
+                sys.exit(2)
+            _fail(f"{message} (see `qvit --help`)", 2)
+        _fail(f"{type(error).__name__}: {error} (this is a defect of qvit or of a library; --debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    sys.exit(code)
+
+
+def _version(show: bool) -> None:
+    if show:
+        out.print(__version__, highlight=False)
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Messages of libraries stay out of the way unless asked for."""
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("timm").setLevel(logging.DEBUG if debug else logging.ERROR)
+    if not debug:
+        warnings.filterwarnings("ignore")
+
+
+for command in (results.demo, training.train, results.evaluate, plans.cost):
+    app.command()(command)
+app.add_typer(plan_app, name="plan")
+app.command()(results.report)
+plan_app.command("show")(plans.plan_show)
+plan_app.command("diff")(plans.plan_diff)

@@ -1,0 +1,79 @@
+"""What the commands share: the options that mean the same everywhere, KEY=VALUE pairs, and how numbers are written.
+
+Standard output is for results, standard error for failures and progress. Lines of text are never broken at the width of
+the window: what is printed can be searched for and copied, paths above all.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from qvit.errors import UsageError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Workers = Annotated[int | None, typer.Option(help="Processes that decode images.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
+ModelArgs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model-arg",
+        "-m",
+        metavar="KEY=VALUE",
+        help="Argument for timm.create_model, such as img_size=64. Repeatable.",
+    ),
+]
+out, err = Console(), Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Prints one line of plain text as it is: no markup, no colours, no line breaks."""
+    out.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    """Prints JSON, and nothing else."""
+    sys.stdout.write(json.dumps(data, indent=1) + "\n")
+
+
+def pairs(items: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE options as a dict; values are JSON where they parse as such, else text."""
+    found: dict[str, Any] = {}
+    for item in items or []:
+        key, sign, text = item.partition("=")
+        if not sign or not key:
+            raise UsageError(f"'{item}' is not KEY=VALUE")
+        try:
+            found[key.strip()] = json.loads(text)
+        except json.JSONDecodeError:
+            found[key.strip()] = {"True": True, "False": False, "None": None}.get(text, text)
+    return found
+
+
+def spread(mean: float, deviation: float) -> str:
+    """`97.00 ± 0.50`."""
+    return f"{mean:.2f} ± {deviation:.2f}"
+
+
+def bops(value: float) -> str:
+    """Bit operations in G or M."""
+    return f"{value / 1e9:.3f} G" if value >= 1e8 else f"{value / 1e6:.3f} M"
+
+
+def size(value: float) -> str:
+    """Bytes in GB, MB or kB (powers of ten)."""
+    if value >= 1e9:
+        return f"{value / 1e9:.2f} GB"
+    return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
+
+
+def bits(value: int | list[int]) -> str:
+    """One width, or one per head."""
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

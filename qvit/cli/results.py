@@ -1,0 +1,125 @@
+"""Commands about what was trained: the demonstration, scores on other images, and the page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from qvit.cli.console import Debug, Device, Json, Workers, bops, err, out, print_json, say, size, spread
+
+
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Where runs, results.json and report.html go.")] = Path(
+        "demo-output"
+    ),
+    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 3,
+    processes: Annotated[int | None, typer.Option(help="Runs side by side; by default one per core.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Run everything again.")] = False,
+    short: Annotated[
+        bool, typer.Option("--short", help="Two epochs per run: tries the machinery, the numbers mean nothing.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small ViT on real handwritten digits and compare LSQ+ with Q-ViT at equal bit operations.
+
+    A demo that was stopped goes on where it was.
+
+    Examples:  [cyan]qvit demo --out demo-output[/]    [cyan]qvit demo --seeds 1 --out quick[/]
+    """
+    from qvit.demo import REPORT, run_demo, verdict
+
+    results = run_demo(out_dir, seeds=seeds, workers=processes, overwrite=overwrite, short=short)
+    if as_json:
+        return print_json(results)
+    table = Table(title="vit_digits on 597 test images, first and last layer counted")
+    for column in ("method", "budget", "accuracy %", "training loss", "bit operations", "weights", "seeds"):
+        table.add_column(column, justify="left" if column in ("method", "budget") else "right")
+    of_float = spread(results["float_accuracy_mean"], results["float_accuracy_std"])
+    table.add_row("float", "32 bit", of_float, "", "", "", str(seeds))
+    for row in results["rows"]:
+        table.add_row(
+            row["method"],
+            row["budget"],
+            spread(row["accuracy_mean"], row["accuracy_std"]),
+            "" if row["train_loss_mean"] is None else f"{row['train_loss_mean']:.3f}",
+            bops(row["bit_operations"]),
+            size(row["weight_bytes"]),
+            str(len(row["seeds"])),
+        )
+    out.print(table)
+    for sentence in verdict(results):
+        say(sentence)
+    say(f"page: {(out_dir / REPORT).absolute()}")
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    data: Annotated[str, typer.Option(help="Images, as for `qvit train`.")],
+    class_map: Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")] = None,
+    batch_size: Annotated[int, typer.Option()] = 64,
+    device: Device = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score the model of a run on images: top-1 and top-5.
+
+    Example:  [cyan]qvit evaluate runs/deit --data imagenet/val --class-map classes.txt --json[/]
+    """
+    from rich.progress import Progress
+
+    from qvit.run import evaluate_run
+
+    with Progress(console=err, transient=True, disable=as_json or not err.is_terminal) as bar:
+        task = bar.add_task("images", total=None)
+        scores = evaluate_run(
+            run,
+            data,
+            class_map=class_map,
+            batch_size=batch_size,
+            workers=workers or 0,
+            device=device,
+            progress=lambda n: bar.update(task, completed=n),
+        )
+    if as_json:
+        return print_json(scores)
+    say(f"top-1 {scores['top1']:.2f} %   top-5 {scores['top5']:.2f} %   ({scores['images']} images)")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories, or a demo's directory.")],
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="The HTML page. Default: report.html in the run, or in this directory for several.",
+            show_default=False,
+        ),
+    ] = None,
+    title: Annotated[str | None, typer.Option()] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write one self-contained HTML page about a run, or a comparison of several.
+
+    Examples:  [cyan]qvit report runs/qvit[/]    [cyan]qvit report runs/* --out comparison.html[/]
+    """
+    from qvit.report import display_table, load_runs, results_table, write_page
+
+    loaded = load_runs(runs)
+    target = page or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+    write_page(loaded, target, title=title)
+    rows = results_table(loaded)
+    if as_json:
+        return print_json({"page": str(target.absolute()), "rows": rows})
+    header, lines = display_table(rows)
+    table = Table(*map(escape, header))
+    for line in lines:
+        table.add_row(*map(escape, line))
+    out.print(table)
+    say(f"page: {target.absolute()}")
