@@ -76,8 +76,12 @@ def capture(model: nn.Module, path: str, batches: Iterable[Tensor], images: int)
     hook = model.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for batch in batches:
-            # Two pieces at least, so that arguments which differ by image are seen to differ.
-            for piece in batch[: images - seen].split(max(1, min(CHUNK, len(batch) // 2))):
+            # The very first piece is one image, so that arguments with one row per image are seen to differ.
+            wanted = batch[: images - seen]
+            sizes = [1] if not parts else []
+            rest = len(wanted) - len(sizes)
+            sizes += [min(CHUNK, rest - done) for done in range(0, rest, CHUNK)]
+            for piece in wanted.split(sizes):
                 try:
                     model(piece)
                 except _Reached:

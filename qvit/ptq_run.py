@@ -12,6 +12,7 @@ uniform plan can be made, so bit operations need one; with a metric, widths are 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import time
@@ -22,16 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvit.allocate import allocate_plan
 from qvit.convert import plan_of
 from qvit.cost import CostModel, parse_budget
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
 from qvit.files import write_json
-from qvit.methods.ptq import PTQOptions, post_training_quantize
+from qvit.methods.ptq import FirstImages, PTQOptions, post_training_quantize, ptq_plan
 from qvit.plan import QuantPlan, plan_from
-from qvit.reconstruct import Progress
+from qvit.reconstruction import Progress
+from qvit.reparameterization import reparameterize
 from qvit.run import create_float_model, run_record
 from qvit.rundir import CONFIG, COST, LOG, PLAN, RESULT, claim
+from qvit.sensitivity import measure_sensitivity
 from qvit.training.checkpoint import save_weights, seed_everything
 from qvit.training.config import TrainConfig, validated
 from qvit.training.data import DataBundle, calibration_batches, data_config_of, eval_loader, open_data
@@ -205,7 +209,8 @@ def _plan(
         raise UsageError(
             f"the budget '{budget}' is met by mixed widths: say how to choose them with --metric fisher, kl or hessian"
         )
-    return _mixed_plan(budget, options.metric, cost, model, images, seconds, config.seed, notify)
+    notify(f"measuring sensitivities ({options.metric}) on {config.calibration_images} images")
+    return _mixed_plan(budget, options.metric, cost, model, images, options, config.seed, seconds)
 
 
 class CalibrationImages:
@@ -288,9 +293,25 @@ def _mixed_plan(
     cost: CostModel,
     model: nn.Module,
     images: CalibrationImages,
-    seconds: dict[str, float],
+    options: PTQOptions,
     seed: int,
-    notify: Callable[[str], None],
+    seconds: dict[str, float],
 ) -> QuantPlan:
-    """Widths by sensitivity within the bit operations of a budget."""
-    raise UsageError("mixed widths need the sensitivity analysis")
+    """Widths within the bit operations of a budget, by the sensitivity of the model on the grids it will have."""
+    if _PRESET.fullmatch(budget):
+        limit = cost.bit_operations(QuantPlan.preset(budget).resolve(cost.sites).widths())
+    else:
+        limit = parse_budget(budget, cost)
+    uniform = next((n for n in range(2, 8) if cost.bit_operations(cost.uniform(n)) >= limit), 8)
+    few = FirstImages(images, images.few)
+    started = time.perf_counter()
+    source = copy.deepcopy(model)
+    if options.reparameterize:
+        reparameterize(source, few)
+    grids = ptq_plan(source, f"w{uniform}a{uniform}", weights=options.weights, probs=options.probs)
+    sensitivity = measure_sensitivity(source, few, metric=metric, plan=grids, seed=seed)
+    measured = time.perf_counter()
+    plan = allocate_plan(cost, sensitivity, limit, name=f"{metric}-{budget}")
+    seconds["sensitivity"] += measured - started
+    seconds["allocate"] += time.perf_counter() - measured
+    return plan

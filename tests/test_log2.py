@@ -92,7 +92,23 @@ def test_calibration_finds_a_scale_no_candidate_beats(name: str) -> None:
     observer = shared.create_observer()
     observer.observe(x)
     shared.initialize(observer)
-    assert shared.get_parameter("scale").shape == ()
+    assert shared.get_parameter("scale").shape == (1,)
+
+
+def test_a_scale_for_every_width() -> None:
+    x = probabilities()
+    spec = TensorSpec(bit_width=3, signed=False, granularity=PerHead(), quantizer="log2", switchable_scale=True)
+    bank = create_quantizer(spec, PROBS)
+    for bits in (3, 6):
+        single = create_quantizer(
+            TensorSpec(bit_width=bits, signed=False, granularity=PerHead(), quantizer="log2"), PROBS
+        )
+        for q in (bank, single):
+            observer = q.create_observer()
+            observer.observe(x)
+            q.initialize(observer)
+        bank.freeze(bits)
+        assert torch.equal(bank(x), single(x)) and torch.equal(bank.to_int(x), single.to_int(x))
 
 
 def test_small_probabilities_keep_their_relative_size() -> None:
@@ -108,9 +124,7 @@ def test_small_probabilities_keep_their_relative_size() -> None:
     assert errors["log2"] < 0.5 * errors["lsq"] and errors["log-sqrt2"] < 0.5 * errors["lsq"]
 
 
-@pytest.mark.parametrize(
-    "changes", [{"signed": True}, {"symmetric": False}, {"learn_bit_width": True}, {"switchable_scale": True}]
-)
+@pytest.mark.parametrize("changes", [{"signed": True}, {"symmetric": False}, {"learn_bit_width": True}])
 def test_what_it_refuses(changes: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="log2"):
         create_quantizer(TensorSpec(signed=False, quantizer="log2").changed(changes), PROBS)

@@ -14,7 +14,7 @@ from qvit.calibration import calibrate
 from qvit.convert import quantize, quantizers_disabled
 from qvit.errors import QvitError, UsageError
 from qvit.plan import QuantPlan, Rule
-from qvit.reparameterize import folds_of, reparameterize
+from qvit.reparameterization import folds_of, reparameterize
 
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 1), "num_heads": (2, 3)}
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -1,9 +1,9 @@
 """Post-training quantization: a float model, a plan and a few hundred images; no labels, no training loop.
 
-    reparameterize    LayerNorm outputs: the channels share one range           RepQ-ViT   (`reparameterize.py`)
+    reparameterize    LayerNorm outputs: the channels share one range           RepQ-ViT   (`reparameterization.py`)
     quantize          weights per channel, probabilities on a logarithmic grid below 5 bits
     calibrate         scales and offsets of least squared error                            (`calibration.py`)
-    reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruct.py`)
+    reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
 Every part can be left out. The order matters: the reparameterization changes what is calibrated, a reconstruction moves
@@ -37,9 +37,9 @@ from qvit.families import inspect_model
 from qvit.methods.base import Method, MethodOptions, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.plan import QuantPlan, Rule, plan_from
-from qvit.reconstruct import Progress, ReconstructOptions
-from qvit.reconstruct import reconstruct as reconstruct_blocks
-from qvit.reparameterize import reparameterize as even_out_channels
+from qvit.reconstruction import Progress, ReconstructOptions
+from qvit.reconstruction import reconstruct as reconstruct_blocks
+from qvit.reparameterization import reparameterize as even_out_channels
 from qvit.training.config import validated
 
 #: The largest width at which probabilities get a logarithmic grid unless another is asked for.
@@ -119,7 +119,7 @@ def post_training_quantize(
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
         stage: Called with the name of each part and the seconds that it took.
-        progress: Called after each step of the reconstruction, see `reconstruct.reconstruct`.
+        progress: Called after each step of the reconstruction, see `reconstruction.reconstruct`.
 
     Returns:
         A calibrated model with fixed widths, in eval mode.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import UsageError
-from qvit.functional import SMALLEST_SCALE, LogFakeQuantize, log_dequantize, log_quantize
+from qvit.functional import SMALLEST_SCALE, LogFakeQuantize, log_dequantize, log_quantize, pick_column
 from qvit.quantizers.base import Quantizer, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
 from qvit.spec import Layout, TensorSpec
@@ -35,8 +35,10 @@ class Log2Quantizer(Quantizer):
     """Powers of two below a scale, and zero.
 
     Attributes:
-        scale: Parameter of shape `scale_shape`, the largest level; NaN until calibrated.
+        scale: Parameter of shape `scale_shape + (W,)`, the largest level, W as for LSQ; NaN until calibrated.
     """
+
+    candidates: Tensor
 
     STEPS: ClassVar[int] = 1
 
@@ -44,19 +46,21 @@ class Log2Quantizer(Quantizer):
         super().__init__(spec, layout)
         if spec.signed or not spec.symmetric:
             raise UsageError(f"quantizer '{spec.quantizer}' is for values from 0 on: signed=False and symmetric=True")
-        if spec.learn_bit_width or spec.switchable_scale:
-            raise UsageError(
-                f"quantizer '{spec.quantizer}' has fixed widths: no learn_bit_width and no switchable_scale"
-            )
-        self.scale = nn.Parameter(torch.full(self.scale_shape, math.nan))
+        if spec.learn_bit_width:
+            raise UsageError(f"quantizer '{spec.quantizer}' has fixed widths: learn_bit_width must be false")
+        low, high = spec.bit_width_range
+        self.bank_widths = tuple(range(low, high + 1)) if spec.switchable_scale else ()
+        self.register_buffer("candidates", torch.tensor(self.bank_widths, dtype=torch.float32), persistent=False)
+        self.scale = nn.Parameter(torch.full((*self.scale_shape, max(1, len(self.bank_widths))), math.nan))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        return LogFakeQuantize.apply(x, self.scale.clamp_min(SMALLEST_SCALE), self.bit_width, self.STEPS)
+        scale = pick_column(self.scale, self.bit_width, self.candidates).clamp_min(SMALLEST_SCALE)
+        return LogFakeQuantize.apply(x, scale, self.bit_width, self.STEPS)
 
     @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """The value of code 0, and no offset; codes are not multiples of it."""
-        return self.scale.clamp_min(SMALLEST_SCALE), None
+        return pick_column(self.scale, self.bit_width, self.candidates).clamp_min(SMALLEST_SCALE), None
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:
@@ -73,17 +77,22 @@ class Log2Quantizer(Quantizer):
         x, weight = observer.histogram()
         x = x.clamp_min(0).reshape(*self.scale_shape, -1)
         weight = weight.reshape(x.shape)
-        top = torch.where(weight > 0, x, 0.0).amax(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
         shared = torch.broadcast_shapes(self.scale_shape, self.bit_width.shape) != tuple(self.scale_shape)
-        width = self.bit_width.flatten().median() if shared else self.bit_width.unsqueeze(-1)
+        own = self.bit_width.flatten().median() if shared else self.bit_width.unsqueeze(-1)
+        widths = [own.new_tensor(bits) for bits in self.bank_widths] or [own]
+        self.scale.copy_(torch.cat([self._fitted(x, weight, width) for width in widths], dim=-1))
+        self.calibrated = True
+
+    def _fitted(self, x: Tensor, weight: Tensor, width: Tensor) -> Tensor:
+        """The scale of least squared error at one width, `scale_shape + (1,)`."""
+        top = torch.where(weight > 0, x, 0.0).amax(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
         best, least = top, torch.full_like(top, math.inf)
         for step in range(_CANDIDATES + 1):
             scale = top * 2.0 ** (-_OCTAVES * step / _CANDIDATES)
             codes, _ = log_quantize(x, scale, width, self.STEPS)
             error = (weight * (x - log_dequantize(codes, scale, width, self.STEPS)).square()).sum(-1, keepdim=True)
             best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-        self.scale.copy_(best.squeeze(-1))
-        self.calibrated = True
+        return best
 
 
 @register_quantizer("log-sqrt2")
