@@ -26,7 +26,7 @@ from qvit.allocate.plans import UnitLike
 from qvit.allocate.relaxation import Relaxation
 from qvit.allocate.units import Unit
 from qvit.cost import CostModel
-from qvit.sensitivity import Sensitivity
+from qvit.sensitivity import Sensitivity, agreement_of
 
 FORMAT, VERSION = "qvit-frontier", 1
 
@@ -84,12 +84,14 @@ def frontier_report(
     ties: Iterable[str] = (),
     boundary: int | None = 8,
     points: int = 100,
+    against: Sensitivity | None = None,
 ) -> dict[str, Any]:
     """The frontier as plain data, beside chosen plans and the uniform ones: what the page draws.
 
     Args:
         cost, sensitivity, unit, pins, ties, boundary, points: See `frontier`.
         chosen: Names (budgets) and widths of plans to mark.
+        against: Another sensitivity, measured for some sites, to hold the predictions against.
     """
     kind = Unit.of(unit, cost)
     problem = choices(cost, sensitivity, kind, pins, ties, boundary)
@@ -116,6 +118,7 @@ def frontier_report(
         "exact": Relaxation(problem.problem).is_forest,
         "points": [p.to_json() for p in _points(problem, cost, sensitivity, kind, points)],
         **marked,
+        "agreement": None if against is None else agreement_of(sensitivity, against),
     }
 
 

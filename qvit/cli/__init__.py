@@ -1,7 +1,7 @@
 """The command line: every command calls one function of the library and prints what it returns.
 
-    training.py       train                    console.py   options and formats that commands share
-    quantization.py   ptq
+    training.py       train                    console.py      options and formats that commands share
+    quantization.py   ptq                      allocation.py   sensitivity, allocate
     results.py        demo, evaluate, report
     plans.py          cost, plan show, plan diff
 
@@ -20,7 +20,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qvit.cli import plans, quantization, results, training
+from qvit.cli import allocation, plans, quantization, results, training
 from qvit.cli.console import Debug, out
 from qvit.errors import QvitError, UsageError
 from qvit.version import __version__
@@ -97,7 +97,15 @@ def common(
         warnings.filterwarnings("ignore")
 
 
-for command in (results.demo, training.train, quantization.ptq, results.evaluate, plans.cost):
+for command in (
+    results.demo,
+    training.train,
+    quantization.ptq,
+    results.evaluate,
+    plans.cost,
+    allocation.sensitivity,
+    allocation.allocate,
+):
     app.command()(command)
 app.add_typer(plan_app, name="plan")
 app.command()(results.report)

@@ -64,7 +64,6 @@ def fisher_table(
             for (site, tensor), grad in zip(seen, grads, strict=True):
                 if grad is None:
                     continue
-                require_finite(site, grad, "gradients")
                 if probe.sites[site].role == "weight":
                     weights[site] = tensor.detach()
                     fisher[site] = grad.square() if site not in fisher else fisher[site].addcmul_(grad, grad)
@@ -80,5 +79,7 @@ def fisher_table(
 def _add(probe: Probe, site: str, tensor: Tensor, importance: Tensor, into: NDArray[np.float64]) -> None:
     """Adds Σ (importance · error)² per head, for every width."""
     viewed = probe.quantizers[site].view(importance)
-    for column, error in enumerate(probe.errors(site, tensor)):
-        into[:, column] += probe.per_head(site, error.mul_(viewed).square_()).double().cpu().numpy()
+    sums = [probe.squares_per_head(site, error.mul_(viewed)) for error in probe.errors(site, tensor)]
+    found = torch.stack(sums, dim=1).double()
+    require_finite(site, found, "gradients")
+    into += found.cpu().numpy()

@@ -73,5 +73,5 @@ def _traces(
 
 def _mean_squares(probe: Probe, site: str, tensor: Tensor) -> NDArray[np.float64]:
     """||t̂ - t||²/n by head and width; n is the number of elements of a head."""
-    columns = [probe.per_head(site, error.square_()) for error in probe.errors(site, tensor)]
+    columns = [probe.squares_per_head(site, error) for error in probe.errors(site, tensor)]
     return torch.stack(columns, dim=1).double().cpu().numpy() * (probe.heads(site) / tensor.numel())

@@ -79,6 +79,16 @@ class Probe:
             return values.sum().reshape(1)
         return values.sum_to_size((1,) * (values.dim() - len(heads)) + tuple(heads)).flatten()
 
+    def squares_per_head(self, site: str, values: Tensor) -> Tensor:
+        """Sums of squares of a viewed tensor over all axes but the heads, in one pass."""
+        heads = self.sites[site].layout.heads
+        if heads is None:
+            return torch.linalg.vector_norm(values).square().reshape(1)
+        shape = (1,) * (values.dim() - len(heads)) + tuple(heads)
+        others = [axis for axis, size in enumerate(shape) if size == 1]
+        norms = torch.linalg.vector_norm(values, dim=others) if len(others) < values.dim() else values.norm().reshape(1)
+        return norms.square().flatten()
+
     @contextmanager
     def watched(self) -> Iterator[list[tuple[str, Tensor]]]:
         """Within the block, (site, tensor) of every quantizer that a forward passes; clear the list in between.
