@@ -59,7 +59,7 @@ class ReconstructOptions:
     weight_lr: float = 0.01
     scale_lr: float = 0.003
     lr: float = 2e-4
-    float_inputs: float = 0.5
+    float_inputs: float = 0.0
     fisher: bool = False
     seed: int = 0
 

@@ -6,8 +6,9 @@
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
-Every part can be left out. The order matters: the reparameterization changes what is calibrated, a reconstruction moves
-means, which the correction then sees.
+Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
+starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer
+sees other features then, and takes no part in the reconstruction.
 
 What the plan says about widths is kept; `ptq_plan` changes what shares a scale and the grid of the probabilities:
 most are far below the largest, and with 16 levels a uniform grid rounds them to zero (RepQ-ViT). Bit operations do not
@@ -142,6 +143,8 @@ def post_training_quantize(
     calibrate(quantized, few, observer=observer)
     clock.note("calibrate")
     if reconstruct is not None:
+        if bias_correction:
+            correct_biases(quantized, few, reference=model)
         reconstruct_blocks(quantized, model, batches, reconstruct, progress=progress)
         clock.note("reconstruct")
     if bias_correction:
