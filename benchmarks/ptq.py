@@ -55,8 +55,9 @@ def measure(options: argparse.Namespace, budget: str, metric: str | None, recons
     run = options.runs / "-".join(filter(None, (budget, metric, "reconstructed" if reconstruct else "plain")))
     if (run / RESULT).is_file():
         return json.loads((run / RESULT).read_text(encoding="utf-8"))
-    method_options = {"metric": metric, "reconstruct": reconstruct}
-    method_options |= {"steps": options.steps, "recon_images": options.recon_images}
+    method_options: dict[str, Any] = {"metric": metric, "reconstruct": reconstruct}
+    for name in ("steps", "recon_images", "recon_batch"):
+        method_options[name] = getattr(options, name)
     config = TrainConfig.create(
         model=options.model,
         weights=options.weights,
@@ -109,8 +110,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plain-only", nargs="*", default=["w8a8"], help="budgets that are not reconstructed")
     parser.add_argument("--metrics", nargs="*", default=[])
     parser.add_argument("--mixed", nargs="*", default=["4bit"], help="budgets for the metrics")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--recon-images", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--recon-images", type=int, default=256)
+    parser.add_argument("--recon-batch", type=int, default=8)
     parser.add_argument("--calibration-images", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

@@ -123,7 +123,7 @@ def ptq_tables(results: Path) -> str:
             rows.append(
                 [
                     row["budget"] + (f", {row['metric']}" if row.get("metric") else ""),
-                    f"{recon['steps']} steps, {recon['images']} images" if recon else "",
+                    "{steps} × {batch_size} of {images} images".format(**recon) if recon else "",
                     f"{row['top1']:.1f}",
                     f"{row['agreement']:.1f}",
                     f"{row['bit_operations'] / 1e9:.3f}" if quantized else "",
@@ -133,9 +133,8 @@ def ptq_tables(results: Path) -> str:
         header = ["budget", "reconstruction", "top-1 (%)", "same answer as float (%)", "bit operations (G)", "time (s)"]
         images = next(row["images"] for row in data["rows"] if "images" in row)
         note = f"{data['model']} on {images} images of {data['eval_data']}; calibrated on {data['calibration_images']} "
-        note += (
-            f"images of {data['data']}. Steps are per block. Time without scoring, with {data['threads']} thread(s)."
-        )
+        note += f"images of {data['data']}. Reconstruction: steps × images per step, for each block. "
+        note += f"Time is without scoring, threads: {data['threads']}."
         return "\n\n".join([_table(header, rows, left=2), f"{note} {_origin(data)}"])
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None

@@ -152,7 +152,7 @@ def _execute(
         "seconds_total": round(time.perf_counter() - started, 2),
         "seed": config.seed,
         "calibration_images": config.calibration_images,
-        "reconstruction": {"steps": options.steps, "images": options.recon_images} if options.reconstruct else None,
+        "reconstruction": options.reconstruction_record(),
     }
     _write(run, config, bundle, processes, final, report, quantized, result)
     return result

@@ -55,8 +55,8 @@ class ReconstructOptions:
 
     steps: int = 2000
     images: int = 1024
-    batch_size: int = 32
-    weight_lr: float = 0.01
+    batch_size: int = 16
+    weight_lr: float = 0.05
     scale_lr: float = 0.003
     lr: float = 2e-4
     float_inputs: float = 0.0

@@ -50,6 +50,7 @@ def ptq(
     ] = False,
     steps: Annotated[int, typer.Option(help="Steps per block of the reconstruction.")] = 2000,
     recon_images: Annotated[int, typer.Option(help="Images of the reconstruction.")] = 1024,
+    recon_batch: Annotated[int, typer.Option(help="Images per step of the reconstruction.")] = 16,
     fisher: Annotated[bool, typer.Option("--fisher", help="Weight the reconstruction error by Fisher.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images per batch of the evaluation.")] = 64,
     seed: Annotated[int, typer.Option()] = 0,
@@ -77,6 +78,7 @@ def ptq(
     options = {
         "observer": observer, "weights": granularity, "probs": probs, "reparameterize": reparameterize,
         "bias_correction": bias_correction, "reconstruct": reconstruct, "steps": steps, "recon_images": recon_images,
+        "recon_batch": recon_batch,
         "fisher": fisher, "metric": metric,
     }  # fmt: skip
     config = TrainConfig.create(

@@ -59,7 +59,7 @@ class PTQOptions(MethodOptions):
         reparameterize: Whether LayerNorm outputs are evened out.
         bias_correction: Whether biases take back the mean error.
         reconstruct: Whether blocks are reconstructed.
-        steps, recon_images, fisher: Options of the reconstruction, see `ReconstructOptions`.
+        steps, recon_images, recon_batch, fisher: Options of the reconstruction, see `ReconstructOptions`.
         metric: Sensitivity metric that the widths were chosen by; None for uniform widths.
     """
 
@@ -71,6 +71,7 @@ class PTQOptions(MethodOptions):
     reconstruct: bool = False
     steps: int = Field(2000, ge=1)
     recon_images: int = Field(1024, ge=1)
+    recon_batch: int = Field(16, ge=1)
     fisher: bool = False
     metric: str | None = None
 
@@ -78,7 +79,13 @@ class PTQOptions(MethodOptions):
         """Options of the reconstruction; None if there is none."""
         if not self.reconstruct:
             return None
-        return ReconstructOptions(steps=self.steps, images=self.recon_images, fisher=self.fisher, seed=seed)
+        return ReconstructOptions(self.steps, self.recon_images, self.recon_batch, fisher=self.fisher, seed=seed)
+
+    def reconstruction_record(self) -> dict[str, int] | None:
+        """What a result says about the reconstruction."""
+        if not self.reconstruct:
+            return None
+        return {"steps": self.steps, "images": self.recon_images, "batch_size": self.recon_batch}
 
 
 @register_method("ptq")
