@@ -4,17 +4,21 @@
     results.py    demo, evaluate, report
     plans.py      cost, plan show, plan diff
 
-The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. A failure is
-one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is imported inside the commands, so that
---help answers at once.
+The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 saved
+and ended by SIGTERM. A failure is one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is
+imported inside the commands, so that --help answers at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import sys
+import time
 import warnings
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -52,7 +56,9 @@ def main() -> NoReturn:
     except QvitError as error:
         if debug:
             raise
-        _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+        from qvit.training.signals import EXIT_CODE, Terminated
+
+        _fail(str(error), EXIT_CODE if isinstance(error, Terminated) else 2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -68,7 +74,13 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    text = " ".join(message.split())
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write(f"error: {'' if rank == '0' else f'process {rank}: '}{text}\n")
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # a launcher sums up why its processes failed from these
+        content = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps(content), encoding="utf-8")
     sys.exit(code)
 
 
