@@ -139,9 +139,12 @@ def flags_of(command: Any) -> set[str]:
 def test_options_in_running_text_exist(document: Path) -> None:
     flags = flags_of(typer.main.get_command(app)) | {"--help"}
     foreign = {"--check", "--demo", "--strict"}  # of render.py and mkdocs
+    foreign |= {"--mixed_precision", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
+    foreign |= {"--cpu"}  # this and those before are accelerate's
+    others = ("pip", "python", "make", "apt", "accelerate", "torchrun")
     text = FENCE.sub("", document.read_text("utf-8"))
-    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if not span.startswith(("pip", "python", "make", "apt"))]
-    used = {word for span in spans for word in re.findall(r"(?<!\S)(--[a-z][a-z-]*|-[a-z](?=\s|$))", span)}
+    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if not span.startswith(others)]
+    used = {word for span in spans for word in re.findall(r"(?<!\S)(--[a-z][a-z_-]*|-[a-z](?=\s|$))", span)}
     assert used <= flags | foreign
 
 
