@@ -9,8 +9,8 @@ set from before the model is made to the peak of three steps (on CUDA: the peak 
 
 On a CUDA GPU, once for each of DeiT-T and DeiT-S in fp32 and bf16, into a file of its own:
 
-    python benchmarks/train_step.py --device cuda --model deit_small_patch16_224 --batch 128 --precision bf16 \\
-        --out benchmarks/results/train_step_cuda_deit_small_bf16.json
+    python benchmarks/train_step.py --device cuda --model deit_small_patch16_224 --batch 128 --precision bf16
+    ... --out benchmarks/results/train_step_cuda_deit_small_bf16.json
 """
 
 from __future__ import annotations
