@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from qvit.allocate import round_to_budget
+    from qvit.allocate import allocate_plan, frontier, round_to_budget
     from qvit.calibration import calibrate
     from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
     from qvit.cost import CostModel, parse_budget
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from qvit.plan import QuantPlan, Rule
     from qvit.quantizers import quantizers_of
     from qvit.run import evaluate_run, load_run, resume, train
+    from qvit.sensitivity import Sensitivity, measure_sensitivity
     from qvit.spec import PerChannel, PerHead, PerTensor, TensorSpec
     from qvit.training.config import TrainConfig
     from qvit.training.data import calibration_batches as calibration_batches
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from qvit.training.recipe import config_from_recipe
 
 _PUBLIC = {
-    "qvit.allocate": ("round_to_budget",),
+    "qvit.allocate": ("allocate_plan", "frontier", "round_to_budget"),
     "qvit.calibration": ("calibrate",),
     "qvit.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
     "qvit.cost": ("CostModel", "parse_budget"),
@@ -46,6 +47,7 @@ _PUBLIC = {
     "qvit.plan": ("QuantPlan", "Rule"),
     "qvit.quantizers": ("quantizers_of",),
     "qvit.run": ("evaluate_run", "load_run", "resume", "train"),
+    "qvit.sensitivity": ("Sensitivity", "measure_sensitivity"),
     "qvit.spec": ("PerChannel", "PerHead", "PerTensor", "TensorSpec"),
     "qvit.training.config": ("TrainConfig",),
     "qvit.training.data": ("calibration_batches", "data_config_of", "eval_loader", "open_data", "train_loader"),
@@ -63,10 +65,12 @@ __all__ = [
     "QuantPlan",
     "QvitError",
     "Rule",
+    "Sensitivity",
     "Stage",
     "TensorSpec",
     "TrainConfig",
     "UsageError",
+    "allocate_plan",
     "calibrate",
     "calibration_batches",
     "config_from_recipe",
@@ -76,8 +80,10 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "freeze",
+    "frontier",
     "inspect_model",
     "load_run",
+    "measure_sensitivity",
     "open_data",
     "parse_budget",
     "plan_of",

@@ -129,7 +129,7 @@ def test_a_problem_worked_out_by_hand() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_without_the_integer_program_the_descent_answers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """It gives up what costs least per operation: within the budget, and not far from the best."""
-    monkeypatch.setattr("qvit.allocate._integer_program", lambda *_: None)
+    monkeypatch.setattr("qvit.allocate.program._integer_program", lambda *_: None)
     assert solve(Problem([[2, 4], [2, 4]], [[5.0, 0.0], [3.0, 0.0]], [10], [0], [1], 159)) == [4, 2]
     assert solve(Problem([[2, 4], [2, 4]], [[3.0, 0.0], [5.0, 0.0]], [10], [0], [1], 159)) == [2, 4]
     problem = random_problem(seed)
@@ -152,7 +152,7 @@ def test_units_in_no_product_cost_nothing() -> None:
 
 def test_nothing_fits() -> None:
     for exact in (True, False):
-        with pytest.raises(QvitError, match=r"no allocation fits into 0\.000 M"):
+        with pytest.raises(QvitError, match="no allocation fits into a budget of 39"):
             solve(Problem([[2, 4], [2, 4]], [[1.0, 0.0]] * 2, [10], [0], [1], 39), exact=exact)
 
 

@@ -2,7 +2,7 @@
 
     training.py   train                        console.py   options and formats that commands share
     results.py    demo, evaluate, report
-    plans.py      cost, plan show, plan diff
+    plans.py      cost, plan show, plan diff        allocation.py  sensitivity, allocate
 
 The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 saved
 and ended by SIGTERM. A failure is one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is
@@ -23,7 +23,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qvit.cli import plans, results, training
+from qvit.cli import allocation, plans, results, training
 from qvit.cli.console import Debug, out
 from qvit.errors import QvitError, UsageError
 from qvit.version import __version__
@@ -108,7 +108,14 @@ def common(
         warnings.filterwarnings("ignore")
 
 
-for command in (results.demo, training.train, results.evaluate, plans.cost):
+for command in (
+    results.demo,
+    training.train,
+    results.evaluate,
+    plans.cost,
+    allocation.sensitivity,
+    allocation.allocate,
+):
     app.command()(command)
 app.add_typer(plan_app, name="plan")
 app.command()(results.report)

@@ -3,6 +3,7 @@
     runs = load_runs(["demo-output"])            # run directories, or a directory with many in `runs/`
     rows = results_table(runs)                   # mean ± deviation over seeds, per model, method and budget
     write_page(runs, Path("report.html"))        # plotly.js inside; opens without a network
+    write_frontier_page(frontier, "page.html")   # data of `qvit allocate --frontier`
 
 This part knows nothing of models and tensors and imports nothing from the rest of qvit but the errors: it can read runs
 of any machine, with neither the model nor the data at hand.
@@ -10,6 +11,7 @@ of any machine, with neither the model nor the data at hand.
 
 from __future__ import annotations
 
+from qvit.report.frontier import write_frontier_page
 from qvit.report.page import write_page
 from qvit.report.reader import load_run, load_runs
 from qvit.report.runs import Run
@@ -26,5 +28,6 @@ __all__ = [
     "mean_std",
     "results_table",
     "verdict",
+    "write_frontier_page",
     "write_page",
 ]

@@ -76,6 +76,14 @@ caption { caption-side: top; text-align: left; color: var(--muted); font-size: 0
   padding: 5px 8px; max-width: 100%;
 }
 .controls label { display: inline-flex; flex-wrap: wrap; gap: 8px; align-items: center; max-width: 100%; }
+.slider { position: sticky; top: 0; background: var(--paper); padding-block: 6px; z-index: 2; }
+.slider input[type=range] { flex: 1 1 320px; max-width: 640px; accent-color: var(--accent); }
+.slider button {
+  font: inherit; width: 2.2em; color: inherit; background: var(--card); border: 1px solid var(--muted);
+  border-radius: 6px;
+}
+.live { font-variant-numeric: tabular-nums; }
+.live dd { font-weight: 600; }
 .key { display: flex; flex-wrap: wrap; gap: 4px; list-style: none; margin: 8px 0; padding: 0; font-size: 0.85rem; }
 .key li { padding: 2px 10px; border-radius: 4px; }
 details { margin: 10px 0; }
@@ -199,6 +207,7 @@ SCRIPT = """
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
   addEventListener("beforeprint", () => { printing = true; names.forEach(draw); });
   addEventListener("afterprint", () => { printing = false; names.forEach(draw); });
+  window.report = { figures, draw };
   drawAll();
 })();
 """

@@ -40,8 +40,12 @@ class Canvas:
             for figure in plain:
                 figure["layout"].pop("template", None)
             parts.append(f"{json.dumps(name)}:{json.dumps(plain, separators=(',', ':'), allow_nan=False)}")
-        joined = "{" + ",\n".join(parts) + "}"
-        return joined.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+        return embedded("{" + ",\n".join(parts) + "}")
+
+
+def embedded(text: str) -> str:
+    """JSON so written that it can stand inside a script element."""
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def escape(value: object) -> str:

@@ -9,7 +9,7 @@ mean. All functions return None if there is nothing to draw. For conventions see
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 import plotly.graph_objects as go
@@ -34,7 +34,12 @@ def is_mixed(run: Run) -> bool:
 
 def width_map(run: Run) -> go.Figure | None:
     """The plan of a run as a map: rows are layers, columns are tensors, and their heads where each has a width."""
-    inner = {site: widths for site, widths in run.bit_widths.items() if locate(site).layer}
+    return map_of(run.bit_widths, run.path.name)
+
+
+def map_of(widths_by_site: Mapping[str, Sequence[int]], name: str) -> go.Figure | None:
+    """The map of widths by site, as `width_map`; `name` is what they are of."""
+    inner = {site: widths for site, widths in widths_by_site.items() if locate(site).layer}
     if not inner:
         return None
     layers, tensors = layers_of(inner), tensors_of(inner)
@@ -48,10 +53,10 @@ def width_map(run: Run) -> go.Figure | None:
     for site, widths in inner.items():
         place = locate(site)
         for head, width in enumerate(widths):
-            name = label(site) + (f", head {head}" if len(widths) > 1 else "")
-            cells[place.layer, start[place.tensor] + head] = width, name
+            cell = label(site) + (f", head {head}" if len(widths) > 1 else "")
+            cells[place.layer, start[place.tensor] + head] = width, cell
     figure = new_figure(
-        f"Bit-widths of {run.path.name}: {len(layers)} layers by {len(tensors)} kinds of tensor, split into heads.",
+        f"Bit-widths of {name}: {len(layers)} layers by {len(tensors)} kinds of tensor, split into heads.",
         "", "", height=112 + 30 * len(layers), min_width=80 + 16 * len(x) + 8 * len(tensors),
     )  # fmt: skip
     rows = layer_labels(layers)
@@ -98,6 +103,7 @@ def _map_numbers(figure: go.Figure, cells: dict[tuple[str, float], tuple[int, st
             text=[str(width) for _, _, width in chosen],
             mode="text",
             textfont={"size": 12, "color": colour},
+            meta="numbers",
             hoverinfo="skip",
             showlegend=False,
         )

@@ -1,4 +1,4 @@
-"""From real-valued or desired widths to integers within a budget, at the least damage: an integer program.
+"""The widths of least damage within a budget: an integer program.
 
 BOPs are products of two unknown widths, so with binary x_{i,n} ("site i gets n bits") each pair (i, j) of a matmul gets
 variables z_{n,m} ≥ 0 with Σ_m z_{n,m} = x_{i,n} and Σ_n z_{n,m} = x_{j,m}; for binary x this makes z = x_i·x_j exactly,
@@ -7,107 +7,32 @@ and
     minimise     Σ_i Σ_n damage_i(n)·x_{i,n}
     subject to   Σ_pairs Σ_{n,m} coefficient·n·m·z_{n,m} ≤ budget        Σ_n x_{i,n} = 1 for every i
 
-is linear. HiGHS (scipy.optimize.milp) solves it, to optimality or, for the freezing of a search, at the root of its
-tree: that takes a second for DeiT-S, is the same on every machine (a time limit would not be), and was within 0.1 % of
-the optimum where that could be computed. The answer is checked in exact integers, compared with a greedy descent, and
-spare budget is spent.
-
-Damage of learned widths. Quantization error falls as 4^(-b). Where the search has come to rest, the last bit of every
-site buys the same loss per BOP: ∂L_i/∂b = -λ·∂C/∂b_i. With L_i = w_i·4^(-b) this gives w_i, and, in units of λ/ln 4,
-
-    damage_i(n) = C_i · (4^(b̃_i - n) - 1)            C_i = ∂C/∂b_i at the learned widths b̃
-
-Nothing in it is tuned: the search's own result says how much each site is worth. (This damage model is ours; the paper
-stops at rounding and overshoots its budget.)
+is linear; costs of a unit's own (bytes, milliseconds) are added to the budget's row. HiGHS (scipy.optimize.milp) solves
+it, to optimality or, for the freezing of a search, at the root of its tree: that takes a second for DeiT-S, is the same
+on every machine (a time limit would not be), and was within 0.1 % of the optimum where that could be computed. The
+answer is checked in exact integers, compared with a greedy descent, and spare budget is spent. To optimality, the
+Lagrangian relaxation first strikes out every option that it proves to be in no optimum (`relaxation.py`): where the
+products form a forest, HiGHS is left with a small problem.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from qvit.cost import CostModel, format_bops
+from qvit.allocate.problem import Problem
+from qvit.allocate.relaxation import reduced
 from qvit.errors import QvitError
 
 _log = logging.getLogger(__name__)
-RealWidths = Mapping[str, Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Choose one option per unit so that Σ coefficient·width[left]·width[right] ≤ budget.
-
-    A unit is one width: a site, or one head of it.
-
-    Attributes:
-        options: Candidate widths of each unit, ascending.
-        damages: Damage of each option, same lengths.
-        coefficients, left, right: See `CostModel.pairs`; indices of units.
-        budget: Limit on the sum.
-    """
-
-    options: Sequence[Sequence[int]]
-    damages: Sequence[Sequence[float]]
-    coefficients: Sequence[int]
-    left: Sequence[int]
-    right: Sequence[int]
-    budget: int
-
-    def cost(self, widths: Sequence[int]) -> int:
-        """The exact cost of integer widths."""
-        return sum(c * widths[i] * widths[j] for c, i, j in zip(self.coefficients, self.left, self.right, strict=True))
-
-
-def round_to_budget(
-    cost: CostModel, learned: RealWidths, budget: int, *, low: int = 2, high: int = 8
-) -> dict[str, tuple[int, ...]]:
-    """Integer widths within `budget` at the least damage to `learned`.
-
-    Args:
-        cost: The model's costs.
-        learned: Real-valued widths by site, one or one per head.
-        budget: Largest BOPs allowed.
-        low, high: Range of the widths.
-
-    Raises:
-        QvitError: If even `low` bits everywhere exceed the budget.
-    """
-    counts = {name: len(own) for name, own in learned.items()}
-    flat = [min(max(float(width), low), high) for own in learned.values() for width in own]
-    coefficients, left, right = cost.pairs(counts)
-    smallest = sum(coefficients) * low * low
-    if smallest > budget:
-        raise QvitError(
-            f"no widths from {low} to {high} bits fit into {format_bops(budget)}: "
-            f"the smallest model takes {format_bops(smallest)}"
-        )
-    slope = [0.0] * len(flat)
-    for c, i, j in zip(coefficients, left, right, strict=True):
-        slope[i] += c * flat[j]
-        slope[j] += c * flat[i]
-    for reach in (1, 2, high - low):
-        options = [[n for n in range(low, high + 1) if abs(n - math.floor(width + 0.5)) <= reach] for width in flat]
-        damages = [[slope[i] * (4.0 ** (flat[i] - n) - 1.0) for n in own] for i, own in enumerate(options)]
-        problem = Problem(options, damages, coefficients, left, right, budget)
-        lowest, highest = (problem.cost([own[end] for own in options]) for end in (0, -1))
-        if lowest <= budget <= highest:
-            break
-    chosen = solve(problem, exact=False)
-    result, start = {}, 0
-    for name, count in counts.items():
-        result[name] = tuple(chosen[start : start + count])
-        start += count
-    return result
 
 
 def solve(problem: Problem, *, exact: bool = True) -> list[int]:
@@ -121,15 +46,20 @@ def solve(problem: Problem, *, exact: bool = True) -> list[int]:
     Raises:
         QvitError: If nothing fits.
     """
+    candidates: list[list[int]] = []
+    smaller = problem
+    if exact and (proven := reduced(problem)) is not None:
+        smaller, incumbent = proven
+        candidates.append(incumbent)
     excluded: list[list[int]] = []
-    found = _integer_program(problem, exact, excluded)
+    found = _integer_program(smaller, exact, excluded)
     while found is not None and problem.cost(found) > problem.budget and len(excluded) < 100:
         excluded.append(found)  # over the budget by less than the solver's tolerance
-        found = _integer_program(problem, exact, excluded)
-    answers = [
-        answer for answer in (found, _greedy(problem)) if answer is not None and problem.cost(answer) <= problem.budget
-    ]
-    return _spend_rest(problem, min(answers, key=lambda answer: _damage(problem, answer)))
+        found = _integer_program(smaller, exact, excluded)
+    candidates += [] if found is None else [found]
+    candidates += [] if candidates and exact else [_greedy(problem)]
+    fitting = [answer for answer in candidates if problem.cost(answer) <= problem.budget]
+    return _spend_rest(problem, min(fitting, key=problem.damage))
 
 
 def _spend_rest(problem: Problem, widths: list[int]) -> list[int]:
@@ -149,13 +79,6 @@ def _spend_rest(problem: Problem, widths: list[int]) -> list[int]:
         widths = best[1]
 
 
-def _damage(problem: Problem, widths: Sequence[int]) -> float:
-    return sum(
-        damages[options.index(width)]
-        for options, damages, width in zip(problem.options, problem.damages, widths, strict=True)
-    )
-
-
 def _greedy(problem: Problem) -> list[int]:
     """Widths by greedy descent from the least damage everywhere.
 
@@ -164,26 +87,26 @@ def _greedy(problem: Problem) -> list[int]:
     widths = [
         options[int(np.argmin(damages))] for options, damages in zip(problem.options, problem.damages, strict=True)
     ]
-    neighbours: list[list[tuple[int, int]]] = [[] for _ in widths]
+    neighbours: list[list[tuple[float, int]]] = [[] for _ in widths]
     for c, i, j in zip(problem.coefficients, problem.left, problem.right, strict=True):
         neighbours[i].append((c, j))
         neighbours[j].append((c, i))
     total = problem.cost(widths)
     while total > problem.budget:
-        best: tuple[float, int, int, int] | None = None
+        best: tuple[float, int, int, float] | None = None
         for unit, (options, damages) in enumerate(zip(problem.options, problem.damages, strict=True)):
             position = options.index(widths[unit])
-            saved = (
-                sum(c * widths[other] for c, other in neighbours[unit]) * (widths[unit] - options[position - 1])
-                if position
-                else 0
-            )
+            if not position:
+                continue
+            saved = sum(c * widths[other] for c, other in neighbours[unit]) * (widths[unit] - options[position - 1])
+            if problem.additive:
+                saved += problem.additive[unit][position] - problem.additive[unit][position - 1]
             if saved > 0:
                 price = (damages[position - 1] - damages[position]) / saved
                 if best is None or price < best[0]:
                     best = (price, unit, options[position - 1], saved)
         if best is None:
-            raise QvitError(f"no allocation fits into {format_bops(problem.budget)}")
+            raise QvitError(f"no allocation fits into a budget of {problem.budget}")
         widths[best[1]] = best[2]
         total = problem.cost(widths)
     return widths
@@ -209,7 +132,7 @@ def _integer_program(problem: Problem, exact: bool, excluded: Sequence[Sequence[
     for unit, options in enumerate(problem.options):
         add_row([(int(start[unit]) + n, 1.0) for n in range(len(options))], 1.0)
     budget_row: list[tuple[int, float]] = []
-    unit_cost = max(1.0, problem.budget / 1e4)
+    unit_cost = max(1e-9, problem.budget / 1e4) if problem.additive else max(1.0, problem.budget / 1e4)
     for position, (c, i, j) in enumerate(pairs):
         many = len(problem.options[j])
         first = int(base[position])
@@ -222,6 +145,9 @@ def _integer_program(problem: Problem, exact: bool, excluded: Sequence[Sequence[
             add_row(
                 [(first + n * many + m, 1.0) for n in range(len(problem.options[i]))] + [(int(start[j]) + m, -1.0)], 0.0
             )
+    if problem.additive:
+        for unit, own in enumerate(problem.additive):
+            budget_row += [(int(start[unit]) + n, value / unit_cost) for n, value in enumerate(own)]
     equalities = len(limits)
     add_row(budget_row, problem.budget / unit_cost)
     for widths in excluded:
@@ -231,7 +157,9 @@ def _integer_program(problem: Problem, exact: bool, excluded: Sequence[Sequence[
     lower[equalities:] = -np.inf
     total = int(base[-1])
     matrix = coo_array((values, (rows, columns)), shape=(len(limits), total)).tocsr()
-    damage = np.concatenate([np.asarray(own, dtype=float) for own in problem.damages])
+    # What all options of a unit have in common would only drown their differences in the solver's tolerance.
+    damages = [np.asarray(own, dtype=float) for own in problem.damages]
+    damage = np.concatenate([own - own.min() for own in damages] if exact else damages)
     objective = np.zeros(total)
     objective[:size] = damage / max(1e-30, float(np.abs(damage).max()))
     integrality = np.zeros(total)

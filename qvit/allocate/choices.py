@@ -1,0 +1,204 @@
+"""Sites, heads, pins and ties as units of a `Problem`, and its answer as widths by site.
+
+Every head of every site is a unit of its own, unless a tie makes several into one. A pin leaves a single option.
+
+    pins    "blocks.0.*=8"                                 all matching sites, all heads; a later pin wins
+    ties    "blocks.*.attn.query=blocks.*.attn.key"        sites whose wildcards stand for the same text, head by head
+            "blocks.0.attn.qkv.*_weight"                   all matching sites share one width, all their heads
+
+The first and the last layer (patch embedding and classifiers) are pinned to `boundary` bits before any pin.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from qvit.allocate.problem import Problem
+from qvit.allocate.units import Unit
+from qvit.cost import FLOAT_BITS, CostModel
+from qvit.errors import UsageError, nearest
+from qvit.sensitivity import Sensitivity
+
+Pin = str | tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A problem without budget, and what its units stand for.
+
+    Attributes:
+        problem: Budget 0.
+        counts: How many widths each site has.
+        unit_of: The unit of every width, sites in order, heads within.
+    """
+
+    problem: Problem
+    counts: dict[str, int]
+    unit_of: list[int]
+
+    def widths(self, answer: list[int]) -> dict[str, tuple[int, ...]]:
+        """Widths by site."""
+        found, start = {}, 0
+        for name, count in self.counts.items():
+            found[name] = tuple(answer[unit] for unit in self.unit_of[start : start + count])
+            start += count
+        return found
+
+    def within(self, budget: float) -> Problem:
+        """The problem with a budget."""
+        return replace(self.problem, budget=budget)
+
+    def extremes(self) -> tuple[float, float]:
+        """The smallest and the largest cost there is."""
+        problem = self.problem
+        if problem.additive:
+            return sum(map(min, problem.additive)), sum(map(max, problem.additive))
+        low, high = (problem.cost([own[end] for own in problem.options]) for end in (0, -1))
+        return low, high
+
+
+def choices(
+    cost: CostModel,
+    sensitivity: Sensitivity,
+    unit: Unit,
+    pins: Iterable[Pin] = (),
+    ties: Iterable[str] = (),
+    boundary: int | None = 8,
+) -> Choices:
+    """The problem of a model: see `plans.allocate_plan` for the arguments.
+
+    Raises:
+        UsageError: A sensitivity of another model, a pattern that matches nothing, or pins that contradict a tie.
+    """
+    sensitivity.check(cost.sites)
+    counts = {name: len(sensitivity.table[name]) if name in sensitivity.table else 1 for name in cost.sites}
+    flat = [(name, head) for name, count in counts.items() for head in range(count)]
+    pinned = _pins(cost, sensitivity, pins, boundary)
+    place: dict[int, int] = {}
+    roots = _roots(flat, _tied(cost, counts, ties))
+    unit_of = [place.setdefault(root, len(place)) for root in roots]
+    members: list[list[tuple[str, int]]] = [[] for _ in place]
+    for own, index in zip(flat, unit_of, strict=True):
+        members[index].append(own)
+    options = [_options(cost, sensitivity, unit, own, pinned) for own in members]
+    damages = [
+        [sum(sensitivity.damage(*m, width) for m in own if m[0] in sensitivity.table) for width in widths]
+        for own, widths in zip(members, options, strict=True)
+    ]
+    if unit.is_additive:
+        additive = [
+            [sum(unit.head_cost(cost.sites[name], counts[name], width) for name, _ in own) for width in widths]
+            for own, widths in zip(members, options, strict=True)
+        ]
+        return Choices(Problem(options, damages, [], [], [], 0, additive), counts, unit_of)
+    coefficients, left, right = cost.pairs(counts)
+    pairs = [unit_of[i] for i in left], [unit_of[j] for j in right]
+    return Choices(Problem(options, damages, coefficients, *pairs, 0), counts, unit_of)
+
+
+def _options(
+    cost: CostModel, sensitivity: Sensitivity, unit: Unit, members: list[tuple[str, int]], pinned: dict[str, int]
+) -> list[int]:
+    """The widths that all members of a unit may have."""
+    names = list(dict.fromkeys(name for name, _ in members))
+    if any(name not in sensitivity.table for name in names):
+        return [FLOAT_BITS]
+    fixed = {name: pinned[name] for name in names if name in pinned}
+    if len(set(fixed.values())) > 1:
+        (first, one), (second, other) = (
+            list(fixed.items())[0],
+            next(p for p in fixed.items() if p[1] != list(fixed.values())[0]),
+        )
+        raise UsageError(
+            f"'{first}' (pinned to {one} bits) is tied to '{second}' (pinned to {other}): change a pin or the tie"
+        )
+    widths = [next(iter(fixed.values()))] if fixed else list(sensitivity.widths)
+    for name in names:
+        row = unit.latency.get(name)
+        if row is not None and not (widths := [width for width in widths if width in row]):
+            raise UsageError(f"the latency table has no entry for '{name}' at any width that it may have")
+    return widths
+
+
+def _pins(cost: CostModel, sensitivity: Sensitivity, pins: Iterable[Pin], boundary: int | None) -> dict[str, int]:
+    """Width by site; the last pin wins."""
+    if boundary is not None and not 2 <= boundary <= 16:
+        raise UsageError(f"boundary {boundary} must lie between 2 and 16 bits, or be None for free")
+    ends = {name for name, site in cost.sites.items() if site.position != "block"}
+    pinned = (
+        {}
+        if boundary is None
+        else {name: boundary for name in cost.sites if name in ends and name in sensitivity.table}
+    )
+    for pin in pins:
+        pattern, bits = _parsed_pin(pin)
+        matching = [name for name in fnmatch.filter(cost.sites, pattern) if name in sensitivity.table]
+        if not matching:
+            raise UsageError(f"pin '{pattern}' matches no site that was measured{nearest(pattern, sensitivity.table)}")
+        pinned |= dict.fromkeys(matching, bits)
+    return pinned
+
+
+def _parsed_pin(pin: Pin) -> tuple[str, int]:
+    pattern, bits = pin.rpartition("=")[::2] if isinstance(pin, str) else pin
+    text = str(bits).strip().lower().removesuffix("bit")
+    if not pattern or not text.isdecimal() or not 2 <= int(text) <= 16:
+        raise UsageError(f"pin '{pin}' is not PATTERN=BITS with 2 to 16 bits, such as 'blocks.0.*=8'")
+    return pattern.strip(), int(text)
+
+
+def _tied(cost: CostModel, counts: dict[str, int], ties: Iterable[str]) -> list[list[tuple[str, int]]]:
+    """Groups of (site, head) that share a width."""
+    groups: list[list[tuple[str, int]]] = []
+    for tie in ties:
+        patterns = [part.strip() for part in tie.split("=")]
+        matching = [
+            {name: key for name in cost.sites if (key := _wildcards(part, name)) is not None} for part in patterns
+        ]
+        for part, found in zip(patterns, matching, strict=True):
+            if not found:
+                raise UsageError(f"tie '{tie}': '{part}' matches no site{nearest(part, cost.sites)}")
+        if len(patterns) == 1:
+            groups.append([(name, head) for name in matching[0] for head in range(counts[name])])
+            continue
+        together: dict[tuple[str, ...], list[str]] = {}
+        for found in matching:
+            for name, key in found.items():
+                together.setdefault(key, []).append(name)
+        several = [list(dict.fromkeys(names)) for names in together.values() if len(set(names)) > 1]
+        if not several:
+            raise UsageError(f"tie '{tie}': no two sites agree in what the wildcards stand for")
+        for names in several:
+            heads = {counts[name] for name in names}
+            if len(heads) == 1:
+                groups += [[(name, head) for name in names] for head in range(heads.pop())]
+            else:
+                groups.append([(name, head) for name in names for head in range(counts[name])])
+    return groups
+
+
+def _wildcards(pattern: str, name: str) -> tuple[str, ...] | None:
+    """What `*` and `?` of the pattern stand for in the name; None if it does not match."""
+    parts = {"*": "(.*)", "?": "(.)"}
+    match = re.fullmatch("".join(parts.get(letter) or re.escape(letter) for letter in pattern), name)
+    return None if match is None else match.groups()
+
+
+def _roots(flat: list[tuple[str, int]], groups: list[list[tuple[str, int]]]) -> list[int]:
+    """For every width the first one that it is tied to, directly or through others."""
+    index = {own: position for position, own in enumerate(flat)}
+    parent = list(range(len(flat)))
+
+    def root(position: int) -> int:
+        while parent[position] != position:
+            position = parent[position]
+        return position
+
+    for group in groups:
+        for own in group[1:]:
+            one, other = sorted((root(index[group[0]]), root(index[own])))
+            parent[other] = one
+    return [root(position) for position in range(len(flat))]

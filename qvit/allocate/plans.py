@@ -1,0 +1,77 @@
+"""A sensitivity and a budget become a plan: the widths of least predicted loss that the budget allows.
+
+The predicted loss is the sum of the sites' table entries. The integer program is solved to optimality (`program.py`):
+no other plan within the budget has a smaller sum. Whether the sum predicts the loss of the whole model is a matter of
+the metric, not of the allocation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qvit.allocate.choices import Choices, Pin, choices
+from qvit.allocate.program import solve
+from qvit.allocate.units import Unit
+from qvit.cost import CostModel, Widths
+from qvit.errors import QvitError
+from qvit.plan import QuantPlan
+from qvit.sensitivity import Sensitivity
+
+UnitLike = Unit | str | Path | Mapping[str, Mapping[Any, float]]
+
+
+def allocate_plan(
+    cost: CostModel,
+    sensitivity: Sensitivity,
+    budget: str | float,
+    *,
+    unit: UnitLike = "bit_operations",
+    pins: Iterable[Pin] = (),
+    ties: Iterable[str] = (),
+    boundary: int | None = 8,
+    name: str | None = None,
+) -> QuantPlan:
+    """The plan of least predicted loss within a budget.
+
+    Args:
+        cost: The model's costs (`inspect_model`).
+        sensitivity: Measured on the same model.
+        budget: A number in `unit`, or text such as `4bit`, `21.455G`, `2.5MB`, `12ms` or `25%` (see `units.py`).
+        unit: `bit_operations`, `weight_bytes`, or a latency table {site: {width: milliseconds}} or its file.
+        pins: "PATTERN=BITS" or (pattern, bits): sites of a fixed width; a later one wins.
+        ties: "PATTERN=PATTERN" or "PATTERN": sites that share a width (see `choices.py`).
+        boundary: Width of the first and the last layer; None allocates them like the others.
+        name: The plan's name; default: metric and budget.
+
+    Returns:
+        A resolved plan with fixed widths, one per head where the site has heads.
+
+    Raises:
+        UsageError: A sensitivity of another model, or a budget, pin or tie that cannot be meant.
+        QvitError: Nothing fits; the message has the smallest and the largest possible cost.
+    """
+    kind = Unit.of(unit, cost)
+    problem = choices(cost, sensitivity, kind, pins, ties, boundary)
+    widths = within_budget(problem, kind, budget, cost)
+    return plan_with_widths(cost, sensitivity, widths, name or f"{sensitivity.metric}-{budget}")
+
+
+def within_budget(problem: Choices, unit: Unit, budget: str | float, cost: CostModel) -> dict[str, tuple[int, ...]]:
+    """The widths of least damage. Raises QvitError if nothing fits."""
+    limit = unit.parse(budget, cost)
+    smallest, largest = problem.extremes()
+    if smallest > limit:
+        raise QvitError(
+            f"budget '{budget}' ({unit.format(limit)}) is impossible: with these pins this model takes between "
+            f"{unit.format(smallest)} and {unit.format(largest)}"
+        )
+    return problem.widths(solve(problem.within(limit)))
+
+
+def plan_with_widths(cost: CostModel, sensitivity: Sensitivity, widths: Widths, name: str) -> QuantPlan:
+    """A resolved plan with the grids that were measured and these widths."""
+    base = sensitivity.plan or QuantPlan("default").resolve(cost.sites, sensitivity.model)
+    allocated = {site: own for site, own in widths.items() if site in sensitivity.table}
+    return QuantPlan(name, (), base.sites, sensitivity.model).with_widths(allocated)

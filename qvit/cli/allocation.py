@@ -1,0 +1,292 @@
+"""`qvit sensitivity` and `qvit allocate`: what each tensor's quantization costs, and the plan that follows from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qvit.cli.console import Debug, Device, Json, ModelArgs, Workers, bops, err, out, pairs, print_json, say, size
+from qvit.errors import QvitError, UsageError
+
+PARTIAL = ".partial"
+
+
+def sensitivity(
+    model: Annotated[str, typer.Argument(help="timm's name, vit_digits, or a finished run for --metric learned.")],
+    target: Annotated[Path, typer.Option("--out", help="The JSON file.")],
+    data: Annotated[str | None, typer.Option(help="Training images, as for `qvit train`.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Float weights: .safetensors, .pth, or the run of a float model.")
+    ] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Float weights from timm's hub.")] = False,
+    class_map: Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")] = None,
+    images: Annotated[int, typer.Option(help="How many training images.")] = 32,
+    metric: Annotated[str, typer.Option(help="fisher, hessian, kl (slow) or learned (from a run).")] = "fisher",
+    widths: Annotated[str, typer.Option(help="Candidate widths: 2-8, or a list such as 2,3,4,6,8.")] = "2-8",
+    plan: Annotated[
+        str | None, typer.Option(help="Grids and granularity to measure with: preset or plan file.", show_default=False)
+    ] = None,
+    type_normalised: Annotated[
+        bool, typer.Option("--type-normalised", help="Give every kind of tensor the same mean (after LampQ).")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Chooses images and random signs.")] = 0,
+    device: Device = "auto",
+    workers: Workers = None,
+    model_arg: ModelArgs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how much the loss rises when one tensor, or one head of it, is quantized to 2 to 8 bits.
+
+    A measurement by metric kl that was stopped goes on where it was.
+
+    Examples:
+    [cyan]qvit sensitivity deit_tiny_patch16_224 --weights deit.safetensors --data imagenet/train --out s.json[/]
+
+    [cyan]qvit sensitivity vit_digits --weights runs/float --data digits --metric kl --widths 2,4,8 --out s.json[/]
+
+    [cyan]qvit sensitivity runs/qvit --metric learned --out s.json[/]
+    """
+    from qvit.sensitivity import measure_sensitivity
+
+    options: dict[str, Any] = {
+        "metric": metric,
+        "widths": _widths(widths),
+        "seed": seed,
+        "type_normalised": type_normalised,
+        "plan": plan,
+    }
+    if metric == "learned":
+        if data is not None or weights is not None:
+            raise UsageError("metric 'learned' reads a finished run: leave out --data and --weights")
+        from qvit.run import load_run
+        from qvit.rundir import read_config
+
+        options["name"] = read_config(Path(model))[0].model
+        found = measure_sensitivity(load_run(model), **options)
+    else:
+        found = _measured(
+            model, data, weights, pretrained, class_map, images, device, workers, model_arg, target, options
+        )
+    found.save(target)
+    Path(f"{target}{PARTIAL}").unlink(missing_ok=True)
+    if as_json:
+        return print_json(found.to_json())
+    _show_types(found)
+    say(f"{found.metric} on {found.images} images in {found.seconds:.1f} s")
+    say(f"sensitivity: {target.absolute()}   (`qvit allocate {target} --budget 4bit --out plan.json` makes a plan)")
+
+
+def _measured(
+    name: str,
+    data: str | None,
+    weights: str | None,
+    pretrained: bool,
+    class_map: str | None,
+    images: int,
+    device: str,
+    workers: int | None,
+    model_arg: list[str] | None,
+    target: Path,
+    options: dict[str, Any],
+) -> Any:
+    from qvit.sensitivity import measure_sensitivity
+    from qvit.training.data import calibration_batches, data_config_of
+    from qvit.training.models import create_model
+    from qvit.training.processes import Processes
+
+    if data is None:
+        raise UsageError(f"metric '{options['metric']}' needs training images: give --data")
+    if weights is None and not pretrained:
+        raise UsageError(
+            "give the float model's weights with --weights FILE or --pretrained: untrained, it says nothing"
+        )
+    place = Processes(device).device
+    float_model = create_model(name, weights=weights, pretrained=pretrained, **pairs(model_arg)).to(place).eval()
+    batches = calibration_batches(
+        _training_images(data, class_map),
+        data_config_of(float_model),
+        images=images,
+        batch_size=min(16, images),
+        seed=options["seed"],
+        workers=workers or 0,
+        device=place,
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(f"{options['metric']}: calibrating", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, description=options["metric"])
+
+        return measure_sensitivity(
+            float_model, batches, progress=progress, partial=f"{target}{PARTIAL}", name=name, **options
+        )
+
+
+def _training_images(data: str, class_map: str | None) -> Any:
+    """The training images that `qvit train` would see; all of them where no share could be set aside for testing."""
+    from qvit.training.data import open_data, open_source
+
+    try:
+        return open_data(data, class_map=class_map).train
+    except UsageError:
+        raise
+    except QvitError as error:
+        if "too few images per class to set some aside" not in str(error):
+            raise
+        return open_source(data, split="train", class_map=class_map)
+
+
+def _widths(text: str) -> list[int]:
+    try:
+        if "-" in text:
+            low, high = (int(part) for part in text.split("-"))
+            return list(range(low, high + 1))
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"widths '{text}' are neither a range such as 2-8 nor a list such as 2,3,4,6,8") from None
+
+
+def _show_types(found: Any) -> None:
+    """The table for people: sums over all sites and heads of a kind, at no more widths than fit a line."""
+    from qvit.sensitivity import site_type
+
+    columns = range(0, len(found.widths), 1 + (len(found.widths) - 1) // 4)
+
+    sums: dict[str, Any] = {}
+    for name, values in found.table.items():
+        kind = site_type(name)
+        sums[kind] = sums.get(kind, 0.0) + values.sum(0)
+    table = Table(title=f"predicted loss increase of {found.model}, by kind of tensor")
+    table.add_column("tensors", no_wrap=True)
+    for column in columns:
+        table.add_column(f"{found.widths[column]} bit", justify="right", no_wrap=True)
+    for kind, values in sorted(sums.items(), key=lambda item: -item[1][0]):
+        table.add_row(kind, *(f"{values[column]:.3g}" for column in columns))
+    out.print(table)
+
+
+def allocate(
+    sensitivity: Annotated[Path, typer.Argument(help="File of `qvit sensitivity`.")],
+    target: Annotated[
+        Path | None, typer.Option("--out", help="The plan; with several budgets NAME-BUDGET.json.", show_default=False)
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="4bit, 21.455G, 2.5MB, 12ms or 25%, in the unit. Repeatable.", show_default=False),
+    ] = None,
+    unit: Annotated[
+        str, typer.Option(help="bit_operations, weight_bytes, or a JSON file {site: {width: milliseconds}}.")
+    ] = "bit_operations",
+    pin: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=BITS", help="Sites of a fixed width. Repeatable.")
+    ] = None,
+    tie: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN=PATTERN", help="Sites that share a width. Repeatable.")
+    ] = None,
+    boundary: Annotated[str, typer.Option(help="Width of the first and the last layer, or free.")] = "8",
+    frontier: Annotated[
+        Path | None, typer.Option(help="The whole frontier: an .html page or a .json file.", show_default=False)
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Another sensitivity, such as of metric kl, to show beside it.", show_default=False),
+    ] = None,
+    points: Annotated[int, typer.Option(help="Largest number of points of the frontier.")] = 100,
+    model_arg: ModelArgs = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make the plan of least predicted loss within a budget, and draw the frontier of all budgets.
+
+    Examples:
+    [cyan]qvit allocate s.json --budget 4bit --out plan.json[/]
+
+    [cyan]qvit allocate s.json --budget 4bit --budget 6bit --out plans/deit.json --frontier frontier.html[/]
+
+    [cyan]qvit allocate s.json --budget 2.5MB --unit weight_bytes --pin "blocks.0.*=8"
+    --tie "blocks.*.attn.query=blocks.*.attn.key" --out plan.json[/]
+    """
+    from qvit.allocate import allocate_plan, frontier_report
+    from qvit.families import inspect_model
+    from qvit.files import write_json
+    from qvit.sensitivity import Sensitivity
+    from qvit.training.models import create_model
+
+    budgets = budget or []
+    if (target is None) != (not budgets) or not (budgets or frontier):
+        raise UsageError("give --budget and --out for a plan, --frontier FILE for the frontier, or all three")
+    if frontier is not None and frontier.suffix not in (".html", ".json"):
+        raise UsageError(f"the frontier's file '{frontier}' must end in .html or .json")
+    measured = Sensitivity.load(sensitivity)
+    cost = inspect_model(create_model(measured.model, **pairs(model_arg)))
+    options: dict[str, Any] = {"unit": unit, "pins": pin or [], "ties": tie or [], "boundary": _boundary(boundary)}
+    plans = {text: allocate_plan(cost, measured, text, **options) for text in budgets}
+    rows = []
+    for text, plan in plans.items():
+        assert target is not None
+        file = (
+            target
+            if len(plans) == 1
+            else target.with_name(f"{target.stem}-{text.replace('%', 'percent')}{target.suffix}")
+        )
+        plan.save(file)
+        widths = plan.widths()
+        rows.append(
+            {
+                "budget": text,
+                "plan": str(file.absolute()),
+                "predicted_loss": measured.predicted(widths),
+                "bit_operations": cost.bit_operations(widths),
+                "weight_bytes": cost.weight_bytes(widths),
+            }
+        )
+    if frontier is not None:
+        chosen = [(text, plan.widths()) for text, plan in plans.items()]
+        report = frontier_report(
+            cost,
+            measured,
+            chosen,
+            points=points,
+            against=None if against is None else Sensitivity.load(against),
+            **options,
+        )
+        if frontier.suffix == ".json":
+            write_json(frontier, report)
+        else:
+            from qvit.report import write_frontier_page
+
+            write_frontier_page(report, frontier)
+    if as_json:
+        return print_json({"plans": rows, "frontier": None if frontier is None else str(frontier.absolute())})
+    _show_plans(rows)
+    if frontier is not None:
+        say(f"frontier: {frontier.absolute()}")
+
+
+def _boundary(text: str) -> int | None:
+    if text.strip().lower() == "free":
+        return None
+    if not text.strip().isdecimal():
+        raise UsageError(f"boundary '{text}' must be a width such as 8, or free")
+    return int(text)
+
+
+def _show_plans(rows: list[dict[str, Any]]) -> None:
+    if not rows:
+        return
+    table = Table()
+    for column in ("budget", "predicted loss", "bit operations", "weights"):
+        table.add_column(column, justify="left" if column == "budget" else "right")
+    for row in rows:
+        table.add_row(
+            row["budget"], f"{row['predicted_loss']:.4g}", bops(row["bit_operations"]), size(row["weight_bytes"])
+        )
+    out.print(table)
+    for row in rows:
+        say(f"plan: {row['plan']}")

@@ -1,0 +1,94 @@
+"""What every page has around its sections: one HTML file that needs nothing else.
+
+plotly.js, style and data are inside, and no address is ever asked for anything. As a second wall behind the escaping of
+`qvit.report.markup`, the content security policy allows exactly the scripts of the page, by their hashes, and no
+connection at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+
+from plotly.offline import get_plotlyjs
+
+from qvit.report.assets import CSS, SCRIPT
+from qvit.report.markup import Canvas, escape
+
+COSTS_NOTE = (
+    "1 G = 10<sup>9</sup>, 1 MB = 10<sup>6</sup> bytes. Bit operations: multiply-accumulates × bits of one factor "
+    "× bits of the other, for one image; float counts as 32 bits."
+)
+WIDTHS_NOTE = "The widths follow Q-ViT (Li et al. 2022, arXiv 2201.07703)."
+
+
+def document(
+    heading: str,
+    header: str,
+    parts: Sequence[tuple[str, str, str]],
+    canvas: Canvas,
+    *,
+    skip: str,
+    footer: str = f"{COSTS_NOTE} {WIDTHS_NOTE}",
+    data: str = "",
+    script: str = "",
+) -> str:
+    """The whole page.
+
+    Args:
+        heading: Text of the heading and the title.
+        header: HTML below the heading.
+        parts: Sections as (name, text of the heading, HTML); empty ones are left out.
+        canvas: The figures.
+        skip: Text of the link to the sections.
+        footer: HTML.
+        data: JSON for `script`, in the element `#data`; must be able to stand inside a script element.
+        script: A script of this page, run after the common one.
+    """
+    parts = [part for part in parts if part[2]]
+    links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text, _ in parts)
+    main = "\n".join(
+        f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{text}</h2>{body}</section>'
+        for name, text, body in parts
+    )
+    library = re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)
+    scripts = [library, SCRIPT, *([script] if script else [])]
+    policy = " ".join(f"'sha256-{_sha256(text)}'" for text in scripts)
+    policy = (
+        f"default-src 'none'; script-src {policy}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    own = f'<script type="application/json" id="data">{data}</script>\n' if data else ""
+    code = "\n".join(f"<script>{text}</script>" for text in scripts)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(heading)}</title>
+<style>{CSS}</style>
+</head>
+<body>
+<a class="skip" href="#main">{escape(skip)}</a>
+<header>
+<h1>{escape(heading)}</h1>
+{header}
+</header>
+<nav aria-label="Sections"><ol>{links}</ol></nav>
+<main id="main">
+<noscript><p class="warning">The plots need JavaScript; the tables do not.</p></noscript>
+{main}
+</main>
+<footer>{footer}</footer>
+<script type="application/json" id="figures">{canvas.to_json()}</script>
+{own}{code}
+</body>
+</html>
+"""
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
