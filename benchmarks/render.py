@@ -4,6 +4,7 @@ A table stands between two markers, `<!-- results:NAME:begin -->` and `<!-- resu
 
     demo          demo.json           what `qvit demo` measured: its results.json with command, date, hardware, versions
     train_step    train_step*.json    what `benchmarks/train_step.py` measured, one table per file
+    ptq           ptq.json            what `benchmarks/ptq.py` measured
 
     python benchmarks/render.py                       writes the tables
     python benchmarks/render.py --check               writes nothing; exit code 1 if a table is out of date
@@ -109,7 +110,37 @@ def train_step_tables(results: Path) -> str:
     return "\n\n".join(parts)
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"demo": demo_tables, "train_step": train_step_tables}
+def ptq_tables(results: Path) -> str:
+    """Accuracy after training, plain and reconstructed."""
+    file = results / "ptq.json"
+    if not file.is_file():
+        return "Not measured yet: `python benchmarks/ptq.py`, see its `--help`."
+    data = _read(file)
+    try:
+        rows = []
+        for row in data["rows"]:
+            quantized, recon = "bit_operations" in row, row.get("reconstruction")
+            rows.append(
+                [
+                    row["budget"] + (f", {row['metric']}" if row.get("metric") else ""),
+                    "{steps} × {batch_size} of {images} images".format(**recon) if recon else "",
+                    f"{row['top1']:.1f}",
+                    f"{row['agreement']:.1f}",
+                    f"{row['bit_operations'] / 1e9:.3f}" if quantized else "",
+                    f"{sum(row['seconds'].values()):.0f}" if quantized else "",
+                ]
+            )
+        header = ["budget", "reconstruction", "top-1 (%)", "same answer as float (%)", "bit operations (G)", "time (s)"]
+        images = next(row["images"] for row in data["rows"] if "images" in row)
+        note = f"{data['model']} on {images} images of {data['eval_data']}; calibrated on {data['calibration_images']} "
+        note += f"images of {data['data']}. Reconstruction: steps × images per step, for each block. "
+        note += f"Time is without scoring, threads: {data['threads']}."
+        return "\n\n".join([_table(header, rows, left=2), f"{note} {_origin(data)}"])
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
+TABLES: dict[str, Callable[[Path], str]] = {"demo": demo_tables, "train_step": train_step_tables, "ptq": ptq_tables}
 
 
 def fill(text: str, results: Path) -> str:

@@ -15,14 +15,19 @@ from qvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qvit.allocate import allocate_plan, frontier, round_to_budget
+    from qvit.bias_correction import correct_biases
     from qvit.calibration import calibrate
     from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
     from qvit.cost import CostModel, parse_budget
     from qvit.dry_run import plan_run
     from qvit.errors import QvitError, UsageError
     from qvit.families import inspect_model
+    from qvit.methods.ptq import post_training_quantize
     from qvit.plan import QuantPlan, Rule
+    from qvit.ptq_run import ptq
     from qvit.quantizers import quantizers_of
+    from qvit.reconstruction import ReconstructOptions, reconstruct
+    from qvit.reparameterization import reparameterize
     from qvit.run import evaluate_run, load_run, resume, train
     from qvit.sensitivity import Sensitivity, measure_sensitivity
     from qvit.spec import PerChannel, PerHead, PerTensor, TensorSpec
@@ -38,14 +43,19 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "qvit.allocate": ("allocate_plan", "frontier", "round_to_budget"),
+    "qvit.bias_correction": ("correct_biases",),
     "qvit.calibration": ("calibrate",),
     "qvit.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
     "qvit.cost": ("CostModel", "parse_budget"),
     "qvit.dry_run": ("plan_run",),
     "qvit.errors": ("QvitError", "UsageError"),
     "qvit.families": ("inspect_model",),
+    "qvit.methods.ptq": ("post_training_quantize",),
     "qvit.plan": ("QuantPlan", "Rule"),
+    "qvit.ptq_run": ("ptq",),
     "qvit.quantizers": ("quantizers_of",),
+    "qvit.reconstruction": ("ReconstructOptions", "reconstruct"),
+    "qvit.reparameterization": ("reparameterize",),
     "qvit.run": ("evaluate_run", "load_run", "resume", "train"),
     "qvit.sensitivity": ("Sensitivity", "measure_sensitivity"),
     "qvit.spec": ("PerChannel", "PerHead", "PerTensor", "TensorSpec"),
@@ -64,6 +74,7 @@ __all__ = [
     "PerTensor",
     "QuantPlan",
     "QvitError",
+    "ReconstructOptions",
     "Rule",
     "Sensitivity",
     "Stage",
@@ -74,6 +85,7 @@ __all__ = [
     "calibrate",
     "calibration_batches",
     "config_from_recipe",
+    "correct_biases",
     "create_model",
     "data_config_of",
     "eval_loader",
@@ -88,9 +100,13 @@ __all__ = [
     "parse_budget",
     "plan_of",
     "plan_run",
+    "post_training_quantize",
+    "ptq",
     "quantize",
     "quantizers_disabled",
     "quantizers_of",
+    "reconstruct",
+    "reparameterize",
     "resume",
     "round_to_budget",
     "stage_of",

@@ -8,6 +8,7 @@ come from the training set, shuffled by whoever makes the batches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -16,22 +17,29 @@ from torch import Tensor, nn
 from qvit.convert import Stage, stage_of
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
-from qvit.quantizers import quantizers_of
+from qvit.quantizers import HistogramObserver, Quantizer, quantizers_of
+from qvit.quantizers.observers import BINS, ValueObserver
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, batches: Iterable[Tensor], *, progress: Callable[[int], None] | None = None
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    observer: str = "mse",
+    progress: Callable[[int], None] | None = None,
 ) -> nn.Module:
     """Initialises all quantizers, in place; scales that were there are chosen anew.
 
     Args:
         model: A quantized model; its mode (train or eval) is restored.
         batches: Image batches (B, channels, height, width), from training data, on the model's device.
+        observer: How the range of an activation is chosen: `mse`, `percentile` or `minmax` (`quantizers/ranges.py`).
+            Weights are always fitted by least squared error: there are no outliers to guard against.
         progress: Called with the number of images after each batch.
 
     Raises:
-        UsageError: If the model is float.
+        UsageError: If the model is float, or there is no such observer.
         QvitError: If there are no images, or activations are not finite; the site is named.
     """
     if stage_of(model) is Stage.FLOAT:
@@ -54,7 +62,7 @@ def calibrate(
         for quantizer in quantizers.values():
             quantizer.enabled = False
         for name, quantizer in activations.items():
-            quantizer.observer = quantizer.create_observer()
+            quantizer.observer = quantizer.create_observer(observer)
             hooks.append(quantizer.register_forward_pre_hook(note(name)))
         model.eval()
         for batch in batches:
@@ -72,11 +80,8 @@ def calibrate(
         if images == 0:
             raise QvitError("no images to calibrate with: pass at least one batch of training images")
         for name, quantizer in quantizers.items():
-            observer = quantizer.observer or quantizer.create_observer()
             try:
-                if name not in activations:
-                    observer.observe(quantizer.view(_weight_of(model, name)))
-                quantizer.initialize(observer)
+                quantizer.initialize(quantizer.observer or _observed_weight(quantizer, _weight_of(model, name)))
             except QvitError as error:
                 raise QvitError(f"site '{name}': {error}") from None
     finally:
@@ -87,6 +92,14 @@ def calibrate(
             quantizer.enabled = enabled[name]
         model.train(was_training)
     return model
+
+
+def _observed_weight(quantizer: Quantizer, weight: Tensor) -> HistogramObserver:
+    """An observer that has seen a weight: its values, or a histogram where there are more of them than bins."""
+    few = weight.numel() <= BINS * math.prod(quantizer.scale_shape)
+    observer = ValueObserver(quantizer.scale_shape) if few else quantizer.create_observer()
+    observer.observe(quantizer.view(weight))
+    return observer
 
 
 def _weight_of(model: nn.Module, site: str) -> Tensor:

@@ -170,6 +170,56 @@ def fake_quantize(
     return (values if offset is None else values + offset).to(x.dtype)
 
 
+def log_quantize(
+    x: Float[Tensor, "..."], scale: Float[Tensor, "..."], bit_width: Tensor, steps: int
+) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
+    """The codes of `x` on a logarithmic grid, integer-valued in the dtype of the computation, and u before rounding.
+
+        u = -steps·log2(x / s)        q = round(clamp(u, 0, 2^b - 1))        (FQ-ViT, Lin et al. 2022)
+
+    Args:
+        x: Not negative; where it is 0, q is the largest code.
+        scale: The value of code 0.
+        bit_width: Integer-valued, broadcasts against `x`.
+        steps: Codes per factor of two.
+    """
+    quant_min, quant_max = integer_range(bit_width, signed=False)
+    u = torch.log2(_wide(x) / scale) * -steps
+    return torch.round(torch.clamp(u, quant_min, quant_max)), u
+
+
+def log_dequantize(
+    q: Float[Tensor, "..."], scale: Float[Tensor, "..."], bit_width: Tensor, steps: int
+) -> Float[Tensor, "..."]:
+    """The values of logarithmic codes: s·2^(-q/steps), and 0 for the largest code."""
+    _, quant_max = integer_range(bit_width, signed=False)
+    return torch.where(q >= quant_max, torch.zeros_like(scale), torch.exp2(q / -steps) * scale)
+
+
+class LogFakeQuantize(torch.autograd.Function):
+    """Quantizes and dequantizes on a logarithmic grid, with straight-through gradients.
+
+    Inside the grid ∂x̂/∂x = 1 and ∂x̂/∂s = 0: x̂ follows x whatever the scale. For x > s it is the other way round. Below
+    the smallest level, where x̂ = 0, neither has a gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, bit_width: Tensor, steps: int) -> Tensor:
+        q, u = log_quantize(x, scale, bit_width, steps)
+        above = u < 0
+        _, quant_max = integer_range(bit_width, signed=False)
+        ctx.save_for_backward(above, (q < quant_max) & ~above)
+        ctx.scale_shape = scale.shape
+        return log_dequantize(q, scale, bit_width, steps).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        above, inside = ctx.saved_tensors
+        grad_scale = (_wide(grads[0]) * above).sum_to_size(ctx.scale_shape)
+        return grads[0] * inside, grad_scale, None, None
+
+
 def pick_column(
     bank: Float[Tensor, "... W"], bit_width: Tensor, candidates: Float[Tensor, " W"]
 ) -> Float[Tensor, "..."]:

@@ -109,7 +109,7 @@ def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
     run = Path(out)
     config, record = read_config(run)
     require_finished(run)
-    model = _float_model(config, int(record["num_classes"]), load=False)
+    model = create_float_model(config, int(record["num_classes"]), load=False)
     if create_method(config).quantizes:
         model = quantize(model, QuantPlan.load(run / PLAN), in_place=True)
     from safetensors.torch import load_file
@@ -236,29 +236,33 @@ def _prepare(config: TrainConfig, run: Path, processes: Processes, fresh: bool, 
     )
     notify(bundle.note)
     seed_everything(config.seed)
-    float_model = _float_model(config, bundle.num_classes, load=True).to(processes.device).eval()
+    float_model = create_float_model(config, bundle.num_classes, load=True).to(processes.device).eval()
     cost = inspect_model(float_model)
     plan = method.plan(cost)
     if plan is not None and config.weights is None and not config.pretrained:
         notify("no --weights and no --pretrained: the float model is untrained, and so will be what is made of it")
     if fresh and processes.is_main:
-        record = config.model_dump() | {
-            "num_classes": bundle.num_classes,
-            "class_names": list(bundle.class_names),
-            "data_note": bundle.note,
-            "versions": {
-                "qvit": __version__,
-                "torch": torch.__version__,
-                "timm": timm.__version__,
-                "python": platform.python_version(),
-            },
-            "hardware": _hardware(processes.device),
-            "processes": processes.world_size,
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        write_json(run / CONFIG, record)
+        write_json(run / CONFIG, run_record(config, bundle, processes))
     return _Setup(method, plan, bundle, float_model, data_config_of(float_model), cost, processes)
+
+
+def run_record(config: TrainConfig, bundle: DataBundle, processes: Processes) -> dict[str, Any]:
+    """The content of `config.json`: every option, and what is needed to understand the run later."""
+    return config.model_dump() | {
+        "num_classes": bundle.num_classes,
+        "class_names": list(bundle.class_names),
+        "data_note": bundle.note,
+        "versions": {
+            "qvit": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "hardware": _hardware(processes.device),
+        "processes": processes.world_size,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
 
 
 def _starting_model(
@@ -409,7 +413,8 @@ def _result(config: TrainConfig, setup: _Setup, model: nn.Module, cost: dict[str
     }
 
 
-def _float_model(config: TrainConfig, num_classes: int, *, load: bool) -> nn.Module:
+def create_float_model(config: TrainConfig, num_classes: int, *, load: bool) -> nn.Module:
+    """The float model of a run, with its weights if they are to be loaded."""
     kwargs = {"num_classes": num_classes, **config.model_kwargs}
     if kwargs["num_classes"] < num_classes:
         raise UsageError(f"the data have {num_classes} classes, the model is asked for {kwargs['num_classes']}")

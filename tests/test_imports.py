@@ -25,10 +25,19 @@ LAYERS: list[set[str]] = [
     {"plan", "cost", "quantizers"},
     {"layers"},
     {"families"},
-    {"convert", "calibration", "allocate", "sensitivity"},
+    {
+        "convert",
+        "calibration",
+        "allocate",
+        "sensitivity",
+        "reparameterization",
+        "bias_correction",
+        "block_inputs",
+        "reconstruction",
+    },
     {"training"},
     {"methods", "deploy"},
-    {"run", "rundir", "dry_run"},
+    {"run", "rundir", "dry_run", "ptq_run"},
     {"report", "demo", "cli"},
 ]
 

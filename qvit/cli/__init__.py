@@ -1,8 +1,9 @@
 """The command line: every command calls one function of the library and prints what it returns.
 
-    training.py   train                        console.py   options and formats that commands share
-    results.py    demo, evaluate, report
-    plans.py      cost, plan show, plan diff        allocation.py  sensitivity, allocate
+    training.py       train                    console.py      options and formats that commands share
+    quantization.py   ptq                      allocation.py   sensitivity, allocate
+    results.py        demo, evaluate, report
+    plans.py          cost, plan show, plan diff
 
 The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 saved
 and ended by SIGTERM. A failure is one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is
@@ -23,7 +24,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qvit.cli import allocation, plans, results, training
+from qvit.cli import allocation, plans, quantization, results, training
 from qvit.cli.console import Debug, out
 from qvit.errors import QvitError, UsageError
 from qvit.version import __version__
@@ -111,6 +112,7 @@ def common(
 for command in (
     results.demo,
     training.train,
+    quantization.ptq,
     results.evaluate,
     plans.cost,
     allocation.sensitivity,

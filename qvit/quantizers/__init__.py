@@ -4,7 +4,17 @@ A new quantizer is one file with a registered class.
 """
 
 from qvit.quantizers.base import Quantizer, create_quantizer, quantizers_of, register_quantizer
+from qvit.quantizers.log2 import Log2Quantizer, LogSqrt2Quantizer
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.observers import HistogramObserver
 
-__all__ = ["HistogramObserver", "LSQQuantizer", "Quantizer", "create_quantizer", "quantizers_of", "register_quantizer"]
+__all__ = [
+    "HistogramObserver",
+    "LSQQuantizer",
+    "Log2Quantizer",
+    "LogSqrt2Quantizer",
+    "Quantizer",
+    "create_quantizer",
+    "quantizers_of",
+    "register_quantizer",
+]

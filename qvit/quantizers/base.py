@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from qvit.errors import UsageError, nearest
 from qvit.functional import clamp_inward, dequantize, integer_range, quantize, round_ste
 from qvit.quantizers.observers import HistogramObserver
+from qvit.quantizers.ranges import observer_class
 from qvit.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
 
 _REGISTRY: dict[str, type[Quantizer]] = {}
@@ -122,9 +123,9 @@ class Quantizer(nn.Module):
         """Chooses scales and offsets from what was observed, and marks the quantizer as calibrated."""
         raise NotImplementedError
 
-    def create_observer(self) -> HistogramObserver:
-        """An empty observer with one histogram per scale."""
-        return HistogramObserver(self.scale_shape)
+    def create_observer(self, name: str = "mse") -> HistogramObserver:
+        """An empty observer with one histogram per scale; `mse`, `percentile` or `minmax`."""
+        return observer_class(name)(self.scale_shape)
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class HistogramObserver:
         self.counts: Tensor | None = None
         self.limit = torch.zeros(0)
         self.smallest = torch.zeros(0)
+        self.largest = torch.zeros(0)
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
@@ -49,12 +50,14 @@ class HistogramObserver:
             self.counts = values.new_zeros(self.groups, BINS)
             self.limit = values.new_zeros(self.groups)
             self.smallest = values.new_full((self.groups,), math.inf)
+            self.largest = values.new_full((self.groups,), -math.inf)
         largest = values.abs().amax(dim=1)
         if not bool(torch.isfinite(largest).all()):
             raise QvitError(
                 "NaN or infinite values while calibrating: the float model is broken before any quantization"
             )
         self.smallest = torch.minimum(self.smallest, values.amin(dim=1))
+        self.largest = torch.maximum(self.largest, values.amax(dim=1))
         mantissa, exponent = torch.frexp(largest)
         power = torch.ldexp(torch.ones_like(largest), exponent - (mantissa == 0.5).to(exponent.dtype))
         self._widen(torch.where(largest > 0, power.clamp_min(1e-30), 0.0))
@@ -63,6 +66,12 @@ class HistogramObserver:
         index = (index + BINS // 2).clamp_(0, BINS - 1)
         index += torch.arange(self.groups, device=index.device).unsqueeze(1) * BINS
         self.counts += torch.bincount(index.flatten(), minlength=self.groups * BINS).view(self.groups, BINS)
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        """Bin centres and the share of each bin, both (groups, bins)."""
+        self._require_values()
+        x, weight = self._points(slice(None))
+        return x.squeeze(1), weight.squeeze(1)
 
     def fit(self, widths: tuple[int, ...], *, signed: bool, with_offset: bool) -> tuple[Tensor, Tensor]:
         """Scales and offsets of least squared error.
@@ -75,25 +84,35 @@ class HistogramObserver:
         Returns:
             Two tensors `scale_shape + (len(widths),)`: scales (positive) and offsets (float units).
         """
-        if self.counts is None:
-            raise QvitError("nothing was observed: no calibration batch reached this tensor")
-        table = torch.tensor(widths, device=self.counts.device, dtype=torch.float32).view(1, -1, 1)
-        chunk = max(1, 2**21 // (BINS * len(widths)))
+        self._require_values()
+        table = torch.tensor(widths, device=self.smallest.device, dtype=torch.float32).view(1, -1, 1)
+        chunk = max(1, 2**21 // (self._points_per_group * len(widths)))
         parts = [
             self._fit_groups(slice(i, i + chunk), table, signed, with_offset) for i in range(0, self.groups, chunk)
         ]
         scales, offsets = (torch.cat(part).reshape(*self.scale_shape, len(widths)) for part in zip(*parts, strict=True))
         return scales, offsets
 
-    def _fit_groups(self, rows: slice, widths: Tensor, signed: bool, with_offset: bool) -> tuple[Tensor, Tensor]:
-        """Scales and offsets `(groups, widths)` of some histograms; see the module's text."""
+    _points_per_group = BINS
+
+    def _points(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Bin centres and shares of some histograms, both (groups, 1, bins)."""
         assert self.counts is not None
         counts, limit = self.counts[rows].unsqueeze(1), self.limit[rows].view(-1, 1, 1)
-        x = ((torch.arange(BINS, device=counts.device) + 0.5) * (2.0 / BINS) - 1.0) * limit
-        occupied = torch.where(counts > 0, x.abs() if signed else x, -math.inf)
+        places = (torch.arange(BINS, device=counts.device) + 0.5) * (2.0 / BINS) - 1.0
+        return places * limit, counts / counts.sum(-1, keepdim=True).clamp_min(1)
+
+    def _require_values(self) -> None:
+        if self.counts is None:
+            raise QvitError("nothing was observed: no calibration batch reached this tensor")
+
+    def _fit_groups(self, rows: slice, widths: Tensor, signed: bool, with_offset: bool) -> tuple[Tensor, Tensor]:
+        """Scales and offsets `(groups, widths)` of some histograms; see the module's text."""
+        x, weight = self._points(rows)
+        occupied = torch.where(weight > 0, x.abs() if signed else x, -math.inf)
         top = occupied.amax(-1, keepdim=True).clamp_min(SMALLEST_SCALE).expand(-1, widths.shape[1], -1)
         bottom = self.smallest[rows].view(-1, 1, 1).expand_as(top) if with_offset else torch.zeros_like(top)
-        fit = _Fit(x, counts / counts.sum(-1, keepdim=True).clamp_min(1), *integer_range(widths, signed))
+        fit = _Fit(x, weight, *integer_range(widths, signed))
         mean = fit.mean(x)
         shares = [step / _SEARCH_STEPS for step in range(1, _SEARCH_STEPS)]
         best = fit.measured(bottom, top)
@@ -130,6 +149,28 @@ class HistogramObserver:
             counts = torch.where(grow.unsqueeze(1), padded, counts)
             limit = torch.where(grow, limit * 2, limit)
         self.counts, self.limit = counts, limit
+
+
+class ValueObserver(HistogramObserver):
+    """The values themselves in place of histograms, for tensors with fewer values per scale than a histogram has bins.
+
+    Seen once: a weight with a scale per channel, whose fit takes a tenth of the time.
+    """
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        if self.counts is not None:
+            raise QvitError("a ValueObserver keeps one tensor; use a HistogramObserver for batches")
+        self.counts = self._grouped(x.detach().float())
+        if not bool(torch.isfinite(self.counts).all()):
+            raise QvitError("NaN or infinite values in a weight: the float model is broken before any quantization")
+        self.smallest, self.largest = self.counts.aminmax(dim=1)
+        self._points_per_group = self.counts.shape[1]
+
+    def _points(self, rows: slice) -> tuple[Tensor, Tensor]:
+        assert self.counts is not None
+        values = self.counts[rows].unsqueeze(1)
+        return values, torch.full_like(values, 1.0 / values.shape[-1])
 
 
 class _Fit:

@@ -176,7 +176,7 @@ def _parse_result(file: Path, data: Mapping[str, Any]) -> Result:
         bit_operations=int(_required(file, data, "bit_operations")),
         weight_bytes=int(_required(file, data, "weight_bytes")),
         float_accuracy=_number(data.get("float_accuracy")),
-        seconds=_number(data.get("seconds")),
+        seconds=_number(data.get("seconds_total", data.get("seconds"))),
     )
 
 

@@ -1,0 +1,130 @@
+"""Accuracy of post-training quantization: uniform and mixed widths, plain and with reconstructed blocks, beside float.
+
+Every row is one `qvit ptq` run with its own directory, so a number can be looked into; runs that are there are not run
+again. Calibration images and evaluated images are different data. Rows say how many steps and images they took: on a
+CPU a reconstruction is short, and its numbers are not the best that it can do.
+
+    python benchmarks/ptq.py --weights W.safetensors --data TRAIN.tar --eval-data TEST.tar --class-map classes.txt
+    python benchmarks/ptq.py ... --plans w4a4 --steps 2000 --recon-images 1024      a longer reconstruction of one width
+    python benchmarks/ptq.py ... --metrics fisher --mixed 4bit                      mixed widths, too
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from qvit.ptq_run import ptq
+from qvit.rundir import RESULT
+from qvit.training.config import TrainConfig
+from qvit.version import __version__
+
+KEYS = ("top1", "agreement", "bit_operations", "weight_bytes", "seconds", "seconds_total", "images", "reconstruction")
+
+
+def main() -> None:
+    options = parse()
+    rows: list[dict[str, Any]] = []
+    for budget, metric in [(plan, None) for plan in options.plans] + [
+        (budget, metric) for metric in options.metrics for budget in options.mixed
+    ]:
+        for reconstruct in (False, True):
+            if reconstruct and budget in options.plain_only:
+                continue
+            result = measure(options, budget, metric, reconstruct)
+            if not rows:
+                rows.append({"budget": "float", "top1": result["top1_float"], "agreement": 100.0})
+            row = {"budget": budget, "metric": metric, "reconstruct": reconstruct}
+            rows.append(row | {key: result[key] for key in KEYS})
+            sys.stderr.write(json.dumps(rows[-1]) + "\n")
+            write(options, rows)
+
+
+def measure(options: argparse.Namespace, budget: str, metric: str | None, reconstruct: bool) -> dict[str, Any]:
+    """The result of one run; what is there already is read."""
+    run = options.runs / "-".join(filter(None, (budget, metric, "reconstructed" if reconstruct else "plain")))
+    if (run / RESULT).is_file():
+        return json.loads((run / RESULT).read_text(encoding="utf-8"))
+    method_options: dict[str, Any] = {"metric": metric, "reconstruct": reconstruct}
+    for name in ("steps", "recon_images", "recon_batch"):
+        method_options[name] = getattr(options, name)
+    config = TrainConfig.create(
+        model=options.model,
+        weights=options.weights,
+        method="ptq",
+        method_options=method_options,
+        budget=budget,
+        data=options.data,
+        eval_data=options.eval_data,
+        class_map=options.class_map,
+        calibration_images=options.calibration_images,
+        batch_size=50,
+        seed=options.seed,
+        device=options.device,
+        threads=options.threads,
+    )
+    return ptq(config, run, overwrite=True)
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    names = {name: Path(str(getattr(options, name))).name for name in ("weights", "data", "eval_data", "class_map")}
+    command = " ".join(["python", "benchmarks/ptq.py", *(f"--{k.replace('_', '-')} {v}" for k, v in names.items())])
+    command += "".join(f" {shlex.quote(word)}" for word in options.further)
+    cuda = options.device.startswith("cuda")
+    data = {
+        "model": options.model,
+        **names,
+        "calibration_images": options.calibration_images,
+        "seed": options.seed,
+        "command": command,
+        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores, {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {
+            "qvit": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    for name in ("weights", "data", "eval-data", "class-map"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--plans", nargs="*", default=["w8a8", "w6a6", "w4a4", "w3a3"])
+    parser.add_argument("--plain-only", nargs="*", default=["w8a8"], help="budgets that are not reconstructed")
+    parser.add_argument("--metrics", nargs="*", default=[])
+    parser.add_argument("--mixed", nargs="*", default=["4bit"], help="budgets for the metrics")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--recon-images", type=int, default=256)
+    parser.add_argument("--recon-batch", type=int, default=8)
+    parser.add_argument("--calibration-images", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--runs", type=Path, default=Path("runs/ptq"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ptq.json")
+    options = parser.parse_args()
+    places = {"--weights", "--data", "--eval-data", "--class-map", "--runs", "--out"}
+    words = iter(sys.argv[1:])
+    options.further = [word for word in words if word not in places or next(words) is None]
+    return options
+
+
+if __name__ == "__main__":
+    main()

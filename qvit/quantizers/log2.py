@@ -1,0 +1,102 @@
+"""Logarithmic quantizers for attention probabilities: levels are dense near zero, where most probabilities are.
+
+    x̂ = s·2^(-q/steps)        q = round(clamp(-steps·log2(x/s), 0, 2^b - 1))        the largest code means 0
+
+    log2        steps = 1    FQ-ViT (Lin et al., IJCAI 2022)
+    log-sqrt2   steps = 2    RepQ-ViT (Li et al., ICCV 2023): half as wide a range, twice as many levels in it
+
+With `log2` a product with x̂ is a shift by q and one multiplication by s. The public code of RepQ-ViT has 2^b levels and
+zero, one level more than b bits hold; here zero is one of the 2^b codes.
+
+The scale is the value of code 0. It is chosen from 65 candidates between the largest value and 1/16 of it by the
+squared error over the observed histogram, whatever observer is asked for. Bit operations are counted like those of a
+uniform grid of the same width. Widths are fixed: a spec that asks to learn them is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from qvit.errors import UsageError
+from qvit.functional import SMALLEST_SCALE, LogFakeQuantize, log_dequantize, log_quantize, pick_column
+from qvit.quantizers.base import Quantizer, register_quantizer
+from qvit.quantizers.observers import HistogramObserver
+from qvit.spec import Layout, TensorSpec
+
+_CANDIDATES, _OCTAVES = 64, 4
+
+
+@register_quantizer("log2")
+class Log2Quantizer(Quantizer):
+    """Powers of two below a scale, and zero.
+
+    Attributes:
+        scale: Parameter of shape `scale_shape + (W,)`, the largest level, W as for LSQ; NaN until calibrated.
+    """
+
+    candidates: Tensor
+
+    STEPS: ClassVar[int] = 1
+
+    def __init__(self, spec: TensorSpec, layout: Layout) -> None:
+        super().__init__(spec, layout)
+        if spec.signed or not spec.symmetric:
+            raise UsageError(f"quantizer '{spec.quantizer}' is for values from 0 on: signed=False and symmetric=True")
+        if spec.learn_bit_width:
+            raise UsageError(f"quantizer '{spec.quantizer}' has fixed widths: learn_bit_width must be false")
+        low, high = spec.bit_width_range
+        self.bank_widths = tuple(range(low, high + 1)) if spec.switchable_scale else ()
+        self.register_buffer("candidates", torch.tensor(self.bank_widths, dtype=torch.float32), persistent=False)
+        self.scale = nn.Parameter(torch.full((*self.scale_shape, max(1, len(self.bank_widths))), math.nan))
+
+    def fake_quantize(self, x: Tensor) -> Tensor:
+        scale = pick_column(self.scale, self.bit_width, self.candidates).clamp_min(SMALLEST_SCALE)
+        return LogFakeQuantize.apply(x, scale, self.bit_width, self.STEPS)
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor | None]:
+        """The value of code 0, and no offset; codes are not multiples of it."""
+        return pick_column(self.scale, self.bit_width, self.candidates).clamp_min(SMALLEST_SCALE), None
+
+    @torch.no_grad()
+    def to_int(self, x: Tensor) -> Tensor:
+        codes, _ = log_quantize(self.view(x), self.grid()[0], self.bit_width, self.STEPS)
+        return codes.to(torch.int32).view_as(x)
+
+    @torch.no_grad()
+    def from_int(self, q: Tensor) -> Tensor:
+        scale = self.grid()[0]
+        return log_dequantize(self.view(q).to(scale.dtype), scale, self.bit_width, self.STEPS).view_as(q)
+
+    @torch.no_grad()
+    def initialize(self, observer: HistogramObserver) -> None:
+        x, weight = observer.histogram()
+        x = x.clamp_min(0).reshape(*self.scale_shape, -1)
+        weight = weight.reshape(x.shape)
+        shared = torch.broadcast_shapes(self.scale_shape, self.bit_width.shape) != tuple(self.scale_shape)
+        own = self.bit_width.flatten().median() if shared else self.bit_width.unsqueeze(-1)
+        widths = [own.new_tensor(bits) for bits in self.bank_widths] or [own]
+        self.scale.copy_(torch.cat([self._fitted(x, weight, width) for width in widths], dim=-1))
+        self.calibrated = True
+
+    def _fitted(self, x: Tensor, weight: Tensor, width: Tensor) -> Tensor:
+        """The scale of least squared error at one width, `scale_shape + (1,)`."""
+        top = torch.where(weight > 0, x, 0.0).amax(-1, keepdim=True).clamp_min(SMALLEST_SCALE)
+        best, least = top, torch.full_like(top, math.inf)
+        for step in range(_CANDIDATES + 1):
+            scale = top * 2.0 ** (-_OCTAVES * step / _CANDIDATES)
+            codes, _ = log_quantize(x, scale, width, self.STEPS)
+            error = (weight * (x - log_dequantize(codes, scale, width, self.STEPS)).square()).sum(-1, keepdim=True)
+            best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+        return best
+
+
+@register_quantizer("log-sqrt2")
+class LogSqrt2Quantizer(Log2Quantizer):
+    """Powers of the square root of two."""
+
+    STEPS: ClassVar[int] = 2
