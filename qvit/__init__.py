@@ -15,6 +15,7 @@ from qvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qvit.allocate import round_to_budget
+    from qvit.analysis import Probe, analyze, analyze_heads, analyze_parts, analyze_widths
     from qvit.calibration import calibrate
     from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
     from qvit.cost import CostModel, parse_budget
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from qvit.quantizers import quantizers_of
     from qvit.run import evaluate_run, load_run, resume, train
     from qvit.spec import PerChannel, PerHead, PerTensor, TensorSpec
+    from qvit.subject import Request
     from qvit.training.config import TrainConfig
     from qvit.training.data import calibration_batches as calibration_batches
     from qvit.training.data import data_config_of as data_config_of
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "qvit.allocate": ("round_to_budget",),
+    "qvit.analysis": ("Probe", "analyze", "analyze_heads", "analyze_parts", "analyze_widths"),
     "qvit.calibration": ("calibrate",),
     "qvit.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
     "qvit.cost": ("CostModel", "parse_budget"),
@@ -47,6 +50,7 @@ _PUBLIC = {
     "qvit.quantizers": ("quantizers_of",),
     "qvit.run": ("evaluate_run", "load_run", "resume", "train"),
     "qvit.spec": ("PerChannel", "PerHead", "PerTensor", "TensorSpec"),
+    "qvit.subject": ("Request",),
     "qvit.training.config": ("TrainConfig",),
     "qvit.training.data": ("calibration_batches", "data_config_of", "eval_loader", "open_data", "train_loader"),
     "qvit.training.evaluate": ("evaluate",),
@@ -60,13 +64,19 @@ __all__ = [
     "PerChannel",
     "PerHead",
     "PerTensor",
+    "Probe",
     "QuantPlan",
     "QvitError",
+    "Request",
     "Rule",
     "Stage",
     "TensorSpec",
     "TrainConfig",
     "UsageError",
+    "analyze",
+    "analyze_heads",
+    "analyze_parts",
+    "analyze_widths",
     "calibrate",
     "calibration_batches",
     "config_from_recipe",

@@ -87,6 +87,19 @@ class QuantPlan:
         ]
         return cls(name.lower(), tuple(rules))
 
+    @classmethod
+    def any_width(cls, sites: Mapping[str, Site], *, low: int = 2, high: int = 8) -> QuantPlan:
+        """The plan to measure with: every site has a scale for each width, every head a width of its own, `high` bits.
+
+        A model so calibrated takes any widths from `low` to `high` (`qvit.freeze`) without being calibrated again.
+        """
+        changes = {"bit_width_range": [low, high], "switchable_scale": True, "learn_bit_width": False}
+        specs: dict[str, TensorSpec | None] = {}
+        for name, site in sites.items():
+            heads = site.layout.num_heads
+            specs[name] = site.default.changed({**changes, "bit_width": [high] * heads if heads > 1 else high})
+        return cls("any-width", (), specs)
+
     def with_rules(self, *rules: Rule, name: str | None = None) -> QuantPlan:
         """A copy with more rules, which win over the present ones."""
         return replace(self, rules=(*self.rules, *rules), name=name or self.name)

@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"convert", "calibration", "allocate", "sensitivity"},
     {"training"},
     {"methods", "deploy"},
-    {"run", "rundir", "dry_run"},
+    {"run", "rundir", "dry_run", "subject", "analysis"},
     {"report", "demo", "cli"},
 ]
 

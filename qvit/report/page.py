@@ -1,28 +1,21 @@
 """The report as one HTML file that needs nothing else.
 
-plotly.js, style and data are inside, and no address is ever asked for anything. The page is a heading (what the
-results say, what was run) and the sections of `qvit.report.sections`. As a second wall behind the escaping of
-`qvit.report.markup`, the content security policy allows exactly the two scripts of the page, by their hashes, and no
-connection at all. The size is that of plotly.js, about 5 MB, plus some 50 kB per run.
+The page is a heading (what the results say, what was run) and the sections of `qvit.report.sections`, in the shell of
+`qvit.report.document`. The size is that of plotly.js, about 5 MB, plus some 50 kB per run.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from plotly.offline import get_plotlyjs
-
 from qvit.errors import QvitError
 from qvit.files import write_atomically
 from qvit.report import sections
-from qvit.report.assets import CSS, SCRIPT
+from qvit.report.document import document
 from qvit.report.markup import Canvas, escape, folded, table
 from qvit.report.runs import Run
 from qvit.report.sections import run_name
@@ -71,51 +64,12 @@ def render_page(runs: Sequence[Run], *, title: str | None = None, summary: Mappi
         ("curves", "Training curves", sections.curves(groups, canvas)),
         ("costs", "What costs how much", sections.costs(groups, canvas)),
     ]
-    parts = [part for part in parts if part[2]]
-    links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text, _ in parts)
-    main = "\n".join(
-        f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{text}</h2>{body}</section>'
-        for name, text, body in parts
+    footer = (
+        "1 G = 10<sup>9</sup>, 1 MB = 10<sup>6</sup> bytes. Bit operations: multiply-accumulates × bits of one factor\n"
+        "× bits of the other, for one image; float counts as 32 bits. The widths follow Q-ViT (Li et al. 2022,\n"
+        "arXiv 2201.07703)."
     )
-    library = re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)
-    policy = " ".join(f"'sha256-{_sha256(script)}'" for script in (library, SCRIPT))
-    policy = (
-        f"default-src 'none'; script-src {policy}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(heading)}</title>
-<style>{CSS}</style>
-</head>
-<body>
-<a class="skip" href="#main">Skip to the results</a>
-<header>
-<h1>{escape(heading)}</h1>
-{_header(runs, groups, summary or {})}
-</header>
-<nav aria-label="Sections"><ol>{links}</ol></nav>
-<main id="main">
-<noscript><p class="warning">The plots need JavaScript; the tables do not.</p></noscript>
-{main}
-</main>
-<footer>1 G = 10<sup>9</sup>, 1 MB = 10<sup>6</sup> bytes. Bit operations: multiply-accumulates × bits of one factor
-× bits of the other, for one image; float counts as 32 bits. The widths follow Q-ViT (Li et al. 2022,
-arXiv 2201.07703).</footer>
-<script type="application/json" id="figures">{canvas.to_json()}</script>
-<script>{library}</script>
-<script>{SCRIPT}</script>
-</body>
-</html>
-"""
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return document(heading, _header(runs, groups, summary or {}), parts, canvas, footer=footer)
 
 
 def _title(runs: Sequence[Run]) -> str:
