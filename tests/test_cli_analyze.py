@@ -29,3 +29,27 @@ class TestAnalyze:
         assert "integers with commas" in qvit(*command, "--widths", "2-8").failed(2)
         assert "unknown analysis 'head'" in qvit(*command, "--what", "head").failed(2)
         assert not list(tmp_path.iterdir())
+
+
+class TestPatchwise:
+    def test_json_files_and_page(self, qvit: Qvit, tmp_path: Path) -> None:
+        answer = qvit("patchwise", *COMMON, "--budget", "4bit", "--picture", "1", "--out", tmp_path, "--json").json
+        assert answer["bit_operations"] <= answer["budget"]
+        assert Path(answer["page"]).is_file()
+        shown = qvit("plan", "show", tmp_path / "plan.json")
+        assert "5 | 3 (tokens: 50 % | rest)" in shown.out
+        assert qvit("plan", "show", tmp_path / "plan.json", "--json").json == json.loads(
+            (tmp_path / "plan.json").read_text()
+        )
+        counted = qvit("cost", *SMALL_DIGITS, "--plan", tmp_path / "plan.json", "--json").json
+        assert counted["bit_operations"] == answer["bit_operations"]
+
+    def test_a_table(self, qvit: Qvit, tmp_path: Path) -> None:
+        answer = qvit("patchwise", *COMMON, "--budget", "6bit", "--share", "0.5", "--out", tmp_path)
+        assert answer.code == 0 and "patch-wise" in answer.out and "right in one of the two only" in answer.out
+
+    def test_mistakes(self, qvit: Qvit, tmp_path: Path) -> None:
+        command = ["patchwise", *COMMON, "--out", tmp_path]
+        assert "impossible" in qvit(*command, "--budget", "0.01M").failed(1)
+        assert "average to 8 bits" in qvit(*command, "--budget", "8bit").failed(2)
+        assert not list(tmp_path.iterdir())

@@ -28,7 +28,7 @@ LAYERS: list[set[str]] = [
     {"convert", "calibration", "allocate", "sensitivity"},
     {"training"},
     {"methods", "deploy"},
-    {"run", "rundir", "dry_run", "subject", "analysis"},
+    {"run", "rundir", "dry_run", "subject", "analysis", "patchwise"},
     {"report", "demo", "cli"},
 ]
 

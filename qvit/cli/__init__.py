@@ -3,7 +3,7 @@
     training.py   train                        console.py   options and formats that commands share
     results.py    demo, evaluate, report
     plans.py      cost, plan show, plan diff
-    analyses.py   analyze
+    analyses.py   analyze, patchwise
 
 The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. A failure is
 one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is imported inside the commands, so that
@@ -97,7 +97,7 @@ def common(
         warnings.filterwarnings("ignore")
 
 
-for command in (results.demo, training.train, results.evaluate, plans.cost, analyses.analyze):
+for command in (results.demo, training.train, results.evaluate, plans.cost, analyses.analyze, analyses.patchwise):
     app.command()(command)
 app.add_typer(plan_app, name="plan")
 app.command()(results.report)

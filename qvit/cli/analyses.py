@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qvit.cli.console import Debug, Json, ModelArgs, Workers, err, out, pairs, print_json, say
+from qvit.cli.console import Debug, Json, ModelArgs, Workers, bops, err, out, pairs, print_json, say, size
 from qvit.errors import UsageError
 
 Model = Annotated[str, typer.Argument(help="timm's name, or vit_digits.")]
@@ -105,6 +105,77 @@ def analyze(
         )
     out.print(table)
     say(f"page: {page.absolute()}")
+    return None
+
+
+def patchwise(
+    model: Model,
+    data: Data,
+    run: Annotated[Path, typer.Option("--out", help="Where plan, costs, result and picture go.")],
+    budget: Annotated[str, typer.Option(help="4bit (= BOPs of the uniform model), 21.455G, or a share: 0.25.")],
+    eval_data: EvalData = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    class_map: ClassMap = None,
+    share: Annotated[
+        float | None, typer.Option(help="Share of important tokens. Default: 0.5; allocated: best of 0.25, 0.5, 0.75.")
+    ] = None,
+    allocate: Annotated[
+        str, typer.Option(help="same split in all blocks, the best of equal average, or free within the budget.")
+    ] = "same",
+    plan: Annotated[str | None, typer.Option(help="Plain plan to split, or one that is. Default: uniform.")] = None,
+    key: Annotated[bool, typer.Option("--key", help="Split the keys, too.")] = False,
+    score_images: Annotated[int, typer.Option(help="Training images that splits are allocated by.")] = 32,
+    picture: Annotated[int, typer.Option(help="How many judged images to draw.")] = 0,
+    images: Images = None,
+    calibration_images: Calibration = 64,
+    batch_size: Annotated[int, typer.Option()] = 50,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "auto",
+    workers: Workers = None,
+    model_arg: ModelArgs = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Give important patches more bits than others, at equal bit operations, and judge that beside the plain plan.
+
+    Example:
+    [cyan]qvit patchwise deit_tiny_patch16_224 --pretrained --data imagenet/train --eval-data imagenet/val --budget 4bit
+    --picture 4 --out runs/patchwise[/]
+    """
+    from qvit.patchwise import PATCHES
+    from qvit.patchwise import patchwise as measure
+    from qvit.report.patches import write_patches_page
+    from qvit.subject import Request
+
+    request = Request(
+        model, data, eval_data, weights, pretrained, class_map, images, calibration_images, batch_size,
+        workers or 0, device, seed, pairs(model_arg),
+    )  # fmt: skip
+    with progress_bar(hidden=as_json) as progress:
+        result = measure(
+            request, run, budget=budget, share=share, allocation=allocate, plan=plan, key=key,
+            score_images=score_images, picture=picture, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    page = write_patches_page(run / PATCHES, run / "patches.html") if picture else None
+    if as_json:
+        return print_json(result | ({"page": str(page.absolute())} if page else {}))
+    table = Table(title=f"{model} on {result['settings']['images']} images")
+    for column in ("", "top-1 %", "agrees %", "bit operations"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("float", f"{result['top1_float']:.2f}", "", "")
+    for name, prefix in (("plain", "uniform_"), ("patch-wise", "")):
+        found = [result[prefix + key] for key in ("top1", "agreement", "bit_operations")]
+        table.add_row(name, f"{found[0]:.2f}", f"{found[1]:.2f}", bops(found[2]))
+    out.print(table)
+    say(
+        f"right in one of the two only: patch-wise {result['only_patchwise_right']}, plain "
+        f"{result['only_uniform_right']} images"
+    )
+    say(f"budget {bops(result['budget'])} bit operations, weights {size(result['weight_bytes'])}")
+    if page:
+        say(f"page: {page.absolute()}")
     return None
 
 
