@@ -20,7 +20,6 @@ stopped, or that asks for more, goes on where the file ends.
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -38,7 +37,7 @@ from qvit.files import write_json
 from qvit.plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.spec import Site
-from qvit.subject import Progress, Request, answers, open_subject, percent_equal
+from qvit.subject import Progress, Request, answers, open_subject, paired_standard_error, percent_equal, standard_error
 
 WIDTHS = tuple(range(2, 9))
 KINDS = ("widths", "parts", "heads")
@@ -137,9 +136,10 @@ class Probe:
         return self._float
 
     def measure(self, point: Point, images: Batches, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """The point as plain data, with top-1, its standard error, the agreement with float, and BOPs where all count.
+        """The point as plain data: top-1, what it lost against float, the agreement with float, and BOPs.
 
-        Accuracies are in percent. A point that leaves tensors in float has no meaningful BOPs: there it is None.
+        All but BOPs in percent. The standard error of the loss is that of a difference on the same images. A point that
+        leaves tensors in float has no meaningful BOPs: there it is None.
         """
         start = time.perf_counter()
         of_float, truth = self.float_answers(images)
@@ -151,16 +151,12 @@ class Probe:
             "top1": top1,
             "standard_error": standard_error(top1, len(truth)),
             "drop": percent_equal(of_float, truth) - top1,
+            "drop_standard_error": paired_standard_error(of_float == truth, predicted == truth),
             "agreement": percent_equal(predicted, of_float),
             "bit_operations": self.cost.bit_operations(widths) if whole else None,
             "images": len(truth),
             "seconds": round(time.perf_counter() - start, 3),
         }
-
-
-def standard_error(percent: float, images: int) -> float:
-    """Standard error of a share of `images`, all in percent."""
-    return math.sqrt(max(percent * (100.0 - percent), 0.0) / images)
 
 
 def width_points(widths: Sequence[int] = WIDTHS) -> list[Point]:

@@ -9,6 +9,7 @@ every call, which is what makes a measurement resumable.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -172,6 +173,17 @@ def answers(
 def percent_equal(first: Tensor, second: Tensor) -> float:
     """How many of the entries agree, in percent."""
     return 100.0 * float((first == second).double().mean())
+
+
+def standard_error(percent: float, images: int) -> float:
+    """Standard error of a share of `images`, all in percent."""
+    return math.sqrt(max(percent * (100.0 - percent), 0.0) / images)
+
+
+def paired_standard_error(first: Tensor, second: Tensor) -> float:
+    """Standard error of the difference of two shares of the same images, from two bool tensors, in percent."""
+    difference = first.double() - second.double()
+    return 100.0 * float(difference.std(correction=0)) / math.sqrt(len(difference))
 
 
 class Stopwatch:

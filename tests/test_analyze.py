@@ -22,7 +22,6 @@ from qvit.analysis import (
     head_points,
     part_of,
     part_points,
-    standard_error,
     width_points,
 )
 from qvit.calibration import calibrate
@@ -32,7 +31,7 @@ from qvit.families import inspect_model
 from qvit.plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.report.analysis import render_analysis, write_analysis_page
-from qvit.subject import Request, fingerprint, open_subject
+from qvit.subject import Request, fingerprint, open_subject, paired_standard_error, standard_error
 from qvit.training.models import create_model
 
 REQUEST = Request(
@@ -141,6 +140,9 @@ class TestProbe:
     def test_standard_error(self) -> None:
         assert standard_error(50.0, 100) == pytest.approx(5.0)
         assert standard_error(100.0, 7) == 0.0
+        first, second = torch.tensor([1, 1, 0, 0, 1]).bool(), torch.tensor([1, 0, 0, 1, 0]).bool()
+        assert paired_standard_error(first, second) == pytest.approx(100 * (0.56 / 5) ** 0.5)
+        assert paired_standard_error(first, first) == 0.0
 
     @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "eva02_tiny_patch14_224"])
     def test_other_families(self, name: str) -> None:

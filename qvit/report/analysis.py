@@ -2,7 +2,8 @@
 
     write_analysis_page("runs/analysis/analysis.json", "runs/analysis/analysis.html")
 
-Bars of error are one standard error of a share of the judged images. An analysis that was not measured has no section.
+Bars of error are one standard error: of a share of the judged images, or of a loss, measured on the same images as the
+float model. An analysis that was not measured has no section.
 """
 
 from __future__ import annotations
@@ -72,11 +73,11 @@ def _sentences(record: Mapping[str, Any]) -> str:
     """What the points say: the smallest width that holds, the most fragile part, the spread over heads."""
     said, points = [], record["points"]
     widths = sorted((row for row in points if row["what"] == "widths"), key=lambda row: row["bit_width"])
-    holding = [row for row in widths if row["drop"] <= row["standard_error"]]
+    holding = [row for row in widths if row["drop"] <= 2 * row["drop_standard_error"]]
     if holding:
         said.append(
-            f"{holding[0]['bit_width']} bits are the smallest width within one standard error of float "
-            f"({difference(-holding[0]['drop'])} points)."
+            f"{holding[0]['bit_width']} bits are the smallest width whose loss against float is within two standard "
+            f"errors of zero ({holding[0]['drop']:.2f} ± {holding[0]['drop_standard_error']:.2f} points)."
         )
     parts = [row for row in points if row["what"] == "parts"]
     if parts:
@@ -93,7 +94,7 @@ def _sentences(record: Mapping[str, Any]) -> str:
         spread = best["top1"] - worst_head["top1"]
         said.append(
             f"Lowering one head costs between {best['drop']:.2f} and {worst_head['drop']:.2f} points against float, "
-            f"a spread of {spread:.2f} at a standard error of {worst_head['standard_error']:.2f}."
+            f"a spread of {spread:.2f} at a standard error of {worst_head['drop_standard_error']:.2f}."
         )
     return "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
 
@@ -200,48 +201,71 @@ def _heads_of(
     paths = sorted({row["layer"] for row in rows}, key=lambda path: layers.get(path, 0))
     reference = base["top1"] if base else max(row["top1"] for row in rows)
     lost = {(row["layer"], row["head"]): reference - row["top1"] for row in rows}
-    heads = range(1 + max(row["head"] for row in rows))
-    if len(paths) == 1:
-        figure = new_figure("Accuracy lost per head.", "head", "points lost", height=340)
-        figure.add_bar(
-            x=[str(head) for head in heads],
-            y=[lost.get((paths[0], head)) for head in heads],
-            marker={"color": COLOURS[0]},
-            error_y={"array": [row["standard_error"] for row in rows], "thickness": 1.2, "width": 4},
-            width=0.5,
-            hovertemplate="head %{x}: %{y:.2f} points lost<extra></extra>",
-        )
-    else:
-        figure = new_figure(
-            "Accuracy lost per layer and head.", "head", "attention layer", height=120 + 26 * len(paths)
-        )
-        z = [[lost.get((path, head)) for head in heads] for path in paths]
-        limit = max(0.5, *(abs(value) for value in lost.values()))
-        figure.add_heatmap(
-            z=z,
-            x=[str(head) for head in heads],
-            y=[str(layers.get(path, path)) for path in paths],
-            colorscale=[[0, "#2f7fd1"], [0.5, "#f4f4f4"], [1, "#d1495b"]],
-            zmin=-limit,
-            zmax=limit,
-            xgap=2,
-            ygap=2,
-            text=[["" if value is None else f"{value:.2f}" for value in line] for line in z],
-            texttemplate="%{text}",
-            textfont={"color": "#16202b"},
-            colorbar={"title": {"text": "points lost"}, "thickness": 14},
-            hovertemplate="layer %{y}, head %{x}: %{z:.2f} points lost<extra></extra>",
-        )
-        figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
-        figure.update_xaxes(type="category", showgrid=False)
+    figure = _head_marks(rows, base) if len(paths) == 1 else _head_map(paths, lost, layers)
     caption = (
-        f"Points of top-1 lost against the model with all heads at the higher width ({reference:.2f} %); "
-        f"negative is a gain. One standard error of an accuracy is about {rows[0]['standard_error']:.2f} points, "
-        "that of a loss is smaller, because both are of the same images (Figure 2b of the paper)."
+        f"With all heads at the higher width the model has {reference:.2f} % top-1. Bars of error are those of the "
+        "loss against float. In a map of several layers, losses are against the model with all heads at the higher "
+        "width; negative is a gain (Figure 2b of the paper)."
     )
     cells = [
-        [escape(row["layer"]), str(row["head"]), f"{row['top1']:.2f}", difference(lost[row["layer"], row["head"]])]
+        [
+            escape(row["layer"]),
+            str(row["head"]),
+            f"{row['top1']:.2f}",
+            f"{row['drop']:.2f} ± {row['drop_standard_error']:.2f}",
+            difference(lost[row["layer"], row["head"]]),
+        ]
         for row in rows
     ]
-    inside = table(["layer", "head", "top-1 (%)", "points lost"], cells)
+    inside = table(["layer", "head", "top-1 (%)", "lost against float", "lost against no head lowered"], cells)
     return canvas.plot(name, [figure], escape(caption), escape(heading)) + folded("All heads", inside)
+
+
+def _head_marks(rows: Rows, base: Mapping[str, Any] | None) -> go.Figure:
+    """What each head of one layer loses against float, and what the model loses with none lowered."""
+    ordered = sorted(rows, key=lambda row: row["head"])
+    figure = new_figure("Accuracy lost per head.", "head", "points lost against float", height=340)
+    figure.add_scatter(
+        x=[str(row["head"]) for row in ordered],
+        y=[row["drop"] for row in ordered],
+        mode="markers",
+        marker={"color": COLOURS[0], "size": 12},
+        error_y={"array": [row["drop_standard_error"] for row in ordered], "thickness": 1.5, "width": 6},
+        hovertemplate="head %{x}: %{y:.2f} points lost<extra></extra>",
+    )
+    figure.update_xaxes(type="category")
+    if base:
+        figure.add_hline(
+            y=base["drop"],
+            line={"dash": "dash", "width": 1.5, "color": GREY},
+            annotation={"text": f"no head lowered {base['drop']:.2f}", "font": {"size": 12}},
+            annotation_position="top left",
+        )
+    return figure
+
+
+def _head_map(paths: Sequence[str], lost: Mapping[tuple[str, int], float], layers: Mapping[str, int]) -> go.Figure:
+    """What each head of several layers loses against the model with none lowered."""
+    heads = range(1 + max(head for _, head in lost))
+    height = 120 + 26 * len(paths)
+    figure = new_figure("Accuracy lost per layer and head.", "head", "attention layer", height=height)
+    z = [[lost.get((path, head)) for head in heads] for path in paths]
+    limit = max(0.5, *(abs(value) for value in lost.values()))
+    figure.add_heatmap(
+        z=z,
+        x=[str(head) for head in heads],
+        y=[str(layers.get(path, path)) for path in paths],
+        colorscale=[[0, "#2f7fd1"], [0.5, "#f4f4f4"], [1, "#d1495b"]],
+        zmin=-limit,
+        zmax=limit,
+        xgap=2,
+        ygap=2,
+        text=[["" if value is None else f"{value:.2f}".replace("-", "−") for value in line] for line in z],
+        texttemplate="%{text}",
+        textfont={"color": "#16202b"},
+        colorbar={"title": {"text": "points lost"}, "thickness": 14},
+        hovertemplate="layer %{y}, head %{x}: %{z:.2f} points lost<extra></extra>",
+    )
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
+    figure.update_xaxes(type="category", showgrid=False)
+    return figure
