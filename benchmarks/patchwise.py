@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--budgets", default="6bit,4bit")
     parser.add_argument("--images", type=int, default=None)
-    parser.add_argument("--score-images", type=int, default=32)
+    parser.add_argument("--score-images", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     folder: Path = options.data

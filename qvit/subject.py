@@ -64,7 +64,7 @@ class Request:
     class_map: str | None = None
     images: int | None = None
     calibration_images: int = 64
-    batch_size: int = 50
+    batch_size: int = 16
     workers: int = 0
     device: str = "auto"
     seed: int = 0

@@ -1,6 +1,6 @@
 """The picture of patch-wise widths, from its JSON file alone: which patches of real images got which bits.
 
-Every image is drawn once per block, the patches with the lower width darkened and hatched. The picture itself is in the
+Every image is drawn once per block, the patches with the lower width in violet. The picture itself is in the
 page once: the drawings refer to it.
 """
 
@@ -34,7 +34,7 @@ def render_patches(record: Mapping[str, Any], *, title: str | None = None) -> st
     """The page as text."""
     heading = title or f"Patch-wise widths: {record['model']}"
     header = (
-        f'<div class="verdict"><p>Plan {escape(record["plan"])}. Darkened patches have the lower width of their block, '
+        f'<div class="verdict"><p>Plan {escape(record["plan"])}. Violet patches have the lower width of their block, '
         "all others the higher one; the widths are below each drawing.</p></div>"
     )
     parts = [(f"image-{n}", f"Image {n + 1}", _image(n, image)) for n, image in enumerate(record["images"])]
@@ -52,7 +52,7 @@ def _image(number: int, image: Mapping[str, Any]) -> str:
     for layer in image["layers"]:
         marks = str(layer["important"])
         few = marks.count("1")
-        text = f"{layer['layer']}: {layer['high']} | {layer['low']} bits"
+        text = f"{layer['layer']}: {layer['high']} or {layer['low']} bits"
         alt = f"{layer['layer']}: {few} of {len(marks)} patches have {layer['high']} bits, the others {layer['low']}"
         drawings.append(_drawing(f'<use href="#picture-{number}"/>', _low(layer, marks), text, alt))
     style = f"display:grid;grid-template-columns:repeat(auto-fill,minmax({SIDE + 20}px,1fr));gap:12px"
@@ -70,7 +70,7 @@ def _low(layer: Mapping[str, Any], marks: str) -> str:
         for index, mark in enumerate(marks)
         if mark == "0"
     ]
-    return f'<path d="{"".join(steps)}" fill="#0b1320" fill-opacity="0.72"/>'
+    return f'<path d="{"".join(steps)}" fill="#6a1fb0" fill-opacity="0.7"/>'
 
 
 def _drawing(picture: str, overlay: str, caption: str, alt: str) -> str:
