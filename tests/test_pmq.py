@@ -366,6 +366,18 @@ class TestSplits:
         with pytest.raises(UsageError, match=r"has \[4, 5\] bits for the activations of blocks.0"):
             block_widths(mixed, cost)
 
+    def test_mixed_plans_keep_the_average_of_each_tensor(self, cost: CostModel, plain: QuantPlan) -> None:
+        widths = {"blocks.0.attn.value": 5, "blocks.0.attn.query": [4, 6], "blocks.1.mlp.fc1.input": 8}
+        rules = [Rule(site, {"bit_width": bits}) for site, bits in widths.items()]
+        plan = patchwise_plan(plain.with_rules(*rules), cost, 0.5)
+        found = {site: spec for site, spec in plan.sites.items() if spec is not None}
+        assert found["blocks.0.attn.value"].bit_width == 6
+        assert found["blocks.0.attn.value"].token_bit_width == TokenSplit(0.5, 4)
+        assert found["blocks.0.attn.query"].widths == (4, 6)
+        assert found["blocks.0.attn.query"].token_bit_width is None
+        assert found["blocks.1.mlp.fc1.input"].token_bit_width is None
+        assert found["blocks.1.mlp.fc2.input"].token_bit_width == TokenSplit(0.5, 3)
+
     def test_damages_are_of_one_block_at_a_time(self, cost: CostModel, plain: QuantPlan) -> None:
         candidates = {block: candidate_splits(4, (0.5,), free=False) for block in token_blocks(cost)}
         done: list[tuple[int, int]] = []

@@ -107,18 +107,46 @@ def split_plan(
 def patchwise_plan(plan: QuantPlan, cost: CostModel, share: float, *, key: bool = False, steps: int = 0) -> QuantPlan:
     """The plan with every split activation at its own average: rho·b_hi + (1 - rho)·b_lo = b.
 
+    Widths may differ from tensor to tensor. A tensor stays plain where its heads differ in width, where it is in float,
+    or where no two widths have that average (at 2 and at 8 bits).
+
     Args:
-        plan: The plain plan, with one width for all heads of a split tensor.
+        plan: The plain plan.
         cost: The model's sites.
         share: rho.
         key: Whether the keys are split, too.
         steps: Which of the possible splits, the narrowest being 0.
 
     Raises:
-        UsageError: If a width has no such split; the shares that have one are named.
+        UsageError: If no tensor can be split; the shares at which one can are named.
     """
-    splits = {block: _narrowest(width, share, steps) for block, width in block_widths(plan, cost, key=key).items()}
-    return split_plan(plan, cost, splits, key=key, name=f"{plan.name}-patchwise-{share:g}")
+    base = switchable(plan, cost).resolve(cost.sites)
+    rules, widths = [], set()
+    for site in (site for sites in token_blocks(cost, key=key).values() for site in sites):
+        spec = base.sites[site]
+        own = set() if spec is None else set(spec.widths)
+        widths |= own
+        possible = keeping_average(next(iter(own)), share) if len(own) == 1 else []
+        if len(possible) > steps:
+            split = possible[steps]
+            tokens = {"share": split.share, "low": split.low}
+            rules.append(Rule(site, {"bit_width": split.high, "token_bit_width": tokens}))
+    if not rules:
+        raise UsageError(_no_split(sorted(widths), share, steps))
+    return base.with_rules(*rules, name=f"{plan.name}-patchwise-{share:g}").resolve(cost.sites)
+
+
+def _no_split(widths: Sequence[int], share: float, steps: int) -> str:
+    shares = sorted({Fraction(n, d) for d in range(2, 7) for n in range(1, d)})
+    fitting = [
+        f"{float(s):.3g}" for s in shares if any(len(keeping_average(width, float(s))) > steps for width in widths)
+    ]
+    found = " or ".join(map(str, widths))
+    return f"no widths from {LOW} to {HIGH} bits average to {found} bits at a share of {share:g}" + (
+        f"; shares that do: {', '.join(fitting)}"
+        if fitting
+        else ", nor at any other: such a plan has no room for a split"
+    )
 
 
 def block_widths(plan: QuantPlan, cost: CostModel, *, key: bool = False) -> dict[str, int]:
@@ -127,21 +155,12 @@ def block_widths(plan: QuantPlan, cost: CostModel, *, key: bool = False) -> dict
     for block, sites in token_blocks(cost, key=key).items():
         found = {width for site in sites if (spec := resolved.sites[site]) is not None for width in spec.widths}
         if len(found) != 1 or any(resolved.sites[site] is None for site in sites):
-            raise UsageError(f"plan '{plan.name}' has {sorted(found)} bits for the activations of {block}: give one")
+            raise UsageError(
+                f"plan '{plan.name}' has {sorted(found)} bits for the activations of {block}: "
+                "splits are allocated where they have one width; take the same split for all blocks"
+            )
         widths[block] = found.pop()
     return widths
-
-
-def _narrowest(width: int, share: float, steps: int) -> Split:
-    possible = keeping_average(width, share)
-    if steps < len(possible):
-        return possible[steps]
-    shares = sorted({Fraction(n, d) for d in range(2, 7) for n in range(1, d)})
-    fitting = [f"{float(s):.3g}" for s in shares if len(keeping_average(width, float(s))) > steps]
-    raise UsageError(
-        f"no widths from {LOW} to {HIGH} average to {width} bits at a share of {share:g}"
-        + (f"; shares that do: {', '.join(fitting)}" if fitting else ", nor at any other: the plan stays plain there")
-    )
 
 
 def switchable(plan: QuantPlan, cost: CostModel) -> QuantPlan:
