@@ -2,7 +2,7 @@
 
     training.py       train                    console.py      options and formats that commands share
     quantization.py   ptq                      allocation.py   sensitivity, allocate
-    results.py        demo, evaluate, report
+    results.py        demo, evaluate, report   analyses.py     analyze, patchwise
     plans.py          cost, plan show, plan diff
 
 The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 saved
@@ -24,7 +24,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qvit.cli import allocation, plans, quantization, results, training
+from qvit.cli import allocation, analyses, plans, quantization, results, training
 from qvit.cli.console import Debug, out
 from qvit.errors import QvitError, UsageError
 from qvit.version import __version__
@@ -113,10 +113,12 @@ for command in (
     results.demo,
     training.train,
     quantization.ptq,
+    analyses.patchwise,
     results.evaluate,
     plans.cost,
     allocation.sensitivity,
     allocation.allocate,
+    analyses.analyze,
 ):
     app.command()(command)
 app.add_typer(plan_app, name="plan")
