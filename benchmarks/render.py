@@ -1,10 +1,11 @@
-"""Writes the tables of README.md and docs/results.md from the files in benchmarks/results: no number is typed by hand.
+"""Writes the tables of README.md and of the documentation from the files in benchmarks/results, not by hand.
 
 A table stands between two markers, `<!-- results:NAME:begin -->` and `<!-- results:NAME:end -->`:
 
     demo          demo.json           what `qvit demo` measured: its results.json with command, date, hardware, versions
     train_step    train_step*.json    what `benchmarks/train_step.py` measured, one table per file
     ptq           ptq.json            what `benchmarks/ptq.py` measured
+    patchwise     patchwise.json      what `benchmarks/patchwise.py` measured, one table per budget
 
     python benchmarks/render.py                       writes the tables
     python benchmarks/render.py --check               writes nothing; exit code 1 if a table is out of date
@@ -26,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/patchwise.md")
 _BLOCK = re.compile(r"<!-- results:(\w+):begin -->\n(.*?)<!-- results:(\w+):end -->", re.DOTALL)
 _MARKER = re.compile(r"<!-- results:\w+:(?:begin|end) -->")
 
@@ -140,7 +141,57 @@ def ptq_tables(results: Path) -> str:
         raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"demo": demo_tables, "train_step": train_step_tables, "ptq": ptq_tables}
+def patchwise_tables(results: Path) -> str:
+    """Patch-wise plans beside the uniform one, a table for each budget."""
+    file = results / "patchwise.json"
+    if not file.is_file():
+        return "Not measured yet: `python benchmarks/patchwise.py --data DIR`."
+    data = _read(file)
+    try:
+        parts = [
+            f"{data['model']}, {data['images']} images, {data['calibration_images']} calibration images, "
+            f"{data['score_images']} images to choose splits by, seed {data['seed']}; float {data['top1_float']:.2f} %."
+        ]
+        for one in data["budgets"]:
+            rows = [
+                [
+                    row["variant"],
+                    f"{row['top1']:.2f}",
+                    f"{row['agreement']:.1f}",
+                    f"{row['only_this_right']} / {row['only_uniform_right']}",
+                    f"{row['p_value']:.2g}",
+                    f"{row['divergence_on_training_images']:.4f}",
+                    f"{row['bit_operations'] / 1e9:.3f}",
+                ]
+                for row in one["variants"]
+            ]
+            header = ["variant", "top-1 (%)", "agrees with float (%)", "only this / only uniform right", "p-value"]
+            header += ["KL on training images", "bit operations (G)"]
+            parts += [f"Budget `{one['budget']}`:", _table(header, rows, left=1), _patchwise_verdict(one)]
+        return "\n\n".join(
+            [*parts, f"{_origin(data)} It took {data['cpu_seconds'] / 60:.1f} minutes of processor time."]
+        )
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
+def _patchwise_verdict(one: dict[str, Any]) -> str:
+    """What the variant that training images choose gains on the judged ones."""
+    uniform, chosen = (next(r for r in one["variants"] if r["variant"] == v) for v in ("uniform", one["chosen"]))
+    if chosen is uniform:
+        return "Training images choose the uniform plan: no split diverges less from the float model on them."
+    gain = chosen["top1"] - uniform["top1"]
+    relation = "above" if gain > 0 else "below"
+    amount = f"{abs(gain):.2f} points {relation}" if round(abs(gain), 2) else "level with"
+    return f"Training images choose `{chosen['variant']}`, which is {amount} uniform (p = {chosen['p_value']:.2g})."
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "demo": demo_tables,
+    "train_step": train_step_tables,
+    "ptq": ptq_tables,
+    "patchwise": patchwise_tables,
+}
 
 
 def fill(text: str, results: Path) -> str:

@@ -6,6 +6,11 @@ set from before the model is made to the peak of three steps (on CUDA: the peak 
 
     python benchmarks/train_step.py                               DeiT-T, batch 16, 224 px, fp32, eager
     python benchmarks/train_step.py --model vit_digits --batch 100 --json
+
+On a CUDA GPU, once for each of DeiT-T and DeiT-S in fp32 and bf16, into a file of its own:
+
+    python benchmarks/train_step.py --device cuda --model deit_small_patch16_224 --batch 128 --precision bf16
+    ... --out benchmarks/results/train_step_cuda_deit_small_bf16.json
 """
 
 from __future__ import annotations
@@ -142,6 +147,7 @@ def main() -> None:
                 "time_ratio": round(times[name] / times["float"], 3),
                 "memory_ratio": round(memory[name] / memory["float"], 3),
                 "milliseconds": round(times[name], 1),
+                "images_per_second": round(1000 * options.batch / times[name], 1),
                 "memory_mib": round(memory[name], 1),
             }
             for name in METHODS

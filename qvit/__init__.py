@@ -15,6 +15,7 @@ from qvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qvit.allocate import allocate_plan, frontier, round_to_budget
+    from qvit.analysis import Probe, analyze, analyze_heads, analyze_parts, analyze_widths
     from qvit.bias_correction import correct_biases
     from qvit.calibration import calibrate
     from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qvit.run import evaluate_run, load_run, resume, train
     from qvit.sensitivity import Sensitivity, measure_sensitivity
     from qvit.spec import PerChannel, PerHead, PerTensor, TensorSpec
+    from qvit.subject import Request
     from qvit.training.config import TrainConfig
     from qvit.training.data import calibration_batches as calibration_batches
     from qvit.training.data import data_config_of as data_config_of
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 _PUBLIC = {
     "qvit.allocate": ("allocate_plan", "frontier", "round_to_budget"),
+    "qvit.analysis": ("Probe", "analyze", "analyze_heads", "analyze_parts", "analyze_widths"),
     "qvit.bias_correction": ("correct_biases",),
     "qvit.calibration": ("calibrate",),
     "qvit.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
@@ -59,6 +62,7 @@ _PUBLIC = {
     "qvit.run": ("evaluate_run", "load_run", "resume", "train"),
     "qvit.sensitivity": ("Sensitivity", "measure_sensitivity"),
     "qvit.spec": ("PerChannel", "PerHead", "PerTensor", "TensorSpec"),
+    "qvit.subject": ("Request",),
     "qvit.training.config": ("TrainConfig",),
     "qvit.training.data": ("calibration_batches", "data_config_of", "eval_loader", "open_data", "train_loader"),
     "qvit.training.evaluate": ("evaluate",),
@@ -72,9 +76,11 @@ __all__ = [
     "PerChannel",
     "PerHead",
     "PerTensor",
+    "Probe",
     "QuantPlan",
     "QvitError",
     "ReconstructOptions",
+    "Request",
     "Rule",
     "Sensitivity",
     "Stage",
@@ -82,6 +88,10 @@ __all__ = [
     "TrainConfig",
     "UsageError",
     "allocate_plan",
+    "analyze",
+    "analyze_heads",
+    "analyze_parts",
+    "analyze_widths",
     "calibrate",
     "calibration_batches",
     "config_from_recipe",

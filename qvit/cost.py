@@ -12,6 +12,9 @@ Every matmul is counted once, at the operand in the weight's place: the weight o
 `value` for probs·v. So the rows of `CostModel.report` add up to its totals, and sites that are only the other operand
 show zero.
 
+Where the tokens of an operand form two groups of different widths (`TokenWidths`), a product costs the sum over the
+groups, for q·kᵀ over the pairs of groups, each with the MACs of its tokens.
+
 For a training step the whole sum is five operations: the widths of all sites are one vector, a matmul is a pair of
 indices and an integer coefficient.
 """
@@ -21,17 +24,36 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qvit.errors import QvitError, UsageError
-from qvit.spec import Site
+from qvit.spec import Site, TokenSplit
 
 Widths = Mapping[str, Sequence[int]]
 FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class TokenWidths(Sequence[int]):
+    """Widths of a tensor whose tokens form two groups: a sequence of those of the important tokens.
+
+    Attributes:
+        high: The widths of the important tokens, one or one per head.
+        split: Their share, and the width of the others.
+    """
+
+    high: tuple[int, ...]
+    split: TokenSplit
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.high[index]
 
 
 @dataclass(frozen=True)
@@ -83,6 +105,7 @@ class CostModel:
                     "bit_operations": sum(self._matmul_cost(matmul, widths) for matmul in counted),
                     "weight_bytes": self._site_bytes(name, widths),
                 }
+                | _token_groups(widths[name])
             )
         totals = {
             "macs": self.macs,
@@ -124,7 +147,20 @@ class CostModel:
     def _matmul_cost(self, matmul: Matmul, widths: Widths) -> int:
         left, right = widths[matmul.left], widths[matmul.right]
         heads, each = self._split(matmul, len(left), len(right))
-        return sum(each * left[head % len(left)] * right[head % len(right)] for head in range(heads))
+        left_tokens, left_sums = self._summed(matmul.left, left)
+        right_tokens, right_sums = self._summed(matmul.right, right)
+        each, rest = divmod(each, left_tokens * right_tokens)
+        if rest:
+            raise UsageError(f"the tokens of {matmul.left} × {matmul.right} do not divide its {matmul.macs} MACs")
+        return sum(each * left_sums[head % len(left)] * right_sums[head % len(right)] for head in range(heads))
+
+    def _summed(self, name: str, own: Sequence[int]) -> tuple[int, list[int]]:
+        """Tokens of a site, and the sum of their widths for each width given; 1 token where all are alike."""
+        if not isinstance(own, TokenWidths):
+            return 1, list(own)
+        site = self.sites[name]
+        high = own.split.important(site.tokens, site.prefix_tokens)
+        return site.tokens, [high * width + (site.tokens - high) * own.split.low for width in own]
 
     @staticmethod
     def _split(matmul: Matmul, left: int, right: int) -> tuple[int, int]:
@@ -139,6 +175,11 @@ class CostModel:
     def _site_bytes(self, name: str, widths: Widths) -> int:
         site, own = self.sites[name], widths[name]
         return math.ceil(sum(site.numel // len(own) * width for width in own) / 8)
+
+
+def _token_groups(own: Sequence[int]) -> dict[str, Any]:
+    """The part of a report's row on token groups, where there are any."""
+    return {"token_bit_width": asdict(own.split)} if isinstance(own, TokenWidths) else {}
 
 
 class DifferentiableCost(torch.nn.Module):

@@ -57,17 +57,23 @@ def add_quantizers(module: nn.Module, prefix: str, sites: Mapping[str, Site], sp
             module.add_module(leaf + Quantizer.SUFFIX, quantizer.to(reference.device))
 
 
-def apply_quantizer(module: nn.Module, leaf: str, x: Tensor) -> Tensor:
-    """`x` through the quantizer of site `leaf`, or `x` itself where the site stays in float."""
+def apply_quantizer(module: nn.Module, leaf: str, x: Tensor, rank: Tensor | None = None) -> Tensor:
+    """`x` through the quantizer of site `leaf`, or `x` itself where the site stays in float.
+
+    `rank` (B, N) tells the tokens' importance to a quantizer that has a width for each of two groups of them.
+    """
     quantizer = module._modules.get(leaf + Quantizer.SUFFIX)
-    return x if quantizer is None else quantizer(x)
+    if quantizer is None:
+        return x
+    return quantizer(x) if rank is None else quantizer(x, rank)
 
 
 class QuantLinear(nn.Linear):
     """`nn.Linear` with sites `input` and `weight`."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return F.linear(apply_quantizer(self, "input", input), apply_quantizer(self, "weight", self.weight), self.bias)
+    def forward(self, input: Tensor, rank: Tensor | None = None) -> Tensor:
+        input = apply_quantizer(self, "input", input, rank)
+        return F.linear(input, apply_quantizer(self, "weight", self.weight), self.bias)
 
 
 class QuantConv2d(nn.Conv2d):
@@ -82,30 +88,37 @@ class QuantConv2d(nn.Conv2d):
 class QuantQKV(nn.Linear):
     """A fused q|k|v projection with sites `input`, `query_weight`, `key_weight`, `value_weight`."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, rank: Tensor | None = None) -> Tensor:
         thirds = zip(QKV, self.weight.chunk(3), strict=True)
         weight = torch.cat([apply_quantizer(self, f"{name}_weight", part) for name, part in thirds])
-        return F.linear(apply_quantizer(self, "input", input), weight, self.bias)
+        return F.linear(apply_quantizer(self, "input", input, rank), weight, self.bias)
 
 
 class AttentionSites(nn.Module):
     """The quantized part of multi-head attention; an attention class of a family inherits it beside its float class."""
 
-    def fused_projection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of `self.qkv`, each (B, H, N, d), from tokens (B, N, C).
+    def fused_projection(self, x: Tensor, rank: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of `self.qkv`, each (B, H, N, d), from tokens (B, N, C) and their ranking, if there is one.
 
         BEiT, EVA and Swin v2 keep the biases of q and v beside the projection (k's is a buffer of zeros): they are
         added here.
         """
         module: Any = self
-        qkv = module.qkv(x)
+        qkv = module.qkv(x) if rank is None else module.qkv(x, rank)
         if getattr(self, "q_bias", None) is not None:
             qkv = qkv + torch.cat((module.q_bias, module.k_bias, module.v_bias))
         q, k, v = qkv.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, bias: Tensor | None, dropout: nn.Module
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | Tensor,
+        bias: Tensor | None,
+        dropout: nn.Module,
+        rank: Tensor | None = None,
     ) -> Tensor:
         """softmax(q̂·k̂ᵀ·scale + bias)·v̂ with quantized operands.
 
@@ -116,17 +129,31 @@ class AttentionSites(nn.Module):
             bias: Added to the scores in float, broadcasting to (B, H, N, M): masks, relative position bias. None for
                 none.
             dropout: The module's attention dropout.
+            rank: (B, N), importance of the tokens, where two groups of them differ in width.
 
         Returns:
             (B, H, N, d), not yet quantized.
         """
-        q, k, v = apply_quantizer(self, "query", q), apply_quantizer(self, "key", k), apply_quantizer(self, "value", v)
+        return self.attend_and_tell(q, k, v, scale, bias, dropout, rank)[0]
+
+    def attend_and_tell(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | Tensor,
+        bias: Tensor | None,
+        dropout: nn.Module,
+        rank: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What `attend` returns, and the attention probabilities before they are quantized, (B, H, N, M)."""
+        q, k, v = (apply_quantizer(self, name, x, rank) for name, x in zip(QKV, (q, k, v), strict=True))
         shared = q.shape[1] // k.shape[1]
         if shared > 1:
             k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
         scores = (q * scale) @ k.transpose(-2, -1)
         probs = dropout((scores if bias is None else scores + bias).softmax(dim=-1))
-        return apply_quantizer(self, "probs", probs) @ v
+        return apply_quantizer(self, "probs", probs) @ v, probs
 
     def merge(self, x: Tensor) -> Tensor:
         """The heads' outputs (B, H, N, d), normalised if the module does so, quantized, concatenated to (B, N, C)."""

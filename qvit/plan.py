@@ -20,12 +20,12 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from qvit.cost import FLOAT_BITS, Widths
+from qvit.cost import FLOAT_BITS, TokenWidths, Widths
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.files import write_json
 from qvit.spec import Site, TensorSpec
@@ -87,6 +87,19 @@ class QuantPlan:
         ]
         return cls(name.lower(), tuple(rules))
 
+    @classmethod
+    def any_width(cls, sites: Mapping[str, Site], *, low: int = 2, high: int = 8) -> QuantPlan:
+        """The plan to measure with: every site has a scale for each width, every head a width of its own, `high` bits.
+
+        A model so calibrated takes any widths from `low` to `high` (`qvit.freeze`) without being calibrated again.
+        """
+        changes = {"bit_width_range": [low, high], "switchable_scale": True, "learn_bit_width": False}
+        specs: dict[str, TensorSpec | None] = {}
+        for name, site in sites.items():
+            heads = site.layout.num_heads
+            specs[name] = site.default.changed({**changes, "bit_width": [high] * heads if heads > 1 else high})
+        return cls("any-width", (), specs)
+
     def with_rules(self, *rules: Rule, name: str | None = None) -> QuantPlan:
         """A copy with more rules, which win over the present ones."""
         return replace(self, rules=(*self.rules, *rules), name=name or self.name)
@@ -117,6 +130,10 @@ class QuantPlan:
             heads = known[name].layout.num_heads
             if spec is not None and len(spec.widths) not in (1, heads):
                 raise UsageError(f"site '{name}' has {heads} head(s), the plan gives {len(spec.widths)} bit-widths")
+            if spec is not None and spec.token_bit_width is not None and not known[name].tokens:
+                with_tokens = [other for other, site in known.items() if site.tokens]
+                offered = nearest(name, with_tokens) or ("" if with_tokens else "; no site of this model can")
+                raise UsageError(f"the tokens of site '{name}' cannot differ in width{offered}")
         return QuantPlan(self.name, (), specs, model or self.model)
 
     def _check_names(self, known: Mapping[str, Site]) -> None:
@@ -133,9 +150,9 @@ class QuantPlan:
                 f"it was made for {self.model or 'another model'}"
             )
 
-    def widths(self) -> dict[str, tuple[int, ...]]:
+    def widths(self) -> dict[str, Sequence[int]]:
         """Widths per site as `cost.CostModel` takes them; 32 for float."""
-        return {name: (FLOAT_BITS,) if spec is None else spec.widths for name, spec in self.sites.items()}
+        return {name: (FLOAT_BITS,) if spec is None else _widths_of(spec) for name, spec in self.sites.items()}
 
     def with_widths(self, widths: Widths, name: str | None = None) -> QuantPlan:
         """A copy of a resolved plan with other, fixed widths."""
@@ -143,7 +160,8 @@ class QuantPlan:
         for site, own in widths.items():
             spec = sites[site]
             if spec is not None:
-                sites[site] = spec.changed({"bit_width": own if len(own) > 1 else own[0], "learn_bit_width": False})
+                bit_width = list(own) if len(own) > 1 else own[0]
+                sites[site] = spec.changed({"bit_width": bit_width, "learn_bit_width": False})
         return replace(self, name=name or self.name, sites=sites)
 
     def diff(self, other: QuantPlan) -> list[dict[str, Any]]:
@@ -223,6 +241,10 @@ class QuantPlan:
             raise QvitError(f"cannot read the plan {file}: {error}") from None
 
 
+def _widths_of(spec: TensorSpec) -> Sequence[int]:
+    return spec.widths if spec.token_bit_width is None else TokenWidths(spec.widths, spec.token_bit_width)
+
+
 def _equal(here: Any, there: Any) -> bool:
     if isinstance(here, list) != isinstance(there, list) and None not in (here, there):
         many, one = (here, there) if isinstance(here, list) else (there, here)
@@ -260,7 +282,9 @@ def _check_changes(pattern: str, changes: dict[str, Any]) -> None:
     needed = {"bit_width": 4, "bit_width_range": [1, 16], "signed": False}
     for key, value in changes.items():
         try:
-            if key == "bit_width_range":
+            if key == "token_bit_width":
+                TensorSpec().changed({"switchable_scale": True, key: value})
+            elif key == "bit_width_range":
                 TensorSpec().changed({"bit_width": 1, "signed": False, key: value})
             else:
                 TensorSpec().changed(needed | {key: value} if key != "signed" else {key: value})

@@ -20,6 +20,7 @@ Heads are blocks of output rows in W_q (W_k, W_v), and blocks of input columns i
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -67,6 +68,24 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class TokenSplit:
+    """Two groups of tokens with widths of their own, told apart for every image anew (PMQ, Xiao et al. 2023).
+
+    Attributes:
+        share: Share of the tokens, class and other prefix tokens included, that have the tensor's `bit_width`: the most
+            important ones. Rounded down to whole tokens.
+        low: Width of the others.
+    """
+
+    share: float
+    low: int
+
+    def important(self, tokens: int, prefix: int = 0) -> int:
+        """How many of `tokens` have the higher width; the first `prefix` always do."""
+        return max(prefix, math.floor(self.share * tokens + 1e-9))
+
+
+@dataclass(frozen=True)
 class TensorSpec:
     """How one tensor is quantized.
 
@@ -81,6 +100,7 @@ class TensorSpec:
         width_gradient: How the task's gradient reaches a learned width: through the clipping limits (Q-ViT) or by
             interpolation between the two neighbouring widths (FracBits, Yang and Jin 2021).
         quantizer: Registered name of the quantizer.
+        token_bit_width: A lower width for the less important tokens; None: all tokens alike. Needs switchable scales.
     """
 
     bit_width: int | tuple[int, ...] = 8
@@ -92,6 +112,7 @@ class TensorSpec:
     switchable_scale: bool = False
     width_gradient: Literal["clipping", "interpolation"] = "clipping"
     quantizer: str = "lsq"
+    token_bit_width: TokenSplit | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.bit_width_range, tuple) or len(self.bit_width_range) != 2:
@@ -124,6 +145,22 @@ class TensorSpec:
             raise UsageError("an asymmetric spec has an unsigned grid and an offset: set signed=False")
         if self.width_gradient not in ("clipping", "interpolation"):
             raise UsageError(f"width_gradient {self.width_gradient!r} must be 'clipping' or 'interpolation'")
+        if self.token_bit_width is not None:
+            self._check_tokens(self.token_bit_width)
+
+    def _check_tokens(self, split: TokenSplit) -> None:
+        if not isinstance(split, TokenSplit):
+            raise UsageError(f'token_bit_width must be {{"share": 0.5, "low": 3}} or null, not {split!r}')
+        low, share = split.low, split.share
+        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+            raise UsageError(f"the share of important tokens must lie between 0 and 1, unlike {share!r}")
+        if isinstance(low, bool) or not isinstance(low, int) or not self.bit_width_range[0] <= low <= min(self.widths):
+            raise UsageError(
+                f"the width of less important tokens must be an integer from {self.bit_width_range[0]} to the "
+                f"tensor's width, {min(self.widths)}, unlike {low!r}"
+            )
+        if not self.switchable_scale or self.learn_bit_width:
+            raise UsageError("two widths in a tensor need a scale for each: set switchable_scale and fixed widths")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -148,6 +185,10 @@ class TensorSpec:
                         f"unknown granularity '{value}'{nearest(value, GRANULARITIES)} ({', '.join(GRANULARITIES)})"
                     )
                 value = GRANULARITIES[value]
+            if key == "token_bit_width" and isinstance(value, Mapping):
+                if set(value) != {"share", "low"}:
+                    raise UsageError(f'token_bit_width must be {{"share": 0.5, "low": 3}} or null, not {dict(value)!r}')
+                value = TokenSplit(**value)
             expected = _PLAIN_TYPES.get(key)
             if expected is not None and not isinstance(value, expected):
                 raise UsageError(f"'{key}' of a tensor spec must be {expected.__name__}, not {value!r}")
@@ -158,6 +199,9 @@ class TensorSpec:
         """Plain data, the inverse of `changed` on a default spec."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["granularity"] = next(name for name, value in GRANULARITIES.items() if value == self.granularity)
+        split = values.pop("token_bit_width")
+        if split is not None:  # left out otherwise: plans without token groups read as they always did
+            values["token_bit_width"] = dataclasses.asdict(split)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -184,6 +228,8 @@ class Site:
         layout: Axes.
         default: The spec before any rule: grid and granularity that the tensor's range asks for.
         numel: Number of elements, for weights; 0 for activations.
+        tokens: How many tokens are ranked together where two groups of them may differ in width; 0 where they may not.
+        prefix_tokens: How many of them are class, distillation or register tokens: they come first.
     """
 
     name: str
@@ -192,3 +238,5 @@ class Site:
     default: TensorSpec
     position: Position = "block"
     numel: int = 0
+    tokens: int = 0
+    prefix_tokens: int = 0

@@ -22,7 +22,6 @@ from safetensors.torch import load_file
 from tiny_models import events
 
 from qvit.errors import UsageError
-from qvit.plan import QuantPlan
 from qvit.training.checkpoint import load_checkpoint
 from qvit.training.processes import Processes
 
@@ -43,11 +42,11 @@ config = small_config(**values)
 processes = Processes("cpu")
 micro = micro_batch(config, processes.world_size)
 model, method = starting_point(config, attach=False, seed=7 + processes.rank)
-processes.share(model)
+processes.share(model.double())  # what differs is the order of sums: in float64 no value crosses a rounding boundary
 steps, size = 4, config.batch_size
 generator = torch.Generator().manual_seed(5)
 batches = []
-for images in digit_batches(steps, size, seed=5):
+for images in (batch.double() for batch in digit_batches(steps, size, seed=5)):
     labels = torch.randint(0, 10, (size,), generator=generator)
     for part in range(config.accumulate):
         first = part * micro * processes.world_size + processes.rank * micro
@@ -114,7 +113,7 @@ QVIT: dict[str, Any] = {
     "method": "qvit",
     "budget": "3bit",
     "batch_size": 16,
-    "epochs": 2,
+    "epochs": 5,
     "log_every": 1,
     "lr": 1e-3,
     "clip_grad": 1.0,
@@ -136,7 +135,7 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path: Path) -> None:
                 first[key], value, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
             )
         losses = [[event["loss"] for event in events(path, "step")] for path in (one, run)]
-        assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+        assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], rel=1e-6)
         assert events(run, "freeze")[0]["bit_operations"] == events(one, "freeze")[0]["bit_operations"]
 
 
@@ -227,46 +226,40 @@ def test_what_is_no_data_parallelism_is_refused(
 
 @pytest.mark.slow
 def test_accelerate_launch_trains_the_model_of_one_process(tmp_path: Path) -> None:
-    """The command line under accelerate's launcher, over gloo: float first, then Q-ViT from it, on real images.
+    """The command line under accelerate's launcher, over gloo, on real images: float, 8 bits, and Q-ViT at 3 bits.
 
-    Tolerance: training loss within 1 % at every logged step, accuracy within 2 of 597 images, the same plan within 2 %
-    of its widths. Sums in another order move a value across a rounding boundary now and then.
+    Tolerances on the loss: 10⁻⁴ for the float model and 1 % at 8 bits, over the whole run; 10⁻⁵ for Q-ViT until a value
+    crosses a rounding boundary because a sum was added in another order. From there on a 3-bit run is another one.
     """
 
     def run(count: int, name: str, *options: str) -> Path:
         out = tmp_path / f"{name}-{count}"
-        start = [
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--num_processes",
-            str(count),
-            "--num_machines",
-            "1",
-        ]
-        start += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+        start = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(count)]
+        start += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         start += ["--multi_gpu", "--main_process_port", str(free_port())] if count > 1 else []
         command = [*start, "-m", "qvit.cli", "train", "vit_digits", "--data", "digits", "--device", "cpu", "--quiet"]
-        command += [*options, "--batch-size", "48", "--set", "log_every=5", "--out", str(out)]
+        command += [*options, "--batch-size", "48", "--set", "log_every=1", "--out", str(out)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("accuracy") == 1, "only the first process speaks"
+        assert sum(line.startswith("accuracy") for line in done.stdout.splitlines()) == 1, "only the first one speaks"
+        assert json.loads((out / "config.json").read_text())["processes"] == count
         return out
 
-    floats = {count: run(count, "float", "--method", "float", "--epochs", "8", "--lr", "3e-3") for count in (1, 2)}
-    learn = ["--method", "qvit", "--budget", "3bit", "--epochs", "4", "--lr", "1e-3", "--distill", "1"]
-    learn += ["--weights", str(floats[1]), "--set", "monitor_share=0.1"]
-    quantized = {count: run(count, "qvit", *learn) for count in (1, 2)}
-    for runs in (floats, quantized):
-        one, two = (json.loads((runs[count] / "result.json").read_text()) for count in (1, 2))
-        assert one["images"] == two["images"] == 597
-        assert two["accuracy"] == pytest.approx(one["accuracy"], abs=2 / 5.97)
-        losses = [{e["step"]: e["loss"] for e in events(runs[count], "step")} for count in (1, 2)]
-        assert losses[0].keys() == losses[1].keys() and len(losses[0]) > 10
-        assert losses[1] == pytest.approx(losses[0], rel=0.01)
-    plans = [QuantPlan.load(quantized[count]) for count in (1, 2)]
-    widths = [[w for spec in plan.sites.values() if spec for w in spec.widths] for plan in plans]
-    different = sum(a != b for a, b in zip(*widths, strict=True))
-    assert different <= 0.02 * len(widths[0])
-    assert json.loads((quantized[2] / "config.json").read_text())["processes"] == 2
+    def both(name: str, *options: str) -> tuple[list[dict[str, Any]], list[list[float]]]:
+        """Results and losses of one process and of two."""
+        paths = [run(count, name, *options) for count in (1, 2)]
+        results = [json.loads((path / "result.json").read_text()) for path in paths]
+        assert [result["images"] for result in results] == [597, 597]
+        return results, [[event["loss"] for event in events(path, "step")] for path in paths]
+
+    results, losses = both("float", "--method", "float", "--epochs", "8", "--lr", "3e-3", "--set", "warmup_epochs=1")
+    assert len(losses[0]) == 200 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert results[1]["accuracy"] == pytest.approx(results[0]["accuracy"], abs=1 / 5.97)
+    learn = ["--weights", str(tmp_path / "float-1"), "--lr", "1e-3", "--distill", "1", "--set", "monitor_share=0.1"]
+    results, losses = both("lsq", *learn, "--method", "lsq+", "--plan", "w8a8", "--epochs", "2")
+    assert len(losses[0]) == 44 and losses[1] == pytest.approx(losses[0], rel=0.01)
+    assert results[1]["bit_operations"] == results[0]["bit_operations"]
+    results, losses = both("qvit", *learn, "--method", "qvit", "--budget", "3bit", "--epochs", "3")
+    assert losses[1][:3] == pytest.approx(losses[0][:3], rel=1e-5)
+    assert max(result["bit_operations"] for result in results) <= 8_337_664

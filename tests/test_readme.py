@@ -139,9 +139,12 @@ def flags_of(command: Any) -> set[str]:
 def test_options_in_running_text_exist(document: Path) -> None:
     flags = flags_of(typer.main.get_command(app)) | {"--help"}
     foreign = {"--check", "--demo", "--strict"}  # of render.py and mkdocs
+    foreign |= {"--mixed_precision", "--num_machines", "--machine_rank", "--main_process_ip", "--main_process_port"}
+    foreign |= {"--cpu"}  # this and those before are accelerate's
+    others = ("pip", "python", "make", "apt", "accelerate", "torchrun")
     text = FENCE.sub("", document.read_text("utf-8"))
-    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if not span.startswith(("pip", "python", "make", "apt"))]
-    used = {word for span in spans for word in re.findall(r"(?<!\S)(--[a-z][a-z-]*|-[a-z](?=\s|$))", span)}
+    spans = [span for span in re.findall(r"`([^`\n]+)`", text) if not span.startswith(others)]
+    used = {word for span in spans for word in re.findall(r"(?<!\S)(--[a-z][a-z_-]*|-[a-z](?=\s|$))", span)}
     assert used <= flags | foreign
 
 
@@ -265,7 +268,7 @@ EMPTY = "\n".join(f"<!-- results:{name}:begin -->\n<!-- results:{name}:end -->" 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     (tmp_path / "docs").mkdir()
-    for name in ("README.md", "docs/results.md"):
+    for name in render_module().DOCUMENTS:
         (tmp_path / name).write_text(f"before\n{EMPTY}\nafter\n")
     (tmp_path / "results").mkdir()
     return tmp_path
@@ -294,6 +297,29 @@ def test_render_shows_what_was_measured_and_notices_a_change(project: Path) -> N
     assert all(fact in text for fact in ("`qvit demo`", "seeds 0, 1, 2", "CPU, 2 cores", "2020-01-02", "torch 1"))
     (project / "results" / "demo.json").write_text(json.dumps({**DEMO, "float_accuracy_mean": 97.6}))
     assert render(project, "--check") == 1
+
+
+def test_render_compares_patchwise_plans(project: Path) -> None:
+    rows = [
+        {"variant": name, "top1": top1, "agreement": 50.0, "divergence_on_training_images": top1 / 100,
+         "bit_operations": 21_000_000_000, "only_this_right": 3, "only_uniform_right": 5, "p_value": 0.7266}
+        for name, top1 in (("uniform", 60.0), ("same", 58.5))
+    ]  # fmt: skip
+    facts = {"model": "m", "images": 9, "calibration_images": 8, "score_images": 7, "seed": 0, "top1_float": 77.0}
+    origin = {"command": "c", "hardware": "CPU", "date": "2020-01-02", "versions": {}, "cpu_seconds": 90.0}
+    budgets = [
+        {"budget": "4bit", "variants": rows, "chosen": "same"},
+        {"budget": "6bit", "variants": rows, "chosen": "uniform"},
+    ]
+    (project / "docs" / "patchwise.md").write_text("<!-- results:patchwise:begin -->\n<!-- results:patchwise:end -->")
+    (project / "results" / "patchwise.json").write_text(json.dumps(facts | origin | {"budgets": budgets}))
+    assert render(project) == 0
+    text = (project / "docs" / "patchwise.md").read_text()
+    assert "| same | 58.50 | 50.0 | 3 / 5 | 0.73 | 0.5850 | 21.000 |" in text
+    assert "Training images choose `same`, which is 1.50 points below uniform (p = 0.73)." in text
+    assert "choose the uniform plan" in text and "1.5 minutes of processor time" in text
+    (project / "results" / "patchwise.json").write_text("{}")
+    assert render(project) == 2
 
 
 def test_render_names_what_is_wrong(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

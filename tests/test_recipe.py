@@ -15,9 +15,7 @@ from command_line import qvit as qvit  # a fixture
 from tiny_models import SMALL
 
 from qvit.cost import parse_budget
-from qvit.errors import UsageError
 from qvit.families import inspect_model
-from qvit.families.base import family_of
 from qvit.methods import create_method
 from qvit.training.config import TrainConfig
 from qvit.training.models import create_model
@@ -70,12 +68,6 @@ def test_recipes_are_valid_and_their_models_are_known(recipe: Path) -> None:
     assert timm.is_model(config.model)
     with torch.device("meta"):
         model = create_model(config.model)
-    try:
-        family_of(model)
-    except UsageError as error:
-        if "swin" in config.model:
-            pytest.skip(f"the family of Swin is not registered: {error}")
-        raise
     cost = inspect_model(model)
     plan = method.plan(cost)
     assert (plan is None) == (config.method == "float")

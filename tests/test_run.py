@@ -384,14 +384,18 @@ def test_twenty_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     arguments = [sys.executable, "-c", TRAIN_OR_RESUME, json.dumps(config.model_dump()), str(killed)]
     steps = []
-    for _ in range(20):
+    for attempt in range(20):
         process = subprocess.Popen(
             arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         try:
             assert process.stdout and process.stderr
             assert process.stdout.readline() == "begin\n", process.stderr.read()
-            time.sleep(moments.uniform(0, 2.5))
+            begun = len(events(killed, "start") + events(killed, "resume"))
+            while attempt % 5 and len(events(killed, "start") + events(killed, "resume")) == begun:
+                assert process.poll() is None, process.stderr.read()
+                time.sleep(0.01)  # else, every fifth time, it is killed while it reads data, model and checkpoint
+            time.sleep(moments.uniform(0, 2))
             process.send_signal(signal.SIGKILL)
             assert process.wait() == -signal.SIGKILL, process.stderr.read()
         finally:

@@ -2,25 +2,29 @@
 
     training.py       train                    console.py      options and formats that commands share
     quantization.py   ptq                      allocation.py   sensitivity, allocate
-    results.py        demo, evaluate, report
+    results.py        demo, evaluate, report   analyses.py     analyze, patchwise
     plans.py          cost, plan show, plan diff
 
-The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. A failure is
-one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is imported inside the commands, so that
---help answers at once.
+The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 saved
+and ended by SIGTERM. A failure is one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is
+imported inside the commands, so that --help answers at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import sys
+import time
 import warnings
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from qvit.cli import allocation, plans, quantization, results, training
+from qvit.cli import allocation, analyses, plans, quantization, results, training
 from qvit.cli.console import Debug, out
 from qvit.errors import QvitError, UsageError
 from qvit.version import __version__
@@ -53,7 +57,9 @@ def main() -> NoReturn:
     except QvitError as error:
         if debug:
             raise
-        _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+        from qvit.training.signals import EXIT_CODE, Terminated
+
+        _fail(str(error), EXIT_CODE if isinstance(error, Terminated) else 2 if isinstance(error, UsageError) else 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -69,7 +75,13 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.stderr.write("error: " + " ".join(message.split()) + "\n")
+    text = " ".join(message.split())
+    rank = os.environ.get("RANK", "0")
+    sys.stderr.write(f"error: {'' if rank == '0' else f'process {rank}: '}{text}\n")
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # a launcher sums up why its processes failed from these
+        content = {"message": {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps(content), encoding="utf-8")
     sys.exit(code)
 
 
@@ -101,10 +113,12 @@ for command in (
     results.demo,
     training.train,
     quantization.ptq,
+    analyses.patchwise,
     results.evaluate,
     plans.cost,
     allocation.sensitivity,
     allocation.allocate,
+    analyses.analyze,
 ):
     app.command()(command)
 app.add_typer(plan_app, name="plan")

@@ -92,7 +92,9 @@ def plan_show(
             table.add_row(site, "float", "", "")
         else:
             grid = "signed" if spec.signed else "unsigned" if spec.symmetric else "unsigned + offset"
-            table.add_row(site, bits(list(spec.widths)), grid, spec.to_json()["granularity"])
+            split = spec.token_bit_width
+            groups = f" | {split.low} (tokens: {100 * split.share:g} % | rest)" if split else ""
+            table.add_row(site, bits(list(spec.widths)) + groups, grid, spec.to_json()["granularity"])
     out.print(table)
 
 

@@ -28,6 +28,7 @@ from torch import nn
 
 from qvit.cost import Matmul
 from qvit.errors import UsageError
+from qvit.families.tokens import RankedMlp
 from qvit.layers import (
     QKV,
     QuantConv2d,
@@ -102,7 +103,7 @@ class FamilyOfParts:
 #: Layers that multiply by weights. A parameter's outer and element-wise products are no such layer.
 _WITH_WEIGHTS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 #: Feed-forward modules of timm that are sequences of linear layers, with at most an element-wise gate between.
-MLPS = (Mlp, GluMlp, SwiGLU)
+MLPS = (Mlp, RankedMlp, GluMlp, SwiGLU)
 
 
 def is_plain(module: nn.Module) -> bool:

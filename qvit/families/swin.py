@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from timm.layers import Mlp
 from timm.models.swin_transformer import SwinTransformer, WindowAttention
 from torch import Tensor, nn
 
@@ -34,7 +36,9 @@ from qvit.families.parts import (
     mlp_parts,
     patch_embedding,
 )
-from qvit.layers import AttentionSites
+from qvit.families.tokens import RankedMlp, magnitude, rank_tokens, splits_tokens, with_tokens
+from qvit.layers import AttentionSites, Specs, adopt
+from qvit.spec import Site
 
 
 class QuantWindowAttention(AttentionSites, WindowAttention):
@@ -44,6 +48,17 @@ class QuantWindowAttention(AttentionSites, WindowAttention):
         q, k, v = self.fused_projection(x)
         bias = windows_bias(self._get_rel_pos_bias(), mask, len(x))
         x = self.attend(q, k, v, self.scale, bias, self.attn_drop)
+        return self.proj_drop(self.proj(self.merge(x)))
+
+
+class RankedWindowAttention(QuantWindowAttention):
+    """The same with the tokens of each window ranked by the mean |x| of its input."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        rank = rank_tokens(magnitude(x))
+        q, k, v = self.fused_projection(x, rank)
+        bias = windows_bias(self._get_rel_pos_bias(), mask, len(x))
+        x = self.attend(q, k, v, self.scale, bias, self.attn_drop, rank)
         return self.proj_drop(self.proj(self.merge(x)))
 
 
@@ -64,13 +79,16 @@ def windows_bias(bias: Tensor, mask: Tensor | None, batch: int) -> Tensor:
     return windows.expand(batch // len(mask), *windows.shape).flatten(0, 1)
 
 
-def stages(model: nn.Module, attention: tuple[type, ...], quantized: type[nn.Module]) -> Iterator[Part]:
+def stages(
+    model: nn.Module, attention: tuple[type, ...], quantized: type[nn.Module], *, ranked: bool = False
+) -> Iterator[Part]:
     """The parts of all stages of a Swin model.
 
     Args:
         model: The model.
         attention: Classes of window attention that are known.
         quantized: What they become.
+        ranked: Whether the tokens of a window, and those of an image in the MLP, can differ in width.
     """
     for path, module in model.get_submodule("layers").named_modules(prefix="layers"):
         reduction = getattr(module, "reduction", None)
@@ -83,9 +101,13 @@ def stages(model: nn.Module, attention: tuple[type, ...], quantized: type[nn.Mod
             area = math.prod(block.window_size)
             sides = zip(block.input_resolution, block.window_size, strict=True)
             padded = math.prod(math.ceil(side / window) * window for side, window in sides)
-            yield attention_part(f"{path}.attn", own, quantized, padded, area)
+            tokens = math.prod(block.input_resolution)
+            ranks = ranked and type(block.mlp) in (Mlp, RankedMlp)
+            part = attention_part(f"{path}.attn", own, quantized, padded, area)
+            yield replace(part, sites=with_tokens(part.sites, area if ranks else 0, 0))
             if type(block.mlp) in MLPS:
-                yield from mlp_parts(f"{path}.mlp", block.mlp, math.prod(block.input_resolution))
+                for part in mlp_parts(f"{path}.mlp", block.mlp, tokens):
+                    yield replace(part, sites=with_tokens(part.sites, tokens if ranks else 0, 0))
 
 
 @register_family(SwinTransformer)
@@ -96,5 +118,15 @@ class Swin(FamilyOfParts):
 
     def parts(self, model: nn.Module) -> Iterator[Part]:
         yield from patch_embedding(model)
-        yield from stages(model, (WindowAttention, QuantWindowAttention), QuantWindowAttention)
+        known = (WindowAttention, QuantWindowAttention, RankedWindowAttention)
+        yield from stages(model, known, QuantWindowAttention, ranked=True)
         yield from classifiers(model, 1, "head.fc")
+
+    def swap(self, model: nn.Module, sites: dict[str, Site], specs: Specs) -> None:
+        super().swap(model, sites, specs)
+        if splits_tokens(specs):
+            for path, module in list(model.named_modules()):
+                if type(module) is QuantWindowAttention:
+                    model.set_submodule(path, adopt(RankedWindowAttention, module))
+                elif type(module) is Mlp:
+                    model.set_submodule(path, adopt(RankedMlp, module))

@@ -13,21 +13,26 @@ Prefix tokens may be any number; qk-norm, LayerScale, pre- and post-norm blocks 
 
 and `patch_embed.proj.{input,weight}`, `head.{input,weight}` (`head_dist` too for distilled DeiT). LayerNorm, softmax,
 GELU, residuals, biases, tokens and position embeddings stay in float. MACs for N tokens (prefix tokens included): N·C²
-per projection, N²·C for q·kᵀ and for probs·v; the classifier sees one token.
+per projection, N²·C for q·kᵀ and for probs·v; the classifier sees one token. Models that consist of timm's plain
+blocks can give two groups of tokens different widths (`families/tokens.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from timm.layers import Mlp
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from qvit.families.base import register_family
 from qvit.families.parts import FamilyOfParts, Part, attention_part, classifiers, mlp_parts, patch_embedding
-from qvit.layers import AttentionSites, additive_mask
+from qvit.families.tokens import RankedAttention, RankedBlock, RankedMlp, rank_blocks, splits_tokens, with_tokens
+from qvit.layers import AttentionSites, Specs, additive_mask
+from qvit.spec import Site
 
 
 class QuantAttention(AttentionSites, Attention):
@@ -51,11 +56,31 @@ class ViT(FamilyOfParts):
 
     def parts(self, model: nn.Module) -> Iterator[Part]:
         embed: Any = model.get_submodule("patch_embed")
-        tokens = embed.num_patches + getattr(model, "num_prefix_tokens", 0)
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        tokens = embed.num_patches + prefix
+        ranked = tokens if _can_rank(model) else 0
         yield from patch_embedding(model)
         for path, module in model.get_submodule("blocks").named_modules(prefix="blocks"):
-            if type(module) in (Attention, QuantAttention) and getattr(module, "gate", None) is None:
-                yield attention_part(path, module, QuantAttention, tokens)
+            own: list[Part] = []
+            if type(module) in (Attention, QuantAttention, RankedAttention) and getattr(module, "gate", None) is None:
+                own = [attention_part(path, module, QuantAttention, tokens)]
             elif not isinstance(module, Attention) and path.rpartition(".")[2] == "mlp":
-                yield from mlp_parts(path, module, tokens)
+                own = list(mlp_parts(path, module, tokens))
+            yield from (replace(part, sites=with_tokens(part.sites, ranked, prefix)) for part in own)
         yield from classifiers(model, tokens, "head", "head_dist")
+
+    def swap(self, model: nn.Module, sites: dict[str, Site], specs: Specs) -> None:
+        super().swap(model, sites, specs)
+        if splits_tokens(specs):
+            rank_blocks(model)
+
+
+def _can_rank(model: nn.Module) -> bool:
+    """Whether all blocks are of the kind that `rank_blocks` knows."""
+    blocks: Any = model.get_submodule("blocks").children()
+    return all(
+        type(block) in (Block, RankedBlock)
+        and type(block.attn) in (Attention, QuantAttention, RankedAttention)
+        and type(block.mlp) in (Mlp, RankedMlp)
+        for block in blocks
+    )

@@ -58,12 +58,16 @@ class Quantizer(nn.Module):
     """
 
     SUFFIX: ClassVar[str] = "_quantizer"
+    #: Whether `fake_quantize` takes a width per token.
+    splits_tokens: ClassVar[bool] = False
     bit_width: Tensor
 
     def __init__(self, spec: TensorSpec, layout: Layout) -> None:
         super().__init__()
         if len(spec.widths) > 1 and len(spec.widths) != layout.num_heads:
             raise UsageError(f"{len(spec.widths)} bit-widths given for a tensor with {layout.num_heads} head(s)")
+        if spec.token_bit_width is not None and not self.splits_tokens:
+            raise UsageError(f"quantizer '{spec.quantizer}' has one width for all tokens")
         self.spec, self.layout = spec, layout
         self.scale_shape = _scale_shape(spec, layout)
         shape = layout.heads if len(spec.widths) > 1 and layout.heads else ()
@@ -96,7 +100,22 @@ class Quantizer(nn.Module):
         """`x` with its heads on an axis of their own."""
         return x if self.layout.view is None else x.view(self.layout.view)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def token_bit_width(self, x: Tensor, rank: Tensor | None) -> Tensor:
+        """The width of every token, to broadcast against `x`: b where it is important, else the lower one.
+
+        Args:
+            x: (B, N, C), or (B, H, N, d).
+            rank: (B, N), the importance of every token: 0, 1, ... from the most important one, negative for those that
+                are always important.
+        """
+        split = self.spec.token_bit_width
+        if split is None or rank is None:
+            raise UsageError("this tensor has two groups of tokens, and its module was given no ranking of them")
+        important = (rank < split.important(rank.shape[1])).unsqueeze(-1)
+        important = important if x.dim() == 3 else important.unsqueeze(1)
+        return torch.where(important, self.bit_width, float(split.low))
+
+    def forward(self, x: Tensor, rank: Tensor | None = None) -> Tensor:
         if self.observer is not None:
             self.observer.observe(self.view(x))
             return x
@@ -106,10 +125,15 @@ class Quantizer(nn.Module):
             raise UsageError(
                 "this model was never calibrated: call qvit.calibrate(model, batches) or load a trained state first"
             )
+        if self.spec.token_bit_width is not None:
+            return self.fake_quantize(x, self.token_bit_width(x, rank))
         return self.fake_quantize(self.view(x)).view_as(x) if self.layout.view else self.fake_quantize(x)
 
-    def fake_quantize(self, x: Tensor) -> Tensor:
-        """x̂ of the viewed tensor, differentiable in x, scale, offset and width."""
+    def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
+        """x̂ of the viewed tensor, differentiable in x, scale, offset and width.
+
+        `bit_width` are other widths than the quantizer's own, broadcasting against `x`; only where tokens may differ.
+        """
         raise NotImplementedError
 
     def grid(self) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,7 @@ of LSQ's 2·mean|x|/sqrt(quant_max).
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ class LSQQuantizer(Quantizer):
     """
 
     candidates: Tensor
+    splits_tokens: ClassVar[bool] = True
 
     def __init__(self, spec: TensorSpec, layout: Layout) -> None:
         super().__init__(spec, layout)
@@ -60,9 +62,9 @@ class LSQQuantizer(Quantizer):
             x, self.scale, self.offset, bit_width, self.candidates, limits, self.spec.signed, elements
         )
 
-    def fake_quantize(self, x: Tensor) -> Tensor:
-        if not self.learns_width:
-            return self._at_width(x, self.bit_width)
+    def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
+        if bit_width is not None or not self.learns_width:
+            return self._at_width(x, self.bit_width if bit_width is None else bit_width)
         low, high = self.spec.bit_width_range
         if self.spec.width_gradient == "clipping":
             return self._at_width(x, self.bit_width, (low, high))

@@ -64,7 +64,7 @@ def render_page(runs: Sequence[Run], *, title: str | None = None, summary: Mappi
         ("curves", "Training curves", sections.curves(groups, canvas)),
         ("costs", "What costs how much", sections.costs(groups, canvas)),
     ]
-    return document(heading, _header(runs, groups, summary or {}), parts, canvas, skip="Skip to the results")
+    return document(heading, _header(runs, groups, summary or {}), parts, canvas)
 
 
 def _title(runs: Sequence[Run]) -> str:

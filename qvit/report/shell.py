@@ -30,7 +30,7 @@ def document(
     parts: Sequence[tuple[str, str, str]],
     canvas: Canvas,
     *,
-    skip: str,
+    skip: str = "Skip to the results",
     footer: str = f"{COSTS_NOTE} {WIDTHS_NOTE}",
     data: str = "",
     script: str = "",

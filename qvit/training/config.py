@@ -84,7 +84,12 @@ class TrainConfig(BaseModel):
     @classmethod
     def _absolute_if_it_exists(cls, value: str | None) -> str | None:
         """Paths become absolute, so that a run can be resumed from another directory."""
-        return str(Path(value).resolve()) if value and value != "digits" and Path(value).exists() else value
+        if not value or value == "digits":
+            return value
+        if value.startswith("wds/"):  # a folder, or a pattern of file names in one
+            path = Path(value.removeprefix("wds/"))
+            return f"wds/{path.absolute()}" if path.exists() or path.parent.is_dir() else value
+        return str(Path(value).resolve()) if Path(value).exists() else value
 
     @classmethod
     def create(cls, **values: Any) -> TrainConfig:

@@ -1,0 +1,166 @@
+"""Patch-wise widths against plain ones at equal bit operations: DeiT-T, post-training, real images.
+
+    python benchmarks/patchwise.py --data DIR          writes benchmarks/results/patchwise.json
+
+DIR holds `deit_tiny_patch16_224.safetensors` (timm keys), `tiny-imagenet-train-0.tar` (calibration and every choice),
+`imagenet-sample.tar` (judged, and nothing else) and `imagenet-classes.txt`. For each budget four models share one
+calibration: the uniform one, the same split in all blocks, the best split of equal average per block, and free splits.
+What would be chosen without the judged images is the variant with the least divergence from the float model on training
+images that neither calibrated nor chose a split; the file says which one it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from qvit.calibration import calibrate
+from qvit.convert import quantize
+from qvit.cost import parse_budget
+from qvit.families import inspect_model
+from qvit.files import write_json
+from qvit.methods import pmq
+from qvit.plan import QuantPlan
+from qvit.subject import Request, Subject, answers, open_subject, percent_equal
+from qvit.version import __version__
+
+RESULT = Path(__file__).resolve().parent / "results" / "patchwise.json"
+SHARES = {"average": (0.25, 0.5, 0.75), "free": (0.5,)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--budgets", default="6bit,4bit")
+    parser.add_argument("--images", type=int, default=None)
+    parser.add_argument("--score-images", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    folder: Path = options.data
+    request = Request(
+        "deit_tiny_patch16_224",
+        str(folder / "tiny-imagenet-train-0.tar"),
+        eval_data=str(folder / "imagenet-sample.tar"),
+        weights=str(folder / "deit_tiny_patch16_224.safetensors"),
+        class_map=str(folder / "imagenet-classes.txt"),
+        images=options.images,
+        device="cpu",
+    )
+    subject, start, cpu = open_subject(request), time.perf_counter(), time.process_time()
+    truth_of_float = answers(subject.model, subject.loader())
+    record: dict[str, Any] = {
+        "command": "python " + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *_shown(sys.argv[1:])]),
+        "model": "deit_tiny_patch16_224 (fixed-point LayerNorm)",
+        "images": len(subject.judged),
+        "calibration_images": request.calibration_images,
+        "score_images": options.score_images,
+        "seed": request.seed,
+        "top1_float": percent_equal(*truth_of_float),
+        "budgets": [],
+    }
+    for budget in options.budgets.split(","):
+        record["budgets"].append(measure(subject, budget, truth_of_float, options.score_images))
+        write_json(options.out, record | _origin(start, cpu))
+
+
+def measure(
+    subject: Subject, budget: str, of_float: tuple[torch.Tensor, torch.Tensor], score_images: int
+) -> dict[str, Any]:
+    """All variants at one budget."""
+    cost = inspect_model(subject.model)
+    limit = parse_budget(budget, cost)
+    bits = max(b for b in range(2, 9) if cost.bit_operations(cost.uniform(b)) <= limit)
+    plain = QuantPlan.preset(f"w{bits}a{bits}").resolve(cost.sites)
+    used = subject.request.calibration_images
+    scored = list(subject.calibration(images=score_images, skip=used))
+    unseen = list(subject.calibration(images=64, skip=used + score_images))
+    plans = {"uniform": pmq.switchable(plain, cost).resolve(cost.sites), "same": pmq.patchwise_plan(plain, cost, 0.5)}
+    seconds: dict[str, float] = {}
+    for kind, shares in SHARES.items():
+        start = time.perf_counter()
+        candidates = {
+            block: pmq.candidate_splits(width, shares, free=kind == "free")
+            for block, width in pmq.block_widths(plain, cost).items()
+        }
+        damages = pmq.measure_splits(subject.model, plain, cost, candidates, subject.calibration(), scored)
+        splits = pmq.allocate_splits(plain, cost, candidates, damages, limit)
+        plans[kind] = pmq.split_plan(plain, cost, splits)
+        seconds[kind] = round(time.perf_counter() - start, 1)
+    scales = calibrate(quantize(subject.model, plans["uniform"]), subject.calibration()).state_dict()
+    with torch.no_grad():
+        reference = [subject.model(batch).log_softmax(-1) for batch in unseen]
+    rows, predicted = [], {}
+    for kind, plan in plans.items():
+        model = quantize(subject.model, plan).eval()
+        model.load_state_dict(pmq.with_widths_of(scales, model))
+        divergence = pmq.divergence(model, unseen, reference)
+        predicted[kind], truth = answers(model, subject.loader())
+        right, plain_right = predicted[kind] == truth, predicted["uniform"] == truth
+        gained, lost = int((right & ~plain_right).sum()), int((plain_right & ~right).sum())
+        rows.append(
+            {
+                "variant": kind,
+                "top1": percent_equal(predicted[kind], truth),
+                "agreement": percent_equal(predicted[kind], of_float[0]),
+                "divergence_on_training_images": divergence,
+                "bit_operations": cost.bit_operations(plan.widths()),
+                "only_this_right": gained,
+                "only_uniform_right": lost,
+                "p_value": _sign_test(gained, lost),
+                "splits": {
+                    block: [spec.widths[0], spec.token_bit_width.low, spec.token_bit_width.share]
+                    for block in pmq.token_blocks(cost)
+                    if (spec := plan.sites[f"{block}.mlp.fc1.input"]) is not None and spec.token_bit_width is not None
+                },
+            }
+        )
+    chosen = min(rows, key=lambda row: row["divergence_on_training_images"])["variant"]
+    return {
+        "budget": budget,
+        "budget_bit_operations": limit,
+        "variants": rows,
+        "chosen": chosen,
+        "allocation_seconds": seconds,
+    }
+
+
+def _sign_test(gained: int, lost: int) -> float:
+    """Two-sided exact p-value that as many images are gained as lost by chance (McNemar's test)."""
+    total, least = gained + lost, min(gained, lost)
+    tail = sum(math.comb(total, n) for n in range(least + 1)) / 2**total
+    return min(1.0, 2 * tail)
+
+
+def _shown(arguments: list[str]) -> list[str]:
+    """The command line with the folder of the data left open."""
+    shown = list(arguments)
+    shown[shown.index("--data") + 1] = "DIR"
+    return shown
+
+
+def _origin(start: float, cpu: float) -> dict[str, Any]:
+    return {
+        "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "hardware": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {
+            "qvit": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

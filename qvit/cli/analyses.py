@@ -1,0 +1,202 @@
+"""Commands that measure without training: how robust the parts of a model are, and patch-wise widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from qvit.cli.console import Debug, Json, ModelArgs, Workers, bops, err, out, pairs, print_json, say, size
+from qvit.errors import UsageError
+
+Model = Annotated[str, typer.Argument(help="timm's name, or vit_digits.")]
+Data = Annotated[str, typer.Option(help="Training images, for calibration: as for `qvit train`.")]
+EvalData = Annotated[
+    str | None, typer.Option(help="Images to judge by. Default: the data's own test split, or a share set aside.")
+]
+Weights = Annotated[str | None, typer.Option(help="Float weights: .safetensors, .pth, or the run of a float model.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Float weights from timm's hub.")]
+ClassMap = Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")]
+Images = Annotated[int | None, typer.Option(help="How many images to judge by, drawn by the seed. Default: all.")]
+Calibration = Annotated[int, typer.Option(help="How many images to calibrate with.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew whatever --out holds.")]
+
+
+def analyze(
+    model: Model,
+    data: Data,
+    run: Annotated[Path, typer.Option("--out", help="Where analysis.json and analysis.html go.")],
+    what: Annotated[str, typer.Option(help="widths, parts, heads, several with commas, or all.")] = "all",
+    eval_data: EvalData = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    class_map: ClassMap = None,
+    images: Images = None,
+    calibration_images: Calibration = 64,
+    widths: Annotated[str, typer.Option(help="Widths of `widths` and `parts`.")] = "2,3,4,5,6,7,8",
+    part: Annotated[list[str] | None, typer.Option(help="gelu, fc or msa. Repeatable. Default: all.")] = None,
+    layer: Annotated[
+        str, typer.Option("--layer", "--layers", help="Attention layers of `heads`: 0, 0,3 or all.")
+    ] = "0",
+    low_bits: Annotated[int, typer.Option(help="Width of the one head.")] = 2,
+    high_bits: Annotated[int, typer.Option(help="Width of everything else.")] = 8,
+    batch_size: Annotated[int, typer.Option()] = 16,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "auto",
+    workers: Workers = None,
+    model_arg: ModelArgs = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how robust a model and its parts are against quantization, without training (Q-ViT, Figures 1 and 2).
+
+    A call that was stopped goes on where it was; one that asks for more adds to what is there.
+
+    Examples:
+    [cyan]qvit analyze deit_tiny_patch16_224 --pretrained --data imagenet/train --eval-data imagenet/val --what widths
+    --out runs/analysis[/]
+
+    [cyan]qvit analyze vit_digits --weights runs/float --data digits --what heads --layers all --out runs/heads[/]
+    """
+    from qvit.analysis import ANALYSIS, KINDS
+    from qvit.analysis import analyze as measure
+    from qvit.report.analysis import write_analysis_page
+    from qvit.subject import Request
+
+    request = Request(
+        model, data, eval_data, weights, pretrained, class_map, images, calibration_images, batch_size,
+        workers or 0, device, seed, pairs(model_arg),
+    )  # fmt: skip
+    with progress_bar(hidden=as_json) as progress:
+        record = measure(
+            request,
+            run,
+            what=KINDS if what == "all" else [kind.strip() for kind in what.split(",")],
+            widths=_integers(widths, "--widths"),
+            parts=part,
+            layers=None if layer == "all" else _integers(layer, "--layers"),
+            low_bits=low_bits,
+            high_bits=high_bits,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    page = write_analysis_page(run / ANALYSIS, run / "analysis.html")
+    if as_json:
+        return print_json(record | {"page": str(page.absolute())})
+    table = Table(title=f"{model} on {record['settings']['images']} images, float {record['float']['top1']:.2f} %")
+    for column in ("what", "bits", "top-1 %", "± se", "vs float", "agrees %"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for row in record["points"]:
+        named = [row["what"], row["part"], row["layer"], None if row["head"] is None else f"head {row['head']}"]
+        table.add_row(
+            " ".join(value for value in named if value),
+            str(row["bit_width"]),
+            f"{row['top1']:.2f}",
+            f"{row['standard_error']:.2f}",
+            f"{0.0 - row['drop']:+.2f}",
+            f"{row['agreement']:.1f}",
+        )
+    out.print(table)
+    say(f"page: {page.absolute()}")
+    return None
+
+
+def patchwise(
+    model: Model,
+    data: Data,
+    run: Annotated[Path, typer.Option("--out", help="Where plan, costs, result and picture go.")],
+    budget: Annotated[str, typer.Option(help="4bit (= BOPs of the uniform model), 21.455G, or a share: 0.25.")],
+    eval_data: EvalData = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    class_map: ClassMap = None,
+    share: Annotated[
+        float | None, typer.Option(help="Share of important tokens. Default: 0.5; allocated: best of 0.25, 0.5, 0.75.")
+    ] = None,
+    allocate: Annotated[
+        str, typer.Option(help="same split in all blocks, the best of equal average, or free within the budget.")
+    ] = "same",
+    plan: Annotated[str | None, typer.Option(help="Plain plan to split, or one that is. Default: uniform.")] = None,
+    key: Annotated[bool, typer.Option("--key", help="Split the keys, too.")] = False,
+    score_images: Annotated[int, typer.Option(help="Training images that splits are allocated by.")] = 32,
+    picture: Annotated[int, typer.Option(help="How many judged images to draw.")] = 0,
+    images: Images = None,
+    calibration_images: Calibration = 64,
+    batch_size: Annotated[int, typer.Option()] = 16,
+    seed: Annotated[int, typer.Option()] = 0,
+    device: Device = "auto",
+    workers: Workers = None,
+    model_arg: ModelArgs = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Give important patches more bits than others, at equal bit operations, and judge that beside the plain plan.
+
+    Example:
+    [cyan]qvit patchwise deit_tiny_patch16_224 --pretrained --data imagenet/train --eval-data imagenet/val --budget 4bit
+    --picture 4 --out runs/patchwise[/]
+    """
+    from qvit.patchwise import PATCHES
+    from qvit.patchwise import patchwise as measure
+    from qvit.report.patches import write_patches_page
+    from qvit.subject import Request
+
+    request = Request(
+        model, data, eval_data, weights, pretrained, class_map, images, calibration_images, batch_size,
+        workers or 0, device, seed, pairs(model_arg),
+    )  # fmt: skip
+    with progress_bar(hidden=as_json) as progress:
+        result = measure(
+            request, run, budget=budget, share=share, allocation=allocate, plan=plan, key=key,
+            score_images=score_images, picture=picture, overwrite=overwrite, progress=progress,
+        )  # fmt: skip
+    page = write_patches_page(run / PATCHES, run / "patches.html") if picture else None
+    if as_json:
+        return print_json(result | ({"page": str(page.absolute())} if page else {}))
+    table = Table(title=f"{model} on {result['settings']['images']} images")
+    for column in ("", "top-1 %", "agrees %", "bit operations"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("float", f"{result['top1_float']:.2f}", "", "")
+    for name, prefix in (("plain", "uniform_"), ("patch-wise", "")):
+        found = [result[prefix + key] for key in ("top1", "agreement", "bit_operations")]
+        table.add_row(name, f"{found[0]:.2f}", f"{found[1]:.2f}", bops(found[2]))
+    out.print(table)
+    say(
+        f"right in one of the two only: patch-wise {result['only_patchwise_right']}, plain "
+        f"{result['only_uniform_right']} images"
+    )
+    say(f"budget {bops(result['budget'])} bit operations, weights {size(result['weight_bytes'])}")
+    if page:
+        say(f"page: {page.absolute()}")
+    return None
+
+
+@contextmanager
+def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over images with the seconds spent and left, on stderr; it shows nothing where nobody looks."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total}"),
+    )
+    with Progress(
+        *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=err, transient=True, disable=hidden or not err.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("opening", total=1)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+
+
+def _integers(text: str, option: str) -> list[int]:
+    try:
+        return [int(item) for item in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} '{text}' must be integers with commas between, such as 2,4,8") from None

@@ -1,0 +1,79 @@
+"""The picture of patch-wise widths, from its JSON file alone: which patches of real images got which bits.
+
+Every image is drawn once per block, the patches with the lower width in violet. The picture itself is in the
+page once: the drawings refer to it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qvit.errors import QvitError
+from qvit.files import write_atomically
+from qvit.report.markup import Canvas, escape
+from qvit.report.shell import document
+
+SIDE = 140
+
+
+def write_patches_page(data: str | Path, out: str | Path, *, title: str | None = None) -> Path:
+    """Writes the page of a `patches.json`. Raises QvitError if it cannot be read or written."""
+    try:
+        record = json.loads(Path(data).read_text(encoding="utf-8"))
+        page = render_patches(record, title=title).encode("utf-8", errors="replace")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QvitError(f"cannot read the patches {data}: {type(error).__name__} {error}") from None
+    write_atomically(Path(out), lambda file: file.write(page))
+    return Path(out)
+
+
+def render_patches(record: Mapping[str, Any], *, title: str | None = None) -> str:
+    """The page as text."""
+    heading = title or f"Patch-wise widths: {record['model']}"
+    header = (
+        f'<div class="verdict"><p>Plan {escape(record["plan"])}. Violet patches have the lower width of their block, '
+        "all others the higher one; the widths are below each drawing.</p></div>"
+    )
+    parts = [(f"image-{n}", f"Image {n + 1}", _image(n, image)) for n, image in enumerate(record["images"])]
+    footer = (
+        "Patches are ranked by the attention that they received from the class token in the block before (first block, "
+        "and models without one: by the mean magnitude of their activations)."
+    )
+    return document(heading, header, parts, Canvas(), footer=footer)
+
+
+def _image(number: int, image: Mapping[str, Any]) -> str:
+    source = f"data:image/png;base64,{escape(image['png'])}"
+    picture = f'<image id="picture-{number}" width="{SIDE}" height="{SIDE}" href="{source}"/>'
+    drawings = [_drawing(picture, "", "the image", "the image")]
+    for layer in image["layers"]:
+        marks = str(layer["important"])
+        few = marks.count("1")
+        text = f"{layer['layer']}: {layer['high']} or {layer['low']} bits"
+        alt = f"{layer['layer']}: {few} of {len(marks)} patches have {layer['high']} bits, the others {layer['low']}"
+        drawings.append(_drawing(f'<use href="#picture-{number}"/>', _low(layer, marks), text, alt))
+    style = f"display:grid;grid-template-columns:repeat(auto-fill,minmax({SIDE + 20}px,1fr));gap:12px"
+    return f'<div style="{style}">{"".join(drawings)}</div>'
+
+
+def _low(layer: Mapping[str, Any], marks: str) -> str:
+    """The patches of the lower width, as one path."""
+    columns, rows = int(layer["columns"]), int(layer["rows"])
+    if columns * rows != len(marks) or not rows:
+        raise ValueError(f"{len(marks)} patches do not fill {rows} × {columns}")
+    width, height = SIDE / columns, SIDE / rows
+    steps = [
+        f"M{index % columns * width:.2f} {index // columns * height:.2f}h{width:.2f}v{height:.2f}h{-width:.2f}z"
+        for index, mark in enumerate(marks)
+        if mark == "0"
+    ]
+    return f'<path d="{"".join(steps)}" fill="#6a1fb0" fill-opacity="0.7"/>'
+
+
+def _drawing(picture: str, overlay: str, caption: str, alt: str) -> str:
+    box = f'viewBox="0 0 {SIDE} {SIDE}" width="{SIDE}" height="{SIDE}"'
+    drawn = f'<svg {box} role="img" aria-label="{escape(alt)}">{picture}{overlay}</svg>'
+    return f'<figure style="margin:0">{drawn}<figcaption>{escape(caption)}</figcaption></figure>'
