@@ -6,6 +6,7 @@ A table stands between two markers, `<!-- results:NAME:begin -->` and `<!-- resu
     train_step    train_step*.json    what `benchmarks/train_step.py` measured, one table per file
     ptq           ptq.json            what `benchmarks/ptq.py` measured
     patchwise     patchwise.json      what `benchmarks/patchwise.py` measured, one table per budget
+    sensitivity   sensitivity.json    what `benchmarks/sensitivity.py` measured: search times and rank correlations
 
     python benchmarks/render.py                       writes the tables
     python benchmarks/render.py --check               writes nothing; exit code 1 if a table is out of date
@@ -186,11 +187,49 @@ def _patchwise_verdict(one: dict[str, Any]) -> str:
     return f"Training images choose `{chosen['variant']}`, which is {amount} uniform (p = {chosen['p_value']:.2g})."
 
 
+def sensitivity_tables(results: Path) -> str:
+    """Search times, and how predictions of single sites agree with measurements."""
+    file = results / "sensitivity.json"
+    if not file.is_file():
+        return "Not measured yet: `QVIT_DATA=FOLDER python benchmarks/sensitivity.py`."
+    data = _read(file)
+    try:
+        fisher, exhaustive = data["searches"]["fisher"], data["exhaustive_kl"]
+        search = (
+            f"`fisher` for all {exhaustive['heads']} heads and tensors of {data['model']} at {len(fisher['widths'])} "
+            f"widths, from {fisher['images']} images: {fisher['seconds']:.0f} s "
+            f"({fisher['processor_seconds']:.0f} s of processor time). The exact plan for the 4-bit budget from it: "
+            f"{fisher['seconds_of_exact_allocation_at_4bit']:.1f} s. "
+            f"One at a time by `kl`, the same takes {exhaustive['passes_of_all']} passes over the images, about "
+            f"{exhaustive['seconds_of_all_extrapolated'] / 3600:.1f} hours: extrapolated by number from "
+            f"{exhaustive['passes_measured']} passes over {exhaustive['images_measured']} images in "
+            f"{exhaustive['seconds_measured']:.0f} s."
+        )
+        agreements = data["agreement"]
+        widths = list(dict.fromkeys(width for own in agreements.values() for width in own["spearman_by_width"]))
+        rows = [
+            [name.replace("_", ", "), f"{own['spearman']:.3f}"]
+            + [f"{own['spearman_by_width'][width]:.3f}" for width in widths]
+            + [f"{own['median_ratio_by_width'][width]:.2f}" for width in (widths[0], widths[-1])]
+            for name, own in agreements.items()
+        ]
+        header = ["prediction", "all", *(f"{width} bit" for width in widths)]
+        header += [f"ratio, {width} bit" for width in (widths[0], widths[-1])]
+        note = (
+            f"Spearman's rank correlation with the measured divergence of {exhaustive['heads_measured']} heads and "
+            f"tensors drawn at random, in all and by width, and the median of predicted over measured."
+        )
+        return "\n\n".join([search, _table(header, rows, left=1), f"{note} {_origin(data)}"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "demo": demo_tables,
     "train_step": train_step_tables,
     "ptq": ptq_tables,
     "patchwise": patchwise_tables,
+    "sensitivity": sensitivity_tables,
 }
 
 

@@ -262,6 +262,38 @@ STEP = {
         }
     ],
 }
+SENSITIVITY = {
+    "command": "python benchmarks/sensitivity.py",
+    "date": "2020-01-02",
+    "hardware": "CPU",
+    "versions": {"torch": "1"},
+    "model": "small",
+    "searches": {
+        "fisher": {
+            "images": 32,
+            "widths": [2, 8],
+            "seconds": 40.4,
+            "processor_seconds": 70.0,
+            "seconds_of_exact_allocation_at_4bit": 0.5,
+        }
+    },
+    "exhaustive_kl": {
+        "heads": 388,
+        "heads_measured": 60,
+        "passes_measured": 300,
+        "images_measured": 8,
+        "seconds_measured": 100.0,
+        "passes_of_all": 2716,
+        "seconds_of_all_extrapolated": 3600,
+    },
+    "agreement": {
+        "fisher": {
+            "spearman": 0.9,
+            "spearman_by_width": {"2": 0.8, "8": 0.95},
+            "median_ratio_by_width": {"2": 1.5, "8": 1.0},
+        }
+    },
+}
 EMPTY = "\n".join(f"<!-- results:{name}:begin -->\n<!-- results:{name}:end -->" for name in ("demo", "train_step"))
 
 
@@ -319,6 +351,20 @@ def test_render_compares_patchwise_plans(project: Path) -> None:
     assert "Training images choose `same`, which is 1.50 points below uniform (p = 0.73)." in text
     assert "choose the uniform plan" in text and "1.5 minutes of processor time" in text
     (project / "results" / "patchwise.json").write_text("{}")
+    assert render(project) == 2
+
+
+def test_render_shows_search_times_and_rank_correlations(project: Path) -> None:
+    markers = "<!-- results:sensitivity:begin -->\n<!-- results:sensitivity:end -->\n"
+    (project / "docs" / "results.md").write_text(markers)
+    assert render(project) == 0
+    assert "Not measured yet: `QVIT_DATA" in (project / "docs" / "results.md").read_text()
+    (project / "results" / "sensitivity.json").write_text(json.dumps(SENSITIVITY))
+    assert render(project) == 0
+    text = (project / "docs" / "results.md").read_text()
+    assert "from 32 images: 40 s (70 s of processor time)" in text and "about 1.0 hours" in text
+    assert "| fisher | 0.900 | 0.800 | 0.950 | 1.50 | 1.00 |" in text
+    (project / "results" / "sensitivity.json").write_text("{}")
     assert render(project) == 2
 
 
