@@ -1,14 +1,15 @@
 """Patch-wise widths against plain ones at equal bit operations: DeiT-T, post-training, real images.
 
     python benchmarks/patchwise.py --data DIR                                       writes results/patchwise.json
-    python benchmarks/patchwise.py --data DIR --variants uniform,random,reversed --out FILE              controls
+    python benchmarks/patchwise.py --data DIR --variants uniform,random,reversed,class --out FILE        controls
 
 DIR holds `deit_tiny_patch16_224.safetensors` (timm keys), `tiny-imagenet-train-0.tar` (calibration and every choice),
 `imagenet-sample.tar` (judged, and nothing else) and `imagenet-classes.txt`. For each budget four models share one
 calibration: the uniform one, the same split in all blocks, the best split of equal average per block, and free splits.
 What would be chosen without the judged images is the variant with the least divergence from the float model on training
 images that neither calibrated nor chose a split; the file says which one it was. Controls have the split of `same`, but
-another ranking: by chance, or the least attended tokens first. They tell what the ranking is worth.
+another ranking: by chance, or the least attended tokens first. The control `class` has no important patch: the class
+token alone has 8 bits, all patches the plain width, which exceeds the budget by a few thousandths.
 """
 
 from __future__ import annotations
@@ -104,6 +105,10 @@ def measure(
     same = pmq.patchwise_plan(plain, cost, 0.5)
     plans = {"uniform": pmq.switchable(plain, cost).resolve(cost.sites)}
     plans |= {kind: same for kind in ("same", *RANKINGS) if kind in variants}
+    if "class" in variants:
+        widths = pmq.block_widths(plain, cost)
+        alone = {block: pmq.Split(8, width, 0.0) for block, width in widths.items()}
+        plans["class"] = pmq.split_plan(plain, cost, alone)
     seconds: dict[str, float] = {}
     for kind, shares in ((kind, shares) for kind, shares in SHARES.items() if kind in variants):
         start = time.perf_counter()

@@ -151,8 +151,14 @@ def _patchwise_file(file: Path) -> str:
 def _patchwise_verdict(one: dict[str, Any]) -> str:
     """What the variant that training images choose gains on the judged ones."""
     uniform, chosen = (next(r for r in one["variants"] if r["variant"] == v) for v in ("uniform", one["chosen"]))
-    if {row["variant"] for row in one["variants"]} & {"random", "reversed"}:
-        return "Controls: the split of `same`, tokens ranked by chance, or the least attended ones first."
+    controls = {
+        "random": "the split of `same` with patches ranked by chance",
+        "reversed": "the same with the least attended patches first",
+        "class": "8 bits for the class token alone, all patches plain",
+    }
+    named = [f"`{row['variant']}`: {controls[row['variant']]}" for row in one["variants"] if row["variant"] in controls]
+    if named:
+        return f"Controls. {'; '.join(named)}."
     if chosen is uniform:
         return "Training images choose the uniform plan: no split diverges less from the float model on them."
     gain = chosen["top1"] - uniform["top1"]
