@@ -1,12 +1,15 @@
 """Patch-wise widths against plain ones at equal bit operations: DeiT-T, post-training, real images.
 
-    python benchmarks/patchwise.py --data DIR          writes benchmarks/results/patchwise.json
+    python benchmarks/patchwise.py --data DIR                                       writes results/patchwise.json
+    python benchmarks/patchwise.py --data DIR --variants uniform,random,reversed,class --out FILE        controls
 
 DIR holds `deit_tiny_patch16_224.safetensors` (timm keys), `tiny-imagenet-train-0.tar` (calibration and every choice),
 `imagenet-sample.tar` (judged, and nothing else) and `imagenet-classes.txt`. For each budget four models share one
 calibration: the uniform one, the same split in all blocks, the best split of equal average per block, and free splits.
 What would be chosen without the judged images is the variant with the least divergence from the float model on training
-images that neither calibrated nor chose a split; the file says which one it was.
+images that neither calibrated nor chose a split; the file says which one it was. Controls have the split of `same`, but
+another ranking: by chance, or the least attended tokens first. The control `class` has no important patch: the class
+token alone has 8 bits, all patches the plain width, which exceeds the budget by a few thousandths.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ import platform
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import timm
 import torch
@@ -26,7 +31,8 @@ import torch
 from qvit.calibration import calibrate
 from qvit.convert import quantize
 from qvit.cost import parse_budget
-from qvit.families import inspect_model
+from qvit.families import inspect_model, tokens
+from qvit.families.tokens import rank_tokens
 from qvit.files import write_json
 from qvit.methods import pmq
 from qvit.plan import QuantPlan
@@ -35,12 +41,19 @@ from qvit.version import __version__
 
 RESULT = Path(__file__).resolve().parent / "results" / "patchwise.json"
 SHARES = {"average": (0.25, 0.5, 0.75), "free": (0.5,)}
+GENERATOR = torch.Generator().manual_seed(0)
+#: Rankings of the controls, in place of that by attention.
+RANKINGS: dict[str, Callable[..., torch.Tensor]] = {
+    "random": lambda scores, prefix=0: rank_tokens(torch.rand(scores.shape, generator=GENERATOR), prefix),
+    "reversed": lambda scores, prefix=0: rank_tokens(-scores, prefix),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--budgets", default="6bit,4bit")
+    parser.add_argument("--variants", default="uniform,same,average,free")
     parser.add_argument("--images", type=int, default=None)
     parser.add_argument("--score-images", type=int, default=16)
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -68,12 +81,18 @@ def main() -> None:
         "budgets": [],
     }
     for budget in options.budgets.split(","):
-        record["budgets"].append(measure(subject, budget, truth_of_float, options.score_images))
+        record["budgets"].append(
+            measure(subject, budget, truth_of_float, options.score_images, options.variants.split(","))
+        )
         write_json(options.out, record | _origin(start, cpu))
 
 
 def measure(
-    subject: Subject, budget: str, of_float: tuple[torch.Tensor, torch.Tensor], score_images: int
+    subject: Subject,
+    budget: str,
+    of_float: tuple[torch.Tensor, torch.Tensor],
+    score_images: int,
+    variants: list[str],
 ) -> dict[str, Any]:
     """All variants at one budget."""
     cost = inspect_model(subject.model)
@@ -83,9 +102,15 @@ def measure(
     used = subject.request.calibration_images
     scored = list(subject.calibration(images=score_images, skip=used))
     unseen = list(subject.calibration(images=64, skip=used + score_images))
-    plans = {"uniform": pmq.switchable(plain, cost).resolve(cost.sites), "same": pmq.patchwise_plan(plain, cost, 0.5)}
+    same = pmq.patchwise_plan(plain, cost, 0.5)
+    plans = {"uniform": pmq.switchable(plain, cost).resolve(cost.sites)}
+    plans |= {kind: same for kind in ("same", *RANKINGS) if kind in variants}
+    if "class" in variants:
+        widths = pmq.block_widths(plain, cost)
+        alone = {block: pmq.Split(8, width, 0.0) for block, width in widths.items()}
+        plans["class"] = pmq.split_plan(plain, cost, alone)
     seconds: dict[str, float] = {}
-    for kind, shares in SHARES.items():
+    for kind, shares in ((kind, shares) for kind, shares in SHARES.items() if kind in variants):
         start = time.perf_counter()
         candidates = {
             block: pmq.candidate_splits(width, shares, free=kind == "free")
@@ -102,8 +127,9 @@ def measure(
     for kind, plan in plans.items():
         model = quantize(subject.model, plan).eval()
         model.load_state_dict(pmq.with_widths_of(scales, model))
-        divergence = pmq.divergence(model, unseen, reference)
-        predicted[kind], truth = answers(model, subject.loader())
+        with mock.patch.object(tokens, "rank_tokens", RANKINGS.get(kind, rank_tokens)):
+            divergence = pmq.divergence(model, unseen, reference)
+            predicted[kind], truth = answers(model, subject.loader())
         right, plain_right = predicted[kind] == truth, predicted["uniform"] == truth
         gained, lost = int((right & ~plain_right).sum()), int((plain_right & ~right).sum())
         rows.append(
@@ -143,7 +169,9 @@ def _sign_test(gained: int, lost: int) -> float:
 def _shown(arguments: list[str]) -> list[str]:
     """The command line with the folder of the data left open."""
     shown = list(arguments)
-    shown[shown.index("--data") + 1] = "DIR"
+    for option, place in (("--data", "DIR"), ("--out", "FILE")):
+        if option in shown:
+            shown[shown.index(option) + 1] = place
     return shown
 
 

@@ -5,7 +5,7 @@ A table stands between two markers, `<!-- results:NAME:begin -->` and `<!-- resu
     demo          demo.json           what `qvit demo` measured: its results.json with command, date, hardware, versions
     train_step    train_step*.json    what `benchmarks/train_step.py` measured, one table per file
     ptq           ptq.json            what `benchmarks/ptq.py` measured
-    patchwise     patchwise.json      what `benchmarks/patchwise.py` measured, one table per budget
+    patchwise     patchwise*.json     what `benchmarks/patchwise.py` measured, one table per budget
     sensitivity   sensitivity.json    what `benchmarks/sensitivity.py` measured: search times and rank correlations
 
     python benchmarks/render.py                       writes the tables
@@ -143,10 +143,14 @@ def ptq_tables(results: Path) -> str:
 
 
 def patchwise_tables(results: Path) -> str:
-    """Patch-wise plans beside the uniform one, a table for each budget."""
-    file = results / "patchwise.json"
-    if not file.is_file():
+    """Patch-wise plans beside the uniform one, a table for each budget of each file."""
+    files = sorted(results.glob("patchwise*.json"))
+    if not files:
         return "Not measured yet: `python benchmarks/patchwise.py --data DIR`."
+    return "\n\n".join(_patchwise_file(file) for file in files)
+
+
+def _patchwise_file(file: Path) -> str:
     data = _read(file)
     try:
         parts = [
@@ -179,6 +183,14 @@ def patchwise_tables(results: Path) -> str:
 def _patchwise_verdict(one: dict[str, Any]) -> str:
     """What the variant that training images choose gains on the judged ones."""
     uniform, chosen = (next(r for r in one["variants"] if r["variant"] == v) for v in ("uniform", one["chosen"]))
+    controls = {
+        "random": "the split of `same` with patches ranked by chance",
+        "reversed": "the same with the least attended patches first",
+        "class": "8 bits for the class token alone, all patches plain",
+    }
+    named = [f"`{row['variant']}`: {controls[row['variant']]}" for row in one["variants"] if row["variant"] in controls]
+    if named:
+        return f"Controls. {'; '.join(named)}."
     if chosen is uniform:
         return "Training images choose the uniform plan: no split diverges less from the float model on them."
     gain = chosen["top1"] - uniform["top1"]
