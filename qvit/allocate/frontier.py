@@ -44,7 +44,7 @@ class Point:
 
     cost: float
     predicted_loss: float
-    widths: Mapping[str, tuple[int, ...]]
+    widths: Mapping[str, Sequence[int]]
     bit_operations: int
     weight_bytes: int
 
@@ -77,7 +77,7 @@ def frontier(
 def frontier_report(
     cost: CostModel,
     sensitivity: Sensitivity,
-    chosen: Sequence[tuple[str, Mapping[str, tuple[int, ...]]]] = (),
+    chosen: Sequence[tuple[str, Mapping[str, Sequence[int]]]] = (),
     *,
     unit: UnitLike = "bit_operations",
     pins: Iterable[Pin] = (),
@@ -122,7 +122,7 @@ def frontier_report(
     }
 
 
-def _point(widths: Mapping[str, tuple[int, ...]], cost: CostModel, sensitivity: Sensitivity, unit: Unit) -> Point:
+def _point(widths: Mapping[str, Sequence[int]], cost: CostModel, sensitivity: Sensitivity, unit: Unit) -> Point:
     return Point(
         unit.total(cost, widths),
         sensitivity.predicted(widths),

@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ class Sensitivity:
         column = min(range(len(self.widths)), key=lambda index: abs(self.widths[index] - width))
         return float(self.table[site][head, column])
 
-    def predicted(self, widths: Mapping[str, tuple[int, ...]]) -> float:
+    def predicted(self, widths: Mapping[str, Sequence[int]]) -> float:
         """The sum over all sites: the predicted loss increase of a plan, errors taken as independent.
 
         Args:
