@@ -56,10 +56,10 @@ class ReconstructOptions:
     steps: int = 2000
     images: int = 1024
     batch_size: int = 16
-    weight_lr: float = 0.05
+    weight_lr: float = 0.01
     scale_lr: float = 0.003
     lr: float = 2e-4
-    float_inputs: float = 0.0
+    float_inputs: float = 0.5
     fisher: bool = False
     seed: int = 0
 
