@@ -110,7 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plain-only", nargs="*", default=["w8a8"], help="budgets that are not reconstructed")
     parser.add_argument("--metrics", nargs="*", default=[])
     parser.add_argument("--mixed", nargs="*", default=["4bit"], help="budgets for the metrics")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--recon-images", type=int, default=256)
     parser.add_argument("--recon-batch", type=int, default=8)
     parser.add_argument("--calibration-images", type=int, default=128)
