@@ -220,7 +220,7 @@ def sensitivity_tables(results: Path) -> str:
         agreements = data["agreement"]
         widths = list(dict.fromkeys(width for own in agreements.values() for width in own["spearman_by_width"]))
         rows = [
-            [name.replace("_", ", "), f"{own['spearman']:.3f}"]
+            [name.replace("_", " "), f"{own['spearman']:.3f}"]
             + [f"{own['spearman_by_width'][width]:.3f}" for width in widths]
             + [f"{own['median_ratio_by_width'][width]:.2f}" for width in (widths[0], widths[-1])]
             for name, own in agreements.items()

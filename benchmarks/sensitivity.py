@@ -139,18 +139,18 @@ def main() -> None:
     predictions = {}
     for metric in ("fisher", "hessian"):
         predictions[metric] = measure_sensitivity(model, few, metric=metric, widths=widths, seed=options.seed)
-    searches["hessian"] = {"images": options.kl_images, "seconds": round(predictions["hessian"].seconds, 1)}
     probe = Probe(model, QuantPlan("default").resolve(cost.sites, MODEL), widths, few)
     measured, exhaustive = sampled_kl(probe, few, options)
     agreements = {metric: compared(predicted, measured) for metric, predicted in predictions.items()}
-    agreements["fisher_32_images"] = compared(found, measured)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    agreements[f"fisher_from_{options.images}_images"] = compared(found, measured)
+    load = os.getloadavg()[0]
     result = {
         "command": " ".join(["python", "benchmarks/sensitivity.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "model": f"{MODEL} (fixed-point LayerNorm)",
         "images": "500 ImageNet training images, a random choice of them",
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, load {load}",
+        "hardware": f"CPU, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, "
+        f"load average {load:.1f}",
         "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "seed": options.seed,
         "searches": searches,

@@ -285,7 +285,7 @@ def _agreement_section(agreement: Mapping[str, Any] | None, canvas: Canvas) -> s
         for width, value in per_width.items()
     ]
     note = (
-        f"<p>Each mark is one head of one tensor, quantized alone: {len(rows)} of them, measured on "
+        f"<p>Each mark is one head of one tensor, quantized alone, at one width: {len(rows)} marks, measured on "
         f"{agreement['measured_images']} images. Spearman's rank correlation of all is "
         f"<strong>{agreement['spearman']:.3f}</strong>.</p>"
     )

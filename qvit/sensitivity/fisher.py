@@ -23,7 +23,7 @@ a copy of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -41,6 +41,23 @@ def signed_answer(logits: Tensor, generator: torch.Generator) -> Tensor:
     return (root - probabilities * root.sum()).to(logits.dtype)
 
 
+def signed_gradients(
+    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(site, tensor, g) of every quantized tensor of every image, detached; arguments as for `fisher_table`."""
+    generator = torch.Generator().manual_seed(seed)
+    with probe.watched() as seen:
+        for count, image in enumerate(images, 1):
+            logits = probe.logits(image.detach().requires_grad_())
+            tensors = [tensor for _, tensor in seen]
+            grads = torch.autograd.grad(logits, tensors, signed_answer(logits, generator), allow_unused=True)
+            for (site, tensor), grad in zip(seen, grads, strict=True):
+                if grad is not None:
+                    yield site, tensor.detach(), grad
+            seen.clear()
+            progress(count)
+
+
 def fisher_table(
     probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None]
 ) -> dict[str, NDArray[np.float64]]:
@@ -52,25 +69,15 @@ def fisher_table(
         seed: Of the random signs.
         progress: Called with the number of images after each.
     """
-    generator = torch.Generator().manual_seed(seed)
     table = {site: np.zeros((probe.heads(site), len(probe.widths))) for site in probe.quantizers}
     fisher: dict[str, Tensor] = {}
     weights: dict[str, Tensor] = {}
-    with probe.watched() as seen:
-        for count, image in enumerate(images, 1):
-            logits = probe.logits(image.detach().requires_grad_())
-            tensors = [tensor for _, tensor in seen]
-            grads = torch.autograd.grad(logits, tensors, signed_answer(logits, generator), allow_unused=True)
-            for (site, tensor), grad in zip(seen, grads, strict=True):
-                if grad is None:
-                    continue
-                if probe.sites[site].role == "weight":
-                    weights[site] = tensor.detach()
-                    fisher[site] = grad.square() if site not in fisher else fisher[site].addcmul_(grad, grad)
-                else:
-                    _add(probe, site, tensor, grad.abs(), table[site])
-            seen.clear()
-            progress(count)
+    for site, tensor, grad in signed_gradients(probe, images, seed, progress):
+        if probe.sites[site].role == "weight":
+            weights[site] = tensor
+            fisher[site] = grad.square() if site not in fisher else fisher[site].addcmul_(grad, grad)
+        else:
+            _add(probe, site, tensor, grad.abs(), table[site])
     for site, total in fisher.items():
         _add(probe, site, weights[site], total.sqrt(), table[site])
     return {site: values * (0.5 / len(images)) for site, values in table.items()}

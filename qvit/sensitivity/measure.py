@@ -1,8 +1,8 @@
 """One call for all metrics: images and a float model in, a table of predicted loss increases out.
 
-    fisher    gradients, one backward per image                     seconds      the default
-    hessian   Hutchinson trace, HAWQ-V2                             about twice that
-    kl        every head of every site at every width, one by one   an hour for DeiT-T; what the others estimate
+    fisher    squared gradients, one backward per image             the default
+    hessian   trace and mean squared error, HAWQ-V2                 as long as fisher
+    kl        every head of every site at every width, one by one   hours for DeiT-T; what the others estimate
     learned   the scales of a model trained with switchable scales  no images
 
 The first three predict the same number, the divergence KL(p || p̂) between the float model's answer and that of the
