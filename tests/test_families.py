@@ -191,7 +191,7 @@ def test_quantizers_on_change_the_output_and_every_parameter_learns(variant: str
 @pytest.mark.parametrize("variant", ["vit_tiny_patch16_224", "swiglu_packed", "scale_norms"])
 def test_more_bits_come_closer_to_the_float_model(variant: str) -> None:
     model = build(variant)
-    images = images_for(model, 4)
+    images = images_for(model, 16)
     expected = model(images)
     errors = []
     for bits in (2, 4, 8):
