@@ -8,18 +8,15 @@ float model. An analysis that was not measured has no section.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
-from qvit.errors import QvitError
-from qvit.files import write_atomically
 from qvit.report.figures import COLOURS, GREY, SYMBOLS, label, new_figure
 from qvit.report.markup import Canvas, escape, folded, table
-from qvit.report.shell import document
+from qvit.report.shell import document, write_page_of
 from qvit.report.units import bops_text, difference, duration
 
 PART_NAMES = {"gelu": "GELU outputs", "fc": "fully-connected layers", "msa": "attention (MSA)"}
@@ -32,13 +29,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def write_analysis_page(data: str | Path, out: str | Path, *, title: str | None = None) -> Path:
     """Writes the page of an analysis file. Raises QvitError if it cannot be read or written."""
-    try:
-        record = json.loads(Path(data).read_text(encoding="utf-8"))
-        page = render_analysis(record, title=title).encode("utf-8", errors="replace")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QvitError(f"cannot read the analysis {data}: {type(error).__name__} {error}") from None
-    write_atomically(Path(out), lambda file: file.write(page))
-    return Path(out)
+    return write_page_of(data, out, lambda record: render_analysis(record, title=title), "analysis")
 
 
 def render_analysis(record: Mapping[str, Any], *, title: str | None = None) -> str:

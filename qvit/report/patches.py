@@ -6,28 +6,19 @@ page once: the drawings refer to it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qvit.errors import QvitError
-from qvit.files import write_atomically
 from qvit.report.markup import Canvas, escape
-from qvit.report.shell import document
+from qvit.report.shell import document, write_page_of
 
 SIDE = 140
 
 
 def write_patches_page(data: str | Path, out: str | Path, *, title: str | None = None) -> Path:
     """Writes the page of a `patches.json`. Raises QvitError if it cannot be read or written."""
-    try:
-        record = json.loads(Path(data).read_text(encoding="utf-8"))
-        page = render_patches(record, title=title).encode("utf-8", errors="replace")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QvitError(f"cannot read the patches {data}: {type(error).__name__} {error}") from None
-    write_atomically(Path(out), lambda file: file.write(page))
-    return Path(out)
+    return write_page_of(data, out, lambda record: render_patches(record, title=title), "patches")
 
 
 def render_patches(record: Mapping[str, Any], *, title: str | None = None) -> str:

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from qvit.errors import QvitError
+from qvit.files import write_atomically
 from qvit.report.assets import CSS, SCRIPT
 from qvit.report.markup import Canvas, escape
 
@@ -88,6 +93,19 @@ def document(
 </body>
 </html>
 """
+
+
+def write_page_of(data: str | Path, out: str | Path, render: Callable[[Any], str], what: str) -> Path:
+    """Renders a JSON file to a page; `what` it is called in messages.
+
+    Raises QvitError if it cannot be read, is not what `render` takes, or the page cannot be written.
+    """
+    try:
+        page = render(json.loads(Path(data).read_text(encoding="utf-8"))).encode("utf-8", errors="replace")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise QvitError(f"cannot read the {what} {data}: {type(error).__name__} {error}") from None
+    write_atomically(Path(out), lambda file: file.write(page))
+    return Path(out)
 
 
 def _sha256(script: str) -> str:

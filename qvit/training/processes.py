@@ -131,7 +131,7 @@ class Processes:
         except RuntimeError as error:
             text = str(error).lower()
             lost = ("gloo", "nccl", "connection closed", "connection reset", "socket", "timed out", "broken pipe")
-            if self.alone or isinstance(error, QvitError) or not any(word in text for word in lost):
+            if self.alone or not any(word in text for word in lost):
                 raise
             raise QvitError(
                 f"process {self.rank} of {self.world_size} lost the others ({_first_line(error)}): "
