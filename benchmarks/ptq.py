@@ -17,15 +17,19 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 
+from qvit.files import write_json
 from qvit.ptq_run import ptq
-from qvit.rundir import RESULT
+from qvit.rundir import RESULT, SENSITIVITY
 from qvit.training.config import TrainConfig
 from qvit.version import __version__
 
@@ -58,6 +62,10 @@ def measure(options: argparse.Namespace, budget: str, metric: str | None, recons
     method_options: dict[str, Any] = {"metric": metric, "reconstruct": reconstruct}
     for name in ("steps", "recon_images", "recon_batch"):
         method_options[name] = getattr(options, name)
+    shared = options.runs / f"sensitivity-{budget}-{metric}.json"  # one for plain and reconstructed
+    if metric is not None:
+        method_options["sensitivity_images"] = options.kl_images if metric == "kl" else None
+        method_options["sensitivity"] = str(shared) if shared.is_file() else None
     config = TrainConfig.create(
         model=options.model,
         weights=options.weights,
@@ -73,12 +81,20 @@ def measure(options: argparse.Namespace, budget: str, metric: str | None, recons
         device=options.device,
         threads=options.threads,
     )
-    return ptq(config, run, overwrite=True)
+    result = ptq(config, run, overwrite=True)
+    if metric is not None:
+        shutil.copyfile(run / SENSITIVITY, shared)
+        result["seconds"]["sensitivity"] = json.loads(shared.read_text(encoding="utf-8"))["seconds"]
+        write_json(run / RESULT, result)
+    return result
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+def write(
+    options: argparse.Namespace, rows: list[dict[str, Any]], script: str = "ptq.py", packages: Sequence[str] = ()
+) -> None:
+    """Writes the results file, with the versions of further packages."""
     names = {name: Path(str(getattr(options, name))).name for name in ("weights", "data", "eval_data", "class_map")}
-    command = " ".join(["python", "benchmarks/ptq.py", *(f"--{k.replace('_', '-')} {v}" for k, v in names.items())])
+    command = " ".join(["python", f"benchmarks/{script}", *(f"--{k.replace('_', '-')} {v}" for k, v in names.items())])
     command += "".join(f" {shlex.quote(word)}" for word in options.further)
     cuda = options.device.startswith("cuda")
     data = {
@@ -95,6 +111,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             "torch": torch.__version__,
             "timm": timm.__version__,
             "python": platform.python_version(),
+            **{package: version(package) for package in packages},
         },
         "rows": rows,
     }
@@ -110,6 +127,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--plain-only", nargs="*", default=["w8a8"], help="budgets that are not reconstructed")
     parser.add_argument("--metrics", nargs="*", default=[])
     parser.add_argument("--mixed", nargs="*", default=["4bit"], help="budgets for the metrics")
+    parser.add_argument("--kl-images", type=int, default=16, help="images of the metric kl")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--recon-images", type=int, default=256)
     parser.add_argument("--recon-batch", type=int, default=8)
@@ -120,10 +138,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs/ptq"))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ptq.json")
     options = parser.parse_args()
-    places = {"--weights", "--data", "--eval-data", "--class-map", "--runs", "--out"}
-    words = iter(sys.argv[1:])
-    options.further = [word for word in words if word not in places or next(words) is None]
+    options.further = shown_words(sys.argv[1:])
     return options
+
+
+def shown_words(given: Sequence[str]) -> list[str]:
+    """The command line without what is a place on this machine; `write` shows the names of the files."""
+    places = {"--weights", "--data", "--eval-data", "--class-map", "--runs", "--out"}
+    words = iter(given)
+    return [word for word in words if word not in places or next(words) is None]
 
 
 if __name__ == "__main__":

@@ -142,6 +142,27 @@ def ptq_tables(results: Path) -> str:
         raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
 
 
+def ptq_peer_tables(results: Path) -> str:
+    """The 8-bit quantization of deployment tools, beside the row of `qvit ptq` at w8a8."""
+    file = results / "ptq_peers.json"
+    if not file.is_file():
+        return "Not measured yet: `python benchmarks/ptq_peers.py`, see its `--help`."
+    data, own = _read(file), _read(results / "ptq.json")
+    try:
+        ours = next(row for row in own["rows"] if row["budget"] == "w8a8")
+        same = all(own[key] == data[key] for key in ("weights", "data", "eval_data", "calibration_images", "seed"))
+        if not same or ours["images"] != data["rows"][0]["images"]:
+            raise ValueError("ptq.json is about other images")
+        rows = [["qvit ptq, w8a8", f"{ours['top1']:.1f}", f"{ours['agreement']:.1f}"]]
+        rows += [[row["engine"], f"{row['top1']:.1f}", f"{row['agreement']:.1f}"] for row in data["rows"]]
+        table = _table(["8 bits", "top-1 (%)", "same answer as float (%)"], rows, left=1)
+        note = f"The same weights, calibration images and {ours['images']} scored images; "
+        note += f"float {data['rows'][0]['top1_float']:.1f} %."
+        return "\n\n".join([table, f"{note} {_origin(data)}"])
+    except (KeyError, TypeError, ValueError, StopIteration, IndexError) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
 def patchwise_tables(results: Path) -> str:
     """Patch-wise plans beside the uniform one, a table for each budget of each file."""
     files = sorted(results.glob("patchwise*.json"))
@@ -240,6 +261,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "demo": demo_tables,
     "train_step": train_step_tables,
     "ptq": ptq_tables,
+    "ptq_peers": ptq_peer_tables,
     "patchwise": patchwise_tables,
     "sensitivity": sensitivity_tables,
 }

@@ -34,8 +34,8 @@ from qvit.plan import QuantPlan, plan_from
 from qvit.reconstruction import Progress
 from qvit.reparameterization import reparameterize
 from qvit.run import create_float_model, run_record
-from qvit.rundir import CONFIG, COST, LOG, PLAN, RESULT, claim
-from qvit.sensitivity import measure_sensitivity
+from qvit.rundir import CONFIG, COST, LOG, PLAN, RESULT, SENSITIVITY, claim
+from qvit.sensitivity import Sensitivity, measure_sensitivity
 from qvit.training.checkpoint import save_weights, seed_everything
 from qvit.training.config import TrainConfig, validated
 from qvit.training.data import DataBundle, calibration_batches, data_config_of, eval_loader, open_data
@@ -106,7 +106,7 @@ def _execute(
     images = CalibrationImages(bundle.train, config, model, processes.device, options)
     cost = inspect_model(model)
     seconds: dict[str, float] = dict.fromkeys(("calibrate", "sensitivity", "allocate", "reconstruct"), 0.0)
-    plan = _plan(config, options, cost, model, images, seconds, notify)
+    plan, metric = _plan(run, config, options, cost, model, images, seconds, notify)
     notify(f"calibrating on {config.calibration_images} images" + _recon_note(options))
 
     def note(stage: str, took: float) -> None:
@@ -145,7 +145,7 @@ def _execute(
         "float_accuracy": scores["top1_float"],
         **scores,
         "budget": config.budget,
-        "metric": options.metric,
+        "metric": metric,
         "bit_operations": report["bit_operations"],
         "weight_bytes": report["weight_bytes"],
         "seconds": {stage: round(took, 3) for stage, took in seconds.items()},
@@ -182,6 +182,7 @@ def _write(
 
 
 def _plan(
+    run: Path,
     config: TrainConfig,
     options: PTQOptions,
     cost: CostModel,
@@ -189,28 +190,70 @@ def _plan(
     images: CalibrationImages,
     seconds: dict[str, float],
     notify: Callable[[str], None],
-) -> QuantPlan:
-    """The plan that a budget, with or without a metric, or a plan file stands for."""
+) -> tuple[QuantPlan, str | None]:
+    """The plan that a budget or a plan file stands for, and the metric behind its widths."""
     if (config.budget is None) == (config.plan is None):
         raise UsageError("give either --budget, such as w8a8 or 6bit, or --plan, a plan file")
     if config.plan is not None:
-        if options.metric is not None:
-            raise UsageError("a --plan has its widths: leave out the metric")
-        return plan_from(config.plan).resolve(cost.sites)
+        if options.metric is not None or options.sensitivity is not None:
+            raise UsageError("a --plan has its widths: leave out --metric and --sensitivity")
+        return plan_from(config.plan).resolve(cost.sites), None
     budget = (config.budget or "").strip()
     bits = _BITS.fullmatch(budget)
-    if options.metric is None:
+    if options.metric is None and options.sensitivity is None:
         if bits is not None:
             parse_budget(budget, cost)
-            return QuantPlan.preset(f"w{bits[1]}a{bits[1]}")
+            return QuantPlan.preset(f"w{bits[1]}a{bits[1]}"), None
         if _PRESET.fullmatch(budget):
-            return QuantPlan.preset(budget)
+            return QuantPlan.preset(budget), None
         parse_budget(budget, cost)
         raise UsageError(
             f"the budget '{budget}' is met by mixed widths: say how to choose them with --metric fisher, kl or hessian"
         )
-    notify(f"measuring sensitivities ({options.metric}) on {config.calibration_images} images")
-    return _mixed_plan(budget, options.metric, cost, model, images, options, config.seed, seconds)
+    started = time.perf_counter()
+    sensitivity = _sensitivity(config, options, cost, model, images, notify)
+    measured = time.perf_counter()
+    sensitivity.save(run / SENSITIVITY)
+    limit = _limit(budget, cost)
+    narrowest = options.min_width or (3 if cost.bit_operations(cost.uniform(3)) <= limit else 2)
+    allowed = sensitivity.at_widths(width for width in sensitivity.widths if width >= narrowest)
+    plan = allocate_plan(cost, allowed, limit, name=f"{sensitivity.metric}-{budget}")
+    seconds["sensitivity"] += measured - started
+    seconds["allocate"] += time.perf_counter() - measured
+    return plan, sensitivity.metric
+
+
+def _limit(budget: str, cost: CostModel) -> float:
+    """Bit operations of a budget; for a preset those of its plan."""
+    if _PRESET.fullmatch(budget):
+        return cost.bit_operations(QuantPlan.preset(budget).resolve(cost.sites).widths())
+    return parse_budget(budget, cost)
+
+
+def _sensitivity(
+    config: TrainConfig,
+    options: PTQOptions,
+    cost: CostModel,
+    model: nn.Module,
+    images: CalibrationImages,
+    notify: Callable[[str], None],
+) -> Sensitivity:
+    """That of a file, or one measured on the reparameterized model and the grids it will have."""
+    if options.sensitivity is not None:
+        found = Sensitivity.load(options.sensitivity)
+        if options.metric not in (None, found.metric):
+            raise UsageError(f"{options.sensitivity} was measured by '{found.metric}', not by '{options.metric}'")
+        return found
+    assert options.metric is not None
+    few = FirstImages(images, min(images.few, options.sensitivity_images or images.few))
+    notify(f"measuring sensitivities ({options.metric}) on {few.images} images")
+    source = copy.deepcopy(model)
+    if options.reparameterize:
+        reparameterize(source, FirstImages(images, images.few))
+    limit = _limit((config.budget or "").strip(), cost)
+    uniform = next((n for n in range(2, 8) if cost.bit_operations(cost.uniform(n)) >= limit), 8)
+    grids = ptq_plan(source, f"w{uniform}a{uniform}", weights=options.weights, probs=options.probs)
+    return measure_sensitivity(source, few, metric=options.metric, plan=grids, seed=config.seed)
 
 
 class CalibrationImages:
@@ -285,33 +328,3 @@ def score_beside(model: nn.Module, reference: nn.Module, loader: Iterable[tuple[
     return {name: 100.0 * count / images for name, count in zip(names, counts.tolist(), strict=True)} | {
         "images": images
     }
-
-
-def _mixed_plan(
-    budget: str,
-    metric: str,
-    cost: CostModel,
-    model: nn.Module,
-    images: CalibrationImages,
-    options: PTQOptions,
-    seed: int,
-    seconds: dict[str, float],
-) -> QuantPlan:
-    """Widths within the bit operations of a budget, by the sensitivity of the model on the grids it will have."""
-    if _PRESET.fullmatch(budget):
-        limit = cost.bit_operations(QuantPlan.preset(budget).resolve(cost.sites).widths())
-    else:
-        limit = parse_budget(budget, cost)
-    uniform = next((n for n in range(2, 8) if cost.bit_operations(cost.uniform(n)) >= limit), 8)
-    few = FirstImages(images, images.few)
-    started = time.perf_counter()
-    source = copy.deepcopy(model)
-    if options.reparameterize:
-        reparameterize(source, few)
-    grids = ptq_plan(source, f"w{uniform}a{uniform}", weights=options.weights, probs=options.probs)
-    sensitivity = measure_sensitivity(source, few, metric=metric, plan=grids, seed=seed)
-    measured = time.perf_counter()
-    plan = allocate_plan(cost, sensitivity, limit, name=f"{metric}-{budget}")
-    seconds["sensitivity"] += measured - started
-    seconds["allocate"] += time.perf_counter() - measured
-    return plan

@@ -3,6 +3,7 @@
 RUN/config.json         every option, versions, hardware, command, class names: enough to start it again
 RUN/plan.json           the plan: that of the start while the run is going on, then the final one
 RUN/cost.json           costs per site, as `qvit cost --json` prints them
+RUN/sensitivity.json    what mixed widths were chosen by, after `qvit ptq --metric`
 RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
 RUN/tensorboard/        the same figures for TensorBoard, on request
 RUN/model.safetensors   final weights and scales
@@ -23,6 +24,7 @@ from qvit.training.config import TrainConfig
 from qvit.training.models import WEIGHTS_FILE
 
 CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
+SENSITIVITY = "sensitivity.json"
 
 
 def claim(run: Path, overwrite: bool) -> None:
@@ -46,7 +48,7 @@ def claim(run: Path, overwrite: bool) -> None:
 
 def clear(run: Path) -> None:
     """Deletes the files of a run, and nothing else."""
-    for name in (RESULT, PLAN, COST, LOG, WEIGHTS_FILE, CONFIG):
+    for name in (RESULT, PLAN, COST, SENSITIVITY, LOG, WEIGHTS_FILE, CONFIG):
         (run / name).unlink(missing_ok=True)
     for folder in (FOLDER, "tensorboard"):
         shutil.rmtree(run / folder, ignore_errors=True)

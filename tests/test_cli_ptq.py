@@ -103,6 +103,22 @@ def test_mixed_widths_within_the_budget(ptq: Any, tmp_path: Path, metric: str) -
     assert len(widths) > 2
 
 
+def test_a_measured_sensitivity_serves_other_budgets(ptq: Any, tmp_path: Path) -> None:
+    first = ptq("--budget", "4bit", "--metric", "fisher", "--sensitivity-images", 8, out="first").code
+    kept = tmp_path / "first" / "sensitivity.json"
+    assert first == 0 and json.loads(kept.read_text())["images"] == 8
+    again = ptq("--budget", "4bit", "--sensitivity", kept, "--json", out="again").json
+    assert again["metric"] == "fisher" and again["seconds"]["sensitivity"] < 1
+    plans = [json.loads((tmp_path / run / "plan.json").read_text())["sites"] for run in ("first", "again")]
+    assert plans[0] == plans[1]
+    narrow = ptq("--budget", "4bit", "--sensitivity", kept, "--min-width", 3, "--json", out="narrow").json
+    sites = json.loads((tmp_path / "narrow" / "plan.json").read_text())["sites"].values()
+    widths = {w for site in sites for w in (site["bit_width"] if isinstance(site["bit_width"], list) else [9])}
+    assert min(widths) == 3 and narrow["bit_operations"] <= again["bit_operations"] * 1.1
+    wrong = ["--budget", "4bit", "--sensitivity", kept, "--metric", "kl"]
+    assert "was measured by 'fisher'" in ptq(*wrong, out="wrong").failed(2)
+
+
 def test_text_for_people(ptq: Any) -> None:
     answer = ptq("--budget", "w8a8")
     assert answer.code == 0 and "same answer on" in answer.out and "qvit report" in answer.out

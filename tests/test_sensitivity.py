@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from tiny_models import calibrated_model, digit_batches, digits_model
 from torch import Tensor, nn
 
@@ -22,7 +23,9 @@ from qvit.functional import fake_quantize
 from qvit.plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.sensitivity import METRICS, Sensitivity, measure_sensitivity, site_type
+from qvit.sensitivity import fisher as fisher_module
 from qvit.sensitivity import kl as kl_module
+from qvit.sensitivity import partial as partial_module
 from qvit.sensitivity.fisher import signed_answer
 from qvit.sensitivity.table import monotone, normalised_by_type
 
@@ -158,9 +161,14 @@ def test_hessian_trace_is_that_of_the_exact_second_derivative() -> None:
     assert np.mean(found) == pytest.approx(expected, rel=0.15)
 
 
+def kept_in(partial: Path) -> set[str]:
+    with safe_open(str(partial), "pt") as file:
+        return set(file.keys())
+
+
 def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     partial = tmp_path / "s.json.partial"
-    monkeypatch.setattr(kl_module, "_SAVE_EVERY", 0.0)
+    monkeypatch.setattr(partial_module, "_SAVE_EVERY", 0.0)
     calls: list[str] = []
     whole, original = measured("kl"), kl_module.divergence
 
@@ -173,7 +181,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(kl_module, "divergence", stops)
     with pytest.raises(KeyboardInterrupt):
         measure("kl", partial=partial)
-    done = set(json.loads(partial.read_text())["sites"])
+    done = kept_in(partial)
     assert 0 < len(done) < len(whole.table)
     calls.clear()
     monkeypatch.setattr(
@@ -187,6 +195,34 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert set(calls) == set(whole.table)  # another model: nothing is taken up
     partial.write_text("{")
     assert (measure("kl", partial=partial).raw["head.weight"] == whole.raw["head.weight"]).all()
+
+
+@pytest.mark.parametrize("metric", ["fisher", "hessian"])
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_an_interrupted_estimate_ends_with_the_same_bits(
+    metric: str, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial, whole = tmp_path / "s.json.partial", measured(metric)
+    monkeypatch.setattr(partial_module, "_SAVE_EVERY", 0.0)
+    original, passes = fisher_module.signed_answer, []
+
+    def stops(*arguments: Any) -> Any:
+        passes.append(1)
+        if len(passes) > stop:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(fisher_module, "signed_answer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        measure(metric, partial=partial)
+    monkeypatch.setattr(fisher_module, "signed_answer", lambda *rest: (passes.append(1), original(*rest))[1])
+    passes.clear()
+    again = measure(metric, partial=partial)
+    assert len(passes) == whole.images - stop, "images were passed anew that had been"
+    assert all((again.raw[site] == whole.raw[site]).all() for site in whole.raw)
+    passes.clear()
+    other = measure("hessian" if metric == "fisher" else "fisher", partial=partial)
+    assert len(passes) == whole.images and other.metric != metric  # the file of another metric is not taken up
 
 
 def test_learned_scales_are_read_head_by_head() -> None:

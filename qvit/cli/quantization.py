@@ -21,6 +21,15 @@ def ptq(
     ] = None,
     plan: Annotated[str | None, typer.Option(help="A plan file in place of a budget.")] = None,
     metric: Annotated[str | None, typer.Option(help="Mixed widths by sensitivity: fisher, kl or hessian.")] = None,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="Mixed widths by a measured sensitivity, such as RUN/sensitivity.json.")
+    ] = None,
+    sensitivity_images: Annotated[
+        int | None, typer.Option(help="Images of a sensitivity. Default: the calibration images.", show_default=False)
+    ] = None,
+    min_width: Annotated[
+        int | None, typer.Option(help="Narrowest of the mixed widths. Default: 3 if the budget allows, else 2.")
+    ] = None,
     data: Annotated[str, typer.Option(help="Calibration images, as for `qvit train`; labels are not used.")] = "digits",
     eval_data: Annotated[
         str | None, typer.Option(help="Test images. Default: the data's own test split, or a share set aside.")
@@ -79,7 +88,8 @@ def ptq(
         "observer": observer, "weights": granularity, "probs": probs, "reparameterize": reparameterize,
         "bias_correction": bias_correction, "reconstruct": reconstruct, "steps": steps, "recon_images": recon_images,
         "recon_batch": recon_batch,
-        "fisher": fisher, "metric": metric,
+        "fisher": fisher, "metric": metric, "sensitivity": sensitivity, "sensitivity_images": sensitivity_images,
+        "min_width": min_width,
     }  # fmt: skip
     config = TrainConfig.create(
         model=model, model_kwargs=pairs(model_arg), weights=weights, pretrained=pretrained, method="ptq",

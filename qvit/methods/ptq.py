@@ -61,6 +61,10 @@ class PTQOptions(MethodOptions):
         reconstruct: Whether blocks are reconstructed.
         steps, recon_images, recon_batch, fisher: Options of the reconstruction, see `ReconstructOptions`.
         metric: Sensitivity metric that the widths were chosen by; None for uniform widths.
+        sensitivity: File of a sensitivity to take in place of measuring one, such as another run's `sensitivity.json`.
+        sensitivity_images: How many of the calibration images a sensitivity is measured with; None for all.
+        min_width: Narrowest width that is given out; None: 3, or 2 where the budget asks for it. Predictions for 2 bits
+            are a rough guide, and without training nothing makes up for them.
     """
 
     observer: Literal["mse", "percentile", "minmax"] = "mse"
@@ -74,6 +78,9 @@ class PTQOptions(MethodOptions):
     recon_batch: int = Field(16, ge=1)
     fisher: bool = False
     metric: str | None = None
+    sensitivity: str | None = None
+    sensitivity_images: int | None = Field(None, ge=1)
+    min_width: int | None = Field(None, ge=2, le=8)
 
     def reconstruction(self, seed: int) -> ReconstructOptions | None:
         """Options of the reconstruction; None if there is none."""

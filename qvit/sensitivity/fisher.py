@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from qvit.sensitivity.partial import Partial
 from qvit.sensitivity.probe import Probe, require_finite
 
 
@@ -41,25 +42,77 @@ def signed_answer(logits: Tensor, generator: torch.Generator) -> Tensor:
     return (root - probabilities * root.sum()).to(logits.dtype)
 
 
-def signed_gradients(
-    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(site, tensor, g) of every quantized tensor of every image, detached; arguments as for `fisher_table`."""
-    generator = torch.Generator().manual_seed(seed)
-    with probe.watched() as seen:
-        for count, image in enumerate(images, 1):
-            logits = probe.logits(image.detach().requires_grad_())
-            tensors = [tensor for _, tensor in seen]
-            grads = torch.autograd.grad(logits, tensors, signed_answer(logits, generator), allow_unused=True)
-            for (site, tensor), grad in zip(seen, grads, strict=True):
-                if grad is not None:
-                    yield site, tensor.detach(), grad
-            seen.clear()
-            progress(count)
+class Sums:
+    """What a metric adds up over the images, by name; it can be kept in a file and taken up.
+
+    Args:
+        probe: The model.
+        partial: Keeps the sums.
+    """
+
+    def __init__(self, probe: Probe, partial: Partial) -> None:
+        self.probe, self.partial = probe, partial
+        self.images_done, self._sums = partial.load()
+        #: The quantized weights, as the model passed them last.
+        self.weights: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Adds to the sum of this name."""
+        if name in self._sums:
+            self._sums[name] += values
+        else:
+            self._sums[name] = values.clone()
+
+    def add_square(self, name: str, values: Tensor) -> None:
+        """Adds the squares of `values`."""
+        if name in self._sums:
+            self._sums[name].addcmul_(values, values)
+        else:
+            self._sums[name] = values.square()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._sums[name]
+
+    def table(self, name: str, site: str) -> NDArray[np.float64]:
+        """A sum of (heads, widths); zeros if no gradient reached the site."""
+        empty = torch.zeros(self.probe.heads(site), len(self.probe.widths), dtype=torch.float64)
+        return self._sums.get(name, empty).cpu().numpy()
+
+    def gradients(
+        self, images: Sequence[Tensor], seed: int, progress: Callable[[int], None]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(site, tensor, g) of every quantized tensor of every image that is not in the sums yet, detached.
+
+        Arguments as for `fisher_table`. The sums are kept between images, and never after the last one, whose pass
+        shows the weights.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        device = next(self.probe.model.parameters()).device
+        if self.images_done:
+            generator.set_state(self._sums.pop(_GENERATOR))
+            self._sums = {name: value.to(device) for name, value in self._sums.items()}
+        with self.probe.watched() as seen:
+            for image in images[self.images_done :]:
+                if self.images_done:
+                    self.partial.save(self.images_done, lambda: self._sums | {_GENERATOR: generator.get_state()})
+                logits = self.probe.logits(image.detach().requires_grad_())
+                tensors = [tensor for _, tensor in seen]
+                grads = torch.autograd.grad(logits, tensors, signed_answer(logits, generator), allow_unused=True)
+                for (site, tensor), grad in zip(seen, grads, strict=True):
+                    if self.probe.sites[site].role == "weight":
+                        self.weights[site] = tensor.detach()
+                    if grad is not None:
+                        yield site, tensor.detach(), grad
+                seen.clear()
+                self.images_done += 1
+                progress(self.images_done)
+
+
+_GENERATOR = "generator"
 
 
 def fisher_table(
-    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None]
+    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None], partial: Partial
 ) -> dict[str, NDArray[np.float64]]:
     """Ω by site: (heads, widths).
 
@@ -68,25 +121,23 @@ def fisher_table(
         images: One by one, each (1, channels, height, width).
         seed: Of the random signs.
         progress: Called with the number of images after each.
+        partial: Keeps the sums over the images.
     """
-    table = {site: np.zeros((probe.heads(site), len(probe.widths))) for site in probe.quantizers}
-    fisher: dict[str, Tensor] = {}
-    weights: dict[str, Tensor] = {}
-    for site, tensor, grad in signed_gradients(probe, images, seed, progress):
+    sums = Sums(probe, partial)
+    for site, tensor, grad in sums.gradients(images, seed, progress):
         if probe.sites[site].role == "weight":
-            weights[site] = tensor
-            fisher[site] = grad.square() if site not in fisher else fisher[site].addcmul_(grad, grad)
+            sums.add_square(f"squares:{site}", grad)
         else:
-            _add(probe, site, tensor, grad.abs(), table[site])
-    for site, total in fisher.items():
-        _add(probe, site, weights[site], total.sqrt(), table[site])
-    return {site: values * (0.5 / len(images)) for site, values in table.items()}
+            sums.add(site, _weighted_errors(probe, site, tensor, grad.abs()))
+    for site, weight in sums.weights.items():
+        sums.add(site, _weighted_errors(probe, site, weight, sums[f"squares:{site}"].sqrt()))
+    return {site: sums.table(site, site) * (0.5 / len(images)) for site in probe.quantizers}
 
 
-def _add(probe: Probe, site: str, tensor: Tensor, importance: Tensor, into: NDArray[np.float64]) -> None:
-    """Adds Σ (importance · error)² per head, for every width."""
+def _weighted_errors(probe: Probe, site: str, tensor: Tensor, importance: Tensor) -> Tensor:
+    """Σ (importance · error)² per head and width."""
     viewed = probe.quantizers[site].view(importance)
-    sums = [probe.squares_per_head(site, error.mul_(viewed)) for error in probe.errors(site, tensor)]
-    found = torch.stack(sums, dim=1).double()
+    columns = [probe.squares_per_head(site, error.mul_(viewed)) for error in probe.errors(site, tensor)]
+    found = torch.stack(columns, dim=1).double()
     require_finite(site, found, "gradients")
-    into += found.cpu().numpy()
+    return found

@@ -27,32 +27,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from qvit.sensitivity.fisher import signed_gradients
+from qvit.sensitivity.fisher import Sums
+from qvit.sensitivity.partial import Partial
 from qvit.sensitivity.probe import Probe, require_finite
 
 
 def hessian_table(
-    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None]
+    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None], partial: Partial
 ) -> dict[str, NDArray[np.float64]]:
     """Ω by site: (heads, widths); arguments as for `fisher.fisher_table`."""
-    table = {site: np.zeros((probe.heads(site), len(probe.widths))) for site in probe.quantizers}
-    traces = {site: np.zeros(probe.heads(site)) for site in probe.quantizers}
-    weights: dict[str, Tensor] = {}
-    for site, tensor, grad in signed_gradients(probe, images, seed, progress):
-        found = probe.squares_per_head(site, probe.quantizers[site].view(grad)).double()
-        require_finite(site, found, "gradients")
-        trace = found.cpu().numpy()
+    sums = Sums(probe, partial)
+    for site, tensor, grad in sums.gradients(images, seed, progress):
+        trace = probe.squares_per_head(site, probe.quantizers[site].view(grad)).double()
+        require_finite(site, trace, "gradients")
         if probe.sites[site].role == "weight":
-            weights[site] = tensor
-            traces[site] += trace
+            sums.add(f"trace:{site}", trace)
         else:
-            table[site] += trace[:, None] * _mean_squares(probe, site, tensor)
-    for site, weight in weights.items():
-        table[site] = traces[site][:, None] * _mean_squares(probe, site, weight)
-    return {site: values * (0.5 / len(images)) for site, values in table.items()}
+            sums.add(site, trace[:, None] * _mean_squares(probe, site, tensor))
+    for site, weight in sums.weights.items():
+        sums.add(site, sums[f"trace:{site}"][:, None] * _mean_squares(probe, site, weight))
+    return {site: sums.table(site, site) * (0.5 / len(images)) for site in probe.quantizers}
 
 
-def _mean_squares(probe: Probe, site: str, tensor: Tensor) -> NDArray[np.float64]:
+def _mean_squares(probe: Probe, site: str, tensor: Tensor) -> Tensor:
     """||t̂ - t||²/n by head and width; n is the number of elements of a head."""
     columns = [probe.squares_per_head(site, error) for error in probe.errors(site, tensor)]
-    return torch.stack(columns, dim=1).double().cpu().numpy() * (probe.heads(site) / tensor.numel())
+    return torch.stack(columns, dim=1).double() * (probe.heads(site) / tensor.numel())

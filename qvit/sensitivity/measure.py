@@ -28,6 +28,7 @@ from qvit.sensitivity.fisher import fisher_table
 from qvit.sensitivity.hessian import hessian_table
 from qvit.sensitivity.kl import kl_table
 from qvit.sensitivity.learned import learned_table
+from qvit.sensitivity.partial import Partial
 from qvit.sensitivity.probe import Probe
 from qvit.sensitivity.table import Sensitivity, check_widths
 
@@ -62,7 +63,7 @@ def measure_sensitivity(
         plan: Grids and granularity to measure with, as a plan, preset or file; default: those of the sites. Its widths
             play no part; sites that it leaves in float are not measured.
         progress: Called with what is done and how much there is: images, or sites for `kl`.
-        partial: File beside the result for what metric `kl` has measured; a repeated call goes on from there.
+        partial: File for what has been measured so far; a repeated call goes on from there (see `partial.py`).
         name: The model's name for the record; default: timm's.
 
     Raises:
@@ -110,10 +111,11 @@ def _measured(
         if progress is not None:
             progress(count, total)
 
+    kept = Partial(None if partial is None else Path(partial), probe, batches, metric, seed)
     if metric == "kl":
-        return kl_table(probe, batches, report, None if partial is None else Path(partial))
+        return kl_table(probe, batches, report, kept)
     images = [image for batch in batches for image in batch.split(1)]
-    return (fisher_table if metric == "fisher" else hessian_table)(probe, images, seed, report)
+    return (fisher_table if metric == "fisher" else hessian_table)(probe, images, seed, report, kept)
 
 
 def _checked(batches: Iterable[Tensor]) -> list[Tensor]:

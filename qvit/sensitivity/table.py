@@ -19,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,17 @@ class Sensitivity:
                     f"site '{name}' has {sites[name].layout.num_heads} head(s), the sensitivity gives {len(values)}: "
                     f"it was measured on {self.model}"
                 )
+
+    def at_widths(self, widths: Iterable[int]) -> Sensitivity:
+        """The same for fewer candidate widths. Raises UsageError for one that was not measured."""
+        kept = check_widths(widths)
+        if missing := [width for width in kept if width not in self.widths]:
+            measured = ", ".join(map(str, self.widths))
+            raise UsageError(f"{missing[0]} bit was not measured; this sensitivity has the widths {measured}")
+        columns = [self.widths.index(width) for width in kept]
+        raw = {site: values[:, columns] for site, values in self.raw.items()}
+        fields = {name: getattr(self, name) for name in ("model", "metric", "images", "seed", "seconds", "plan")}
+        return Sensitivity.from_raw(raw, widths=kept, type_normalised=self.type_normalised, **fields)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data in the format above."""
