@@ -147,7 +147,7 @@ def test_the_regularizer_waits_for_the_widths(tmp_path: Path) -> None:
     assert isinstance(method.remedy, Regularizer) and method.remedy.start == 0.5
     penalty = method.penalty(0)
     assert penalty is not None
-    assert penalty.item() == pytest.approx(50 * float((method.bit_operations() / method.limit - 1).clamp_min(0)) ** 2)
+    assert penalty.item() == pytest.approx(50 * (method.bit_operations() / method.limit - 1).clamp_min(0).item() ** 2)
 
 
 @pytest.mark.parametrize("method", ["vvtq", "qvit+vvtq"])

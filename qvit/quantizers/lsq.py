@@ -49,6 +49,8 @@ class LSQQuantizer(Quantizer):
     """
 
     candidates: Tensor
+    groups: tuple[int, ...]
+    num_groups: int
     splits_tokens: ClassVar[bool] = True
 
     def __init__(self, spec: TensorSpec, layout: Layout) -> None:
@@ -59,8 +61,8 @@ class LSQQuantizer(Quantizer):
         shape = (*self.scale_shape, max(1, len(self.bank_widths)))
         self.scale = nn.Parameter(torch.full(shape, math.nan))
         self.offset = None if spec.symmetric else nn.Parameter(torch.zeros(shape))
-        self.groups: tuple[int, ...] = tuple(torch.broadcast_shapes(self.scale_shape, tuple(self.bit_width.shape)))
-        self.num_groups: int = math.prod(self.groups)
+        self.groups = tuple(torch.broadcast_shapes(self.scale_shape, tuple(self.bit_width.shape)))
+        self.num_groups = math.prod(self.groups)
 
     def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
         return FakeQuantize.apply(
