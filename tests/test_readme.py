@@ -22,6 +22,7 @@ import typer.main
 from qvit.cli import app, main
 from qvit.methods.lsq import LSQOptions
 from qvit.methods.qvit import QViTOptions
+from qvit.methods.vvtq import VVTQOptions
 from qvit.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +155,7 @@ def settings_in(text: str) -> set[tuple[str, str]]:
 
 def test_settings_in_command_lines_exist() -> None:
     known = set(TrainConfig.model_fields) | set(QViTOptions.model_fields) | set(LSQOptions.model_fields)
+    known |= set(VVTQOptions.model_fields)
     for document in DOCUMENTS:
         assert {key for key, _ in settings_in(document.read_text("utf-8"))} <= known, document
 
@@ -170,7 +172,12 @@ def rows_of(section: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("section", "model"),
-    [("Settings", TrainConfig), ("Options of `qvit`", QViTOptions), ("Options of `lsq` and `lsq+`", LSQOptions)],
+    [
+        ("Settings", TrainConfig),
+        ("Options of `qvit`", QViTOptions),
+        ("Options of `lsq` and `lsq+`", LSQOptions),
+        ("Options of `vvtq` and `qvit+vvtq`", VVTQOptions),
+    ],
 )
 def test_tables_of_options_are_those_of_the_code(section: str, model: Any) -> None:
     rows = rows_of(section)

@@ -24,6 +24,7 @@ from qvit.training.recipe import config_from_recipe, merged, read_recipe
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 IMAGENET = [recipe for recipe in RECIPES if not recipe.stem.startswith("digits")]
+VVTQ = [recipe for recipe in IMAGENET if recipe.stem.endswith("vvtq")]
 # The float model, LSQ+ and Q-ViT: top-1 in percent and G bit operations, Q-ViT paper, Table 1.
 PUBLISHED = {
     "deit-tiny-4bit": ("72.86", ("72.46", "21.5"), ("72.79", "21.4")),
@@ -32,6 +33,15 @@ PUBLISHED = {
     "deit-small-3bit": ("79.92", ("77.76", "44.6"), ("78.08", "45.7")),
     "swin-tiny-4bit": ("80.90", ("80.47", "72.6"), ("80.59", "70.1")),
     "swin-tiny-3bit": ("80.90", ("78.96", "41.3"), ("79.45", "40.8")),
+}
+# The float model and VVTQ: top-1 in percent, README of its public code.
+PUBLISHED_VVTQ = {
+    "deit-tiny-4bit": ("73.75", "74.71"),
+    "deit-tiny-3bit": ("73.75", "71.22"),
+    "deit-tiny-2bit": ("73.75", "59.73"),
+    "swin-tiny-4bit": ("81.0", "82.42"),
+    "swin-tiny-3bit": ("81.0", "81.37"),
+    "swin-tiny-2bit": ("81.0", "77.66"),
 }
 
 
@@ -58,6 +68,8 @@ def test_every_model_budget_and_method_has_its_recipe() -> None:
     expected = {
         f"{base}-{method}{kind}" for base in PUBLISHED for method in ("lsq+", "qvit") for kind in ("", "-paper")
     }
+    expected |= {f"{base}-vvtq" for base in PUBLISHED_VVTQ}
+    expected |= {f"{base}-qvit+vvtq" for base in PUBLISHED_VVTQ if not base.endswith("4bit")}
     assert {recipe.stem for recipe in RECIPES} == expected | {"digits-float", "digits-3bit-qvit"}
 
 
@@ -83,12 +95,18 @@ def test_headers_say_how_to_run_what_it_takes_and_what_to_expect(recipe: Path) -
     assert set(says) == {"command", "hours", "published", "budget"}
     assert f"recipes/{recipe.name}" in says["command"] and "--out runs/" in says["command"]
     assert max(map(len, recipe.read_text("utf-8").splitlines())) <= 120
-    if recipe in IMAGENET:
+    if recipe in VVTQ:
+        floating, top1 = PUBLISHED_VVTQ[recipe.stem.rpartition("-")[0]]
+        own = "uniform widths reach" in says["published"]
+        assert own == ("qvit+" in recipe.stem) and f"{top1} % top-1 (Huang et al. 2023" in says["published"]
+        assert f"float {floating} %" in says["published"]
+    elif recipe in IMAGENET:
         base, _, method = re.sub("-paper$", "", recipe.stem).partition("bit-")
         floating, uniform, learned = PUBLISHED[base + "bit"]
         top1, giga = learned if method == "qvit" else uniform
         assert says["published"].startswith(f"{top1} % top-1 at {giga} G bit operations (Li et al. 2022")
         assert "Table 1" in says["published"] and f"float {floating} %" in says["published"]
+    if recipe in IMAGENET:
         assert "an estimate, not measured" in says["hours"] and "--data PATH/TO/imagenet" in says["command"]
 
 
@@ -99,7 +117,7 @@ def test_hours_follow_from_the_formula(recipe: Path) -> None:
         int(n) for n in re.findall(r"(\d+) to (\d+) on one GPU, (\d+) to (\d+) on eight", text)[0]
     )
     macs = float(re.findall(r"\(([\d.]+) G\)", text)[0]) * 1e9
-    seconds = 6 * macs * 1_281_167 * 300 / 5e12
+    seconds = 6 * macs * 1_281_167 * config_of(recipe).epochs / 5e12
     assert low == pytest.approx(1.5 * seconds / 3600, abs=5.1) and high == pytest.approx(2 * seconds / 3600, abs=5.1)
     assert low8 == pytest.approx(low / 8, abs=0.51) and high8 == pytest.approx(high / 8, abs=0.51)
 
@@ -132,10 +150,27 @@ def test_the_paper_s_training(recipe: Path) -> None:
     assert method.options.penalty_widths == "rounded" and method.options.scales == "per-head"
 
 
+@pytest.mark.parametrize("recipe", VVTQ, ids=ids)
+def test_the_training_of_vvtq(recipe: Path) -> None:
+    """The command and the defaults of its public code; the labels are the run's own teacher's."""
+    config = config_of(recipe)
+    assert (config.opt, config.lr, config.batch_size, config.epochs) == ("adamw", 5e-4, 512, 150)
+    assert (config.sched, config.min_lr, config.warmup_epochs, config.weight_decay) == ("cosine", 0.0, 0, 1e-4)
+    assert config.model_kwargs == {"drop_path_rate": 0.1} and config.stochastic_depth and config.distill == 1.0
+    assert config.mixup == config.cutmix == config.label_smoothing == 0 and config.augment == "light"
+    assert config.method_options == {}, "the defaults of the method are those of the public code"
+    uniform = read_recipe(recipe.with_name(recipe.name.replace("qvit+", "")))
+    assert read_recipe(recipe) == uniform | {"method": config.method}
+
+
 def test_the_documentation_lists_them_all() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text("utf-8")
     for recipe in RECIPES:
         assert f"`{recipe.stem}`" in text, recipe.stem
+    for base, (floating, top1) in PUBLISHED_VVTQ.items():
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| `{base}-vvtq`"))
+        hours = re.findall(r"\d+ to \d+ on eight", header(ROOT / "recipes" / f"{base}-vvtq.toml")["hours"])[0]
+        assert top1 in row and floating in row and hours.removesuffix(" on eight") in row
     for base, (floating, uniform, learned) in PUBLISHED.items():
         for method, (top1, giga) in (("lsq+", uniform), ("qvit", learned)):
             (row,) = (line for line in text.splitlines() if line.startswith(f"| `{base}-{method}`"))

@@ -8,7 +8,7 @@ calibration, loop, evaluation, files - is the same for all methods.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -20,6 +20,7 @@ from qvit.training.config import TrainConfig, validated
 from qvit.training.hooks import NoHooks
 from qvit.training.loop import Trainer
 
+M = TypeVar("M", bound="Method")
 _REGISTRY: dict[str, type[Method]] = {}
 
 
@@ -65,10 +66,10 @@ class Method(NoHooks):
         return self.config.lr
 
 
-def register_method(*names: str) -> Callable[[type[Method]], type[Method]]:
+def register_method(*names: str) -> Callable[[type[M]], type[M]]:
     """Class decorator: makes a method available under `names`."""
 
-    def register(cls: type[Method]) -> type[Method]:
+    def register(cls: type[M]) -> type[M]:
         for name in names:
             _REGISTRY[name] = cls
         return cls

@@ -18,7 +18,7 @@ Shapes: `bit_width` is `()` or one number per head, shaped to broadcast against 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +29,14 @@ from qvit.quantizers.observers import HistogramObserver
 from qvit.quantizers.ranges import observer_class
 from qvit.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
 
+Q = TypeVar("Q", bound="Quantizer")
 _REGISTRY: dict[str, type[Quantizer]] = {}
 
 
-def register_quantizer(name: str) -> Callable[[type[Quantizer]], type[Quantizer]]:
+def register_quantizer(name: str) -> Callable[[type[Q]], type[Q]]:
     """Class decorator: makes a quantizer available as `TensorSpec(quantizer=name)`."""
 
-    def register(cls: type[Quantizer]) -> type[Quantizer]:
+    def register(cls: type[Q]) -> type[Q]:
         _REGISTRY[name] = cls
         return cls
 
