@@ -7,6 +7,7 @@ from qvit.quantizers.base import Quantizer, create_quantizer, quantizers_of, reg
 from qvit.quantizers.log2 import Log2Quantizer, LogSqrt2Quantizer
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.observers import HistogramObserver
+from qvit.quantizers.statsq import StatsQuantizer
 
 __all__ = [
     "HistogramObserver",
@@ -14,6 +15,7 @@ __all__ = [
     "Log2Quantizer",
     "LogSqrt2Quantizer",
     "Quantizer",
+    "StatsQuantizer",
     "create_quantizer",
     "quantizers_of",
     "register_quantizer",
