@@ -1,6 +1,6 @@
 """StatsQ: a weight quantizer whose scale is a statistic of the weights and not a parameter.
 
-    s = 2·mean|w|        Δ = s / 2^(b-1)        x̂ = Δ·(q + 1/2)        q = round(clamp(w/Δ - 1/2, -2^(b-1), 2^(b-1) - 1))
+    s = 2·mean|w|      Δ = s/2^(b-1)      x̂ = Δ·(q + 1/2)      q = round(clamp(w/Δ - 1/2, -2^(b-1), 2^(b-1) - 1))
 
 Oscillation-free quantization (OFQ, Liu et al., ICML 2023, section 3.2): a learned scale moves with each oscillating
 weight and carries others over their rounding boundary; the mean of all magnitudes hardly moves. Levels are half-way
