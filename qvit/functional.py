@@ -158,7 +158,7 @@ def fake_quantize(
     bit_width: Tensor,
     signed: bool,
     offset: Float[Tensor, "..."] | None = None,
-    elements_per_scale: int | None = None,
+    elements_per_scale: Tensor | int | None = None,
 ) -> Float[Tensor, "..."]:
     """Quantizes and dequantizes `x`: the plain reference, differentiated by autograd.
 
@@ -169,8 +169,8 @@ def fake_quantize(
             (Q-ViT).
         signed: See `integer_range`.
         offset: LSQ+'s β in float units; None for a grid that contains zero.
-        elements_per_scale: n of LSQ's gradient factor 1/sqrt(n·quant_max); None leaves the gradient of `scale` as it
-            is.
+        elements_per_scale: n of LSQ's gradient factor 1/sqrt(n·quant_max), a number or one for each scale; None leaves
+            the gradient of `scale` as it is.
     """
     quant_min, quant_max = integer_range(bit_width, signed)
     if elements_per_scale is not None:
@@ -260,7 +260,7 @@ def switchable_fake_quantize(
     candidates: Float[Tensor, " W"],
     limits: tuple[int, int] | None,
     signed: bool,
-    elements_per_scale: int | None,
+    elements_per_scale: Tensor | int | None,
 ) -> Float[Tensor, "..."]:
     """`fake_quantize` with the scale of the current width (Q-ViT section 3.3): the plain reference of `FakeQuantize`.
 
@@ -300,13 +300,14 @@ class FakeQuantize(torch.autograd.Function):
         candidates: Tensor,
         limits: tuple[int, int] | None,
         signed: bool,
-        elements_per_scale: int | None,
+        elements_per_scale: Tensor | int | None,
     ) -> Tensor:
         width = bit_width if limits is None else bit_width.clamp(*limits).round()
         scale = pick_column(scales, width, candidates).clamp_min(SMALLEST_SCALE)
         offset = None if offsets is None else pick_column(offsets, width, candidates)
-        ctx.save_for_backward(x, scale, offset, width, scales, bit_width, candidates)
-        ctx.limits, ctx.signed, ctx.elements_per_scale = limits, signed, elements_per_scale
+        shares = elements_per_scale if isinstance(elements_per_scale, Tensor) else None
+        ctx.save_for_backward(x, scale, offset, width, scales, bit_width, candidates, shares)
+        ctx.limits, ctx.signed, ctx.count = limits, signed, elements_per_scale if shares is None else None
         quant_min, quant_max = integer_range(width, signed)
         u = _in_steps(x, scale, offset)
         values = torch.minimum(torch.maximum(u, quant_min), quant_max).round_().mul_(scale)
@@ -315,7 +316,7 @@ class FakeQuantize(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset, width, scales, bit_width, candidates = ctx.saved_tensors
+        x, scale, offset, width, scales, bit_width, candidates, shares = ctx.saved_tensors
         grad = _wide(grads[0])
         quant_min, quant_max = integer_range(width, ctx.signed)
         u = _in_steps(x, scale, offset)
@@ -325,8 +326,9 @@ class FakeQuantize(torch.autograd.Function):
         shape = _shape_of(grad, scale, quant_max)
         clipped = (grad_clipped * clamped).sum_to_size(shape)
         grad_scale = clamped.round().sub_(clamped).mul_(grad).sum_to_size(shape) + clipped
-        if ctx.elements_per_scale is not None:
-            grad_scale = grad_scale * torch.rsqrt(ctx.elements_per_scale * quant_max)
+        elements = ctx.count if shares is None else shares
+        if elements is not None:
+            grad_scale = grad_scale * torch.rsqrt(elements * quant_max)
         grad_scales = _to_bank(grad_scale, scales, width, candidates)
         grad_offsets = grad_width = None
         if offset is not None or ctx.limits is not None:

@@ -23,7 +23,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qvit.errors import UsageError, nearest
 
@@ -43,6 +43,7 @@ class PerHead:
     """One scale per attention head; allowed where the site has heads."""
 
 
+ScaleGradient = Literal["count", "norm", "norm-squared", "count-linear"]
 Granularity = PerTensor | PerChannel | PerHead
 GRANULARITIES: dict[str, Granularity] = {"per-tensor": PerTensor(), "per-channel": PerChannel(), "per-head": PerHead()}
 
@@ -99,6 +100,8 @@ class TensorSpec:
         switchable_scale: One scale per width of `bit_width_range` (Q-ViT, section 3.3) instead of one for all widths.
         width_gradient: How the task's gradient reaches a learned width: through the clipping limits (Q-ViT) or by
             interpolation between the two neighbouring widths (FracBits, Yang and Jin 2021).
+        scale_gradient: n of the factor 1/sqrt(n·quant_max) on the gradient of an LSQ scale (`quantizers/lsq.py`): the
+            `count` of the elements, the `norm` Σ|x| of what is quantized or its square (VVTQ), or `count-linear`.
         quantizer: Registered name of the quantizer.
         token_bit_width: A lower width for the less important tokens; None: all tokens alike. Needs switchable scales.
     """
@@ -111,6 +114,7 @@ class TensorSpec:
     granularity: Granularity = field(default_factory=PerTensor)
     switchable_scale: bool = False
     width_gradient: Literal["clipping", "interpolation"] = "clipping"
+    scale_gradient: ScaleGradient = "count"
     quantizer: str = "lsq"
     token_bit_width: TokenSplit | None = None
 
@@ -145,6 +149,10 @@ class TensorSpec:
             raise UsageError("an asymmetric spec has an unsigned grid and an offset: set signed=False")
         if self.width_gradient not in ("clipping", "interpolation"):
             raise UsageError(f"width_gradient {self.width_gradient!r} must be 'clipping' or 'interpolation'")
+        if self.scale_gradient not in get_args(ScaleGradient):
+            raise UsageError(
+                f"scale_gradient {self.scale_gradient!r} must be one of {', '.join(get_args(ScaleGradient))}"
+            )
         if self.token_bit_width is not None:
             self._check_tokens(self.token_bit_width)
 
@@ -200,8 +208,10 @@ class TensorSpec:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values["granularity"] = next(name for name, value in GRANULARITIES.items() if value == self.granularity)
         split = values.pop("token_bit_width")
-        if split is not None:  # left out otherwise: plans without token groups read as they always did
+        if split is not None:  # left out otherwise, as the next: plans without them read as they always did
             values["token_bit_width"] = dataclasses.asdict(split)
+        if self.scale_gradient == "count":
+            del values["scale_gradient"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 

@@ -50,7 +50,7 @@ class LSQMethod(Method):
                 f"method '{self.config.method}' needs either --budget, such as 4bit, or --plan, such as w4a4"
             )
         if self.config.plan is not None:
-            plan = plan_from(self.config.plan).resolve(cost.sites)
+            plan = plan_from(self.config.plan)
         else:
             assert self.config.budget is not None
             parse_budget(self.config.budget, cost)
@@ -61,10 +61,12 @@ class LSQMethod(Method):
                     f"give a budget such as '4bit', or a --plan; '{self.config.budget}' needs method qvit"
                 )
             plan = QuantPlan.preset(f"w{match[1]}a{match[1]}")
+        plan = plan.resolve(cost.sites)
+        quantized = [site for site in cost.sites.values() if plan.sites[site.name] is not None]
         if self.config.method == "lsq":
-            plan = plan.with_rules(*symmetric_rules(cost.sites.values()))
+            plan = plan.with_rules(*symmetric_rules(quantized))
         return plan.with_rules(
-            *offset_rules(self.options.asymmetric), *scale_rules(self.options.scales, cost.sites.values())
+            *offset_rules(self.options.asymmetric), *scale_rules(self.options.scales, quantized)
         ).resolve(cost.sites)
 
     def budget(self, cost: CostModel) -> int | None:

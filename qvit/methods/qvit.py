@@ -108,7 +108,7 @@ class QViTMethod(Method):
 
     def budget(self, cost: CostModel) -> int:
         if self.config.budget is None:
-            raise UsageError("method 'qvit' needs a --budget, such as 4bit or 21.455G")
+            raise UsageError(f"method '{self.config.method}' needs a --budget, such as 4bit or 21.455G")
         return parse_budget(self.config.budget, cost)
 
     def plan(self, cost: CostModel) -> QuantPlan | None:
@@ -147,7 +147,7 @@ class QViTMethod(Method):
                 )
             )
         rules += [*offset_rules(self.options.asymmetric), *scale_rules(self.options.scales, cost.sites.values())]
-        return start.with_rules(*rules, name=f"qvit-{self.config.budget}").resolve(cost.sites)
+        return start.with_rules(*rules, name=f"{self.config.method}-{self.config.budget}").resolve(cost.sites)
 
     @property
     def width_lr(self) -> float:
@@ -161,7 +161,7 @@ class QViTMethod(Method):
         self.order = [name for name in cost.sites if name in dict(quantizers_of(model))]
         if len(self.order) != len(cost.sites):
             raise UsageError(
-                "method 'qvit' learns the widths of all sites: "
+                f"method '{self.config.method}' learns the widths of all sites: "
                 "a plan that leaves tensors in float can be trained with lsq+"
             )
         found = dict(quantizers_of(model))
@@ -180,7 +180,7 @@ class QViTMethod(Method):
         widths = clamp_inward(torch.cat([q.bit_width.flatten() for q in self.quantizers]), LOW, HIGH)
         return self.differentiable(round_ste(widths) if self.options.penalty_widths == "rounded" else widths)
 
-    def penalty(self) -> Tensor | None:
+    def penalty(self, step: int = 0) -> Tensor | None:
         if not self.quantizers[0].learns_width:
             return None
         if self.options.penalty == "absolute":

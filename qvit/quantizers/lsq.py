@@ -3,6 +3,7 @@
     LSQ    Esser et al., Learned Step Size Quantization, ICLR 2020     scale learned, gradient × 1/sqrt(n·quant_max)
     LSQ+   Bhalgat et al., CVPR Workshops 2020                         offset learned, where the spec is asymmetric
     Q-ViT  Li et al. 2022, arXiv 2201.07703, section 3.3               one scale (and offset) per candidate width
+    VVTQ   Huang et al. 2023, arXiv 2307.00331                         other n in 1/sqrt(n·quant_max), see below
 
 `scale` and `offset` are banks of shape `scale_shape + (W,)`: W = 7 for switchable scales of widths 2…8, else 1. The
 column of the current width is picked by a one-hot product, in the graph, so that a width can move without recompiling
@@ -14,6 +15,11 @@ While a width is learned by interpolation (FracBits, Yang and Jin 2021, eq. 3), 
     x̂ = (1 - f)·q(x; l) + f·q(x; l+1)            ∂x̂/∂b̃ = q(x; l+1) - q(x; l)
 
 so every element contributes, not only clipped ones.
+
+n of the gradient's factor, by `TensorSpec.scale_gradient`, for the N elements x that share a scale and a width:
+
+    count   N (LSQ)        count-linear   N·quant_max, so 1/(sqrt(N)·quant_max) (activations in VVTQ's public code)
+    norm    Σ|x| (weights in VVTQ's public code)        norm-squared   (Σ|x|)², so 1/(Σ|x|·sqrt(quant_max)) (its paper)
 
 Initialisation minimises the squared error separately for every width (`observers.py`), as the Q-ViT authors do in place
 of LSQ's 2·mean|x|/sqrt(quant_max).
@@ -27,7 +33,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from qvit.functional import SMALLEST_SCALE, FakeQuantize, pick_column
+from qvit.functional import SMALLEST_SCALE, FakeQuantize, integer_range, pick_column
 from qvit.quantizers.base import Quantizer, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
 from qvit.spec import Layout, TensorSpec
@@ -53,14 +59,38 @@ class LSQQuantizer(Quantizer):
         shape = (*self.scale_shape, max(1, len(self.bank_widths)))
         self.scale = nn.Parameter(torch.full(shape, math.nan))
         self.offset = None if spec.symmetric else nn.Parameter(torch.zeros(shape))
-        groups = torch.broadcast_shapes(self.scale_shape, tuple(self.bit_width.shape))
-        self.num_groups = math.prod(groups)
+        self.groups: tuple[int, ...] = tuple(torch.broadcast_shapes(self.scale_shape, tuple(self.bit_width.shape)))
+        self.num_groups: int = math.prod(self.groups)
 
     def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
-        elements = x.numel() * self.batch_parts // self.num_groups
         return FakeQuantize.apply(
-            x, self.scale, self.offset, bit_width, self.candidates, limits, self.spec.signed, elements
+            x,
+            self.scale,
+            self.offset,
+            bit_width,
+            self.candidates,
+            limits,
+            self.spec.signed,
+            self._elements_per_scale(x, bit_width, limits),
         )
+
+    @torch.no_grad()
+    def _elements_per_scale(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None) -> Tensor | int:
+        """n of the gradient's factor; activations are counted over the parts of the step's batch."""
+        form = self.spec.scale_gradient
+        if form in ("norm", "norm-squared"):
+            norm = x.abs().sum_to_size(self.groups).to(self.scale.dtype) * self.batch_parts
+            norm = norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.25)
+            return norm.square() if form == "norm-squared" else norm
+        count = x.numel() * self.batch_parts // self.num_groups
+        if form == "count":
+            return count
+        width = bit_width if limits is None else bit_width.clamp(*limits).round()
+        return count * integer_range(width, self.spec.signed)[1]
+
+    def active_scale(self) -> Tensor:
+        """The scale of the current width, differentiable; `grid` returns the same, detached."""
+        return pick_column(self.scale, self.integer_bit_width(), self.candidates).clamp_min(SMALLEST_SCALE)
 
     def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
         if bit_width is not None or not self.learns_width:
@@ -77,7 +107,7 @@ class LSQQuantizer(Quantizer):
     def grid(self) -> tuple[Tensor, Tensor | None]:
         width = self.integer_bit_width()
         offset = None if self.offset is None else pick_column(self.offset, width, self.candidates)
-        return pick_column(self.scale, width, self.candidates).clamp_min(SMALLEST_SCALE), offset
+        return self.active_scale(), offset
 
     @torch.no_grad()
     def initialize(self, observer: HistogramObserver) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from qvit.errors import QvitError
 from qvit.files import write_atomically
-from qvit.report import sections
+from qvit.report import oscillation, sections
 from qvit.report.markup import Canvas, escape, folded, table
 from qvit.report.runs import Run
 from qvit.report.sections import run_name
@@ -62,6 +62,7 @@ def render_page(runs: Sequence[Run], *, title: str | None = None, summary: Mappi
         ("training", "Widths and budget during training", sections.training(groups, canvas)),
         ("freeze", "What freezing changed", sections.freeze(groups)),
         ("curves", "Training curves", sections.curves(groups, canvas)),
+        ("oscillation", "Oscillation and variation of weights", oscillation.weights(groups, canvas)),
         ("costs", "What costs how much", sections.costs(groups, canvas)),
     ]
     return document(heading, _header(runs, groups, summary or {}), parts, canvas)

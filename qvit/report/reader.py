@@ -23,7 +23,20 @@ from pathlib import Path
 from typing import Any
 
 from qvit.errors import QvitError
-from qvit.report.runs import Change, Cost, Epoch, Freeze, Log, Result, Run, SiteCost, SitePlan, Step
+from qvit.report.runs import (
+    Change,
+    Cost,
+    Diagnostics,
+    Epoch,
+    Freeze,
+    Log,
+    Result,
+    Run,
+    SiteCost,
+    SitePlan,
+    Step,
+    WeightRecord,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +236,7 @@ def _read_log(file: Path) -> Log:
         },
         steps=tuple(_parse_step(event) for event in of("step")),
         epochs=tuple(_parse_epoch(event) for event in of("epoch")),
+        diagnostics=tuple(_parse_diagnostics(event) for event in of("diagnostics")),
         freeze=next((_parse_freeze(event) for event in reversed(of("freeze"))), None),
         failure=failure,
         last_step=last_step,
@@ -245,6 +259,16 @@ def _parse_epoch(event: Mapping[str, Any]) -> Epoch:
         accuracy=_number(event.get("accuracy")),
         bit_operations=_number(event.get("bit_operations")),
         bit_widths={site: parsed for site, values in widths.items() if (parsed := _numbers(values))},
+    )
+
+
+def _parse_diagnostics(event: Mapping[str, Any]) -> Diagnostics:
+    sites = event.get("sites")
+    rows = {site: row for site, row in sites.items() if isinstance(row, dict)} if isinstance(sites, dict) else {}
+    keys = ("oscillating", "variation", "outliers")
+    return Diagnostics(
+        int(_number(event.get("step")) or 0),
+        {site: WeightRecord(*(_number(row.get(key)) for key in keys)) for site, row in rows.items()},
     )
 
 

@@ -66,6 +66,23 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class WeightRecord:
+    """A weight at the end of an epoch: its share of oscillating elements, its variation, its outliers."""
+
+    oscillating: float | None
+    variation: float | None
+    outliers: float | None
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """The weights of a model at the end of an epoch, by site."""
+
+    step: int
+    sites: Mapping[str, WeightRecord]
+
+
+@dataclass(frozen=True)
 class Change:
     """A width at the freeze: learned (real), rounded, and final after the plan was fitted into the budget."""
 
@@ -99,6 +116,7 @@ class Log:
     uniform_bit_operations: Mapping[int, float] = field(default_factory=dict)
     steps: tuple[Step, ...] = ()
     epochs: tuple[Epoch, ...] = ()
+    diagnostics: tuple[Diagnostics, ...] = ()
     freeze: Freeze | None = None
     failure: str | None = None
     last_step: int = 0

@@ -79,6 +79,7 @@ class TrainConfig(BaseModel):
     checkpoint_steps: int | None = Field(None, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     tensorboard: bool = False
+    diagnostics: bool = True
 
     @field_validator("data", "eval_data", "class_map", "weights", "plan", "teacher", "teacher_weights")
     @classmethod

@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
+from qvit.oscillation import Diagnostics, quantized_weights
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
@@ -109,6 +110,7 @@ class Trainer:
         self.criterion = SoftTargetCrossEntropy() if self.mixup else smooth
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
         _count_elements_of_whole_steps(model, self.processes.world_size * config.accumulate)
+        self.diagnostics = Diagnostics(model) if config.diagnostics and quantized_weights(model) else None
         self.wrapped: nn.Module | None = None
         self.compiled: Callable[[Tensor], Tensor] = model
         self.trained: list[int] = []
@@ -176,6 +178,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "sums": None if sums is None else {"parts": sums, "images": self.seen},
+            "hooks": self.hooks.state_dict(),
+            "diagnostics": self.diagnostics.state_dict() if self.diagnostics else {},
         }
         return save_checkpoint(self.run, state, keep=self.config.keep_checkpoints)
 
@@ -190,6 +194,10 @@ class Trainer:
             if state["sums"] is not None:
                 device = next(self.model.parameters()).device
                 self.sums, self.seen = state["sums"]["parts"].to(device), int(state["sums"]["images"])
+            if "hooks" in state:  # not in checkpoints of before there were such states
+                self.hooks.load_state_dict(state["hooks"])
+            if self.diagnostics:
+                self.diagnostics.load_state_dict(state.get("diagnostics", {}))
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise QvitError(
                 f"the checkpoint of {self.run} does not fit this run: {str(error).splitlines()[0]}"
@@ -256,6 +264,8 @@ class Trainer:
             seconds=seconds,
             **self.hooks.figures(every_width=True),
         )
+        if self.diagnostics:
+            self.log.write("diagnostics", epoch=epoch, step=self.step, sites=self.diagnostics.record())
         self.sums, self.seen = None, 0
 
     def _log_bad_images(self, epoch: int) -> None:
@@ -274,9 +284,13 @@ class Trainer:
             own = self._backward(batch, targets, 1 / len(batches), last=index + 1 == len(batches))
             parts = own if parts is None else parts + own
         assert parts is not None
+        self.hooks.before_step(self)
         if self.config.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
         self.optimizer.step()
+        self.hooks.after_step(self)
+        if self.diagnostics:
+            self.diagnostics.observe()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step_update(num_updates=step)
         if self.ema:
@@ -299,12 +313,13 @@ class Trainer:
             with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 logits = self.compiled(batch)
                 task = self._task_loss(logits.float(), labels, batch)
-            penalty = self.hooks.penalty()
+            task = task if share == 1 else task * share
+            penalty = self.hooks.penalty(self.step) if last else None
             loss = task if penalty is None else task + penalty.to(task.dtype)
-            (loss if share == 1 else loss * share).backward()
+            loss.backward()
         with torch.no_grad():
             correct = (logits.argmax(-1) == targets).sum()
-            parts = [loss * share, task * share, torch.zeros_like(task) if penalty is None else penalty * share]
+            parts = [loss, task, torch.zeros_like(task) if penalty is None else penalty]
             return torch.stack([part.detach().to(torch.float32) for part in (*parts, correct)])
 
     def _task_loss(self, logits: Tensor, labels: Tensor, batch: Tensor) -> Tensor:

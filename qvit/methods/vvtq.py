@@ -1,0 +1,135 @@
+"""VVTQ: variation-aware quantization of vision transformers (Huang et al. 2023, arXiv 2307.00331).
+
+    L = L_KD + λ(t)·L_OBR
+
+Transformers vary in three ways that make few bits hard: modules differ in how sensitive they are, weights and
+activations have outliers, and in training weights oscillate between grid points. Each has its answer:
+
+* Module-dependent quantization. Every module has its own scale, q, k and v each theirs (`scales`; one per head on
+  request), and the gradient of a weight's scale is divided by the weight's size, not by the number of its elements:
+  1/sqrt(Σ|w|·quant_max) (`scale_gradient`). Under Adam, which divides by the size of a gradient, a constant factor
+  cancels: what is left is that the factor follows the weights while they change. With SGD it acts in full.
+* Knowledge distillation from a strong teacher on several crops of each image, in place of labels (options of the run).
+* Oscillation-aware bin regularization, L_OBR, which draws weights to the middle of their bin, late in training
+  (`oscillation`; formulas and alternatives in `oscillation/remedies.py`).
+
+Grids are those of LSQ+: the GELU's output is unsigned with a learned offset, first and last layer have 8 bits. All
+widths are the budget's; `qvit+vvtq` learns them as Q-ViT does (`qvit.py`), with its scales per head, and starts the
+remedy when they are frozen.
+
+Where this differs from the public code (HuangOwen/Quantization-Variation), and why:
+* Scales are fitted by calibration before processes start, activations too, by least squared error, the offset of the
+  GELU's output with them. There, activations start at 2·mean|x|/sqrt(2^(b-1) - 1) and offsets at 0, in one process.
+* Bins are told apart by integer codes; there, by comparing floats with multiples of the scale.
+* λ follows the steps, not the epochs.
+* The paper as we know it divides by Σ|w|·sqrt(quant_max) (`norm-squared`); the default is the code's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from qvit.cost import CostModel
+from qvit.methods.base import Method, MethodOptions, register_method
+from qvit.methods.lsq import LSQMethod
+from qvit.methods.qvit import QViTMethod, QViTOptions
+from qvit.oscillation import Remedy, RemedyOptions, create_remedy
+from qvit.plan import QuantPlan, Rule
+from qvit.spec import Site
+from qvit.training.loop import Trainer
+
+
+class VariationOptions(RemedyOptions, MethodOptions):
+    """What `vvtq` and `qvit+vvtq` have in common, beside `RemedyOptions`.
+
+    Attributes:
+        scale_gradient: Of weights: the `norm` Σ|w| (public code), its square (paper), or LSQ's `count` of elements.
+        activation_scale_gradient: `count-linear`, 1/(sqrt(N)·quant_max) (public code), or LSQ's `count`.
+    """
+
+    scale_gradient: Literal["norm", "norm-squared", "count"] = "norm"
+    activation_scale_gradient: Literal["count-linear", "count"] = "count-linear"
+
+
+class VVTQOptions(VariationOptions):
+    """Options of `vvtq`.
+
+    Attributes:
+        scales: `shared` by the heads of a tensor (public code), or `per-head`.
+        asymmetric: Patterns of further activation sites that get an offset.
+    """
+
+    scales: Literal["shared", "per-head"] = "shared"
+    asymmetric: tuple[str, ...] = ()
+
+
+class QViTVVTQOptions(QViTOptions, VariationOptions):
+    """Options of `qvit+vvtq`: those of `qvit`, and those that it shares with `vvtq`."""
+
+
+class _VariationAware(Method):
+    """What VVTQ adds to a method with learned scales: gradient factors, and a remedy against oscillation."""
+
+    options: VariationOptions
+    remedy: Remedy
+    total_steps: int
+
+    @property
+    def not_before(self) -> float:
+        """The share of training after which codes mean something."""
+        return 0.0
+
+    def plan(self, cost: CostModel) -> QuantPlan | None:
+        plan = super().plan(cost)
+        if plan is None:
+            return None
+        quantized = [site for site in cost.sites.values() if plan.sites[site.name] is not None]
+        return plan.with_rules(*gradient_rules(self.options, quantized)).resolve(cost.sites)
+
+    def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
+        super().attach(model, cost, steps_per_epoch)
+        self.total_steps = self.config.epochs * steps_per_epoch
+        self.remedy = create_remedy(model, self.options, self.not_before)
+
+    def penalty(self, step: int = 0) -> Tensor | None:
+        own, added = super().penalty(step), self.remedy.penalty(step / self.total_steps)
+        return own if added is None else added if own is None else own + added
+
+    def before_step(self, trainer: Trainer) -> None:
+        self.remedy.before_step(trainer.step / self.total_steps)
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.remedy.after_step((trainer.step + 1) / self.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.remedy.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.remedy.load_state_dict(state)
+
+
+@register_method("vvtq")
+class VVTQMethod(_VariationAware, LSQMethod):
+    """Uniform widths, module-dependent scales, a remedy against oscillation."""
+
+    Options = VVTQOptions
+
+
+@register_method("qvit+vvtq")
+class QViTVVTQMethod(_VariationAware, QViTMethod):
+    """Learned widths within a budget; once they are frozen, VVTQ's remedy."""
+
+    Options = QViTVVTQOptions
+
+    @property
+    def not_before(self) -> float:
+        return self.searching_epochs / self.config.epochs
+
+
+def gradient_rules(options: VariationOptions, sites: Iterable[Site]) -> list[Rule]:
+    """A rule per site with the factor of its scale's gradient."""
+    forms = {"weight": options.scale_gradient, "activation": options.activation_scale_gradient}
+    return [Rule(site.name, {"scale_gradient": forms[site.role]}) for site in sites]
