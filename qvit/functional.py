@@ -50,6 +50,21 @@ def round_ste(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return _RoundSTE.apply(x)
 
 
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def straight_through(x: Float[Tensor, "..."], values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Returns `values`, of the shape and dtype of `x`; the gradient goes to `x`, unchanged and everywhere."""
+    return _StraightThrough.apply(x, values)
+
+
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor | float) -> Tensor:

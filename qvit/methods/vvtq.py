@@ -70,10 +70,10 @@ class QViTVVTQOptions(QViTOptions, VariationOptions):
     """Options of `qvit+vvtq`: those of `qvit`, and those that it shares with `vvtq`."""
 
 
-class _VariationAware(Method):
-    """What VVTQ adds to a method with learned scales: gradient factors, and a remedy against oscillation."""
+class WithRemedy(Method):
+    """Adds a remedy against oscillation to a method with quantized weights, whose options are `RemedyOptions`, too."""
 
-    options: VariationOptions
+    options: RemedyOptions
     remedy: Remedy
     total_steps: int
 
@@ -81,13 +81,6 @@ class _VariationAware(Method):
     def not_before(self) -> float:
         """The share of training after which codes mean something."""
         return 0.0
-
-    def plan(self, cost: CostModel) -> QuantPlan | None:
-        plan = super().plan(cost)
-        if plan is None:
-            return None
-        quantized = [site for site in cost.sites.values() if plan.sites[site.name] is not None]
-        return plan.with_rules(*gradient_rules(self.options, quantized)).resolve(cost.sites)
 
     def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
         super().attach(model, cost, steps_per_epoch)
@@ -111,6 +104,19 @@ class _VariationAware(Method):
         self.remedy.load_state_dict(state)
 
 
+class _VariationAware(WithRemedy):
+    """What VVTQ adds to a method with learned scales: gradient factors, and a remedy against oscillation."""
+
+    options: VariationOptions
+
+    def plan(self, cost: CostModel) -> QuantPlan | None:
+        plan = super().plan(cost)
+        if plan is None:
+            return None
+        quantized = [site for site in cost.sites.values() if plan.sites[site.name] is not None]
+        return plan.with_rules(*gradient_rules(self.options, quantized)).resolve(cost.sites)
+
+
 @register_method("vvtq")
 class VVTQMethod(_VariationAware, LSQMethod):
     """Uniform widths, module-dependent scales, a remedy against oscillation."""
@@ -123,6 +129,7 @@ class QViTVVTQMethod(_VariationAware, QViTMethod):
     """Learned widths within a budget; once they are frozen, VVTQ's remedy."""
 
     Options = QViTVVTQOptions
+    searching_epochs: int
 
     @property
     def not_before(self) -> float:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qvit.bins import bin_regularizer
 from qvit.oscillation.tracking import Oscillations, codes_of, fits_int8
 from qvit.oscillation.weights import quantized_weights
-from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers import Quantizer
 
 
 class RemedyOptions(BaseModel):
@@ -110,7 +110,7 @@ class Regularizer(Remedy):
         return self.loss() * strength if strength > 0 else None
 
 
-def _regularized(quantizer: LSQQuantizer, weight: Tensor) -> Tensor:
+def _regularized(quantizer: Quantizer, weight: Tensor) -> Tensor:
     offset = quantizer.grid()[1]
     widths = quantizer.spec.bit_width_range if quantizer.learns_width else quantizer.spec.widths
     bits = quantizer.integer_bit_width().detach()
@@ -198,7 +198,7 @@ class Annealing(Remedy):
                 own.parameter.grad.mul_(free)
             self.held.append((free, own.parameter.detach().clone()))
 
-    def _near_boundary(self, quantizer: LSQQuantizer, weight: Tensor) -> Tensor:
+    def _near_boundary(self, quantizer: Quantizer, weight: Tensor) -> Tensor:
         """Whether rounding would change within the distance; beyond the grid there are no boundaries."""
         scale, offset = quantizer.grid()
         u = (weight if offset is None else weight - offset) / scale

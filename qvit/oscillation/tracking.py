@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from qvit.functional import integer_range
 from qvit.oscillation.weights import QuantizedWeight, quantized_weights
-from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers import Quantizer
 
 MOMENTUM = 0.01
 OSCILLATING = 0.005
@@ -36,7 +36,7 @@ ROW = 64
 SAMPLES = 4096
 
 
-def codes_of(quantizer: LSQQuantizer, weight: Tensor) -> Tensor:
+def codes_of(quantizer: Quantizer, weight: Tensor) -> Tensor:
     """The integers of a viewed weight, in its own float dtype."""
     scale, offset = quantizer.grid()
     quant_min, quant_max = quantizer.quant_range()
@@ -154,13 +154,13 @@ class Diagnostics:
         return torch.minimum(torch.maximum(u, quant_min), quant_max).round_()
 
 
-def fits_int8(quantizer: LSQQuantizer) -> bool:
+def fits_int8(quantizer: Quantizer) -> bool:
     """Whether all codes that the quantizer may give fit into a signed byte."""
     widest = max(quantizer.spec.widths) if not quantizer.learns_width else quantizer.spec.bit_width_range[1]
     return integer_range(widest, quantizer.spec.signed)[1] <= 127
 
 
-def _rows_per_group(quantizer: LSQQuantizer, weight: Tensor) -> int:
+def _rows_per_group(quantizer: Quantizer, weight: Tensor) -> int:
     """Rows of 64 samples for each scale of a weight: no more than it has, and at least one."""
     return max(1, min(SAMPLES, weight.numel()) // (ROW * quantizer.num_groups))
 
@@ -181,7 +181,7 @@ def _sample(weight: QuantizedWeight) -> Tensor:
     return torch.cat(found)
 
 
-def _grid_of_groups(quantizer: LSQQuantizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _grid_of_groups(quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scale, offset, quant_min and quant_max of every group of elements that share them, each flat."""
     scale, offset = quantizer.grid()
     values = (scale, torch.zeros_like(scale) if offset is None else offset, *quantizer.quant_range())

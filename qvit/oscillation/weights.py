@@ -1,8 +1,7 @@
 """The weights of a quantized model beside the quantizers that turn them into codes.
 
 A linear layer or a convolution has one quantizer for its weight, a fused q|k|v projection three, each for a third of
-its rows. Sites that stay in float, and those on another grid than LSQ's, are left out: oscillation and its remedies are
-about codes of a learned uniform grid.
+its rows. Sites that stay in float, and those on a grid that is not uniform, are left out.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 
 from qvit.layers import QKV
 from qvit.quantizers import Quantizer
-from qvit.quantizers.lsq import LSQQuantizer
 
 
 @dataclass(frozen=True)
@@ -29,9 +27,9 @@ class QuantizedWeight:
 
     parameter: nn.Parameter
     sites: tuple[str, ...]
-    quantizers: tuple[LSQQuantizer | None, ...]
+    quantizers: tuple[Quantizer | None, ...]
 
-    def parts(self, *, detached: bool = False) -> Iterator[tuple[str, LSQQuantizer, Tensor]]:
+    def parts(self, *, detached: bool = False) -> Iterator[tuple[str, Quantizer, Tensor]]:
         """Site, quantizer and weight of each part, viewed as the quantizer sees it.
 
         Detached ones share their memory with the parameter.
@@ -51,7 +49,9 @@ def quantized_weights(model: nn.Module) -> list[QuantizedWeight]:
         if not any(leaf + Quantizer.SUFFIX in module._modules for leaf in leaves):
             leaves = ["weight"]
         own = [module._modules.get(leaf + Quantizer.SUFFIX) for leaf in leaves]
-        quantizers = tuple(quantizer if isinstance(quantizer, LSQQuantizer) else None for quantizer in own)
+        quantizers = tuple(
+            quantizer if isinstance(quantizer, Quantizer) and quantizer.uniform else None for quantizer in own
+        )
         if any(quantizers):
             sites = tuple(f"{path}.{leaf}" for leaf in leaves)
             found.append(QuantizedWeight(module.get_parameter("weight"), sites, quantizers))

@@ -4,9 +4,11 @@ A new quantizer is one file with a registered class.
 """
 
 from qvit.quantizers.base import Quantizer, create_quantizer, quantizers_of, register_quantizer
+from qvit.quantizers.irm import RectifiedQuantizer
 from qvit.quantizers.log2 import Log2Quantizer, LogSqrt2Quantizer
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.observers import HistogramObserver
+from qvit.quantizers.statsq import StatsQuantizer
 
 __all__ = [
     "HistogramObserver",
@@ -14,6 +16,8 @@ __all__ = [
     "Log2Quantizer",
     "LogSqrt2Quantizer",
     "Quantizer",
+    "RectifiedQuantizer",
+    "StatsQuantizer",
     "create_quantizer",
     "quantizers_of",
     "register_quantizer",

@@ -17,6 +17,7 @@ Shapes: `bit_width` is `()` or one number per head, shaped to broadcast against 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeVar
 
@@ -61,6 +62,8 @@ class Quantizer(nn.Module):
     SUFFIX: ClassVar[str] = "_quantizer"
     #: Whether `fake_quantize` takes a width per token.
     splits_tokens: ClassVar[bool] = False
+    #: Whether its values are scale·q + offset.
+    uniform: ClassVar[bool] = True
     bit_width: Tensor
 
     def __init__(self, spec: TensorSpec, layout: Layout) -> None:
@@ -77,6 +80,9 @@ class Quantizer(nn.Module):
             self.bit_width = nn.Parameter(widths)
         else:
             self.register_buffer("bit_width", widths)
+        #: Shape of what has a scale or a width of its own, and how many that are.
+        self.groups: tuple[int, ...] = tuple(torch.broadcast_shapes(self.scale_shape, tuple(self.bit_width.shape)))
+        self.num_groups: int = math.prod(self.groups)
         self.enabled = True
         self.calibrated = False
         #: How many processes and micro-batches see a part of each training step's batch (activations only).
@@ -143,6 +149,10 @@ class Quantizer(nn.Module):
         The offset is None on a symmetric grid.
         """
         raise NotImplementedError
+
+    def active_scale(self) -> Tensor:
+        """The scale of `grid`, differentiable where it is learned."""
+        return self.grid()[0]
 
     def initialize(self, observer: HistogramObserver) -> None:
         """Chooses scales and offsets from what was observed, and marks the quantizer as calibrated."""

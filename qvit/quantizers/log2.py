@@ -41,6 +41,7 @@ class Log2Quantizer(Quantizer):
     candidates: Tensor
 
     STEPS: ClassVar[int] = 1
+    uniform: ClassVar[bool] = False
 
     def __init__(self, spec: TensorSpec, layout: Layout) -> None:
         super().__init__(spec, layout)

@@ -61,8 +61,6 @@ class LSQQuantizer(Quantizer):
         shape = (*self.scale_shape, max(1, len(self.bank_widths)))
         self.scale = nn.Parameter(torch.full(shape, math.nan))
         self.offset = None if spec.symmetric else nn.Parameter(torch.zeros(shape))
-        self.groups = tuple(torch.broadcast_shapes(self.scale_shape, tuple(self.bit_width.shape)))
-        self.num_groups = math.prod(self.groups)
 
     def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
         return FakeQuantize.apply(
@@ -91,7 +89,7 @@ class LSQQuantizer(Quantizer):
         return count * integer_range(width, self.spec.signed)[1]
 
     def active_scale(self) -> Tensor:
-        """The scale of the current width, differentiable; `grid` returns the same, detached."""
+        """The scale of the current width."""
         return pick_column(self.scale, self.integer_bit_width(), self.candidates).clamp_min(SMALLEST_SCALE)
 
     def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
