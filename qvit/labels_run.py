@@ -138,6 +138,8 @@ def write_labels(
         for batch, places in loader:
             _fill(images, crops, places.cpu().numpy(), teacher(batch), call)
             report(done := done + len(batch), total)
+        unread = (crops["height"] == 0).any(1)  # also where only some of its crops could be read
+        images[unread], crops[unread] = 0, 0
         writer.write(shard, images, crops)
     seconds = time.perf_counter() - start
     store = SoftLabelStore(folder)

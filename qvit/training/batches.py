@@ -76,7 +76,7 @@ class RowSamples(Dataset):
     ) -> None:
         self._source, self._transform, self._mode = source, transform, mode
         self._fatal, self._replace = is_fatal(on_bad_image), replace
-        self._in_a_row = 0
+        self._in_a_row, self._last_bad = 0, -1
 
     def __getitem__(self, position: tuple[int, Any]) -> Sample:
         row, seed = position
@@ -89,7 +89,8 @@ class RowSamples(Dataset):
                 if self._fatal:
                     return Sample(None, failure=str(error))
                 bad.append((error.image, error.reason))
-                self._in_a_row += 1
+                self._in_a_row += index != self._last_bad  # crops of an image that are asked for one by one are one
+                self._last_bad = index
                 if self._in_a_row >= IN_A_ROW:
                     return Sample(None, bad=tuple(bad), failure=too_many_in_a_row(self._source.name, error))
                 if not self._replace:

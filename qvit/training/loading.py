@@ -103,8 +103,8 @@ def train_loader(
         batch_size = lowered
     place = {"seed": seed, "rank": rank, "world_size": world_size}
     if labels is not None and isinstance(source, ImageSource):
-        options: dict[str, Any] = {"workers": workers, "device": device, "on_bad_image": on_bad_image}
-        return labels.loader(source, data_config, batch_size=batch_size, drop_last=drop_last, **options, **place)
+        options: dict[str, Any] = {"workers": workers, "device": device, "on_bad_image": on_bad_image, **place}
+        return labels.loader(source, data_config, batch_size=batch_size, drop_last=drop_last, **options)
     if isinstance(source, ShardSource):
         if augment.repeated_augmentation > 1:
             raise UsageError("repeated augmentation needs images that can be read in any order, unlike those of shards")

@@ -155,7 +155,7 @@ def read_header(folder: Path) -> Header:
     try:
         if content.pop("checksum", None) != _checksum(content):
             raise QvitError(f"{path} is damaged: its content does not have its checksum; make the store again")
-        header = Header(**{key: content.get(key) for key in Header.model_fields})
+        header = Header.model_validate({key: content.get(key) for key in Header.model_fields})
     except (ValidationError, ValueError) as error:
         raise QvitError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
     if header.missing < 0:
