@@ -387,7 +387,7 @@ def digits_request(tmp_path: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_killed_process_goes_on(tmp_path: Path) -> None:
-    request = digits_request(tmp_path, images_per_shard=40)
+    request = digits_request(tmp_path, images_per_shard=40, crops=3)
     store = tmp_path / "store"
     path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
@@ -404,7 +404,7 @@ def test_a_killed_process_goes_on(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert write_labels(LabelRequest.create(**request), store)["written"] < 6 * 1200
+        assert write_labels(LabelRequest.create(**request), store)["written"] < 3 * 1200
         write_labels(LabelRequest.create(**request), tmp_path / "whole")
     finally:
         torch.set_num_threads(threads)
@@ -650,7 +650,7 @@ def test_command_line(tmp_path: Path, qvit: Qvit) -> None:
     assert "give a MODEL" in qvit("labels", "vit_digits").failed(2)
     assert "--verify takes everything" in qvit("labels", "vit_digits", "--verify", store).failed(2)
     assert "top_k" in qvit("labels", *arguments, "--top-k", "most").failed(2)
-    assert "unknown model" in qvit("labels", *SMALL_DIGITS, "--teacher", "vit_digit", *arguments[-9:]).failed(2)
+    assert "unknown model" in qvit("labels", *SMALL_DIGITS, "--teacher", "vit_digit", *arguments[-11:]).failed(2)
     assert "Examples" in qvit("labels", "--help").out
     shard_path(store, 0).write_bytes(b"0" * shard_path(store, 0).stat().st_size)
     assert "damaged in" in qvit("labels", "--verify", store).failed(1)

@@ -31,10 +31,10 @@ def recover(targets: Tensor, num_classes: int, how: Recovery = "smoothing") -> T
     """Distributions `[batch, classes]` float32 from targets `[batch, 2, k]`. See the module's docstring."""
     ids, probs = targets[:, 0].long(), targets[:, 1].float()
     kept = probs.shape[1]
-    if how == "smoothing":
+    if how == "smoothing" and kept < num_classes:
         probs = probs / probs.sum(1, keepdim=True).clamp(min=1)
-        rest = (1 - probs.sum(1, keepdim=True)).clamp(min=0) / max(num_classes - kept, 1)
-    elif how == "renormalise":
+        rest = (1 - probs.sum(1, keepdim=True)).clamp(min=0) / (num_classes - kept)
+    elif how in ("smoothing", "renormalise"):
         probs = probs / probs.sum(1, keepdim=True)
         rest = torch.zeros_like(probs[:, :1])
     elif how in ("hard", "label-smoothing"):
