@@ -32,14 +32,15 @@ class Sample(NamedTuple):
     """What became of a position: an image, or None where it is left out.
 
     Attributes:
-        image: `[channels, height, width]` uint8, as timm's transforms make it for its prefetching loader.
-        target: The class.
+        image: `[channels, height, width]` uint8, as timm's transforms make it for its prefetching loader; with a
+            leading dimension where a position has several crops.
+        target: The class; an array with an entry per crop where there are several.
         bad: Name and reason of each unreadable image met on the way.
         failure: Message of the error that ends the pass.
     """
 
     image: Any
-    target: int = -1
+    target: Any = -1
     bad: tuple[tuple[str, str], ...] = ()
     failure: str | None = None
 
