@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from qvit.dry_run import plan_run
     from qvit.errors import QvitError, UsageError
     from qvit.families import inspect_model
+    from qvit.labels_run import LabelRequest, write_labels
     from qvit.methods.ptq import post_training_quantize
     from qvit.plan import QuantPlan, Rule
     from qvit.ptq_run import ptq
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from qvit.training.data import open_data as open_data
     from qvit.training.data import train_loader as train_loader
     from qvit.training.evaluate import evaluate
+    from qvit.training.labels.store import SoftLabelStore
     from qvit.training.models import create_model
     from qvit.training.recipe import config_from_recipe
 
@@ -53,6 +55,7 @@ _PUBLIC = {
     "qvit.dry_run": ("plan_run",),
     "qvit.errors": ("QvitError", "UsageError"),
     "qvit.families": ("inspect_model",),
+    "qvit.labels_run": ("LabelRequest", "write_labels"),
     "qvit.methods.ptq": ("post_training_quantize",),
     "qvit.plan": ("QuantPlan", "Rule"),
     "qvit.ptq_run": ("ptq",),
@@ -66,6 +69,7 @@ _PUBLIC = {
     "qvit.training.config": ("TrainConfig",),
     "qvit.training.data": ("calibration_batches", "data_config_of", "eval_loader", "open_data", "train_loader"),
     "qvit.training.evaluate": ("evaluate",),
+    "qvit.training.labels.store": ("SoftLabelStore",),
     "qvit.training.models": ("create_model",),
     "qvit.training.recipe": ("config_from_recipe",),
 }
@@ -73,6 +77,7 @@ _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [
     "__version__",
     "CostModel",
+    "LabelRequest",
     "PerChannel",
     "PerHead",
     "PerTensor",
@@ -83,6 +88,7 @@ __all__ = [
     "Request",
     "Rule",
     "Sensitivity",
+    "SoftLabelStore",
     "Stage",
     "TensorSpec",
     "TrainConfig",
@@ -122,6 +128,7 @@ __all__ = [
     "stage_of",
     "train",
     "train_loader",
+    "write_labels",
 ]
 
 

@@ -55,6 +55,7 @@ def plan_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
     method = create_method(config)
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro = micro_batch(config, processes)
+    config.require_labels_alone()
     images, classes = _count_images(config) if with_data else (None, None)
     with torch.device("meta"):
         kwargs: dict[str, Any] = {} if classes is None else {"num_classes": classes}

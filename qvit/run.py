@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ from qvit.training.data import (
 )
 from qvit.training.distill import Teacher
 from qvit.training.evaluate import evaluate
+from qvit.training.labels import SoftLabelStore
+from qvit.training.labels.loading import StoredLabels
 from qvit.training.loading import Source
 from qvit.training.loop import Trainer, micro_batch
 from qvit.training.models import WEIGHTS_FILE, create_model
@@ -195,6 +197,7 @@ def _execute(
     if not processes.is_main:
         notify = _silence
     micro_batch(config, processes.world_size)  # refused before anything is read
+    config.require_labels_alone()
     setup = _prepare(config, run, processes, state is None, notify)
     model = _starting_model(config, run, setup, state, notify)
     trainer = _trainer(config, run, setup, model)
@@ -298,6 +301,7 @@ def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) ->
         batch_size=micro_batch(config, setup.processes.world_size),
         augment=replace(AugmentConfig.preset(config.augment), repeated_augmentation=config.repeated_augmentation),
         seed=config.seed,
+        labels=stored_labels(config, getattr(setup.float_model, "num_classes", setup.bundle.num_classes)),
         **setup.reading(config),
     )
     setup.method.steps_per_epoch = len(loader) // config.accumulate
@@ -327,13 +331,8 @@ def _teacher(config: TrainConfig, setup: _Setup) -> Teacher | None:
         if not setup.method.quantizes:
             raise UsageError(f"method '{config.method}' has no float model to learn from: name one with --teacher")
         return Teacher(setup.float_model)
-    if (Path(config.teacher) / CONFIG).is_file():
-        model = load_run(config.teacher)
-    else:
-        weights, kwargs = config.teacher_weights, dict(config.teacher_kwargs)
-        if weights is not None:
-            kwargs.setdefault("num_classes", getattr(setup.float_model, "num_classes", setup.bundle.num_classes))
-        model = create_model(config.teacher, weights=weights, pretrained=weights is None, **kwargs)
+    classes = getattr(setup.float_model, "num_classes", setup.bundle.num_classes)
+    model = teacher_model(config.teacher, config.teacher_weights, config.teacher_kwargs, classes)
     teacher = Teacher(
         model,
         student_data=setup.data_config,
@@ -341,6 +340,34 @@ def _teacher(config: TrainConfig, setup: _Setup) -> Teacher | None:
         num_classes=getattr(setup.float_model, "num_classes", None),
     )
     return teacher.to(setup.device)
+
+
+def teacher_model(name: str, weights: str | None, kwargs: Mapping[str, Any], num_classes: int) -> nn.Module:
+    """The model that is named as a teacher: that of a finished run, or timm's, with its weights from a file or the hub.
+
+    Args:
+        name: A run's directory, or timm's name.
+        weights: A file of weights for timm's model; None to take them from the hub.
+        kwargs: For `timm.create_model`.
+        num_classes: Classes of the student; those of timm's model where weights are given and `kwargs` say nothing.
+    """
+    if (Path(name) / CONFIG).is_file():
+        return load_run(name)
+    classes = {} if weights is None else {"num_classes": num_classes}
+    return create_model(name, weights=weights, pretrained=weights is None, **(classes | dict(kwargs)))
+
+
+def stored_labels(config: TrainConfig, num_classes: int) -> StoredLabels | None:
+    """The soft labels that a run learns from; None where it learns from those of the data. Raises QvitError."""
+    if config.labels is None:
+        return None
+    return StoredLabels(
+        SoftLabelStore(config.labels),
+        num_classes,
+        crops_per_image=config.crops_per_image,
+        single_from=max(0, config.epochs - config.single_crop_epochs),
+        interpolation=config.crop_interpolation,
+    )
 
 
 def _evaluator(config: TrainConfig, setup: _Setup, source: Source) -> Callable[[nn.Module], dict[str, Any]]:

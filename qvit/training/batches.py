@@ -32,14 +32,15 @@ class Sample(NamedTuple):
     """What became of a position: an image, or None where it is left out.
 
     Attributes:
-        image: `[channels, height, width]` uint8, as timm's transforms make it for its prefetching loader.
-        target: The class.
+        image: `[channels, height, width]` uint8, as timm's transforms make it for its prefetching loader; with a
+            leading dimension where a position has several crops.
+        target: The class; an array with an entry per crop where there are several.
         bad: Name and reason of each unreadable image met on the way.
         failure: Message of the error that ends the pass.
     """
 
     image: Any
-    target: int = -1
+    target: Any = -1
     bad: tuple[tuple[str, str], ...] = ()
     failure: str | None = None
 
@@ -76,9 +77,9 @@ class RowSamples(Dataset):
     ) -> None:
         self._source, self._transform, self._mode = source, transform, mode
         self._fatal, self._replace = is_fatal(on_bad_image), replace
-        self._in_a_row = 0
+        self._in_a_row, self._last_bad = 0, -1
 
-    def __getitem__(self, position: tuple[int, int | None]) -> Sample:
+    def __getitem__(self, position: tuple[int, Any]) -> Sample:
         row, seed = position
         bad: list[tuple[str, str]] = []
         for candidate in range(row, row + len(self._source)):
@@ -89,15 +90,20 @@ class RowSamples(Dataset):
                 if self._fatal:
                     return Sample(None, failure=str(error))
                 bad.append((error.image, error.reason))
-                self._in_a_row += 1
+                self._in_a_row += index != self._last_bad  # crops of an image that are asked for one by one are one
+                self._last_bad = index
                 if self._in_a_row >= IN_A_ROW:
                     return Sample(None, bad=tuple(bad), failure=too_many_in_a_row(self._source.name, error))
                 if not self._replace:
                     break
                 continue
             self._in_a_row = 0
-            return Sample(transformed(self._transform, image, seed), int(self._source.targets[index]), tuple(bad))
+            return self.sample(image, index, seed, tuple(bad))
         return Sample(None, bad=tuple(bad))
+
+    def sample(self, image: Any, index: int, key: Any, bad: tuple[tuple[str, str], ...]) -> Sample:
+        """What becomes of the image with number `index`; `key` is the second part of the position, a sample seed."""
+        return Sample(transformed(self._transform, image, key), int(self._source.targets[index]), bad)
 
 
 def transformed(transform: Callable[[Any], Any], image: Any, seed: int | None) -> Any:
@@ -134,6 +140,7 @@ class BatchLoader:
         random_erasing: Probability of erasing a rectangle.
         seed: The run's seed, for erasing.
         rank: Number of this process, for erasing.
+        collate_samples: Makes a batch of samples, as `collate` does.
         options: Further arguments of `DataLoader`: the batch sampler or the batch size.
 
     Attributes:
@@ -154,6 +161,7 @@ class BatchLoader:
         random_erasing: float = 0.0,
         seed: int = 0,
         rank: int = 0,
+        collate_samples: Callable[..., Any] = collate,
         **options: Any,
     ) -> None:
         self._schedule, self._length, self._source, self._replaces = schedule, length, source, replaces
@@ -162,7 +170,7 @@ class BatchLoader:
         loader = DataLoader(
             dataset,
             num_workers=workers,
-            collate_fn=partial(collate, channels=channels),
+            collate_fn=partial(collate_samples, channels=channels),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else each pass draws a seed for workers from the global one
             **options,
@@ -198,7 +206,7 @@ class BatchLoader:
             self._erasing.start(epoch, skip)
         self.skipped = 0
         for images, targets in self._prefetcher:
-            if len(targets):  # not a batch of which nothing could be read
+            if len(images):  # not a batch of which nothing could be read
                 yield images, targets
 
     def _note(self, bad: list[tuple[str, str]]) -> str | None:

@@ -48,6 +48,11 @@ class TrainConfig(BaseModel):
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    labels: str | None = None
+    crops_per_image: int = Field(4, ge=1)
+    single_crop_epochs: int = Field(0, ge=0)
+    label_recovery: Literal["smoothing", "renormalise", "hard", "label-smoothing"] = "smoothing"
+    crop_interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
 
     epochs: int = Field(30, ge=1)
     batch_size: int = Field(64, ge=1)
@@ -81,7 +86,7 @@ class TrainConfig(BaseModel):
     tensorboard: bool = False
     diagnostics: bool = True
 
-    @field_validator("data", "eval_data", "class_map", "weights", "plan", "teacher", "teacher_weights")
+    @field_validator("data", "eval_data", "class_map", "weights", "plan", "teacher", "teacher_weights", "labels")
     @classmethod
     def _absolute_if_it_exists(cls, value: str | None) -> str | None:
         """Paths become absolute, so that a run can be resumed from another directory."""
@@ -91,6 +96,17 @@ class TrainConfig(BaseModel):
             path = Path(value.removeprefix("wds/"))
             return f"wds/{path.absolute()}" if path.exists() or path.parent.is_dir() else value
         return str(Path(value).resolve()) if Path(value).exists() else value
+
+    def require_labels_alone(self) -> None:
+        """Raises UsageError for options that contradict learning from stored soft labels."""
+        if self.labels is None:
+            return
+        for name in ("mixup", "cutmix", "label_smoothing", "distill", "repeated_augmentation"):
+            if value := getattr(self, name):
+                raise UsageError(
+                    f"labels={self.labels!r} are learned from alone, on the crops they were made for: leave out "
+                    f"{name}={value!r}"
+                )
 
     @classmethod
     def create(cls, **values: Any) -> TrainConfig:

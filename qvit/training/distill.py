@@ -52,11 +52,7 @@ class Teacher(nn.Module):
         self.register_buffer("factor", None)
         self.register_buffer("shift", None)
         if student_data is not None and own_data is not None:
-            if student_data["input_size"][0] != own_data["input_size"][0]:
-                raise UsageError(
-                    f"the teacher takes images of {own_data['input_size'][0]} channel(s), "
-                    f"the student of {student_data['input_size'][0]}"
-                )
+            require_same_channels(student_data, own_data)
             mean, std, own_mean, own_std = (
                 torch.tensor(values).view(1, -1, 1, 1)
                 for values in (student_data["mean"], student_data["std"], own_data["mean"], own_data["std"])
@@ -78,6 +74,13 @@ class Teacher(nn.Module):
         if self.size is not None:
             images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         return self.model(images).float()
+
+
+def require_same_channels(student_data: Mapping[str, Any], own_data: Mapping[str, Any]) -> None:
+    """Raises UsageError unless student and teacher, of these data configurations, take images of the same channels."""
+    student, teacher = student_data["input_size"][0], own_data["input_size"][0]
+    if student != teacher:
+        raise UsageError(f"the teacher takes images of {teacher} channel(s), the student of {student}")
 
 
 def distillation_loss(logits: Tensor, taught: Tensor, kind: str = "soft", temperature: float = 1.0) -> Tensor:

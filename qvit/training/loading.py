@@ -20,6 +20,7 @@ from qvit.training.batches import BatchLoader, RowSamples
 from qvit.training.decoding import BadImagePolicy
 from qvit.training.digits import DigitsLoader, DigitStore
 from qvit.training.images import ImageSource
+from qvit.training.labels.loading import StoredLabels, mode_of
 from qvit.training.sampling import EpochBatches, RowBatches, require_process
 from qvit.training.shard_stream import shard_calibration_loader, shard_loader
 from qvit.training.shards import ShardSource
@@ -65,6 +66,7 @@ def train_loader(
     rank: int = 0,
     world_size: int = 1,
     on_bad_image: BadImagePolicy = "fatal",
+    labels: StoredLabels | None = None,
 ) -> LoaderLike:
     """Shuffled and augmented batches, for training; `qvit.training.sampling` says in which order.
 
@@ -84,11 +86,15 @@ def train_loader(
         world_size: How many processes train together, each on its part of every batch.
         on_bad_image: "fatal": an unreadable image is an error that names it. "skip": the next readable image of the
             source takes its place.
+        labels: Replay crops that a teacher has labelled, in the place of augmentation; targets are
+            `[batch, 2, k]` then, see `qvit.training.labels`.
 
     Raises:
         QvitError: Fewer images than processes; on iteration, an image that cannot be read, or too many of them.
     """
     require_process(batch_size, workers, rank, world_size)
+    if labels is not None:
+        source = labels.select(source, data_config["input_size"][0])
     if len(source) < world_size:
         raise QvitError(f"{source.name} has {len(source)} images, too few for {world_size} processes")
     if batch_size * world_size > len(source):
@@ -96,6 +102,9 @@ def train_loader(
         logger.warning("the batch size %d is lowered to %d, all images of %s", batch_size, lowered, source.name)
         batch_size = lowered
     place = {"seed": seed, "rank": rank, "world_size": world_size}
+    if labels is not None and isinstance(source, ImageSource):
+        options: dict[str, Any] = {"workers": workers, "device": device, "on_bad_image": on_bad_image, **place}
+        return labels.loader(source, data_config, batch_size=batch_size, drop_last=drop_last, **options)
     if isinstance(source, ShardSource):
         if augment.repeated_augmentation > 1:
             raise UsageError("repeated augmentation needs images that can be read in any order, unlike those of shards")
@@ -233,7 +242,7 @@ def calibration_batches(
 
 
 def _mode(data_config: Mapping[str, Any]) -> str:
-    return "L" if data_config["input_size"][0] == 1 else "RGB"
+    return mode_of(data_config["input_size"][0])
 
 
 def _digits_loader(

@@ -2,6 +2,9 @@
 
     loss = (1 - w)·CE(targets) + w·(what the teacher says, see `distill.py`) + penalty
 
+With stored soft labels (`qvit.training.labels`) their cross-entropy takes the place of both, and the accuracy that is
+logged is the agreement with the teacher's first class.
+
 A step is the gradient of this loss over `batch_size` images, on all processes and in all their micro-batches together,
 then the optimizer's step and timm's schedule, per step. A method takes part through `Hooks`: what happens at the start
 of an epoch (Q-ViT freezes its widths there), which penalty is added, which figures are logged.
@@ -41,6 +44,7 @@ from qvit.training.checkpoint import last_checkpoint, save_checkpoint, seed_ever
 from qvit.training.config import TrainConfig
 from qvit.training.distill import distillation_loss
 from qvit.training.hooks import Hooks
+from qvit.training.labels.recovery import SoftLabelLoss, first_classes
 from qvit.training.loading import LoaderLike
 from qvit.training.log import RunLog
 from qvit.training.optimizer import create_optimizer
@@ -108,6 +112,8 @@ class Trainer:
             )
         smooth = LabelSmoothingCrossEntropy(config.label_smoothing) if config.label_smoothing else nn.CrossEntropyLoss()
         self.criterion = SoftTargetCrossEntropy() if self.mixup else smooth
+        if config.labels:
+            self.criterion = SoftLabelLoss(config.label_recovery)
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
         _count_elements_of_whole_steps(model, self.processes.world_size * config.accumulate)
         self.diagnostics = Diagnostics(model) if config.diagnostics and quantized_weights(model) else None
@@ -318,7 +324,8 @@ class Trainer:
             loss = task if penalty is None else task + penalty.to(task.dtype)
             loss.backward()
         with torch.no_grad():
-            correct = (logits.argmax(-1) == targets).sum()
+            classes = first_classes(targets) if self.config.labels else targets
+            correct = (logits.argmax(-1) == classes).sum()
             parts = [loss, task, torch.zeros_like(task) if penalty is None else penalty]
             return torch.stack([part.detach().to(torch.float32) for part in (*parts, correct)])
 

@@ -26,7 +26,7 @@ from torch.utils.data import Sampler
 from qvit.errors import UsageError
 
 # The first word of a key says what the numbers are for, so that no two streams of a run are the same.
-ORDER, AFFINE, ERASING, SHARDS, CALIBRATION = 1, 2, 3, 4, 5
+ORDER, AFFINE, ERASING, SHARDS, CALIBRATION, CROPS, CROP_CHOICE = 1, 2, 3, 4, 5, 6, 7
 
 
 def derived_seed(*key: int) -> int:
