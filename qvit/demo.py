@@ -13,23 +13,17 @@ knows who wins: the table and the sentence below it are computed from the runs.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qvit.errors import UsageError
 from qvit.files import write_json
-from qvit.run import resume, train
-from qvit.rundir import CONFIG, LOG, RESULT, forget_progress
-from qvit.training.checkpoint import last_checkpoint
+from qvit.jobs import Job, run_jobs
+from qvit.rundir import LOG, RESULT
 from qvit.training.config import TrainConfig
 
 METHODS, BUDGETS = ("lsq+", "qvit"), ("3bit", "2bit")
@@ -49,15 +43,6 @@ _QUANTIZED: dict[str, Any] = {
     "distill": 1.0,
     "calibration_images": 512,
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of the demo."""
-
-    name: str
-    config: TrainConfig
-    after: str | None = None
 
 
 def jobs(out: Path, seeds: list[int], *, short: bool = False) -> list[Job]:
@@ -116,21 +101,12 @@ def run_demo(
     if workers is not None and workers < 1:
         raise UsageError(f"a demo needs at least one process, not {workers}")
     folder = Path(out)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
     console = console or Console(stderr=True)
     started = time.perf_counter()
     listed = jobs(folder, list(range(seeds)), short=short)
-    again = {job.name for job in listed if overwrite or not _same_config(folder / "runs" / job.name, job.config)}
-    again |= {job.name for job in listed if job.after in again}  # what started from other weights is another run
-    for name in again:
-        forget_progress(folder / "runs" / name)
-    todo = [job for job in listed if not (folder / "runs" / job.name / RESULT).is_file()]
-    if todo:
-        processes = min(workers or os.cpu_count() or 1, len(todo))
-        console.print(f"{len(todo)} training runs in {processes} process(es), one thread each", highlight=False)
-        _run_all(folder / "runs", todo, workers or os.cpu_count() or 1, console)
+    ran = run_jobs(folder / "runs", listed, workers=workers, overwrite=overwrite, console=console)
     results = summarize(folder, listed)
-    results["seconds"] = round(time.perf_counter() - started, 1) if todo else _previous_seconds(folder)
+    results["seconds"] = round(time.perf_counter() - started, 1) if ran else _previous_seconds(folder)
     write_json(folder / RESULTS, results)
     from qvit.report import load_runs, write_page
 
@@ -193,64 +169,6 @@ def _previous_seconds(folder: Path) -> float | None:
         return None
 
 
-def _same_config(run: Path, config: TrainConfig) -> bool:
-    try:
-        record = json.loads((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return False
-    wanted = config.model_dump(mode="json")
-    for values in (record, wanted):
-        values["weights"] = values.get("weights") and Path(values["weights"]).name  # the folder may have been moved
-    return all(record.get(key) == value for key, value in wanted.items())
-
-
-def _work(run: str, values: dict[str, Any]) -> dict[str, Any]:
-    """One run, in a process of the pool: resumed if it can be."""
-    folder, config = Path(run), TrainConfig.create(**values)
-    if last_checkpoint(folder) and not (folder / RESULT).is_file():
-        return resume(folder, quiet=True)
-    return train(config, folder, overwrite=True, quiet=True)
-
-
-def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> None:
-    """Runs the jobs, each as soon as the one that it starts from is done."""
-    total = sum(job.config.epochs for job in todo)
-    waiting = {job.name: job for job in todo}
-    active: dict[Future[dict[str, Any]], Job] = {}
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    with bar, ProcessPoolExecutor(min(workers, len(todo)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        task = bar.add_task("training", total=total)
-        try:
-            while waiting or active:
-                unfinished = set(waiting) | {job.name for job in active.values()}
-                for job in [job for job in waiting.values() if job.after not in unfinished]:
-                    active[pool.submit(_work, str(runs / job.name), job.config.model_dump())] = waiting.pop(job.name)
-                done, _ = wait(active, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    _announce(active.pop(future), future.result(), console)
-                bar.update(
-                    task,
-                    completed=sum(_epochs_done(runs / job.name) for job in todo),
-                    description=f"{len(active) + len(waiting)} runs left",
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _announce(job: Job, result: dict[str, Any], console: Console) -> None:
-    console.print(f"{job.name:<18} {result['accuracy']:6.2f} %   {result['seconds']:5.1f} s", highlight=False)
-
-
 def _final_loss(runs: list[Path]) -> float | None:
     """Mean training loss over the last five epochs of some runs: what accuracy on few test images cannot resolve."""
     losses: list[float] = []
@@ -259,13 +177,3 @@ def _final_loss(runs: list[Path]) -> float | None:
         epochs = [json.loads(line) for line in lines if line.startswith('{"event": "epoch"')]
         losses += [epoch["train_loss"] for epoch in epochs[-5:]]
     return statistics.mean(losses) if losses else None
-
-
-def _epochs_done(run: Path) -> int:
-    """Epochs in the log of a run that may be writing it."""
-    try:
-        return sum(
-            line.startswith('{"event": "epoch"') for line in (run / LOG).read_text(encoding="utf-8").splitlines()
-        )
-    except OSError:
-        return 0

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from qvit import demo
+from qvit import jobs as jobs_module
 from qvit.demo import BUDGETS, METHODS, RESULTS, Job, jobs, run_demo, summarize, verdict
 from qvit.errors import QvitError, UsageError
 from qvit.run import RESULT
@@ -142,7 +143,7 @@ def fake_page(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_complete_demo_is_only_shown_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_results(tmp_path, ACCURACIES)
     fake_page(monkeypatch)
-    monkeypatch.setattr(demo, "_run_all", lambda *_: pytest.fail("a complete demo was run again"))
+    monkeypatch.setattr(jobs_module, "_run_all", lambda *_: pytest.fail("a complete demo was run again"))
     results = run_demo(tmp_path, seeds=3)
     assert_contract(json.loads((tmp_path / RESULTS).read_text()), 3)
     assert results["rows"] == json.loads((tmp_path / RESULTS).read_text())["rows"]
@@ -160,7 +161,7 @@ def test_what_is_missing_or_made_with_other_options_is_run(tmp_path: Path, monke
         asked.extend(job.name for job in todo)
         write_results(tmp_path, ACCURACIES)
 
-    monkeypatch.setattr(demo, "_run_all", note)
+    monkeypatch.setattr(jobs_module, "_run_all", note)
     run_demo(tmp_path, seeds=3)
     assert sorted(asked) == ["lsq+-3bit-seed0", "qvit-2bit-seed1"]
 
@@ -234,7 +235,7 @@ def test_runs_that_start_from_a_float_run_that_is_redone_are_redone_too(tmp_path
 def test_a_run_that_fails_stops_the_demo_with_its_message(tmp_path: Path) -> None:
     config = TrainConfig.create(model="vit_digits", method="qvit", budget="0.1M", device="cpu", threads=1)
     with pytest.raises(QvitError, match="impossible"):
-        demo._run_all(tmp_path, [Job("broken", config), Job("waits", config, "broken")], 1, silent())
+        jobs_module._run_all(tmp_path, [Job("broken", config), Job("waits", config, "broken")], 1, silent())
 
 
 def test_the_whole_demo_in_short(tmp_path: Path) -> None:

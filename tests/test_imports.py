@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
     },
     {"training"},
     {"methods", "deploy"},
-    {"run", "rundir", "dry_run", "ptq_run", "labels_run", "subject", "analysis", "patchwise"},
+    {"run", "rundir", "dry_run", "ptq_run", "labels_run", "subject", "analysis", "patchwise", "jobs"},
     {"report", "demo", "cli"},
 ]
 

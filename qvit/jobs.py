@@ -1,0 +1,132 @@
+"""Many runs in several processes, each a run directory under one folder; what is finished there is not run again.
+
+The demo and the accuracy benchmarks are lists of such jobs. One job is one config; it may start from the weights of
+another. A list that was stopped goes on where it was, and a job whose config has changed is run anew, together with
+those that started from it.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qvit.run import resume, train
+from qvit.rundir import CONFIG, LOG, RESULT, forget_progress
+from qvit.training.checkpoint import last_checkpoint
+from qvit.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        name: Its directory's name.
+        config: Its options.
+        after: The job that it starts from; None for none.
+    """
+
+    name: str
+    config: TrainConfig
+    after: str | None = None
+
+
+def run_jobs(
+    runs: Path, listed: list[Job], *, workers: int | None = None, overwrite: bool = False, console: Console
+) -> bool:
+    """Runs what is missing of `listed`, and says whether there was anything.
+
+    Args:
+        runs: Folder of the run directories, which have the jobs' names.
+        listed: Jobs; each after the one that it starts from.
+        workers: Processes; None: one per core.
+        overwrite: Runs everything again.
+        console: Where progress goes.
+    """
+    runs.mkdir(parents=True, exist_ok=True)
+    again = {job.name for job in listed if overwrite or not _same_config(runs / job.name, job.config)}
+    again |= {job.name for job in listed if job.after in again}  # what started from other weights is another run
+    for name in again:
+        forget_progress(runs / name)
+    todo = [job for job in listed if not (runs / job.name / RESULT).is_file()]
+    if todo:
+        processes = min(workers or os.cpu_count() or 1, len(todo))
+        console.print(f"{len(todo)} training runs in {processes} process(es), one thread each", highlight=False)
+        _run_all(runs, todo, processes, console)
+    return bool(todo)
+
+
+def _same_config(run: Path, config: TrainConfig) -> bool:
+    try:
+        record = json.loads((run / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    wanted = config.model_dump(mode="json")
+    for values in (record, wanted):
+        values["weights"] = values.get("weights") and Path(values["weights"]).name  # the folder may have been moved
+    return all(record.get(key) == value for key, value in wanted.items())
+
+
+def _work(run: str, values: dict[str, Any]) -> dict[str, Any]:
+    """One run, in a process of the pool: resumed if it can be."""
+    folder, config = Path(run), TrainConfig.create(**values)
+    if last_checkpoint(folder) and not (folder / RESULT).is_file():
+        return resume(folder, quiet=True)
+    return train(config, folder, overwrite=True, quiet=True)
+
+
+def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> None:
+    """Runs the jobs, each as soon as the one that it starts from is done."""
+    total = sum(job.config.epochs for job in todo)
+    waiting = {job.name: job for job in todo}
+    active: dict[Future[dict[str, Any]], Job] = {}
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with bar, ProcessPoolExecutor(min(workers, len(todo)), mp_context=multiprocessing.get_context("spawn")) as pool:
+        task = bar.add_task("training", total=total)
+        try:
+            while waiting or active:
+                unfinished = set(waiting) | {job.name for job in active.values()}
+                for job in [job for job in waiting.values() if job.after not in unfinished]:
+                    active[pool.submit(_work, str(runs / job.name), job.config.model_dump())] = waiting.pop(job.name)
+                done, _ = wait(active, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    _announce(active.pop(future), future.result(), console)
+                bar.update(
+                    task,
+                    completed=sum(_epochs_done(runs / job.name) for job in todo),
+                    description=f"{len(active) + len(waiting)} runs left",
+                )
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _announce(job: Job, result: dict[str, Any], console: Console) -> None:
+    console.print(f"{job.name:<18} {result['accuracy']:6.2f} %   {result['seconds']:5.1f} s", highlight=False)
+
+
+def _epochs_done(run: Path) -> int:
+    """Epochs in the log of a run that may be writing it."""
+    try:
+        return sum(
+            line.startswith('{"event": "epoch"') for line in (run / LOG).read_text(encoding="utf-8").splitlines()
+        )
+    except OSError:
+        return 0
