@@ -1,8 +1,8 @@
 """What stored soft labels cost: bytes per crop, crops per second to make, and crops per second to replay.
 
 N images with M crops each are labelled by a teacher, then replayed by the training loader, with four crops of each
-drawn image and with one. Without `--data` the images are random JPEGs of 500x375 pixels; of a folder of class folders, N
-images are taken evenly. Without `--teacher-weights` the teacher is untrained, which changes no time.
+drawn image and with one. Without `--data` the images are random JPEGs of 500x375 pixels; of a folder of class folders,
+N images are taken evenly. Without `--teacher-weights` the teacher is untrained, which changes no time.
 
     python benchmarks/labels.py                                                   1000 images x 20 crops, DeiT-T
     python benchmarks/labels.py --teacher deit_small_patch16_224 --device cuda --workers 8 --batch 256
