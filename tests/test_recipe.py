@@ -53,7 +53,7 @@ def header(recipe: Path) -> dict[str, str]:
     """The labelled comments on top of a recipe, each on one line."""
     lines = recipe.read_text("utf-8").split("\n\n")[0].splitlines()
     text = " ".join(line.removeprefix("#").strip() for line in lines)
-    parts = re.split(r"\b(command|hours|published|budget):\s+", text)
+    parts = re.split(r"\b(labels|command|hours|published|budget):\s+", text)
     return dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
 
 
@@ -152,12 +152,14 @@ def test_the_paper_s_training(recipe: Path) -> None:
 
 @pytest.mark.parametrize("recipe", VVTQ, ids=ids)
 def test_the_training_of_vvtq(recipe: Path) -> None:
-    """The command and the defaults of its public code; the labels are the run's own teacher's."""
+    """The command and the defaults of its public code, with soft labels of a teacher made first."""
     config = config_of(recipe)
     assert (config.opt, config.lr, config.batch_size, config.epochs) == ("adamw", 5e-4, 512, 150)
     assert (config.sched, config.min_lr, config.warmup_epochs, config.weight_decay) == ("cosine", 0.0, 0, 1e-4)
-    assert config.model_kwargs == {"drop_path_rate": 0.1} and config.stochastic_depth and config.distill == 1.0
-    assert config.mixup == config.cutmix == config.label_smoothing == 0 and config.augment == "light"
+    assert config.model_kwargs == {"drop_path_rate": 0.1} and config.stochastic_depth
+    assert config.mixup == config.cutmix == config.label_smoothing == config.distill == 0
+    assert (config.labels, config.crops_per_image, config.single_crop_epochs) == ("labels/imagenet", 4, 4)
+    assert config.crop_interpolation == "bilinear" and "--crops 500" in header(recipe)["labels"]
     assert config.method_options == {}, "the defaults of the method are those of the public code"
     uniform = read_recipe(recipe.with_name(recipe.name.replace("qvit+", "")))
     assert read_recipe(recipe) == uniform | {"method": config.method}

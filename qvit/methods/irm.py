@@ -8,7 +8,7 @@
       G = q·qᵀ / ||q·qᵀ||        L_DGD = Σ over layers, heads, {q, k} of ||G_float - G||        norms: Frobenius
 
   is added to the loss with weight `guidance`, as a mean over images. The published training adds it to hard
-  distillation from the same float model (`--distill 1 --distill-kind hard`).
+  distillation from the same float model (`distill = 1`, `distill_kind = "hard"`).
 
 The float model that guides is the one that training started from: its copy passes every batch, so a step costs a
 forward more, and two (tokens, tokens) matrices per layer and head are kept for the backward pass. Where micro-batches

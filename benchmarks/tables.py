@@ -1,0 +1,388 @@
+"""The tables of the documentation: one function for each kind of file in benchmarks/results, text out.
+
+    demo          demo.json           what `qvit demo` measured: its results.json with command, date, hardware, versions
+    train_step    train_step*.json    what `benchmarks/train_step.py` measured, one table per file
+    ptq           ptq.json            what `benchmarks/ptq.py` measured
+    ptq_peers     ptq_peers.json      what `benchmarks/ptq_peers.py` measured
+    patchwise     patchwise*.json     what `benchmarks/patchwise.py` measured, one table per budget
+    sensitivity   sensitivity.json    what `benchmarks/sensitivity.py` measured: search times and rank correlations
+    two_bits      two_bits*.json      what `benchmarks/accuracy/two_bits.py` measured, one table per file
+    regularizer   regularizer.json    what `benchmarks/regularizer.py` measured
+    labels        labels.json         what `benchmarks/labels.py` measured
+
+Where a file is missing, "Not measured yet" and the command to measure it stand in the table's place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class RenderError(Exception):
+    """A file that cannot be rendered, or a document with broken markers."""
+
+
+def demo_tables(results: Path) -> str:
+    """Accuracy of the demo's methods at equal bit operations."""
+    file = results / "demo.json"
+    if not file.is_file():
+        return "Not measured yet: `make demo`, then `python benchmarks/render.py --demo demo-output`."
+    data = read(file)
+    try:
+        unit, factor = _unit([row["bit_operations"] for row in data["rows"]], (("G", 1e9), ("M", 1e6)), 1e8)
+        seeds = sorted({seed for row in data["rows"] for seed in row["seeds"]})
+        rows = [
+            [
+                "float",
+                "32 bit",
+                _spread(data["float_accuracy_mean"], data["float_accuracy_std"], len(seeds)),
+                "",
+                "",
+                "",
+            ]
+        ]
+        rows += [
+            [
+                row["method"],
+                row["budget"],
+                _spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
+                f"{row['train_loss_mean']:.3f}" if row.get("train_loss_mean") else "",
+                f"{row['bit_operations'] / factor:.3f}",
+                f"{row['weight_bytes'] / 1e3:.1f}",
+            ]
+            for row in data["rows"]
+        ]
+        header = [
+            "method",
+            "budget",
+            "accuracy (%)",
+            "training loss",
+            f"bit operations ({unit})",
+            "weights (kB, packed)",
+        ]
+        spread = "Mean ± standard deviation over seeds" if len(seeds) > 1 else "Seed"
+        note = "Training loss: cross-entropy with the float model's soft labels, mean of the last five epochs."
+        over = f"{note} {spread} {', '.join(map(str, seeds))}."
+        took = f" All runs together took {data['seconds'] / 60:.1f} minutes." if data.get("seconds") else ""
+        return "\n\n".join([_table(header, rows, left=2), " ".join(_verdict(data)), f"{over} {_origin(data)}{took}"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RenderError(f"{file} is not what a demo writes: {type(error).__name__} {error}") from None
+
+
+def train_step_tables(results: Path) -> str:
+    """Time and memory of a training step over the float step, a table for each file."""
+    files = sorted(results.glob("train_step*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/train_step.py`."
+    parts = []
+    for file in files:
+        data = read(file)
+        try:
+            rows = [
+                [
+                    row["method"],
+                    f"{row['milliseconds']:.1f}",
+                    f"{row['time_ratio']:.2f}",
+                    f"{row['memory_mib']:.0f}",
+                    f"{row['memory_ratio']:.2f}",
+                ]
+                for row in data["rows"]
+            ]
+            header = ["method", "time (ms)", "time / float", "memory (MiB)", "memory / float"]
+            kinds = dict.fromkeys(f"{row['precision']}, {row['mode']}" for row in data["rows"])
+            title = f"`{data['model']}`, batch {data['batch']}, {'; '.join(kinds)}:"
+            parts += [title, _table(header, rows, left=1), _origin(data)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+    return "\n\n".join(parts)
+
+
+def ptq_tables(results: Path) -> str:
+    """Accuracy after training, plain and reconstructed."""
+    file = results / "ptq.json"
+    if not file.is_file():
+        return "Not measured yet: `python benchmarks/ptq.py`, see its `--help`."
+    data = read(file)
+    try:
+        rows = []
+        for row in data["rows"]:
+            quantized, recon = "bit_operations" in row, row.get("reconstruction")
+            rows.append(
+                [
+                    row["budget"] + (f", {row['metric']}" if row.get("metric") else ""),
+                    "{steps} × {batch_size} of {images} images".format(**recon) if recon else "",
+                    f"{row['top1']:.1f}",
+                    f"{row['agreement']:.1f}",
+                    f"{row['bit_operations'] / 1e9:.3f}" if quantized else "",
+                    f"{sum(row['seconds'].values()):.0f}" if quantized else "",
+                ]
+            )
+        header = ["budget", "reconstruction", "top-1 (%)", "same answer as float (%)", "bit operations (G)", "time (s)"]
+        images = next(row["images"] for row in data["rows"] if "images" in row)
+        note = f"{data['model']} on {images} images of {data['eval_data']}; calibrated on {data['calibration_images']} "
+        note += f"images of {data['data']}. Reconstruction: steps × images per step, for each block. "
+        note += f"Time is without scoring, threads: {data['threads']}."
+        return "\n\n".join([_table(header, rows, left=2), f"{note} {_origin(data)}"])
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
+def ptq_peer_tables(results: Path) -> str:
+    """The 8-bit quantization of deployment tools, beside the row of `qvit ptq` at w8a8."""
+    file = results / "ptq_peers.json"
+    if not file.is_file():
+        return "Not measured yet: `python benchmarks/ptq_peers.py`, see its `--help`."
+    data, own = read(file), read(results / "ptq.json")
+    try:
+        ours = next(row for row in own["rows"] if row["budget"] == "w8a8")
+        same = all(own[key] == data[key] for key in ("weights", "data", "eval_data", "calibration_images", "seed"))
+        if not same or ours["images"] != data["rows"][0]["images"]:
+            raise ValueError("ptq.json is about other images")
+        rows = [["qvit ptq, w8a8", f"{ours['top1']:.1f}", f"{ours['agreement']:.1f}"]]
+        rows += [[row["engine"], f"{row['top1']:.1f}", f"{row['agreement']:.1f}"] for row in data["rows"]]
+        table = _table(["8 bits", "top-1 (%)", "same answer as float (%)"], rows, left=1)
+        note = f"The same weights, calibration images and {ours['images']} scored images; "
+        note += f"float {data['rows'][0]['top1_float']:.1f} %."
+        return "\n\n".join([table, f"{note} {_origin(data)}"])
+    except (KeyError, TypeError, ValueError, StopIteration, IndexError) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
+def patchwise_tables(results: Path) -> str:
+    """Patch-wise plans beside the uniform one, a table for each budget of each file."""
+    files = sorted(results.glob("patchwise*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/patchwise.py --data DIR`."
+    return "\n\n".join(_patchwise_file(file) for file in files)
+
+
+def _patchwise_file(file: Path) -> str:
+    data = read(file)
+    try:
+        parts = [
+            f"{data['model']}, {data['images']} images, {data['calibration_images']} calibration images, "
+            f"{data['score_images']} images to choose splits by, seed {data['seed']}; float {data['top1_float']:.2f} %."
+        ]
+        for one in data["budgets"]:
+            rows = [
+                [
+                    row["variant"],
+                    f"{row['top1']:.2f}",
+                    f"{row['agreement']:.1f}",
+                    f"{row['only_this_right']} / {row['only_uniform_right']}",
+                    f"{row['p_value']:.2g}",
+                    f"{row['divergence_on_training_images']:.4f}",
+                    f"{row['bit_operations'] / 1e9:.3f}",
+                ]
+                for row in one["variants"]
+            ]
+            header = ["variant", "top-1 (%)", "agrees with float (%)", "only this / only uniform right", "p-value"]
+            header += ["KL on training images", "bit operations (G)"]
+            parts += [f"Budget `{one['budget']}`:", _table(header, rows, left=1), _patchwise_verdict(one)]
+        return "\n\n".join(
+            [*parts, f"{_origin(data)} It took {data['cpu_seconds'] / 60:.1f} minutes of processor time."]
+        )
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
+def _patchwise_verdict(one: dict[str, Any]) -> str:
+    """What the variant that training images choose gains on the judged ones."""
+    uniform, chosen = (next(r for r in one["variants"] if r["variant"] == v) for v in ("uniform", one["chosen"]))
+    controls = {
+        "random": "the split of `same` with patches ranked by chance",
+        "reversed": "the same with the least attended patches first",
+        "class": "8 bits for the class token alone, all patches plain",
+    }
+    named = [f"`{row['variant']}`: {controls[row['variant']]}" for row in one["variants"] if row["variant"] in controls]
+    if named:
+        return f"Controls. {'; '.join(named)}."
+    if chosen is uniform:
+        return "Training images choose the uniform plan: no split diverges less from the float model on them."
+    gain = chosen["top1"] - uniform["top1"]
+    relation = "above" if gain > 0 else "below"
+    amount = f"{abs(gain):.2f} points {relation}" if round(abs(gain), 2) else "level with"
+    return f"Training images choose `{chosen['variant']}`, which is {amount} uniform (p = {chosen['p_value']:.2g})."
+
+
+def two_bits_tables(results: Path) -> str:
+    """Parts of VVTQ and its rivals, a table for each file."""
+    files = sorted(results.glob("two_bits*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/accuracy/two_bits.py --help`."
+    return "\n\n".join(_two_bits_file(file) for file in files)
+
+
+def _two_bits_file(file: Path) -> str:
+    data = read(file)
+    try:
+        rows = []
+        for row in data["rows"]:
+            seeds = len(row["seeds"])
+            rows.append(
+                [
+                    row["budget"],
+                    row["row"],
+                    "soft" if row["soft_labels"] else "hard",
+                    _spread(row["accuracy_mean"], row["accuracy_std"], seeds),
+                    f"{row['oscillating_middle_mean']:.1f}",
+                    f"{row['oscillating_end_mean']:.1f}",
+                ]
+            )
+        first = data["rows"][0]
+        floats, teachers = (values for values in (first["float_accuracies"], data["teacher_accuracies"]))
+        header = ["budget", "method", "labels", "top-1 (%)", "oscillating, middle (%)", "at the end (%)"]
+        note = (
+            f"`{data['set']}`: {data['train_images']} training and {first['images']} test images; float "
+            f"{sum(floats) / len(floats):.2f} %, teacher {sum(teachers) / len(teachers):.2f} %. Mean ± standard "
+            f"deviation over seeds {', '.join(map(str, first['seeds']))}. Oscillating: share of the blocks' weights in "
+            "the middle of the training and at its end."
+        )
+        return "\n\n".join([_table(header, rows, left=3), f"{note} {_origin(data)}"])
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
+def regularizer_tables(results: Path) -> str:
+    """Shares of a training step that the remedies against oscillation and the diagnostics take."""
+    file = results / "regularizer.json"
+    if not file.is_file():
+        return "Not measured yet: `python benchmarks/regularizer.py`."
+    data = read(file)
+    try:
+        rows = [
+            [name, f"{data['milliseconds'][name]:.0f}", *(f"{100 * own[step]:.1f}" for step in ("float", "lsq+"))]
+            for name, own in data["share_of_step"].items()
+        ]
+        header = ["part", "time (ms)", "of a float step (%)", "of an lsq+ step (%)"]
+        note = f"{data['model']}, batch {data['batch']}, {data['bits']} bits; a float step takes "
+        note += f"{data['milliseconds']['float']:.0f} ms here, an lsq+ step {data['milliseconds']['lsq+']:.0f} ms."
+        return "\n\n".join([_table(header, rows, left=1), f"{note} {_origin(data)}"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
+def labels_tables(results: Path) -> str:
+    """Bytes and speed of soft labels."""
+    file = results / "labels.json"
+    if not file.is_file():
+        return "Not measured yet: `python benchmarks/labels.py`."
+    data = read(file)
+    try:
+        row = [
+            f"{data['images']} × {data['crops_per_image']}",
+            f"{data['bytes_per_crop']:.2f}",
+            f"{data['labelled_per_second']:.0f}",
+            f"{data['replayed_per_second_4']:.0f}",
+            f"{data['replayed_per_second_1']:.0f}",
+        ]
+        header = ["images × crops", "bytes per crop", "labelled per second", "replayed, 4 of an image", "replayed, 1"]
+        return "\n\n".join([_table(header, [row], left=1), f"Teacher {data['teacher']}. {_origin(data)}"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
+def sensitivity_tables(results: Path) -> str:
+    """Search times, and how predictions of single sites agree with measurements."""
+    file = results / "sensitivity.json"
+    if not file.is_file():
+        return "Not measured yet: `QVIT_DATA=FOLDER python benchmarks/sensitivity.py`."
+    data = read(file)
+    try:
+        fisher, exhaustive = data["searches"]["fisher"], data["exhaustive_kl"]
+        search = (
+            f"`fisher` for all {exhaustive['heads']} heads and tensors of {data['model']} at {len(fisher['widths'])} "
+            f"widths, from {fisher['images']} images: {fisher['seconds']:.0f} s "
+            f"({fisher['processor_seconds']:.0f} s of processor time). The exact plan for the 4-bit budget from it: "
+            f"{fisher['seconds_of_exact_allocation_at_4bit']:.1f} s. "
+            f"One at a time by `kl`, the same takes {exhaustive['passes_of_all']} passes over the images, about "
+            f"{exhaustive['seconds_of_all_extrapolated'] / 3600:.1f} hours: extrapolated by number from "
+            f"{exhaustive['passes_measured']} passes over {exhaustive['images_measured']} images in "
+            f"{exhaustive['seconds_measured']:.0f} s."
+        )
+        agreements = data["agreement"]
+        widths = list(dict.fromkeys(width for own in agreements.values() for width in own["spearman_by_width"]))
+        rows = [
+            [name.replace("_", " "), f"{own['spearman']:.3f}"]
+            + [f"{own['spearman_by_width'][width]:.3f}" for width in widths]
+            + [f"{own['median_ratio_by_width'][width]:.2f}" for width in (widths[0], widths[-1])]
+            for name, own in agreements.items()
+        ]
+        header = ["prediction", "all", *(f"{width} bit" for width in widths)]
+        header += [f"ratio, {width} bit" for width in (widths[0], widths[-1])]
+        note = (
+            f"Spearman's rank correlation with the measured divergence of {exhaustive['heads_measured']} heads and "
+            f"tensors drawn at random, in all and by width, and the median of predicted over measured."
+        )
+        return "\n\n".join([search, _table(header, rows, left=1), f"{note} {_origin(data)}"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "demo": demo_tables,
+    "train_step": train_step_tables,
+    "ptq": ptq_tables,
+    "ptq_peers": ptq_peer_tables,
+    "patchwise": patchwise_tables,
+    "two_bits": two_bits_tables,
+    "regularizer": regularizer_tables,
+    "labels": labels_tables,
+    "sensitivity": sensitivity_tables,
+}
+
+
+def read(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RenderError(f"cannot read {file}: {error}") from None
+    if not isinstance(data, dict):
+        raise RenderError(f"{file} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def _origin(data: dict[str, Any]) -> str:
+    """Where a measurement comes from, in a sentence."""
+    seeds = f", seeds {', '.join(map(str, data['seeds']))}" if data.get("seeds") else ""
+    versions = ", ".join(f"{name} {version}" for name, version in (data.get("versions") or {}).items())
+    where = f"{data['hardware']}{seeds}, {data['date']}" + (f" ({versions})" if versions else "")
+    return f"Measured with `{data['command'].strip()}` on {where}."
+
+
+def _verdict(data: dict[str, Any]) -> list[str]:
+    """A sentence for each budget that compares Q-ViT with LSQ+, from the numbers alone."""
+    sentences = []
+    for budget in dict.fromkeys(row["budget"] for row in data["rows"]):
+        pair = {row["method"]: row for row in data["rows"] if row["budget"] == budget}
+        if not {"lsq+", "qvit"} <= pair.keys():
+            continue
+        gain = pair["qvit"]["accuracy_mean"] - pair["lsq+"]["accuracy_mean"]
+        relation = "above" if gain > 0 else "below"
+        amount = f"{abs(gain):.2f} points {relation}" if round(abs(gain), 2) else "level with"
+        if min(len(row["seeds"]) for row in pair.values()) < 2:
+            certainty = "from one seed, which says nothing about the deviation"
+        else:
+            deviation = max(row["accuracy_std"] for row in pair.values())
+            within = "more than" if abs(gain) > deviation else "within"
+            certainty = f"{within} the larger standard deviation over seeds ({deviation:.2f})"
+        sentences.append(f"At the budget {budget}, `qvit` is {amount} `lsq+`, {certainty}.")
+    return sentences
+
+
+def _spread(mean: float, deviation: float, seeds: int) -> str:
+    return f"{mean:.2f} ± {deviation:.2f}" if seeds > 1 else f"{mean:.2f}"
+
+
+def _unit(values: Sequence[float], units: Sequence[tuple[str, float]], threshold: float) -> tuple[str, float]:
+    """The first unit if a value reaches the threshold, else the second."""
+    return units[0] if max(values) >= threshold else units[1]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> str:
+    """A markdown table; the first `left` columns are text, the others numbers."""
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
