@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qvit import demo
 from qvit import jobs as jobs_module
 from qvit.demo import BUDGETS, METHODS, RESULTS, Job, jobs, run_demo, summarize, verdict
 from qvit.errors import QvitError, UsageError
@@ -201,9 +200,9 @@ def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return action
 
     results = {run.name: json.loads((run / RESULT).read_text()) for run in (tmp_path / "runs").iterdir()}
-    monkeypatch.setattr(demo, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(demo, "train", act("train"))
-    monkeypatch.setattr(demo, "resume", act("resume"))
+    monkeypatch.setattr(jobs_module, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(jobs_module, "train", act("train"))
+    monkeypatch.setattr(jobs_module, "resume", act("resume"))
     fake_page(monkeypatch)
     return actions
 

@@ -20,9 +20,12 @@ import pytest
 import typer.main
 
 from qvit.cli import app, main
+from qvit.methods.irm import IRMOptions
 from qvit.methods.lsq import LSQOptions
+from qvit.methods.ofq import OFQOptions
 from qvit.methods.qvit import QViTOptions
 from qvit.methods.vvtq import VVTQOptions
+from qvit.oscillation import RemedyOptions
 from qvit.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +162,7 @@ def settings_in(text: str) -> set[tuple[str, str]]:
 
 def test_settings_in_command_lines_exist() -> None:
     known = set(TrainConfig.model_fields) | set(QViTOptions.model_fields) | set(LSQOptions.model_fields)
-    known |= set(VVTQOptions.model_fields)
+    known |= set(VVTQOptions.model_fields) | set(OFQOptions.model_fields) | set(IRMOptions.model_fields)
     for document in DOCUMENTS:
         assert {key for key, _ in settings_in(document.read_text("utf-8"))} <= known, document
 
@@ -181,6 +184,7 @@ def rows_of(section: str) -> dict[str, str]:
         ("Options of `qvit`", QViTOptions),
         ("Options of `lsq` and `lsq+`", LSQOptions),
         ("Options of `vvtq` and `qvit+vvtq`", VVTQOptions),
+        ("Options of `irm`", IRMOptions),
     ],
 )
 def test_tables_of_options_are_those_of_the_code(section: str, model: Any) -> None:
@@ -192,6 +196,12 @@ def test_tables_of_options_are_those_of_the_code(section: str, model: Any) -> No
         else:
             default = field.get_default(call_default_factory=True)
             assert json.loads(rows[key].strip("`")) == (list(default) if isinstance(default, tuple) else default), key
+
+
+def test_the_options_of_ofq_are_those_of_the_remedies_and_its_own() -> None:
+    assert list(rows_of("Options of `ofq`")) == [
+        key for key in OFQOptions.model_fields if key not in RemedyOptions.model_fields
+    ]
 
 
 # Links

@@ -174,6 +174,7 @@ def test_the_log_tells_the_run_in_order(finished: Path, name: str) -> None:
     assert [event["epoch"] for event in epochs] == list(range(EPOCHS))
     assert all((event["accuracy"] is None) != bool(config.monitor_share) for event in epochs)
     kinds = {"start", "step", "epoch", "end"} | ({"freeze"} if config.method == "qvit" else set())
+    kinds |= set() if config.method == "float" else {"diagnostics"}
     assert {event["event"] for event in log} == kinds
     result = json.loads((run / "result.json").read_text())
     assert end["accuracy"] == result["accuracy"] and end["seconds"] == result["seconds"]
