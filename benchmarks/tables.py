@@ -124,7 +124,7 @@ def ptq_tables(results: Path) -> str:
         images = next(row["images"] for row in data["rows"] if "images" in row)
         note = f"{data['model']} on {images} images of {data['eval_data']}; calibrated on {data['calibration_images']} "
         note += f"images of {data['data']}. Reconstruction: steps × images per step, for each block. "
-        note += f"Time is without scoring, threads: {data['threads']}."
+        note += f"Time is without scoring, threads: {data['threads']}{data.get('times', '')}."
         return "\n\n".join([_table(header, rows, left=2), f"{note} {_origin(data)}"])
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
