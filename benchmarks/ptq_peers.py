@@ -1,10 +1,10 @@
 """What the deployment tools' own 8-bit quantization makes of the same model, calibration images and test images.
 
+    qvit                w8a8, as `qvit ptq` makes it, simulated in PyTorch
     OpenVINO, NNCF      nncf.quantize, preset mixed, transformer model type, its default of fast bias correction
     ONNX Runtime        static quantization, QDQ, int8 weights per channel, after its own preprocessing
 
-Beside `benchmarks/ptq.py`: the first `--calibration-images` images that a `qvit ptq` run with the same seed calibrates
-on, and all images of the evaluation; agreement is with the float model in PyTorch.
+The calibration images are those of a `qvit ptq` run with the same seed; agreement is with the float model in PyTorch.
 
     pip install openvino nncf onnx onnxruntime onnxscript
     python benchmarks/ptq_peers.py --weights W.safetensors --data TRAIN.tar --eval-data TEST.tar --class-map classes.txt
@@ -16,7 +16,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,16 @@ import ptq as ours
 import torch
 from torch import Tensor, nn
 
+from qvit.methods.ptq import post_training_quantize
 from qvit.training.data import calibration_batches, data_config_of, eval_loader, open_source
 from qvit.training.models import create_model
 
 Answer = Callable[[Tensor], Tensor]
+
+
+def qvit_w8a8(model: nn.Module, images: list[Tensor], _: Path) -> Answer:
+    quantized = post_training_quantize(model, "w8a8", images)
+    return torch.no_grad()(quantized)
 
 
 def nncf_int8(model: nn.Module, images: list[Tensor], _: Path) -> Answer:
@@ -76,7 +81,7 @@ def onnxruntime_int8(model: nn.Module, images: list[Tensor], folder: Path) -> An
     return lambda batch: torch.from_numpy(session.run(None, {"images": batch.numpy()})[0])
 
 
-PEERS = {"OpenVINO, NNCF": nncf_int8, "ONNX Runtime, static": onnxruntime_int8}
+ENGINES = {"qvit, w8a8": qvit_w8a8, "OpenVINO, NNCF": nncf_int8, "ONNX Runtime, static": onnxruntime_int8}
 
 
 def main() -> None:
@@ -100,11 +105,9 @@ def main() -> None:
     with torch.no_grad():
         batches = [(batch, targets, model(batch)) for batch, targets in eval_loader(scored, config, batch_size=50)]
     rows: list[dict[str, Any]] = []
-    for name, build in PEERS.items():
+    for name, build in ENGINES.items():
         with tempfile.TemporaryDirectory() as folder:
-            started = time.perf_counter()
             answer = build(model, images, Path(folder))
-            seconds = time.perf_counter() - started
             hits = agreements = count = exact = 0
             for batch, targets, reference in batches:
                 found = answer(batch).argmax(-1)
@@ -113,7 +116,7 @@ def main() -> None:
                 agreements += int((found == reference.argmax(-1)).sum())
                 count += len(batch)
         shares = {"top1_float": exact, "top1": hits, "agreement": agreements}
-        rows.append({"engine": name, "images": count, "seconds": round(seconds, 1)})
+        rows.append({"engine": name, "images": count})
         rows[-1] |= {key: 100 * value / count for key, value in shares.items()}
         sys.stderr.write(json.dumps(rows[-1]) + "\n")
     ours.write(options, rows, "ptq_peers.py", ("openvino", "nncf", "onnxruntime"))

@@ -25,168 +25,151 @@ class RenderError(Exception):
     """A file that cannot be rendered, or a document with broken markers."""
 
 
-def demo_tables(results: Path) -> str:
+TABLES: dict[str, Callable[[Path], str]] = {}
+
+
+def table_of(files: str, command: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[dict[str, Any]], str]]:
+    """Decorator: `NAME_tables` makes the table NAME from what each file holds that `files` matches.
+
+    `command` is what measures it. A file that lacks what the function asks for is a RenderError.
+    """
+
+    def register(function: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+        def render(results: Path) -> str:
+            found = sorted(results.glob(files))
+            parts = []
+            for file in found:
+                try:
+                    parts.append(function(read(file)))
+                except (KeyError, TypeError, ValueError, IndexError, StopIteration, ZeroDivisionError) as error:
+                    what = f"{type(error).__name__} {error}"
+                    raise RenderError(f"{file} is not what the benchmark writes: {what}") from None
+            return "\n\n".join(parts) or f"Not measured yet: {command}."
+
+        TABLES[function.__name__.removesuffix("_tables")] = render
+        return function
+
+    return register
+
+
+@table_of("demo.json", "`make demo`, then `python benchmarks/render.py --demo demo-output`")
+def demo_tables(data: dict[str, Any]) -> str:
     """Accuracy of the demo's methods at equal bit operations."""
-    file = results / "demo.json"
-    if not file.is_file():
-        return "Not measured yet: `make demo`, then `python benchmarks/render.py --demo demo-output`."
-    data = read(file)
-    try:
-        unit, factor = _unit([row["bit_operations"] for row in data["rows"]], (("G", 1e9), ("M", 1e6)), 1e8)
-        seeds = sorted({seed for row in data["rows"] for seed in row["seeds"]})
+    unit, factor = _unit([row["bit_operations"] for row in data["rows"]], (("G", 1e9), ("M", 1e6)), 1e8)
+    seeds = sorted({seed for row in data["rows"] for seed in row["seeds"]})
+    rows = [
+        [
+            "float",
+            "32 bit",
+            _spread(data["float_accuracy_mean"], data["float_accuracy_std"], len(seeds)),
+            "",
+            "",
+            "",
+        ]
+    ]
+    rows += [
+        [
+            row["method"],
+            row["budget"],
+            _spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
+            f"{row['train_loss_mean']:.3f}" if row.get("train_loss_mean") else "",
+            f"{row['bit_operations'] / factor:.3f}",
+            f"{row['weight_bytes'] / 1e3:.1f}",
+        ]
+        for row in data["rows"]
+    ]
+    header = [
+        "method",
+        "budget",
+        "accuracy (%)",
+        "training loss",
+        f"bit operations ({unit})",
+        "weights (kB, packed)",
+    ]
+    spread = "Mean ± standard deviation over seeds" if len(seeds) > 1 else "Seed"
+    note = "Training loss: cross-entropy with the float model's soft labels, mean of the last five epochs."
+    over = f"{note} {spread} {', '.join(map(str, seeds))}."
+    took = f" All runs together took {data['seconds'] / 60:.1f} minutes." if data.get("seconds") else ""
+    return "\n\n".join([_table(header, rows, left=2), " ".join(_verdict(data)), f"{over} {_origin(data)}{took}"])
+
+
+@table_of("train_step*.json", "`python benchmarks/train_step.py`")
+def train_step_tables(data: dict[str, Any]) -> str:
+    """Time and memory of a training step over the float step, a table for each file."""
+    rows = [
+        [
+            row["method"],
+            f"{row['milliseconds']:.1f}",
+            f"{row['time_ratio']:.2f}",
+            f"{row['memory_mib']:.0f}",
+            f"{row['memory_ratio']:.2f}",
+        ]
+        for row in data["rows"]
+    ]
+    header = ["method", "time (ms)", "time / float", "memory (MiB)", "memory / float"]
+    kinds = dict.fromkeys(f"{row['precision']}, {row['mode']}" for row in data["rows"])
+    title = f"`{data['model']}`, batch {data['batch']}, {'; '.join(kinds)}:"
+    return "\n\n".join([title, _table(header, rows, left=1), _origin(data)])
+
+
+@table_of("ptq.json", "`python benchmarks/ptq.py`, see its `--help`")
+def ptq_tables(data: dict[str, Any]) -> str:
+    """Accuracy after training, plain and reconstructed."""
+    rows = []
+    for row in data["rows"]:
+        quantized, recon = "bit_operations" in row, row.get("reconstruction")
+        rows.append(
+            [
+                row["budget"] + (f", {row['metric']}" if row.get("metric") else ""),
+                "{steps} × {batch_size} of {images} images".format(**recon) if recon else "",
+                f"{row['top1']:.1f}",
+                f"{row['agreement']:.1f}",
+                f"{row['bit_operations'] / 1e9:.3f}" if quantized else "",
+                f"{sum(row['seconds'].values()):.0f}" if quantized else "",
+            ]
+        )
+    header = ["budget", "reconstruction", "top-1 (%)", "same answer as float (%)", "bit operations (G)", "time (s)"]
+    images = next(row["images"] for row in data["rows"] if "images" in row)
+    note = f"{data['model']} on {images} images of {data['eval_data']}; calibrated on {data['calibration_images']} "
+    note += f"images of {data['data']}. Reconstruction: steps × images per step, for each block. "
+    note += f"Time is without scoring, threads: {data['threads']}{data.get('times', '')}."
+    return "\n\n".join([_table(header, rows, left=2), f"{note} {_origin(data)}"])
+
+
+@table_of("ptq_peers.json", "`python benchmarks/ptq_peers.py`, see its `--help`")
+def ptq_peers_tables(data: dict[str, Any]) -> str:
+    """The 8-bit quantization of deployment tools, beside our own."""
+    rows = [[row["engine"], f"{row['top1']:.1f}", f"{row['agreement']:.1f}"] for row in data["rows"]]
+    table = _table(["8 bits", "top-1 (%)", "same answer as float (%)"], rows, left=1)
+    note = f"The same weights, calibration images and {data['rows'][0]['images']} scored images; "
+    note += f"float {data['rows'][0]['top1_float']:.1f} %."
+    return "\n\n".join([table, f"{note} {_origin(data)}"])
+
+
+@table_of("patchwise*.json", "`python benchmarks/patchwise.py --data DIR`")
+def patchwise_tables(data: dict[str, Any]) -> str:
+    """Patch-wise plans beside the uniform one, a table for each budget of each file."""
+    parts = [
+        f"{data['model']}, {data['images']} images, {data['calibration_images']} calibration images, "
+        f"{data['score_images']} images to choose splits by, seed {data['seed']}; float {data['top1_float']:.2f} %."
+    ]
+    for one in data["budgets"]:
         rows = [
             [
-                "float",
-                "32 bit",
-                _spread(data["float_accuracy_mean"], data["float_accuracy_std"], len(seeds)),
-                "",
-                "",
-                "",
+                row["variant"],
+                f"{row['top1']:.2f}",
+                f"{row['agreement']:.1f}",
+                f"{row['only_this_right']} / {row['only_uniform_right']}",
+                f"{row['p_value']:.2g}",
+                f"{row['divergence_on_training_images']:.4f}",
+                f"{row['bit_operations'] / 1e9:.3f}",
             ]
+            for row in one["variants"]
         ]
-        rows += [
-            [
-                row["method"],
-                row["budget"],
-                _spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
-                f"{row['train_loss_mean']:.3f}" if row.get("train_loss_mean") else "",
-                f"{row['bit_operations'] / factor:.3f}",
-                f"{row['weight_bytes'] / 1e3:.1f}",
-            ]
-            for row in data["rows"]
-        ]
-        header = [
-            "method",
-            "budget",
-            "accuracy (%)",
-            "training loss",
-            f"bit operations ({unit})",
-            "weights (kB, packed)",
-        ]
-        spread = "Mean ± standard deviation over seeds" if len(seeds) > 1 else "Seed"
-        note = "Training loss: cross-entropy with the float model's soft labels, mean of the last five epochs."
-        over = f"{note} {spread} {', '.join(map(str, seeds))}."
-        took = f" All runs together took {data['seconds'] / 60:.1f} minutes." if data.get("seconds") else ""
-        return "\n\n".join([_table(header, rows, left=2), " ".join(_verdict(data)), f"{over} {_origin(data)}{took}"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RenderError(f"{file} is not what a demo writes: {type(error).__name__} {error}") from None
-
-
-def train_step_tables(results: Path) -> str:
-    """Time and memory of a training step over the float step, a table for each file."""
-    files = sorted(results.glob("train_step*.json"))
-    if not files:
-        return "Not measured yet: `python benchmarks/train_step.py`."
-    parts = []
-    for file in files:
-        data = read(file)
-        try:
-            rows = [
-                [
-                    row["method"],
-                    f"{row['milliseconds']:.1f}",
-                    f"{row['time_ratio']:.2f}",
-                    f"{row['memory_mib']:.0f}",
-                    f"{row['memory_ratio']:.2f}",
-                ]
-                for row in data["rows"]
-            ]
-            header = ["method", "time (ms)", "time / float", "memory (MiB)", "memory / float"]
-            kinds = dict.fromkeys(f"{row['precision']}, {row['mode']}" for row in data["rows"])
-            title = f"`{data['model']}`, batch {data['batch']}, {'; '.join(kinds)}:"
-            parts += [title, _table(header, rows, left=1), _origin(data)]
-        except (KeyError, TypeError, ValueError) as error:
-            raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
-    return "\n\n".join(parts)
-
-
-def ptq_tables(results: Path) -> str:
-    """Accuracy after training, plain and reconstructed."""
-    file = results / "ptq.json"
-    if not file.is_file():
-        return "Not measured yet: `python benchmarks/ptq.py`, see its `--help`."
-    data = read(file)
-    try:
-        rows = []
-        for row in data["rows"]:
-            quantized, recon = "bit_operations" in row, row.get("reconstruction")
-            rows.append(
-                [
-                    row["budget"] + (f", {row['metric']}" if row.get("metric") else ""),
-                    "{steps} × {batch_size} of {images} images".format(**recon) if recon else "",
-                    f"{row['top1']:.1f}",
-                    f"{row['agreement']:.1f}",
-                    f"{row['bit_operations'] / 1e9:.3f}" if quantized else "",
-                    f"{sum(row['seconds'].values()):.0f}" if quantized else "",
-                ]
-            )
-        header = ["budget", "reconstruction", "top-1 (%)", "same answer as float (%)", "bit operations (G)", "time (s)"]
-        images = next(row["images"] for row in data["rows"] if "images" in row)
-        note = f"{data['model']} on {images} images of {data['eval_data']}; calibrated on {data['calibration_images']} "
-        note += f"images of {data['data']}. Reconstruction: steps × images per step, for each block. "
-        note += f"Time is without scoring, threads: {data['threads']}{data.get('times', '')}."
-        return "\n\n".join([_table(header, rows, left=2), f"{note} {_origin(data)}"])
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
-        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
-
-
-def ptq_peer_tables(results: Path) -> str:
-    """The 8-bit quantization of deployment tools, beside the row of `qvit ptq` at w8a8."""
-    file = results / "ptq_peers.json"
-    if not file.is_file():
-        return "Not measured yet: `python benchmarks/ptq_peers.py`, see its `--help`."
-    data, own = read(file), read(results / "ptq.json")
-    try:
-        ours = next(row for row in own["rows"] if row["budget"] == "w8a8")
-        same = all(own[key] == data[key] for key in ("weights", "data", "eval_data", "calibration_images", "seed"))
-        if not same or ours["images"] != data["rows"][0]["images"]:
-            raise ValueError("ptq.json is about other images")
-        rows = [["qvit ptq, w8a8", f"{ours['top1']:.1f}", f"{ours['agreement']:.1f}"]]
-        rows += [[row["engine"], f"{row['top1']:.1f}", f"{row['agreement']:.1f}"] for row in data["rows"]]
-        table = _table(["8 bits", "top-1 (%)", "same answer as float (%)"], rows, left=1)
-        note = f"The same weights, calibration images and {ours['images']} scored images; "
-        note += f"float {data['rows'][0]['top1_float']:.1f} %."
-        return "\n\n".join([table, f"{note} {_origin(data)}"])
-    except (KeyError, TypeError, ValueError, StopIteration, IndexError) as error:
-        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
-
-
-def patchwise_tables(results: Path) -> str:
-    """Patch-wise plans beside the uniform one, a table for each budget of each file."""
-    files = sorted(results.glob("patchwise*.json"))
-    if not files:
-        return "Not measured yet: `python benchmarks/patchwise.py --data DIR`."
-    return "\n\n".join(_patchwise_file(file) for file in files)
-
-
-def _patchwise_file(file: Path) -> str:
-    data = read(file)
-    try:
-        parts = [
-            f"{data['model']}, {data['images']} images, {data['calibration_images']} calibration images, "
-            f"{data['score_images']} images to choose splits by, seed {data['seed']}; float {data['top1_float']:.2f} %."
-        ]
-        for one in data["budgets"]:
-            rows = [
-                [
-                    row["variant"],
-                    f"{row['top1']:.2f}",
-                    f"{row['agreement']:.1f}",
-                    f"{row['only_this_right']} / {row['only_uniform_right']}",
-                    f"{row['p_value']:.2g}",
-                    f"{row['divergence_on_training_images']:.4f}",
-                    f"{row['bit_operations'] / 1e9:.3f}",
-                ]
-                for row in one["variants"]
-            ]
-            header = ["variant", "top-1 (%)", "agrees with float (%)", "only this / only uniform right", "p-value"]
-            header += ["KL on training images", "bit operations (G)"]
-            parts += [f"Budget `{one['budget']}`:", _table(header, rows, left=1), _patchwise_verdict(one)]
-        return "\n\n".join(
-            [*parts, f"{_origin(data)} It took {data['cpu_seconds'] / 60:.1f} minutes of processor time."]
-        )
-    except (KeyError, TypeError, ValueError, StopIteration) as error:
-        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+        header = ["variant", "top-1 (%)", "agrees with float (%)", "only this / only uniform right", "p-value"]
+        header += ["KL on training images", "bit operations (G)"]
+        parts += [f"Budget `{one['budget']}`:", _table(header, rows, left=1), _patchwise_verdict(one)]
+    return "\n\n".join([*parts, f"{_origin(data)} It took {data['cpu_seconds'] / 60:.1f} minutes of processor time."])
 
 
 def _patchwise_verdict(one: dict[str, Any]) -> str:
@@ -208,131 +191,90 @@ def _patchwise_verdict(one: dict[str, Any]) -> str:
     return f"Training images choose `{chosen['variant']}`, which is {amount} uniform (p = {chosen['p_value']:.2g})."
 
 
-def two_bits_tables(results: Path) -> str:
+@table_of("two_bits*.json", "`python benchmarks/accuracy/two_bits.py --help`")
+def two_bits_tables(data: dict[str, Any]) -> str:
     """Parts of VVTQ and its rivals, a table for each file."""
-    files = sorted(results.glob("two_bits*.json"))
-    if not files:
-        return "Not measured yet: `python benchmarks/accuracy/two_bits.py --help`."
-    return "\n\n".join(_two_bits_file(file) for file in files)
-
-
-def _two_bits_file(file: Path) -> str:
-    data = read(file)
-    try:
-        rows = []
-        for row in data["rows"]:
-            seeds = len(row["seeds"])
-            rows.append(
-                [
-                    row["budget"],
-                    row["row"],
-                    "soft" if row["soft_labels"] else "hard",
-                    _spread(row["accuracy_mean"], row["accuracy_std"], seeds),
-                    f"{row['oscillating_middle_mean']:.1f}",
-                    f"{row['oscillating_end_mean']:.1f}",
-                ]
-            )
-        first = data["rows"][0]
-        floats, teachers = (values for values in (first["float_accuracies"], data["teacher_accuracies"]))
-        header = ["budget", "method", "labels", "top-1 (%)", "oscillating, middle (%)", "at the end (%)"]
-        note = (
-            f"`{data['set']}`: {data['train_images']} training and {first['images']} test images; float "
-            f"{sum(floats) / len(floats):.2f} %, teacher {sum(teachers) / len(teachers):.2f} %. Mean ± standard "
-            f"deviation over seeds {', '.join(map(str, first['seeds']))}. Oscillating: share of the blocks' weights in "
-            "the middle of the training and at its end."
+    rows = []
+    for row in data["rows"]:
+        seeds = len(row["seeds"])
+        rows.append(
+            [
+                row["budget"],
+                row["row"],
+                "soft" if row["soft_labels"] else "hard",
+                _spread(row["accuracy_mean"], row["accuracy_std"], seeds),
+                f"{row['oscillating_middle_mean']:.1f}",
+                f"{row['oscillating_end_mean']:.1f}",
+            ]
         )
-        return "\n\n".join([_table(header, rows, left=3), f"{note} {_origin(data)}"])
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+    first = data["rows"][0]
+    floats, teachers = (values for values in (first["float_accuracies"], data["teacher_accuracies"]))
+    header = ["budget", "method", "labels", "top-1 (%)", "oscillating, middle (%)", "at the end (%)"]
+    note = (
+        f"`{data['set']}`: {data['train_images']} training and {first['images']} test images; float "
+        f"{sum(floats) / len(floats):.2f} %, teacher {sum(teachers) / len(teachers):.2f} %. Mean ± standard "
+        f"deviation over seeds {', '.join(map(str, first['seeds']))}. Oscillating: share of the blocks' weights in "
+        "the middle of the training and at its end."
+    )
+    return "\n\n".join([_table(header, rows, left=3), f"{note} {_origin(data)}"])
 
 
-def regularizer_tables(results: Path) -> str:
+@table_of("regularizer.json", "`python benchmarks/regularizer.py`")
+def regularizer_tables(data: dict[str, Any]) -> str:
     """Shares of a training step that the remedies against oscillation and the diagnostics take."""
-    file = results / "regularizer.json"
-    if not file.is_file():
-        return "Not measured yet: `python benchmarks/regularizer.py`."
-    data = read(file)
-    try:
-        rows = [
-            [name, f"{data['milliseconds'][name]:.0f}", *(f"{100 * own[step]:.1f}" for step in ("float", "lsq+"))]
-            for name, own in data["share_of_step"].items()
-        ]
-        header = ["part", "time (ms)", "of a float step (%)", "of an lsq+ step (%)"]
-        note = f"{data['model']}, batch {data['batch']}, {data['bits']} bits; a float step takes "
-        note += f"{data['milliseconds']['float']:.0f} ms here, an lsq+ step {data['milliseconds']['lsq+']:.0f} ms."
-        return "\n\n".join([_table(header, rows, left=1), f"{note} {_origin(data)}"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+    rows = [
+        [name, f"{data['milliseconds'][name]:.0f}", *(f"{100 * own[step]:.1f}" for step in ("float", "lsq+"))]
+        for name, own in data["share_of_step"].items()
+    ]
+    header = ["part", "time (ms)", "of a float step (%)", "of an lsq+ step (%)"]
+    note = f"{data['model']}, batch {data['batch']}, {data['bits']} bits; a float step takes "
+    note += f"{data['milliseconds']['float']:.0f} ms here, an lsq+ step {data['milliseconds']['lsq+']:.0f} ms."
+    return "\n\n".join([_table(header, rows, left=1), f"{note} {_origin(data)}"])
 
 
-def labels_tables(results: Path) -> str:
+@table_of("labels.json", "`python benchmarks/labels.py`")
+def labels_tables(data: dict[str, Any]) -> str:
     """Bytes and speed of soft labels."""
-    file = results / "labels.json"
-    if not file.is_file():
-        return "Not measured yet: `python benchmarks/labels.py`."
-    data = read(file)
-    try:
-        row = [
-            f"{data['images']} × {data['crops_per_image']}",
-            f"{data['bytes_per_crop']:.2f}",
-            f"{data['labelled_per_second']:.0f}",
-            f"{data['replayed_per_second_4']:.0f}",
-            f"{data['replayed_per_second_1']:.0f}",
-        ]
-        header = ["images × crops", "bytes per crop", "labelled per second", "replayed, 4 of an image", "replayed, 1"]
-        return "\n\n".join([_table(header, [row], left=1), f"Teacher {data['teacher']}. {_origin(data)}"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
+    row = [
+        f"{data['images']} × {data['crops_per_image']}",
+        f"{data['bytes_per_crop']:.2f}",
+        f"{data['labelled_per_second']:.0f}",
+        f"{data['replayed_per_second_4']:.0f}",
+        f"{data['replayed_per_second_1']:.0f}",
+    ]
+    header = ["images × crops", "bytes per crop", "labelled per second", "replayed, 4 of an image", "replayed, 1"]
+    return "\n\n".join([_table(header, [row], left=1), f"Teacher {data['teacher']}. {_origin(data)}"])
 
 
-def sensitivity_tables(results: Path) -> str:
+@table_of("sensitivity.json", "`QVIT_DATA=FOLDER python benchmarks/sensitivity.py`")
+def sensitivity_tables(data: dict[str, Any]) -> str:
     """Search times, and how predictions of single sites agree with measurements."""
-    file = results / "sensitivity.json"
-    if not file.is_file():
-        return "Not measured yet: `QVIT_DATA=FOLDER python benchmarks/sensitivity.py`."
-    data = read(file)
-    try:
-        fisher, exhaustive = data["searches"]["fisher"], data["exhaustive_kl"]
-        search = (
-            f"`fisher` for all {exhaustive['heads']} heads and tensors of {data['model']} at {len(fisher['widths'])} "
-            f"widths, from {fisher['images']} images: {fisher['seconds']:.0f} s "
-            f"({fisher['processor_seconds']:.0f} s of processor time). The exact plan for the 4-bit budget from it: "
-            f"{fisher['seconds_of_exact_allocation_at_4bit']:.1f} s. "
-            f"One at a time by `kl`, the same takes {exhaustive['passes_of_all']} passes over the images, about "
-            f"{exhaustive['seconds_of_all_extrapolated'] / 3600:.1f} hours: extrapolated by number from "
-            f"{exhaustive['passes_measured']} passes over {exhaustive['images_measured']} images in "
-            f"{exhaustive['seconds_measured']:.0f} s."
-        )
-        agreements = data["agreement"]
-        widths = list(dict.fromkeys(width for own in agreements.values() for width in own["spearman_by_width"]))
-        rows = [
-            [name.replace("_", " "), f"{own['spearman']:.3f}"]
-            + [f"{own['spearman_by_width'][width]:.3f}" for width in widths]
-            + [f"{own['median_ratio_by_width'][width]:.2f}" for width in (widths[0], widths[-1])]
-            for name, own in agreements.items()
-        ]
-        header = ["prediction", "all", *(f"{width} bit" for width in widths)]
-        header += [f"ratio, {width} bit" for width in (widths[0], widths[-1])]
-        note = (
-            f"Spearman's rank correlation with the measured divergence of {exhaustive['heads_measured']} heads and "
-            f"tensors drawn at random, in all and by width, and the median of predicted over measured."
-        )
-        return "\n\n".join([search, _table(header, rows, left=1), f"{note} {_origin(data)}"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise RenderError(f"{file} is not what the benchmark writes: {type(error).__name__} {error}") from None
-
-
-TABLES: dict[str, Callable[[Path], str]] = {
-    "demo": demo_tables,
-    "train_step": train_step_tables,
-    "ptq": ptq_tables,
-    "ptq_peers": ptq_peer_tables,
-    "patchwise": patchwise_tables,
-    "two_bits": two_bits_tables,
-    "regularizer": regularizer_tables,
-    "labels": labels_tables,
-    "sensitivity": sensitivity_tables,
-}
+    fisher, exhaustive = data["searches"]["fisher"], data["exhaustive_kl"]
+    search = (
+        f"`fisher` for all {exhaustive['heads']} heads and tensors of {data['model']} at {len(fisher['widths'])} "
+        f"widths, from {fisher['images']} images: {fisher['seconds']:.0f} s "
+        f"({fisher['processor_seconds']:.0f} s of processor time). The exact plan for the 4-bit budget from it: "
+        f"{fisher['seconds_of_exact_allocation_at_4bit']:.1f} s. "
+        f"One at a time by `kl`, the same takes {exhaustive['passes_of_all']} passes over the images, about "
+        f"{exhaustive['seconds_of_all_extrapolated'] / 3600:.1f} hours: extrapolated by number from "
+        f"{exhaustive['passes_measured']} passes over {exhaustive['images_measured']} images in "
+        f"{exhaustive['seconds_measured']:.0f} s."
+    )
+    agreements = data["agreement"]
+    widths = list(dict.fromkeys(width for own in agreements.values() for width in own["spearman_by_width"]))
+    rows = [
+        [name.replace("_", " "), f"{own['spearman']:.3f}"]
+        + [f"{own['spearman_by_width'][width]:.3f}" for width in widths]
+        + [f"{own['median_ratio_by_width'][width]:.2f}" for width in (widths[0], widths[-1])]
+        for name, own in agreements.items()
+    ]
+    header = ["prediction", "all", *(f"{width} bit" for width in widths)]
+    header += [f"ratio, {width} bit" for width in (widths[0], widths[-1])]
+    note = (
+        f"Spearman's rank correlation with the measured divergence of {exhaustive['heads_measured']} heads and "
+        f"tensors drawn at random, in all and by width, and the median of predicted over measured."
+    )
+    return "\n\n".join([search, _table(header, rows, left=1), f"{note} {_origin(data)}"])
 
 
 def read(file: Path) -> dict[str, Any]:

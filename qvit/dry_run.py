@@ -32,7 +32,7 @@ from qvit.methods import create_method
 from qvit.plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.training.config import TrainConfig
-from qvit.training.data import data_config_of, open_data
+from qvit.training.data import data_config_of, open_data_of
 from qvit.training.loop import micro_batch
 from qvit.training.models import WEIGHTS_FILE, create_model
 from qvit.training.optimizer import create_optimizer
@@ -90,8 +90,7 @@ def plan_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
 
 
 def _count_images(config: TrainConfig) -> tuple[dict[str, int], int]:
-    options = config.model_dump(include={"class_map", "test_share", "monitor_share", "seed"})
-    bundle = open_data(config.data, test_data=config.eval_data, **options)
+    bundle = open_data_of(config)
     sources = {"train": bundle.train, "held out": bundle.held_out, "test": bundle.test}
     return {name: len(source) for name, source in sources.items() if source is not None}, bundle.num_classes
 

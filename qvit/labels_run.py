@@ -23,7 +23,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.run import teacher_model
 from qvit.rundir import CONFIG, read_config
 from qvit.training.config import validated
-from qvit.training.data import data_config_of, open_data
+from qvit.training.data import data_config_of, open_data_of
 from qvit.training.digits import DIGITS
 from qvit.training.distill import Teacher, require_same_channels
 from qvit.training.images import ImageSource
@@ -105,14 +105,7 @@ def write_labels(
         QvitError: Data or weights that cannot be read, a teacher that returns NaN, or a disk without space.
     """
     device, folder = Processes(request.device).device, Path(out)
-    bundle = open_data(
-        request.data,
-        test_data=request.eval_data,
-        class_map=request.class_map,
-        test_share=request.test_share,
-        monitor_share=request.monitor_share,
-        seed=request.seed,
-    )
+    bundle = open_data_of(request)
     source = require_rows(bundle.train)
     notify(bundle.note)
     teacher, call = _teacher_and_call(request, source, device)

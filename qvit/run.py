@@ -42,6 +42,7 @@ from qvit.training.data import (
     data_config_of,
     eval_loader,
     open_data,
+    open_data_of,
     open_source,
     train_loader,
 )
@@ -229,14 +230,7 @@ def _silence(_: str) -> None: ...
 def _prepare(config: TrainConfig, run: Path, processes: Processes, fresh: bool, notify: Notify) -> _Setup:
     """Opens data and float model, and writes the config of a fresh run."""
     method = create_method(config)
-    bundle = open_data(
-        config.data,
-        test_data=config.eval_data,
-        class_map=config.class_map,
-        test_share=config.test_share,
-        monitor_share=config.monitor_share,
-        seed=config.seed,
-    )
+    bundle = open_data_of(config)
     notify(bundle.note)
     seed_everything(config.seed)
     float_model = create_float_model(config, bundle.num_classes, load=True).to(processes.device).eval()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,32 @@ def make_images(root: Path, classes: dict[str, int], size: int = 32, seed: int =
             image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC)
             image.save(root / folder / f"{number}.jpg", quality=95)
     return root
+
+
+def saved(trainer: Trainer) -> Path:
+    """The checkpoint that a trainer writes."""
+    path = trainer.save()
+    assert path is not None
+    return path
+
+
+def float_trainer(run: Path, steps: int = 3, **changes: Any) -> Trainer:
+    """A trainer of the float model on random images."""
+    teacher = changes.pop("teacher", None)
+    config = small_config(**({"method": "float", "batch_size": 8, "log_every": 1} | changes))
+    labels = [torch.randint(0, 10, (8,)) for _ in range(steps)]
+    loader = Batches(zip(digit_batches(steps), labels, strict=True))
+    run.mkdir(parents=True, exist_ok=True)
+    _, method = starting_point(small_config(method="lsq", budget="4bit"), attach=False)
+    model = digits_model()
+    return Trainer(model, config, loader, num_classes=10, run=run, hooks=method, width_lr=1.0, teacher=teacher)
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (self.target,)

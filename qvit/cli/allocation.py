@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qvit.cli.console import Debug, Device, Json, ModelArgs, Workers, bops, err, out, pairs, print_json, say, size
+from qvit.cli.console import (
+    ClassMap,
+    Debug,
+    Device,
+    Json,
+    ModelArgs,
+    Pretrained,
+    Weights,
+    Workers,
+    bops,
+    out,
+    pairs,
+    print_json,
+    progress_bar,
+    say,
+    size,
+)
 from qvit.errors import QvitError, UsageError
 
 PARTIAL = ".partial"
@@ -19,11 +35,9 @@ def sensitivity(
     model: Annotated[str, typer.Argument(help="timm's name, vit_digits, or a finished run for --metric learned.")],
     target: Annotated[Path, typer.Option("--out", help="The JSON file.")],
     data: Annotated[str | None, typer.Option(help="Training images, as for `qvit train`.")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Float weights: .safetensors, .pth, or the run of a float model.")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Float weights from timm's hub.")] = False,
-    class_map: Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")] = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
+    class_map: ClassMap = None,
     images: Annotated[int, typer.Option(help="How many training images.")] = 32,
     metric: Annotated[str, typer.Option(help="fisher, hessian, kl (slow) or learned (from a run).")] = "fisher",
     widths: Annotated[str, typer.Option(help="Candidate widths: 2-8, or a list such as 2,3,4,6,8.")] = "2-8",
@@ -42,7 +56,7 @@ def sensitivity(
 ) -> None:
     """Measure how much the loss rises when one tensor, or one head of it, is quantized to 2 to 8 bits.
 
-    A measurement by metric kl that was stopped goes on where it was.
+    A measurement that was stopped goes on where it was.
 
     Examples:
     [cyan]qvit sensitivity deit_tiny_patch16_224 --weights deit.safetensors --data imagenet/train --out s.json[/]
@@ -116,15 +130,14 @@ def _measured(
         workers=workers or 0,
         device=place,
     )
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(f"{options['metric']}: calibrating", total=None)
-
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, description=options["metric"])
-
+    with progress_bar(hidden=False) as show:
         return measure_sensitivity(
-            float_model, batches, progress=progress, partial=f"{target}{PARTIAL}", name=name, **options
+            float_model,
+            batches,
+            progress=partial(show, options["metric"]),
+            partial=f"{target}{PARTIAL}",
+            name=name,
+            **options,
         )
 
 

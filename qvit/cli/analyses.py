@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from qvit.cli.console import Debug, Json, ModelArgs, Workers, bops, err, out, pairs, print_json, say, size
+from qvit.cli.console import (
+    ClassMap,
+    Debug,
+    Json,
+    ModelArgs,
+    Pretrained,
+    Weights,
+    Workers,
+    bops,
+    out,
+    pairs,
+    print_json,
+    progress_bar,
+    say,
+    size,
+)
 from qvit.errors import UsageError
 
 Model = Annotated[str, typer.Argument(help="timm's name, or vit_digits.")]
@@ -19,9 +31,6 @@ Data = Annotated[str, typer.Option(help="Training images, for calibration: as fo
 EvalData = Annotated[
     str | None, typer.Option(help="Images to judge by. Default: the data's own test split, or a share set aside.")
 ]
-Weights = Annotated[str | None, typer.Option(help="Float weights: .safetensors, .pth, or the run of a float model.")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Float weights from timm's hub.")]
-ClassMap = Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")]
 Images = Annotated[int | None, typer.Option(help="How many images to judge by, drawn by the seed. Default: all.")]
 Calibration = Annotated[int, typer.Option(help="How many images to calibrate with.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
@@ -177,22 +186,6 @@ def patchwise(
     if page:
         say(f"page: {page.absolute()}")
     return None
-
-
-@contextmanager
-def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over images with the seconds spent and left, on stderr; it shows nothing where nobody looks."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total}"),
-    )
-    with Progress(
-        *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        console=err, transient=True, disable=hidden or not err.is_terminal,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("opening", total=1)
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
 
 
 def _integers(text: str, option: str) -> list[int]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qvit.errors import UsageError
 
@@ -30,12 +33,31 @@ ModelArgs = Annotated[
         help="Argument for timm.create_model, such as img_size=64. Repeatable.",
     ),
 ]
+Weights = Annotated[str | None, typer.Option(help="Float weights: .safetensors, .pth, or the run of a float model.")]
+Pretrained = Annotated[bool, typer.Option("--pretrained", help="Float weights from timm's hub.")]
+ClassMap = Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")]
 out, err = Console(), Console(stderr=True)
 
 
 def say(text: str) -> None:
     """Prints one line of plain text as it is: no markup, no colours, no line breaks."""
     out.print(escape(text), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the seconds spent and left, on stderr; it shows nothing where nobody looks."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total}"),
+    )
+    with Progress(
+        *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=err, transient=True, disable=hidden or not err.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("opening", total=1)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
 
 
 def print_json(data: Any) -> None:

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from qvit.cli.console import Debug, Device, Json, ModelArgs, Quiet, Workers, err, pairs, print_json, say, size
+from qvit.cli.console import (
+    ClassMap,
+    Debug,
+    Device,
+    Json,
+    ModelArgs,
+    Quiet,
+    Workers,
+    pairs,
+    print_json,
+    progress_bar,
+    say,
+    size,
+)
 from qvit.errors import UsageError
 
 
@@ -29,7 +43,7 @@ def labels(
         "digits"
     ),
     eval_data: Annotated[str | None, typer.Option(help="Test images, as for `qvit train`.")] = None,
-    class_map: Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")] = None,
+    class_map: ClassMap = None,
     test_share: Annotated[float, typer.Option(help="As the setting of `qvit train`.")] = 0.2,
     monitor_share: Annotated[float, typer.Option(help="As the setting of `qvit train`.")] = 0.0,
     on_bad_image: Annotated[str, typer.Option(help="fatal or skip: what an unreadable image does.")] = "fatal",
@@ -82,9 +96,6 @@ def labels(
         return _verify(verify, as_json)
     if model is None or teacher is None or crops is None or store is None:
         raise UsageError("give a MODEL, --teacher T, --crops M and --out STORE, or --verify STORE")
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.progress import TimeRemainingColumn as Left
-
     from qvit.labels_run import LabelRequest, write_labels
 
     request = LabelRequest.create(
@@ -96,16 +107,12 @@ def labels(
         device=device,
     )  # fmt: skip
     silent = quiet or as_json
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, TextColumn("left"), Left(), console=err, transient=True, disable=silent or not err.is_terminal
-    ) as bar:
-        task = bar.add_task("crops", total=None)
+    with progress_bar(hidden=silent) as show:
         result = write_labels(
             request,
             store,
             notify=(lambda _: None) if silent else say,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=partial(show, "crops"),
         )
     if as_json:
         return print_json(result)

@@ -9,7 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Debug, Device, Json, ModelArgs, Quiet, Workers, bops, err, pairs, print_json, say, size
+from qvit.cli.console import (
+    ClassMap,
+    Debug,
+    Device,
+    Json,
+    ModelArgs,
+    Pretrained,
+    Quiet,
+    Weights,
+    Workers,
+    bops,
+    err,
+    pairs,
+    print_json,
+    say,
+    size,
+)
 
 
 def ptq(
@@ -34,11 +50,9 @@ def ptq(
     eval_data: Annotated[
         str | None, typer.Option(help="Test images. Default: the data's own test split, or a share set aside.")
     ] = None,
-    class_map: Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Float weights: .safetensors, .pth, or the run of a float model.")
-    ] = None,
-    pretrained: Annotated[bool, typer.Option("--pretrained", help="Float weights from timm's hub.")] = False,
+    class_map: ClassMap = None,
+    weights: Weights = None,
+    pretrained: Pretrained = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     calibration_images: Annotated[int, typer.Option(help="Images for ranges, sensitivities and biases.")] = 128,
     observer: Annotated[str, typer.Option(help="Ranges of activations: mse, percentile or minmax.")] = "mse",

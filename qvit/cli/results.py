@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from qvit.cli.console import Debug, Device, Json, Workers, bops, err, out, print_json, say, size, spread
+from qvit.cli.console import ClassMap, Debug, Device, Json, Workers, bops, err, out, print_json, say, size, spread
 
 
 def demo(
@@ -60,7 +60,7 @@ def demo(
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's directory.")],
     data: Annotated[str, typer.Option(help="Images, as for `qvit train`.")],
-    class_map: Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")] = None,
+    class_map: ClassMap = None,
     batch_size: Annotated[int, typer.Option()] = 64,
     device: Device = "auto",
     workers: Workers = None,

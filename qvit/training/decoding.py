@@ -34,6 +34,11 @@ def is_fatal(policy: BadImagePolicy) -> bool:
     return policy == "fatal"
 
 
+def mode_of(channels: int) -> str:
+    """PIL's name for images of so many channels."""
+    return "L" if channels == 1 else "RGB"
+
+
 def one_line(error: BaseException) -> str:
     """What an exception says, for the middle of a sentence."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -17,10 +17,10 @@ from torch import Tensor
 from qvit.errors import QvitError, UsageError
 from qvit.training.augment import AugmentConfig, eval_config, eval_transform, train_transform
 from qvit.training.batches import BatchLoader, RowSamples
-from qvit.training.decoding import BadImagePolicy
+from qvit.training.decoding import BadImagePolicy, mode_of
 from qvit.training.digits import DigitsLoader, DigitStore
 from qvit.training.images import ImageSource
-from qvit.training.labels.loading import StoredLabels, mode_of
+from qvit.training.labels.loading import StoredLabels
 from qvit.training.sampling import EpochBatches, RowBatches, require_process
 from qvit.training.shard_stream import shard_calibration_loader, shard_loader
 from qvit.training.shards import ShardSource
@@ -126,7 +126,8 @@ def train_loader(
             source, data_config, batch_size, device, shuffle=True, augment=not augment.is_off, **order
         )
     batches = EpochBatches(len(source), batch_size, **order)
-    samples = RowSamples(source, train_transform(data_config, augment), _mode(data_config), on_bad_image, replace=True)
+    mode = mode_of(data_config["input_size"][0])
+    samples = RowSamples(source, train_transform(data_config, augment), mode, on_bad_image, replace=True)
     return BatchLoader(
         samples,
         batches,
@@ -175,9 +176,9 @@ def eval_loader(
     part = source.subset(range(rank, len(source), world_size)) if world_size > 1 else source
     if isinstance(source.store, DigitStore):
         return _digits_loader(part, data_config, batch_size, device, drop_last=False)
-    batches = RowBatches(len(part), batch_size)
+    batches, mode = RowBatches(len(part), batch_size), mode_of(data_config["input_size"][0])
     return BatchLoader(
-        RowSamples(part, eval_transform(data_config), _mode(data_config), on_bad_image, replace=False),
+        RowSamples(part, eval_transform(data_config), mode, on_bad_image, replace=False),
         batches,
         len(batches),
         source,
@@ -239,10 +240,6 @@ def calibration_batches(
     chosen = source.subset(order[:images], f"{source.name}, for calibration")
     options: dict[str, Any] = {"workers": workers, "device": device, "on_bad_image": on_bad_image}
     return (batch for batch, _ in eval_loader(chosen, data_config, batch_size=batch_size, **options))
-
-
-def _mode(data_config: Mapping[str, Any]) -> str:
-    return mode_of(data_config["input_size"][0])
 
 
 def _digits_loader(

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from qvit.errors import QvitError, UsageError
 from qvit.training.batches import BatchLoader, Sample, too_many_in_a_row, transformed
-from qvit.training.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, decode, is_fatal, one_line
+from qvit.training.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, decode, is_fatal, mode_of, one_line
 from qvit.training.sampling import CALIBRATION, SHARDS, derived_seed
 from qvit.training.shards import IMAGE_EXTENSIONS, ShardSource
 
@@ -222,7 +222,7 @@ def shard_loader(
     samples = ShardSamples(
         source,
         transform,
-        "L" if data_config["input_size"][0] == 1 else "RGB",
+        mode_of(data_config["input_size"][0]),
         on_bad_image,
         batch_size=batch_size,
         lanes=lanes,
@@ -264,7 +264,7 @@ def shard_calibration_loader(
     samples = ShardSamples(
         source,
         transform,
-        "L" if data_config["input_size"][0] == 1 else "RGB",
+        mode_of(data_config["input_size"][0]),
         on_bad_image,
         batch_size=batch_size,
         lanes=1,

@@ -22,16 +22,11 @@ from torch.utils.data import Sampler
 
 from qvit.errors import QvitError, UsageError
 from qvit.training.batches import BatchLoader, RowSamples, Sample
-from qvit.training.decoding import BadImagePolicy
+from qvit.training.decoding import BadImagePolicy, mode_of
 from qvit.training.images import ImageSource
 from qvit.training.labels.crops import LARGEST, draw_crops, picture, replay
 from qvit.training.labels.store import LabelCall, SoftLabelStore
 from qvit.training.sampling import CROP_CHOICE, derived_seed, epoch_order, process_batches
-
-
-def mode_of(channels: int) -> str:
-    """PIL's name for images of so many channels."""
-    return "L" if channels == 1 else "RGB"
 
 
 def collate_crops(samples: list[Sample], channels: int) -> tuple[Tensor, Tensor, list[tuple[str, str]], str | None]:
