@@ -147,20 +147,35 @@ class AttentionSites(nn.Module):
         rank: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """What `attend` returns, and the attention probabilities before they are quantized, (B, H, N, M)."""
-        q, k, v = (apply_quantizer(self, name, x, rank) for name, x in zip(QKV, (q, k, v), strict=True))
-        shared = q.shape[1] // k.shape[1]
-        if shared > 1:
-            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-        scores = (q * scale) @ k.transpose(-2, -1)
+        scores = self.scores(q, k, scale, rank)
         probs = dropout((scores if bias is None else scores + bias).softmax(dim=-1))
-        return apply_quantizer(self, "probs", probs) @ v, probs
+        return self.weigh(probs, v, rank), probs
+
+    def scores(self, q: Tensor, k: Tensor, scale: float | Tensor, rank: Tensor | None = None) -> Tensor:
+        """q̂·k̂ᵀ·scale, (B, H, N, M); arguments as for `attend`."""
+        q, k = apply_quantizer(self, "query", q, rank), apply_quantizer(self, "key", k, rank)
+        return (q * scale) @ for_all_heads(k, q.shape[1]).transpose(-2, -1)
+
+    def weigh(self, probs: Tensor, v: Tensor, rank: Tensor | None = None) -> Tensor:
+        """The values' sums, weighted by the probabilities (B, H, N, M): (B, H, N, d)."""
+        v = apply_quantizer(self, "value", v, rank)
+        return apply_quantizer(self, "probs", probs) @ for_all_heads(v, probs.shape[1])
 
     def merge(self, x: Tensor) -> Tensor:
         """The heads' outputs (B, H, N, d), normalised if the module does so, quantized, concatenated to (B, N, C)."""
+        return apply_quantizer(self, "output", self.normalize_heads(x)).transpose(1, 2).flatten(2)
+
+    def normalize_heads(self, x: Tensor) -> Tensor:
+        """The heads' outputs (B, H, N, d) behind the module's norm over all channels, where it has one."""
         norm = getattr(self, "norm", None)
-        if norm is not None and not isinstance(norm, nn.Identity):
-            x = norm(x.transpose(1, 2).flatten(2)).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
-        return apply_quantizer(self, "output", x).transpose(1, 2).flatten(2)
+        if norm is None or isinstance(norm, nn.Identity):
+            return x
+        return norm(x.transpose(1, 2).flatten(2)).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+
+def for_all_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, G, M, d) of G groups of heads, repeated to (B, heads, M, d)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def additive_mask(attn_mask: Tensor | None, is_causal: bool, q: Tensor) -> Tensor | None:

@@ -38,7 +38,7 @@ from qvit.families.parts import (
     patch_embedding,
     separate_attention_part,
 )
-from qvit.layers import AttentionSites, apply_quantizer
+from qvit.layers import AttentionSites
 from qvit.spec import PerHead, Site, TensorSpec
 
 PROJECTIONS = ("q", "k", "v")
@@ -49,11 +49,9 @@ class QuantTalkingHeadAttention(AttentionSites, TalkingHeadAttn):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.fused_projection(x)
-        q, k, v = apply_quantizer(self, "query", q), apply_quantizer(self, "key", k), apply_quantizer(self, "value", v)
-        scores = _heads_first(self.proj_l(_heads_last((q * self.scale) @ k.transpose(-2, -1))))
+        scores = _heads_first(self.proj_l(_heads_last(self.scores(q, k, self.scale))))
         probs = _heads_first(self.proj_w(_heads_last(scores.softmax(dim=-1))))
-        x = apply_quantizer(self, "probs", self.attn_drop(probs)) @ v
-        return self.proj_drop(self.proj(self.merge(x)))
+        return self.proj_drop(self.proj(self.merge(self.weigh(self.attn_drop(probs), v))))
 
 
 class QuantClassAttention(AttentionSites, ClassAttn):

@@ -143,6 +143,10 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
+    def rectify(self, x: Tensor) -> Tensor:
+        """What is laid on the grid: `x`, unless the quantizer makes its distribution regular first."""
+        return x
+
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """The active `(scale, offset)`, detached, shaped to broadcast against the viewed tensor.
 

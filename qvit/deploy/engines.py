@@ -1,0 +1,223 @@
+"""What runs a packed model: engines with one interface, chosen when the file is loaded.
+
+    reference      every product on int32, one operation after the other                         (`integer.py`)
+    torch          the same results by int8 kernels or exact float32 units, glue compiled        (`torch_integer.py`)
+    onnxruntime    the exported graph, uint8 × uint8                                             (`onnx.py`)
+    openvino       the exported graph, int8 × int8 where that is exact on this processor         (`onnx.py`)
+
+`reference` and `torch` agree bit for bit. The exported graphs have the same exact sums; their LayerNorm, softmax and
+GELU are other implementations, whose last digits differ, so a value on the edge between two integers may fall on the
+other side. An engine says in `arithmetic` what it computes on integers; none says more than it does.
+
+Without a name the best installed engine is taken: OpenVINO, then ONNX Runtime, then PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from qvit.deploy.artifact import Artifact
+from qvit.deploy.integer import arithmetic_in_words, integer_form
+from qvit.deploy.onnx import OnnxRuntimeArithmetic, metadata_of, onnx_model, openvino_model
+from qvit.deploy.torch_integer import TorchArithmetic
+from qvit.errors import QvitError, UsageError, nearest
+
+
+class Engine(Protocol):
+    """A model that answers.
+
+    Attributes:
+        name: `reference`, `torch`, `onnxruntime` or `openvino`.
+        arithmetic: In words, what runs on integers, and what is simulated.
+        artifact: What was loaded: plan, preprocessing, classes.
+    """
+
+    name: str
+    arithmetic: str
+    artifact: Artifact
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, channels, height, width) under the model's transform, float32."""
+        ...
+
+
+class ReferenceEngine:
+    """The integer form in PyTorch, one operation after the other; on the device of the images."""
+
+    name = "reference"
+
+    def __init__(self, artifact: Artifact, threads: int | None) -> None:
+        self.artifact = artifact
+        self.module = integer_form(artifact.model(), integers=artifact.integers)
+        self.arithmetic = arithmetic_in_words(self.module)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        self.module.to(images.device)
+        return self.module(images.float())
+
+
+class TorchEngine:
+    """The integer form with fast exact products; compiled on the first call for each batch size, if at all."""
+
+    name = "torch"
+
+    def __init__(self, artifact: Artifact, threads: int | None, *, compiled: bool = True) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.artifact, arithmetic = artifact, TorchArithmetic()
+        self.module = integer_form(artifact.model(), arithmetic, artifact.integers)
+        unit = "int8 kernels" if arithmetic.int8 else "float32 units that are exact for these sums"
+        self.arithmetic = f"{arithmetic_in_words(self.module)}, by {unit}"
+        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.module) if compiled else self.module
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        self.module.to(images.device)
+        return self.forward(images.float())
+
+
+class OnnxRuntimeEngine:
+    """The exported graph in ONNX Runtime, on CPU, at its default optimization level."""
+
+    name = "onnxruntime"
+
+    def __init__(self, artifact: Artifact, threads: int | None) -> None:
+        import onnxruntime
+
+        self.artifact = artifact
+        self.arithmetic = f"{_words(artifact)}, uint8"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        graph = onnx_model(
+            artifact.model(), OnnxRuntimeArithmetic(), _size(artifact), integers=artifact.integers,
+            metadata=metadata_of(artifact),
+        )  # fmt: skip
+        self.session = onnxruntime.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"])
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.from_numpy(self.session.run(None, {"images": images.float().cpu().numpy()})[0])
+
+
+class OpenVinoEngine:
+    """The exported graph in OpenVINO, on CPU; compiled once for every batch size that comes."""
+
+    name = "openvino"
+
+    def __init__(self, artifact: Artifact, threads: int | None) -> None:
+        exact = openvino_int8_is_exact()
+        unit = "int8" if exact else "int8 where it cannot saturate on this processor, exact float32 elsewhere"
+        self.artifact, self.arithmetic = artifact, f"{_words(artifact)}, {unit}"
+        self.model = openvino_model(artifact, exact_pairs=exact)
+        self.settings = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+        self.settings |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+        self._requests: dict[int, Any] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if len(images) not in self._requests:
+            self._requests[len(images)] = self._compiled(len(images))
+        return torch.from_numpy(self._requests[len(images)].infer([images.float().cpu().numpy()])[0].copy())
+
+    def _compiled(self, batch: int) -> Any:
+        import openvino
+
+        model = self.model.clone()
+        model.reshape([batch, *_size(self.artifact)])
+        return openvino.compile_model(model, "CPU", self.settings).create_infer_request()
+
+
+ENGINES: dict[str, tuple[Callable[..., Engine], tuple[str, ...]]] = {
+    "openvino": (OpenVinoEngine, ("openvino", "onnx", "onnxscript")),
+    "onnxruntime": (OnnxRuntimeEngine, ("onnxruntime", "onnx", "onnxscript")),
+    "torch": (TorchEngine, ()),
+    "reference": (ReferenceEngine, ()),
+}
+
+
+def available_engines() -> list[str]:
+    """Engines whose packages are installed, the best first."""
+    return [name for name, (_, packages) in ENGINES.items() if all(map(_installed, packages))]
+
+
+def create_engine(artifact: Artifact, name: str | None = None, *, threads: int | None = None, **options: Any) -> Engine:
+    """An engine for a packed model.
+
+    Args:
+        artifact: The model.
+        name: One of `ENGINES`; None for the best that is installed.
+        threads: Threads that it may use; None leaves that to the library.
+        options: Of the engine: `compiled` of `torch`.
+
+    Raises:
+        UsageError: An unknown engine, or one whose package is not installed.
+    """
+    name = name or available_engines()[0]
+    if name not in ENGINES:
+        raise UsageError(f"unknown engine '{name}'{nearest(name, ENGINES)} ({', '.join(ENGINES)})")
+    make, packages = ENGINES[name]
+    if missing := [package for package in packages if not _installed(package)]:
+        raise UsageError(f"engine '{name}' needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    return make(artifact, threads, **options)
+
+
+def load(source: str | Path, engine: str | None = None, *, threads: int | None = None, **options: Any) -> Engine:
+    """Loads a packed model to run it.
+
+    Args:
+        source: A packed file (`qvit pack`), a folder or a hub repository that `Artifact.from_pretrained` takes.
+        engine, threads, options: See `create_engine`.
+
+    Returns:
+        A callable: images (B, channels, height, width) to logits (B, classes).
+
+    Raises:
+        QvitError: A file that cannot be read or is not what it says.
+    """
+    path = Path(source)
+    artifact = Artifact.load(path) if path.is_file() else Artifact.from_pretrained(str(source))
+    return create_engine(artifact, engine, threads=threads, **options)
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _words(artifact: Artifact) -> str:
+    return arithmetic_in_words(integer_form(artifact.model(), integers=artifact.integers))
+
+
+def _size(artifact: Artifact) -> tuple[int, int, int]:
+    size = tuple(artifact.data_config["input_size"])
+    if len(size) != 3:
+        raise QvitError(f"the file's input size {size} is not (channels, height, width)")
+    return size
+
+
+@functools.cache
+def openvino_int8_is_exact() -> bool:
+    """Whether OpenVINO's int8 products are exact here: tried once, on a product of the largest codes.
+
+    On x86 processors without VNNI pairs of products are summed in 16 bits, which saturate.
+    """
+    import numpy as np
+    import openvino
+    from openvino import opset15 as ops
+
+    length, outputs = 64, 64
+    x = ops.parameter([16, length], np.float32)
+    low, high = np.float32(-128), np.float32(127)
+    codes = ops.fake_quantize(x, low, high, low, high, 256)
+    weight = ops.multiply(ops.convert(ops.constant(np.full((length, outputs), 127, np.int8)), "f32"), np.float32(0.5))
+    product = ops.matmul(codes, weight, False, False)
+    compiled = openvino.compile_model(openvino.Model([product], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled([np.full((16, length), 127, np.float32)])[0]
+    return bool((np.asarray(found) == length * 127 * 127 / 2).all())

@@ -1,0 +1,444 @@
+"""The integer form of a frozen model: every product of quantized tensors computed on their integers.
+
+A quantized operand is x̂ = s·q + β with integers q. Where s is constant along the axis that is summed over, a product is
+one of integers, with its scales multiplied in afterwards:
+
+    Σ_k (s_x q_x + β_x)(s_w q_w + β_w) = s_x s_w·Σ q_x q_w + s_x β_w·Σ q_x + β_x·Σ ŵ
+
+The first sum is exact: codes of at most 8 bits in 32-bit accumulators. The second vanishes for weights whose grid holds
+zero, the third depends on weights alone and is part of the bias. The scales of heads at the input of `proj` lie along
+the summed axis: the sum splits into one for each head, and so do the blocks of columns of W_o.
+
+    (B, N, K) × (out, K)              linear layers, the patch embedding (patches are rows), q|k|v in one
+    (B, H, N, d) × (B, H, d, M)       scores and weighted values, with the scales of each head
+
+What is not a product of integers stays as it was in training: LayerNorm, softmax, GELU, residuals, biases. A product is
+*simulated*, computed in float from quantized values, where an operand has no uniform grid (logarithmic probabilities),
+more than 8 bits, a scale that varies along the summed axis (activations per channel), or stays in float; `report_of`
+says which and why.
+
+An `Arithmetic` is how codes are made and multiplied; this file's own is the reference that all others equal. The order
+of operations differs from fake quantization in one respect: scales are applied after the sum, not before, so float
+rounding differs by about 1e-7 of the largest term, and not at all where scales are powers of two.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.convert import Stage, stage_of
+from qvit.errors import UsageError
+from qvit.functional import pick_column, quantize
+from qvit.layers import AttentionSites, QuantConv2d, QuantLinear, QuantQKV, for_all_heads
+from qvit.quantizers import Quantizer
+
+WIDEST = 8
+
+
+class Grid(nn.Module):
+    """The grid of a frozen quantizer, read once, with plain numbers for what decides how a graph is built.
+
+    Attributes:
+        quantizer: Whose grid it is.
+        scale, offset: Buffers, as `Quantizer.grid` returns them.
+        low, high: Buffers, smallest and largest code, shaped like the widths.
+        step: The scale as a number, where there is a single one.
+        limits: Smallest and largest code as numbers, where all heads have the same.
+    """
+
+    scale: Tensor
+    offset: Tensor | None
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.quantizer, self.signed = quantizer, quantizer.spec.signed
+        scale, offset = quantizer.grid()
+        low, high = quantizer.quant_range()
+        self.register_buffer("scale", scale.detach().clone())
+        self.register_buffer("offset", None if offset is None else offset.detach().clone())
+        self.register_buffer("low", low.detach().clone())
+        self.register_buffer("high", high.detach().clone())
+        self.step = float(scale) if scale.numel() == 1 else None
+        same = bool((high == high.flatten()[0]).all())
+        self.limits = (int(low.flatten()[0]), int(high.flatten()[0])) if same else None
+
+    @property
+    def splits_tokens(self) -> bool:
+        """Whether tokens differ in width."""
+        return self.quantizer.spec.token_bit_width is not None
+
+
+@dataclass(frozen=True)
+class Operand:
+    """Integers on their grid: x̂ = scale·codes + offset; scale and offset broadcast against the codes."""
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor | None = None
+
+
+class Arithmetic:
+    """Products of integers in int32, one operation after the other: the reference.
+
+    Other arithmetics override how codes are kept (`encode`, `weight_form`) and multiplied (`linear`, `matmul`), or whole
+    products (`project`, `product`).
+    """
+
+    name = "reference"
+
+    def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
+        """The integers of an activation, with scale and offset; `rank` where tokens differ in width."""
+        if grid.splits_tokens:
+            return encode_tokens(grid.quantizer, x, grid.quantizer.token_bit_width(x, rank))
+        return Operand(grid.quantizer.to_int(x), grid.scale, grid.offset)
+
+    def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
+        """Told of every product before it is built: the grids of its activations, and the integers of its weight."""
+
+    def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
+        """How the integers (out, K) of a weight, or of a block of its columns, are kept."""
+        return codes.to(torch.int32)
+
+    def linear(self, codes: Tensor, weight: Tensor) -> Tensor:
+        """Sums (..., out) of integers (..., K) with those of a weight, as float32."""
+        return (codes @ weight.t()).float()
+
+    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
+        """Sums (..., N, M) of integers (..., N, K) and (..., K, M), as float32."""
+        return (left @ right).float()
+
+    def project(self, operand: Operand, layer: IntegerLinear) -> Tensor:
+        """The output (..., out) of a layer."""
+        if layer.segments == 1:
+            return self._segment(operand, layer, 0) + layer.bias
+        blocks, total = operand.codes.chunk(layer.segments, dim=-1), layer.bias
+        for index, codes in enumerate(blocks):
+            scale = operand.scale[index] if operand.scale.dim() == 2 else operand.scale
+            total = total + self._segment(Operand(codes, scale), layer, index)
+        return total
+
+    def _segment(self, operand: Operand, layer: IntegerLinear, index: int) -> Tensor:
+        row = index if len(layer.weight_scale) > 1 else 0
+        y = self.linear(operand.codes, getattr(layer, f"weight_{index}"))
+        y = y * (operand.scale * layer.weight_scale[row])
+        if layer.weight_offset is not None:
+            sums = operand.codes.sum(-1, keepdim=True).to(y.dtype)
+            y = y + sums * operand.scale * layer.weight_offset[row]
+        if operand.offset is not None and not layer.offset_in_bias:
+            y = y + operand.offset * layer.weight_sum
+        return y
+
+    def product(self, left: Operand, right: Operand, factor: float | Tensor = 1.0) -> Tensor:
+        """The product (..., N, M) of two activations, scales constant along the summed axis, times `factor`."""
+        y = self.matmul(left.codes, right.codes) * (left.scale * right.scale * factor)
+        if right.offset is not None:
+            sums = left.codes.sum(-1, keepdim=True).to(y.dtype) * left.scale
+            y = y + sums * (right.offset * factor)
+        if left.offset is not None:
+            sums = right.codes.sum(-2, keepdim=True).to(y.dtype) * right.scale
+            y = y + sums * (left.offset * factor)
+            if right.offset is not None:
+                y = y + left.offset * right.offset * (factor * left.codes.shape[-1])
+        return y
+
+
+def encode_tokens(quantizer: Quantizer, x: Tensor, width: Tensor) -> Operand:
+    """The integers of tokens that differ in width."""
+    banks: Any = quantizer
+    scale = pick_column(banks.scale, width, banks.candidates)
+    offset = None if banks.offset is None else pick_column(banks.offset, width, banks.candidates)
+    return Operand(quantize(x, scale, width, quantizer.spec.signed, offset), scale, offset)
+
+
+class IntegerLinear(nn.Module):
+    """A linear layer, q|k|v projection or patch embedding on integers.
+
+    Args:
+        codes: Integers (out, K) of the weight.
+        scale: (S, out): one row, or one for each of S blocks of K/S columns.
+        offset: Of the weight's grid, shaped like its scale; None if the grid holds zero.
+        bias: (out,) or None.
+        quantizer: Of the input; that of `attn.output` for an attention's `proj`.
+        arithmetic: How integers are multiplied.
+        patch: Side lengths of the patches of a patch embedding, whose rows are patches; None for a linear layer.
+    """
+
+    weight_scale: Tensor
+    weight_offset: Tensor | None
+    weight_sum: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        bias: Tensor | None,
+        quantizer: Quantizer,
+        arithmetic: Arithmetic,
+        patch: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.grid, self.arithmetic, self.patch = Grid(quantizer), arithmetic, patch
+        along = 1 if self.grid.splits_tokens else self.grid.scale.numel()
+        self.segments = max(along, len(scale))
+        arithmetic.prepare((self.grid,), codes)
+        for index, part in enumerate(codes.chunk(self.segments, dim=1)):
+            self.register_buffer(f"weight_{index}", arithmetic.weight_form(part, self.grid))
+        self.register_buffer("weight_scale", scale.float())
+        self.register_buffer("weight_offset", None if offset is None else offset.float())
+        values = codes.double().unflatten(1, (len(scale), -1)) * scale.double().t().unsqueeze(-1)
+        values = values if offset is None else values + offset.double().t().unsqueeze(-1)
+        sums = values.sum((1, 2))
+        self.register_buffer("weight_sum", sums.float())
+        exact = codes.new_zeros(len(codes), dtype=torch.float64) if bias is None else bias.double()
+        own = self.grid.offset
+        self.offset_in_bias = not self.grid.splits_tokens
+        if own is not None and self.offset_in_bias:
+            exact = exact + own.double() * sums
+        self.register_buffer("bias", exact.float())
+
+    def forward(self, x: Tensor | Operand, rank: Tensor | None = None) -> Tensor:
+        operand = x if isinstance(x, Operand) else self.arithmetic.encode(self.grid, x, rank)
+        if self.patch is None:
+            return self.arithmetic.project(operand, self)
+        rows, grid = patches(operand.codes, self.patch)
+        y = self.arithmetic.project(Operand(rows, operand.scale, operand.offset), self)
+        return y.transpose(1, 2).unflatten(2, grid)
+
+
+def patches(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """The patches of images (B, C, h·p, w·q) as rows (B, h·w, C·p·q), and (h, w); the rest of the images is cut off."""
+    (p, q), (height, width) = size, x.shape[2:]
+    grid = (height // p, width // q)
+    x = x[:, :, : grid[0] * p, : grid[1] * q]
+    x = x.reshape(x.shape[0], x.shape[1], grid[0], p, grid[1], q).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(x.shape[0], grid[0] * grid[1], -1), grid
+
+
+class IntegerAttention:
+    """The products of an attention module on integers; put before an `AttentionSites` class."""
+
+    arithmetic: Arithmetic
+    #: Which of `scores`, `weigh` and `proj` stay simulated.
+    simulated: Mapping[str, str]
+
+    def scores(self, q: Tensor, k: Tensor, scale: float | Tensor, rank: Tensor | None = None) -> Tensor:
+        module: Any = self
+        if "scores" in self.simulated:
+            return super().scores(q, k, scale, rank)  # type: ignore[misc]
+        left = self.arithmetic.encode(module.grids["query"], q, rank)
+        right = self.arithmetic.encode(module.grids["key"], k, rank)
+        codes = for_all_heads(right.codes, q.shape[1]).transpose(-2, -1)
+        turned = [t if t is None or t.dim() < 2 else t.transpose(-2, -1) for t in (right.scale, right.offset)]
+        return self.arithmetic.product(left, Operand(codes, *turned), scale)  # type: ignore[arg-type]
+
+    def weigh(self, probs: Tensor, v: Tensor, rank: Tensor | None = None) -> Tensor:
+        module: Any = self
+        if "weigh" in self.simulated:
+            return super().weigh(probs, v, rank)  # type: ignore[misc]
+        left, grid = self.arithmetic.encode(module.grids["probs"], probs), module.grids["value"]
+        if not grid.splits_tokens:
+            right = self.arithmetic.encode(grid, v)
+            codes = for_all_heads(right.codes, probs.shape[1])
+            return self.arithmetic.product(left, Operand(codes, right.scale, right.offset))
+        width, total = grid.quantizer.token_bit_width(v, rank), torch.zeros((), device=v.device)
+        for own in (grid.quantizer.bit_width, torch.full_like(grid.quantizer.bit_width, grid.quantizer.spec.token_bit_width.low)):
+            right = encode_tokens(grid.quantizer, v, own)
+            total = total + self.arithmetic.product(left, Operand(right.codes * (width == own), right.scale))
+        return total
+
+    def merge(self, x: Tensor) -> Any:
+        """The heads' outputs as an operand of `proj`, (B, N, C)."""
+        module: Any = self
+        if "proj" in self.simulated:
+            return super().merge(x)  # type: ignore[misc]
+        x = module.normalize_heads(x)
+        operand = self.arithmetic.encode(module.grids["output"], x)
+        scale = operand.scale if operand.scale.dim() < 2 else operand.scale.flatten().unsqueeze(-1)
+        return Operand(operand.codes.transpose(1, 2).flatten(2), scale, operand.offset)
+
+
+def integer_form(
+    model: nn.Module, arithmetic: Arithmetic | None = None, integers: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A copy of a frozen model that computes on integers.
+
+    Args:
+        model: A calibrated model with fixed widths.
+        arithmetic: How; None for the reference.
+        integers: Codes of weights by site, where they are known; they are made from the weights otherwise.
+
+    Raises:
+        UsageError: If the model is not frozen.
+    """
+    if stage_of(model) is not Stage.FROZEN:
+        raise UsageError("integers need fixed widths: call qvit.freeze(model) after calibration or training")
+    arithmetic, codes = arithmetic or Arithmetic(), integers or {}
+    target = copy.deepcopy(model).eval().requires_grad_(False)
+    outputs: dict[str, Quantizer | None] = {}
+    for path, module in list(target.named_modules()):
+        if isinstance(module, AttentionSites):
+            outputs[f"{path}.proj"] = getattr(module, "output_quantizer", None)
+    for path, module in list(target.named_modules()):
+        if isinstance(module, (QuantLinear, QuantConv2d, QuantQKV)):
+            own = outputs[path] if path in outputs else getattr(module, "input_quantizer", None)
+            if why_simulated(module, own) is None:
+                target.set_submodule(path, _layer(path, module, own, arithmetic, codes))
+    for path, module in list(target.named_modules()):
+        if isinstance(module, AttentionSites):
+            cls = type(f"Integer{type(module).__name__}", (IntegerAttention, type(module)), {})
+            new: Any = cls.__new__(cls)
+            new.__dict__ = module.__dict__
+            new.arithmetic, new.simulated = arithmetic, _simulated_products(module)
+            found = {name: getattr(module, f"{name}_quantizer", None) for name in ("query", "key", "probs", "value", "output")}
+            grids = {name: Grid(own) for name, own in found.items() if own is not None and own.uniform}
+            for product, names in (("scores", ("query", "key")), ("weigh", ("probs", "value"))):
+                if product not in new.simulated:
+                    arithmetic.prepare(tuple(grids[name] for name in names))
+            if "proj" not in new.simulated:
+                grids["output"] = new.proj.grid
+            new.grids = nn.ModuleDict(grids)
+            target.set_submodule(path, new)
+    return target
+
+
+def report_of(model: nn.Module) -> dict[str, str | None]:
+    """For each product of an integer form whether it is simulated, and why: None for one of integers."""
+    found: dict[str, str | None] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, IntegerLinear):
+            found[path] = None
+        elif isinstance(module, (QuantLinear, QuantConv2d, QuantQKV)):
+            attention = model.get_submodule(path.rpartition(".")[0])
+            inner = isinstance(attention, IntegerAttention) and path.endswith(".proj")
+            own = getattr(attention, "output_quantizer", None) if inner else getattr(module, "input_quantizer", None)
+            found[path] = why_simulated(module, own)
+        if isinstance(module, IntegerAttention):
+            found |= {f"{path}.{name}": module.simulated.get(name) for name in ("scores", "weigh")}
+    return found
+
+
+def arithmetic_in_words(model: nn.Module) -> str:
+    """What `report_of` says, in one line."""
+    report = report_of(model)
+    reasons = [reason for reason in report.values() if reason is not None]
+    if not reasons:
+        return f"all {len(report)} products in integers"
+    counted = ", ".join(f"{reasons.count(reason)}: {reason}" for reason in dict.fromkeys(reasons))
+    return f"{len(report) - len(reasons)} of {len(report)} products in integers, {len(reasons)} simulated ({counted})"
+
+
+def why_simulated(module: nn.Module, quantizer: Quantizer | None) -> str | None:
+    """Why a layer cannot be computed on integers; None if it can."""
+    if isinstance(module, QuantQKV):
+        weights = [getattr(module, f"{name}_weight_quantizer", None) for name in ("query", "key", "value")]
+    else:
+        weights = [getattr(module, "weight_quantizer", None)]
+    if isinstance(module, QuantConv2d) and not _is_patches(module):
+        return "a convolution of overlapping or padded patches"
+    for own in (quantizer, *weights):
+        if (reason := _no_integers(own)) is not None:
+            return reason
+    assert quantizer is not None
+    scale = quantizer.grid()[0]
+    heads = quantizer.layout.num_heads if quantizer.layout.heads is not None else 1
+    if quantizer.spec.token_bit_width is None and scale.numel() not in (1, heads):
+        return "activations with a scale per channel"
+    if scale.numel() > 1 and quantizer.spec.token_bit_width is None and quantizer.grid()[1] is not None:
+        return "activations with an offset per head"
+    return None
+
+
+def _no_integers(quantizer: Quantizer | None) -> str | None:
+    if quantizer is None:
+        return "an operand in float"
+    if not quantizer.uniform:
+        return "a logarithmic grid"
+    if max(quantizer.spec.widths) > WIDEST:
+        return f"more than {WIDEST} bits"
+    return None
+
+
+def _simulated_products(attention: nn.Module) -> dict[str, str]:
+    """Which products of an attention module stay simulated, and why."""
+    found: dict[str, str] = {}
+    for product, names in (("scores", ("query", "key")), ("weigh", ("probs", "value"))):
+        for name in names:
+            own = getattr(attention, f"{name}_quantizer", None)
+            reason = _no_integers(own)
+            if reason is None and own is not None:
+                reason = _varying(own, name, getattr(attention, "num_heads", 1))
+            if reason is not None:
+                found[product] = reason
+                break
+    if not isinstance(attention.get_submodule("proj"), IntegerLinear):
+        found["proj"] = "its layer"
+    return found
+
+
+def _varying(quantizer: Quantizer, name: str, heads: int) -> str | None:
+    """Why scales are in the way of a product of heads."""
+    scale, offset = quantizer.grid()
+    if scale.dim() > 1 and scale.shape[-1] > 1 and name in ("query", "key"):
+        return "activations with a scale per channel"
+    if scale.numel() > 1 and scale.shape[0] != heads:
+        return "groups of heads with scales of their own"
+    if quantizer.spec.token_bit_width is not None and offset is not None:
+        return "token groups with an offset"
+    return None
+
+
+def _is_patches(conv: nn.Conv2d) -> bool:
+    return (
+        tuple(conv.stride) == tuple(conv.kernel_size)
+        and conv.padding in (0, (0, 0))
+        and conv.groups == 1
+        and tuple(conv.dilation) == (1, 1)
+    )
+
+
+def _layer(
+    path: str, module: nn.Module, quantizer: Quantizer | None, arithmetic: Arithmetic, integers: Mapping[str, Tensor]
+) -> IntegerLinear:
+    """The integer form of a layer."""
+    assert quantizer is not None
+    layer: Any = module
+    if isinstance(module, QuantQKV):
+        thirds = [
+            _weight(f"{path}.{name}_weight", getattr(module, f"{name}_weight_quantizer"), part, integers)
+            for name, part in zip(("query", "key", "value"), module.weight.chunk(3), strict=True)
+        ]
+        codes, scale = (torch.cat([third[i] for third in thirds], dim=i) for i in (0, 1))
+        offsets = [torch.zeros_like(third[1]) if third[2] is None else third[2] for third in thirds]
+        offset = torch.cat(offsets, dim=1) if any(third[2] is not None for third in thirds) else None
+    else:
+        codes, scale, offset = _weight(f"{path}.weight", layer.weight_quantizer, layer.weight, integers)
+    patch = tuple(layer.kernel_size) if isinstance(module, nn.Conv2d) else None
+    return IntegerLinear(codes, scale, offset, layer.bias, quantizer, arithmetic, patch)
+
+
+def _weight(
+    site: str, quantizer: Quantizer, weight: Tensor, integers: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Integers (out, K), scales and offsets (S, out) of a weight."""
+    codes = integers[site].to(weight.device) if site in integers else quantizer.to_int(weight)
+    scale, offset = quantizer.grid()
+    blocks = quantizer.layout.heads if quantizer.layout.view is not None and len(quantizer.layout.heads or ()) == 2 else None
+
+    def rows(values: Tensor) -> Tensor:
+        """(S, out) from what broadcasts against the viewed weight."""
+        if values.dim() == 2 and tuple(values.shape) == blocks:
+            return values.expand(-1, len(weight))
+        values = values.flatten()
+        return values.repeat_interleave(len(weight) // len(values)).unsqueeze(0)
+
+    return codes.reshape(len(weight), -1), rows(scale), None if offset is None else rows(offset)

@@ -1,0 +1,278 @@
+"""A frozen mixed-precision model as an ONNX graph whose products run on integers.
+
+    x ── QuantizeLinear ── DequantizeLinear(1) ─┐
+                                                ├─ MatMul ── Mul(s_x·s_w) ── Add(bias)
+         integers of W ── DequantizeLinear(1) ──┘
+
+The integer form of a model (`integer.py`) is traced by torch.export, with an arithmetic that writes these nodes for
+every product. Quantized values stay integers between Q and DQ, whose scale is 1 wherever a tensor has more than one;
+real scales are multiplied in after the sum, as in the reference. So a scale per head is a multiplication by a vector
+(on a Q or DQ node it would make ONNX Runtime fail), and the sums are exact, in integers or in float32.
+
+Widths are those of the plan: below 8 bits a Clip precedes the Q node, with a vector of limits where heads differ.
+
+What runs on which integers is decided by the *dialect*, because runtimes differ:
+
+    onnxruntime    uint8 × uint8, zero point 128 for signed grids. x86 processors without VNNI multiply uint8 × int8 in
+                   16-bit pairs that saturate: ONNX Runtime's own int8 models are wrong there, silently.
+    openvino       int8 × int8, zero points nowhere: the only form in which all its layers take the int8 path.
+                   Saturates likewise; where a probe finds that (`engines.py`), products that could overflow stay codes
+                   in float32, exact up to 2^24.
+
+Files are smaller than what runs: weights of at most 4 and 2 bits are stored as UINT4 (opset 21) and UINT2 (opset 25).
+Widths that follow the image are refused: they need a ranking of tokens that ONNX does not define for equal scores.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.deploy.integer import Arithmetic, Grid, IntegerLinear, Operand, integer_form
+from qvit.errors import QvitError, UsageError
+from qvit.files import write_atomically
+from qvit.quantizers import quantizers_of
+
+OPSET, OPSET_OF_2_BITS = 21, 25
+#: Largest |w| whose products with uint8 cannot overflow a pair of 16-bit sums: 2·255·64 < 2^15.
+SAFE_WITHOUT_VNNI = 64
+_UINT8, _INT8 = 2, 3  # ONNX's numbers for its types
+
+
+class GraphArithmetic(Arithmetic):
+    """Products as ONNX nodes; a dialect says in which types.
+
+    Args:
+        exact_pairs: Whether the runtime's 8-bit products are exact whatever the operands.
+    """
+
+    signed_type: torch.dtype
+    zero: int
+
+    def __init__(self, *, exact_pairs: bool = True) -> None:
+        self.exact_pairs = exact_pairs
+        self._in_float: set[Grid] = set()
+
+    def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
+        if self.exact_pairs:
+            return
+        largest = max(abs(int(weight.min())), int(weight.max())) if weight is not None else _largest(grids[-1])
+        if largest > SAFE_WITHOUT_VNNI:
+            self._in_float.update(grids)
+
+    def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
+        x = grid.quantizer.rectify(x)
+        x = x if grid.offset is None else x - grid.offset
+        step, limits = grid.step, grid.limits
+        if step is None or limits is None or grid in self._in_float:
+            x, step = x / (step if step is not None else self.spread(grid.scale, x)), 1.0
+        if limits is None:
+            x = torch.minimum(torch.maximum(x, self.spread(grid.low, x)), self.spread(grid.high, x))
+        elif limits[1] - limits[0] < 255 or grid in self._in_float:
+            x = x.clamp(limits[0] * step, limits[1] * step)
+        if grid in self._in_float:
+            return Operand(torch.round(x), grid.scale, grid.offset)
+        kind, zero = (self.signed_type, self.zero) if grid.signed else (torch.uint8, 0)
+        codes = _quantize(x, step, zero, kind)
+        return Operand(_dequantize(codes, zero), grid.scale, grid.offset)
+
+    def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
+        if grid in self._in_float:
+            return codes.t().float().contiguous()
+        return (codes.t().to(torch.int16) + self.zero).to(self.signed_type).contiguous()
+
+    def linear(self, codes: Tensor, weight: Tensor) -> Tensor:
+        return codes @ (weight if weight.is_floating_point() else _dequantize(weight, self.zero))
+
+    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
+        return left @ right
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        """Numbers per head (H, 1, 1), as the runtime takes them beside `x` (B, H, N, ...)."""
+        return values
+
+
+class OnnxRuntimeArithmetic(GraphArithmetic):
+    """uint8 everywhere: exact on every processor, and the pair of types with kernels on all of them."""
+
+    name = "onnxruntime"
+    signed_type, zero = torch.uint8, 128
+
+
+class OpenVinoArithmetic(GraphArithmetic):
+    """int8 without zero points; numbers per head are repeated over the tokens.
+
+    A product followed by a vector (H, 1, 1) is taken for one with a scale per channel by OpenVINO's CPU plugin, which
+    then fails; with (H, N, 1) it is left alone.
+    """
+
+    name = "openvino"
+    signed_type, zero = torch.int8, 0
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        return values if values.dim() < 3 else values.expand(-1, x.shape[-2], -1).contiguous()
+
+    def product(self, left: Operand, right: Operand, factor: float | Tensor = 1.0) -> Tensor:
+        if left.offset is not None or right.offset is not None:
+            return super().product(left, right, factor)
+        sums = self.matmul(left.codes, right.codes)
+        return sums * self.spread(left.scale * right.scale * factor, sums)
+
+
+DIALECTS: dict[str, type[GraphArithmetic]] = {"onnxruntime": OnnxRuntimeArithmetic, "openvino": OpenVinoArithmetic}
+
+
+def _largest(grid: Grid) -> int:
+    return int(torch.maximum(grid.low.abs(), grid.high.abs()).max())
+
+
+def _node(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
+    return torch.onnx.ops.symbolic(kind, inputs, attributes or None, dtype=dtype, shape=like.shape)
+
+
+def _quantize(x: Tensor, step: float, zero: int, kind: torch.dtype) -> Tensor:
+    if zero:
+        return _node("QuantizeLinear", (x, torch.tensor(step), torch.tensor(zero, dtype=kind)), kind, x)
+    number = _INT8 if kind == torch.int8 else _UINT8
+    return _node("QuantizeLinear", (x, torch.tensor(step)), kind, x, output_dtype=number)
+
+
+def _dequantize(codes: Tensor, zero: int) -> Tensor:
+    inputs = (codes, torch.ones(()), torch.tensor(zero, dtype=codes.dtype)) if zero else (codes, torch.ones(()))
+    return _node("DequantizeLinear", inputs, torch.float32, codes)
+
+
+def onnx_model(
+    model: nn.Module,
+    arithmetic: GraphArithmetic,
+    image_size: tuple[int, int, int],
+    *,
+    integers: Mapping[str, Tensor] | None = None,
+    small: bool = False,
+    batch: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Any:
+    """The graph of a frozen model, as an `onnx.ModelProto`.
+
+    Args:
+        model: A frozen model.
+        arithmetic: The dialect.
+        image_size: (channels, height, width) of an image.
+        integers: See `integer_form`.
+        small: Stores weights in the smallest container.
+        batch: Images in a call; None for any number.
+        metadata: Texts to keep in the file.
+
+    Raises:
+        UsageError: A model that is not frozen, or whose widths follow the image.
+        QvitError: What torch cannot export, with its reason.
+    """
+    for site, quantizer in quantizers_of(model):
+        if quantizer.spec.token_bit_width is not None:
+            raise UsageError(
+                f"'{site}' has widths that follow the image: ONNX defines no order for tokens of equal importance, "
+                "so such a model runs with the engines 'reference' and 'torch' alone"
+            )
+    form = integer_form(model, arithmetic, integers)
+    images = torch.zeros(batch or 2, *image_size)
+    dynamic = ({0: torch.export.Dim("batch")},) if batch is None else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                form, (images,), dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"],
+                dynamic_shapes=dynamic, verbose=False,
+            )  # fmt: skip
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise QvitError(f"torch cannot export this {type(model).__name__}: {reason}") from error
+    if small:
+        _use_small_containers(program.model)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces of the export: more bytes than the weights of a small model
+    program.model.metadata_props.update(metadata or {})
+    program.model.producer_name = "qvit"
+    return program.model_proto
+
+
+def _use_small_containers(graph_model: Any) -> None:
+    """Stores weights of few bits as UINT4 or UINT2, in place."""
+    import numpy as np
+    import onnx_ir as ir
+
+    graph, seen = graph_model.graph, {}
+    for node in list(graph):
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if codes is None or codes.name not in graph.initializers:
+            continue
+        values, zero = codes.const_value.numpy(), int(node.inputs[2].const_value.numpy()) if len(node.inputs) > 2 else 0
+        centred = values.astype(np.int16) - zero
+        for kind, half in ((ir.DataType.UINT2, 2), (ir.DataType.UINT4, 8)):
+            if values.ndim == 2 and centred.min() >= -half and centred.max() < half:
+                packed = ir.Value(name=codes.name, const_value=_small_tensor(centred + half, kind, codes.name))
+                point = ir.Value(name=f"{codes.name}_zero", const_value=_small_tensor(np.array(half), kind, f"{codes.name}_zero"))
+                for value in (packed, point):
+                    value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
+                del graph.initializers[codes.name]
+                graph.register_initializer(packed)
+                graph.register_initializer(point)
+                node.replace_input_with(0, packed)
+                inputs = [node.inputs[0], node.inputs[1], point]
+                node.resize_inputs(3)
+                node.replace_input_with(2, inputs[2])
+                seen[codes.name] = kind
+                break
+    if any(kind is ir.DataType.UINT2 for kind in seen.values()):
+        graph.opset_imports[""] = OPSET_OF_2_BITS
+
+
+def _small_tensor(values: Any, kind: Any, name: str) -> Any:
+    import onnx_ir as ir
+
+    return ir.tensor(values.astype(kind.numpy()), dtype=kind, name=name)
+
+
+def metadata_of(artifact: Any) -> dict[str, str]:
+    """What an exported file says of its origin: model, preprocessing, classes, plan."""
+    return {
+        "qvit.model": artifact.model_name,
+        "qvit.data_config": json.dumps(artifact.data_config),
+        "qvit.class_names": json.dumps(list(artifact.class_names)),
+        "qvit.plan": artifact.plan.name,
+    }
+
+
+def export_onnx(artifact: Any, path: str | Path, *, small: bool = True, batch: int | None = None) -> Path:
+    """Writes an ONNX file that runs in ONNX Runtime and OpenVINO.
+
+    Args:
+        artifact: A packed model.
+        path: The file.
+        small: Weights of at most 4 bits in 4-bit (2-bit) containers: small, but multiplied in float by today's
+            runtimes. False: 8-bit containers, on which ONNX Runtime has integer kernels.
+        batch: Images in a call; None for any number.
+    """
+    model = onnx_model(
+        artifact.model(), OnnxRuntimeArithmetic(), tuple(artifact.data_config["input_size"]),
+        integers=artifact.integers, small=small, batch=batch, metadata=metadata_of(artifact),
+    )  # fmt: skip
+    write_atomically(Path(path), lambda file: file.write(model.SerializeToString()))
+    return Path(path)
+
+
+def openvino_model(artifact: Any, *, batch: int | None = None, exact_pairs: bool = True) -> Any:
+    """The model as an `openvino.Model`, in OpenVINO's dialect."""
+    import openvino
+
+    graph = onnx_model(
+        artifact.model(), OpenVinoArithmetic(exact_pairs=exact_pairs), tuple(artifact.data_config["input_size"]),
+        integers=artifact.integers, batch=batch,
+    )  # fmt: skip
+    return openvino.Core().read_model(io.BytesIO(graph.SerializeToString()))

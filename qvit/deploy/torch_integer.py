@@ -1,0 +1,100 @@
+"""The integer form with the fastest exact products that PyTorch brings: the arithmetic of the engine `torch`.
+
+Two units compute exact sums of products of integers:
+
+    int8       `torch._int_mm` (oneDNN on CPU, cuBLASLt on CUDA): int8 or uint8 × int8, 32-bit accumulators
+    float32    the ordinary product of codes kept as floats: exact in any order while no partial sum reaches 2^24,
+               that is while max|x|·Σ|w| < 2^24, which is checked for every layer from its weights
+
+The first is taken for linear layers where the processor has instructions for it, the second elsewhere and for the
+products of attention, whose sums (255·128·N for the weighted values) stay below the limit up to 514 tokens. Where neither
+is exact, the reference's int32 product is taken. Every choice is made once, when the model is built, and changes no
+result: all are equal to the reference bit for bit.
+
+Codes never leave the dtype that their product takes, weights are transposed once, and the rest (LayerNorm, softmax,
+GELU, scaling, rounding) is left to `torch.compile` to fuse.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from qvit.deploy.integer import Arithmetic, Grid, Operand, encode_tokens
+
+EXACT_BELOW = 2**24
+#: Of two 8-bit codes, one of them unsigned.
+LARGEST_PRODUCT = 255 * 128
+
+
+class TorchArithmetic(Arithmetic):
+    """Exact products by int8 kernels or by float32 units, whichever fits.
+
+    Args:
+        int8: Whether linear layers use `torch._int_mm`; None: where the processor has 8-bit dot products.
+    """
+
+    name = "torch"
+
+    def __init__(self, int8: bool | None = None) -> None:
+        self.int8 = has_int8_dot_products() if int8 is None else int8
+        self.units: dict[Grid, str] = {}
+
+    def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
+        left = largest(grids[0])
+        if weight is not None:
+            below = left * int(weight.abs().sum(1, dtype=torch.int64).max()) < EXACT_BELOW
+            fits = int(weight.min()) >= -128 and int(weight.max()) <= 127 and not grids[0].splits_tokens
+            self.units[grids[0]] = "int8" if self.int8 and fits else "float32" if below else "int32"
+            return
+        self.units.update(dict.fromkeys(grids, "float32"))
+
+    def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
+        unit = self.units.get(grid, "int32")
+        if grid.splits_tokens:
+            found = encode_tokens(grid.quantizer, x, grid.quantizer.token_bit_width(x, rank))
+            return Operand(found.codes.to(torch.int32 if unit == "int32" else torch.float32), found.scale, found.offset)
+        x = grid.quantizer.rectify(x).float()
+        x = (x if grid.offset is None else x - grid.offset) / (grid.scale if grid.step is None else grid.step)
+        codes = x.clamp(*grid.limits) if grid.limits is not None else torch.minimum(torch.maximum(x, grid.low), grid.high)
+        codes = codes.round()
+        if unit == "int32":
+            codes = codes.to(torch.int32)
+        elif unit == "int8":
+            codes = codes.to(torch.int8 if grid.signed else torch.uint8)
+        return Operand(codes, grid.scale, grid.offset)
+
+    def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
+        unit = self.units[grid]
+        kind = {"int8": torch.int8, "float32": torch.float32, "int32": torch.int32}[unit]
+        return codes.to(kind).t().contiguous()
+
+    def linear(self, codes: Tensor, weight: Tensor) -> Tensor:
+        if weight.dtype is not torch.int8:
+            return (codes @ weight).float()
+        return torch._int_mm(codes.reshape(-1, codes.shape[-1]), weight).view(*codes.shape[:-1], -1).float()
+
+    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
+        if left.is_floating_point() and left.shape[-1] * LARGEST_PRODUCT >= EXACT_BELOW:
+            left, right = left.to(torch.int32), right.to(torch.int32)
+        return (left @ right).float()
+
+
+def largest(grid: Grid) -> int:
+    """The largest |code| of a grid."""
+    return int(torch.maximum(grid.low.abs(), grid.high.abs()).max())
+
+
+@functools.cache
+def has_int8_dot_products() -> bool:
+    """Whether 8-bit products are both fast and exact on this processor: VNNI on x86, tensor cores on CUDA.
+
+    Without VNNI an 8-bit product is no faster than one in float32, and some libraries saturate. Where the processor
+    says nothing, 8-bit kernels are not used.
+    """
+    if torch.cuda.is_available():
+        return True
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
