@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qvit.convert import Stage, stage_of
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
+from qvit.layers import weight_of
 from qvit.quantizers import HistogramObserver, Quantizer, quantizers_of
 from qvit.quantizers.observers import BINS, ValueObserver
 
@@ -81,7 +82,7 @@ def calibrate(
             raise QvitError("no images to calibrate with: pass at least one batch of training images")
         for name, quantizer in quantizers.items():
             try:
-                quantizer.initialize(quantizer.observer or _observed_weight(quantizer, _weight_of(model, name)))
+                quantizer.initialize(quantizer.observer or _observed_weight(quantizer, weight_of(model, name)))
             except QvitError as error:
                 raise QvitError(f"site '{name}': {error}") from None
     finally:
@@ -100,11 +101,3 @@ def _observed_weight(quantizer: Quantizer, weight: Tensor) -> HistogramObserver:
     observer = ValueObserver(quantizer.scale_shape) if few else quantizer.create_observer()
     observer.observe(quantizer.view(weight))
     return observer
-
-
-def _weight_of(model: nn.Module, site: str) -> Tensor:
-    """The weight that the quantizer of `site` quantizes; a third of it for the parts of a fused projection."""
-    path, _, leaf = site.rpartition(".")
-    weight = model.get_submodule(path).get_parameter("weight")
-    parts = ("query_weight", "key_weight", "value_weight")
-    return weight if leaf == "weight" else weight.chunk(3)[parts.index(leaf)]

@@ -68,6 +68,14 @@ def apply_quantizer(module: nn.Module, leaf: str, x: Tensor, rank: Tensor | None
     return quantizer(x) if rank is None else quantizer(x, rank)
 
 
+def weight_of(model: nn.Module, site: str) -> Tensor:
+    """The weight that the quantizer of `site` quantizes; a third of it, as a view, for a part of a fused projection."""
+    path, _, leaf = site.rpartition(".")
+    weight = model.get_submodule(path).get_parameter("weight")
+    parts = [f"{name}_weight" for name in QKV]
+    return weight.chunk(3)[parts.index(leaf)] if leaf in parts else weight
+
+
 class QuantLinear(nn.Linear):
     """`nn.Linear` with sites `input` and `weight`."""
 

@@ -8,6 +8,7 @@ which stays in float silently is worse than none.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Protocol
 
@@ -69,3 +70,8 @@ def inspect_model(model: nn.Module) -> CostModel:
     """
     family = family_of(model)
     return CostModel({site.name: site for site in family.sites(model)}, family.matmuls(model))
+
+
+def constructor_arguments() -> set[str]:
+    """The names of all arguments that the classes of supported models take."""
+    return {name for cls in _FAMILIES for name in inspect.signature(cls.__init__).parameters} - {"self", "kwargs"}

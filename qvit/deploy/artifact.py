@@ -1,0 +1,366 @@
+"""A packed model: integer codes, the scales that give them meaning, and all that is needed to run it again.
+
+One `.safetensors` file (`container.py`), described byte by byte in docs/packed-files.md:
+
+    SITE.packed     uint8, the integer codes of a weight (`packing.py`)
+    scales          float32, the numbers of all quantizers' grids, one after the other, sites in alphabetical order
+    KEY             biases, norms, embeddings, weights that stay in float: the float model's own keys and types
+    __metadata__    format, version, and the documents of `documents.py`: plan, model, data_config, class_names,
+                    provenance
+
+One tensor for all scales, because 170 of them with a name each would take 17 kB in DeiT-T's header: 1 % of the model at
+2 bits. In memory they are by site: `Artifact.scales["blocks.0.attn.query"]`.
+
+`Artifact.model()` is the simulated model: codes times scales in place of the weights. Its outputs are those of the
+frozen model that was packed, bit for bit: each weight is compared when it is packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.convert import Stage, plan_of, quantize, stage_of
+from qvit.deploy import container
+from qvit.deploy.documents import (
+    check_data_config,
+    class_names_from_text,
+    data_config_from_text,
+    model_from_text,
+    plan_from_text,
+    plan_to_text,
+    provenance_from_text,
+    to_text,
+)
+from qvit.deploy.grids import set_grid
+from qvit.deploy.packing import code_dtype, pack_site, unpack_site
+from qvit.deploy.skeleton import float_tensors, grids_of, skeleton, weight_sites
+from qvit.deploy.versions import FORMAT, VERSION, upgraded
+from qvit.errors import QvitError, UsageError
+from qvit.families import inspect_model
+from qvit.layers import weight_of
+from qvit.plan import QuantPlan
+from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
+from qvit.training.data import data_config_of
+from qvit.training.models import create_model
+
+PACKED, SCALES = ".packed", "scales"
+_DOCUMENTS = {"format", "version", "plan", "model", "data_config", "class_names", "provenance"}
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A packed model in memory.
+
+    Attributes:
+        plan: The resolved plan; no width is learned any more.
+        model_name: timm's name.
+        model_kwargs: Arguments of `timm.create_model`.
+        data_config: How images are prepared, as timm says it.
+        class_names: Names of the classes, or none.
+        provenance: Where the model comes from.
+        integers: The codes of each packed weight, in the shape of the site (a third of a fused q|k|v weight): int8
+            where its grid fits, else int16 or int32.
+        scales: The scale of each quantized tensor: broadcasts against the tensor as its `Layout` views it.
+        offsets: The offset, in float units, where a grid has one: x̂ = scale·q + offset.
+        extras: Other numbers of quantizers, `SITE.name`: see `grids.py`.
+        floats: The float model's own tensors.
+    """
+
+    plan: QuantPlan
+    model_name: str
+    model_kwargs: dict[str, Any]
+    data_config: dict[str, Any]
+    class_names: tuple[str, ...]
+    provenance: dict[str, Any]
+    integers: dict[str, Tensor]
+    scales: dict[str, Tensor]
+    offsets: dict[str, Tensor]
+    extras: dict[str, Tensor] = field(default_factory=dict)
+    floats: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    @torch.no_grad()
+    def from_model(
+        cls,
+        model: nn.Module,
+        *,
+        model_name: str,
+        model_kwargs: Mapping[str, Any] | None = None,
+        data_config: Mapping[str, Any] | None = None,
+        class_names: tuple[str, ...] = (),
+        provenance: Mapping[str, Any] | None = None,
+        plan_name: str = "model",
+    ) -> Artifact:
+        """Packs a frozen model.
+
+        Args:
+            model: Calibrated, with integer widths. Nothing is changed but the scales of `statsq`, which are those of
+                the present weights afterwards.
+            model_name: The name that `timm.create_model` made the float model by.
+            model_kwargs: The arguments that it got.
+            data_config: How images are prepared; by default what timm says of the model.
+            class_names: In order.
+            provenance: Plain data.
+            plan_name: Name of the plan.
+
+        Raises:
+            UsageError: The model is not frozen, not in float32, or is not the one that name and arguments make.
+            QvitError: NaN or infinite numbers.
+        """
+        _require_frozen(model)
+        integers = {
+            site: _codes(site, quantizer, weight_of(model, site)) for site, quantizer in weight_sites(model).items()
+        }
+        grids = {site: {key: _own(value) for key, value in values.items()} for site, values in grids_of(model).items()}
+        artifact = cls(
+            plan_of(model, plan_name, model_name),
+            model_name,
+            dict(model_kwargs or {}),
+            check_data_config(_tuples(data_config_of(model) if data_config is None else data_config)),
+            tuple(class_names),
+            dict(provenance or {}),
+            integers,
+            *_by_kind(grids),
+            {key: _own(value) for key, value in float_tensors(model).items()},
+        )
+        try:
+            artifact._check(artifact._skeleton())
+        except QvitError as error:
+            raise UsageError(
+                f"'{model_name}' with the arguments {dict(model_kwargs or {})} is not the model to be packed, "
+                f"or it is not in float32: {error}"
+            ) from None
+        return artifact
+
+    def save(self, path: str | Path) -> None:
+        """Writes the file, atomically; the same model gives the same bytes. Raises QvitError naming the file."""
+        container.write(Path(path), self._tensors(), self._texts())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Artifact:
+        """Reads a file that may come from anywhere.
+
+        Raises QvitError, with the file and what is wrong, for anything that `save` did not write.
+        """
+        try:
+            return cls._from_contents(container.read(Path(path)))
+        except QvitError as error:
+            raise QvitError(f"cannot load {path}: {error}") from None
+
+    @torch.no_grad()
+    def model(self) -> nn.Module:
+        """The simulated model in eval mode: weights on their grids, their quantizers switched off; frozen."""
+        with torch.random.fork_rng(devices=[]):
+            model = create_model(self.model_name, **self.model_kwargs)
+        model = quantize(model, self.plan, in_place=True)
+        grids = self._grids()
+        for site, quantizer in quantizers_of(model):
+            set_grid(quantizer, grids[site])
+        for key, tensor in float_tensors(model).items():
+            tensor.copy_(self.floats[key])
+        for site, quantizer in weight_sites(model).items():
+            weight_of(model, site).copy_(quantizer.from_int(self.integers[site]))
+            quantizer.enabled = False
+        return model.eval()
+
+    def packed(self) -> dict[str, Tensor]:
+        """The bytes of each weight, by site."""
+        sites = inspect_model(self._skeleton()).sites
+        found = {}
+        for site, codes in self.integers.items():
+            spec = self.plan.sites[site]
+            assert spec is not None
+            found[site] = pack_site(codes, spec.widths, spec.signed, sites[site].layout)
+        return found
+
+    def _skeleton(self, file_bytes: int = 1 << 40) -> nn.Module:
+        tensors = len(self.integers) + len(self.floats) + 1
+        return skeleton(self.model_name, self.model_kwargs, self.plan, tensors=tensors, file_bytes=file_bytes)
+
+    def _grids(self) -> dict[str, dict[str, Tensor]]:
+        """The numbers of each site's grid, in the order of the file."""
+        grids: dict[str, dict[str, Tensor]] = {}
+        for site in sorted(self.scales):
+            grids[site] = {"scale": self.scales[site]}
+            if site in self.offsets:
+                grids[site]["offset"] = self.offsets[site]
+        for key, value in self.extras.items():
+            site, _, name = key.rpartition(".")
+            grids[site][name] = value
+        return grids
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the file holds, by its names there."""
+        numbers = [value.reshape(-1) for values in self._grids().values() for value in values.values()]
+        tensors = {site + PACKED: packed for site, packed in self.packed().items()} | {SCALES: torch.cat(numbers)}
+        twice = set(tensors) & set(self.floats)
+        if twice:
+            raise UsageError(f"a packed file needs the name '{min(twice)}', which the model has given to a tensor")
+        return tensors | self.floats
+
+    def _texts(self) -> dict[str, str]:
+        return {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "plan": plan_to_text(self.plan, self._grids()),
+            "model": to_text({"name": self.model_name, "kwargs": self.model_kwargs}, "the model's arguments"),
+            "data_config": to_text(self.data_config, "the data configuration"),
+            "class_names": to_text(list(self.class_names), "the class names"),
+            "provenance": to_text(self.provenance, "the provenance"),
+        }
+
+    @classmethod
+    def _from_contents(cls, contents: container.Contents) -> Artifact:
+        texts, tensors = upgraded(contents.metadata, contents.tensors)
+        if set(texts) != _DOCUMENTS:
+            odd = sorted(set(texts) ^ _DOCUMENTS)[0]
+            raise QvitError(f"its metadata {'have an unknown' if odd in texts else 'lack the'} key {odd!r}")
+        plan, shapes = plan_from_text(texts["plan"])
+        name, kwargs = model_from_text(texts["model"])
+        model = skeleton(name, kwargs, plan, tensors=len(tensors), file_bytes=contents.file_bytes)
+        sites = inspect_model(model).sites
+        plan = plan.resolve(sites)
+        grids = _cut(tensors.pop(SCALES, None), shapes, grids_of(model))
+        integers = {}
+        for site in weight_sites(model):
+            packed, spec = tensors.pop(site + PACKED, None), plan.sites[site]
+            if packed is None or spec is None:
+                raise QvitError(f"it lacks the tensor {site + PACKED!r}")
+            try:
+                shape = weight_of(model, site).shape
+                integers[site] = unpack_site(packed, shape, spec.widths, spec.signed, sites[site].layout)
+            except QvitError as error:
+                raise QvitError(f"site '{site}': {error}") from None
+        artifact = cls(
+            plan,
+            name,
+            kwargs,
+            data_config_from_text(texts["data_config"]),
+            class_names_from_text(texts["class_names"]),
+            provenance_from_text(texts["provenance"]),
+            integers,
+            *_by_kind(grids),
+            tensors,
+        )
+        artifact._check(model)
+        return artifact
+
+    @torch.no_grad()
+    def _check(self, model: nn.Module) -> None:
+        """Compares everything with a model without storage. Raises QvitError."""
+        _compare("tensor", float_tensors(model), self.floats)
+        codes = {
+            site: torch.empty(weight_of(model, site).shape, dtype=code_dtype(own.spec.widths, own.spec.signed))
+            for site, own in weight_sites(model).items()
+        }
+        _compare("codes of site", codes, self.integers)
+        grids = self._grids()
+        for site, values in grids_of(model).items():
+            _compare(f"in the grid of site '{site}':", values, grids.get(site, {}))
+        for site, quantizer in quantizers_of(model):
+            try:
+                set_grid(create_quantizer(quantizer.spec, quantizer.layout), grids[site])
+            except QvitError as error:
+                raise QvitError(f"site '{site}': {error}") from None
+        for key, tensor in self.floats.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise QvitError(f"tensor '{key}' has NaN or infinite values")
+        classes = getattr(model, "num_classes", None)
+        if isinstance(classes, int) and len(self.class_names) > classes:
+            raise QvitError(f"it names {len(self.class_names)} classes, the model has {classes}")
+
+
+def _require_frozen(model: nn.Module) -> None:
+    stage = stage_of(model)
+    if stage is Stage.FLOAT:
+        raise UsageError(
+            "a float model has nothing to pack: call qvit.quantize(model, plan), then qvit.calibrate(model, batches)"
+        )
+    if stage is Stage.QUANTIZED:
+        raise UsageError("packing needs scales: call qvit.calibrate(model, batches) or load a trained state first")
+    if stage is Stage.CALIBRATED:
+        raise UsageError("packing needs integer widths: call qvit.freeze(model) first")
+    weights = weight_sites(model)
+    off = [site for site, quantizer in quantizers_of(model) if not quantizer.enabled and site not in weights]
+    if off:
+        raise UsageError(
+            f"the quantizer of '{off[0]}' is switched off: a packed model quantizes all that its plan says"
+        )
+
+
+def _codes(site: str, quantizer: Quantizer, weight: Tensor) -> Tensor:
+    """The codes of a weight, certain to mean what the model computes with.
+
+    The weight passes its quantizer first: `statsq` takes its scale from the weight it sees. Where the quantizer is
+    switched off, as in `Artifact.model()`, the weight has to lie on its grid.
+    """
+    values = quantizer(weight)
+    codes = quantizer.to_int(weight)
+    if not torch.equal(quantizer.from_int(codes), values):
+        reason = "the codes do not give the weight" if quantizer.enabled else "the quantizer is switched off"
+        raise UsageError(f"site '{site}' cannot be packed: {reason}, or the weight is not finite or not in float32")
+    return codes.to("cpu", code_dtype(quantizer.spec.widths, quantizer.spec.signed))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, in memory of its own."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
+
+
+Numbers = dict[str, Tensor]
+
+
+def _by_kind(grids: Mapping[str, Numbers]) -> tuple[Numbers, Numbers, Numbers]:
+    """Scales by site, offsets by site, and the rest by site and name."""
+    scales = {site: values["scale"] for site, values in grids.items()}
+    offsets = {site: values["offset"] for site, values in grids.items() if "offset" in values}
+    named = ("scale", "offset")
+    extras = {f"{site}.{key}": v for site, values in grids.items() for key, v in values.items() if key not in named}
+    return scales, offsets, extras
+
+
+def _cut(
+    numbers: Tensor | None, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], grids: Mapping[str, Numbers]
+) -> dict[str, Numbers]:
+    """The numbers of each site out of the one tensor that holds them all. Raises QvitError."""
+    for site, values in grids.items():
+        expected = [(name, tuple(value.shape)) for name, value in values.items()]
+        if list(shapes[site].items()) != expected:
+            raise QvitError(f"the grid of site '{site}' has {expected}, the plan says {list(shapes[site].items())}")
+    total = sum(value.numel() for values in grids.values() for value in values.values())
+    if numbers is None or numbers.dtype != torch.float32 or tuple(numbers.shape) != (total,):
+        raise QvitError(f"it lacks the tensor '{SCALES}' of {total} float32 numbers")
+    found: dict[str, Numbers] = {}
+    position = 0
+    for site, values in grids.items():
+        found[site] = {}
+        for name, value in values.items():
+            end = position + value.numel()
+            found[site][name] = numbers[position:end].clone().reshape(value.shape)
+            position = end
+    return found
+
+
+def _compare(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises QvitError where names, types or shapes differ."""
+    for key, tensor in expected.items():
+        if key not in found:
+            raise QvitError(f"it lacks the {what} '{key}'")
+        own = found[key]
+        if own.shape != tensor.shape or own.dtype != tensor.dtype:
+            raise QvitError(
+                f"{what} '{key}' is {tuple(own.shape)} of {own.dtype}, not {tuple(tensor.shape)} of {tensor.dtype}"
+            )
+    unknown = sorted(set(found) - set(expected))
+    if unknown:
+        raise QvitError(f"it has the unknown {what} '{unknown[0]}'")
