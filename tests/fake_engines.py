@@ -49,7 +49,7 @@ class FakeArtifact:
 
 
 class FakeEngine:
-    """Answers as the simulated model; `wrong` with zeros."""
+    """Answers as the simulated model; `wrong` with the opposite."""
 
     def __init__(self, name: str, artifact: FakeArtifact, batch: int | None) -> None:
         self.name, self.model, self.batch = name, artifact.model().eval(), batch
@@ -57,7 +57,7 @@ class FakeEngine:
 
     def __call__(self, images: Tensor) -> Tensor:
         assert self.batch in (None, len(images))
-        return torch.zeros(len(images), 10) if self.name == "wrong" else self.model(images)
+        return -self.model(images) if self.name == "wrong" else self.model(images)
 
 
 @pytest.fixture

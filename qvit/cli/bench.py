@@ -110,11 +110,21 @@ def bench(
 
 
 def _show(result: dict[str, Any]) -> None:
+    from qvit.report.bench import doubts
+
     for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
         title = f"{result['model']}, {result['plan']}, batch {batch}, threads: {result['threads']}"
         table = Table(title=escape(title))
         table.add_column("engine", no_wrap=True)
-        for heading in ("ms", "quartiles", "× openvino int8", "× pytorch fp32", "as float %", "as simulated %"):
+        for heading in (
+            "ms",
+            "quartiles",
+            "× openvino int8",
+            "× pytorch fp32",
+            "as float %",
+            "error",
+            "as simulated %",
+        ):
             table.add_column(heading, justify="right")
         for row in (row for row in result["rows"] if row["batch"] == batch):
             low, high = row["milliseconds_quartiles"]
@@ -124,10 +134,13 @@ def _show(result: dict[str, Any]) -> None:
                 f"{low:.2f}–{high:.2f}",
             ]
             cells += [_or_nothing(row[f"ratio_to_{name}"], "{:.2f}") for name in ("openvino_int8", "pytorch_fp32")]
-            cells += [f"{row['top1_agreement']:.1f}", _or_nothing(row["agreement_with_simulated"], "{:.1f}")]
+            cells += [f"{row['top1_agreement']:.1f}", f"{row['error_to_float']:.2g}"]
+            cells += [_or_nothing(row["agreement_with_simulated"], "{:.1f}")]
             table.add_row(*map(escape, cells), style="bold" if row["ours"] else None)
         out.print(table)
     say("×: time over that of the other, so below 1 is faster. Medians of calls; engines took turns in rounds.")
+    for sentence in doubts(result):
+        say(sentence)
     for row in {row["engine"]: row for row in result["rows"] if row["ours"]}.values():
         say(f"{row['engine']}: {row['arithmetic']}")
     if result["speed_only"]:

@@ -20,6 +20,8 @@ from qvit.report.shell import document, write_page_of
 from qvit.report.units import bytes_text, significant
 
 FORMAT, VERSION = "qvit-bench", 1
+#: Errors of logits above which an answer is doubted: ours beside their simulation, those of peers beside float.
+OUR_ERROR, PEER_ERROR = 0.1, 0.5
 FOOTER = (
     "Times are medians over calls; engines took turns in rounds, so that what disturbs the machine hits all alike. "
     "Ratios are the time of an engine over that of the other: below 1 is faster. Quartiles are of the single calls. "
@@ -53,7 +55,7 @@ def render_bench(record: Mapping[str, Any], *, title: str | None = None) -> str:
 
 
 def _header(record: Mapping[str, Any]) -> str:
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in verdict(record))
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in [*verdict(record), *doubts(record)])
     if record["speed_only"]:
         said += (
             f"<p>Speed only: images are {escape(record['images'])}, float weights {escape(record['float_weights'])}; "
@@ -91,6 +93,20 @@ def verdict(record: Mapping[str, Any]) -> list[str]:
         ]
         text = f"Batch {batch}: {best['engine']} takes {significant(best['milliseconds_median'], 3)} ms"
         sentences.append(text + (f", {' and '.join(beside)}." if beside else "."))
+    return sentences
+
+
+def doubts(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for each engine that answers unlike what it should: the simulation for ours, the float model else."""
+    sentences = []
+    for row in record["rows"]:
+        ours = row["error_to_simulated"] is not None
+        error, limit = (row["error_to_simulated"], OUR_ERROR) if ours else (row["error_to_float"], PEER_ERROR)
+        if error > limit:
+            sentences.append(
+                f"{row['engine']} {row['precision']} at batch {row['batch']} answers unlike the "
+                f"{'simulated' if ours else 'float'} model: error {significant(error, 2)} (0: equal, 1: no relation)."
+            )
     return sentences
 
 
