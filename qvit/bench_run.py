@@ -45,6 +45,7 @@ from qvit.version import __version__
 _log = logging.getLogger(__name__)
 FORMAT, VERSION = "qvit-bench", 1
 DEFAULT_PLAN = "w8a8"
+SUFFIX = ".safetensors"
 NOISE, UNTRAINED = "noise", "untrained"
 #: How many images calibrate by default: of data, and of noise, from which there is nothing to learn.
 CALIBRATION_IMAGES, CALIBRATION_NOISE = 64, 8
@@ -149,7 +150,7 @@ def bench(
         "format": FORMAT,
         "version": VERSION,
         "model": subject.artifact.model_name,
-        "plan": request.plan or precision,
+        "plan": subject.artifact.plan.name,
         "threads": threads,
         "batch": request.batches[0] if len(request.batches) == 1 else list(request.batches),
         "rows": rows,
@@ -185,7 +186,7 @@ def _check(request: BenchRequest) -> None:
     if Path(request.model).is_file():
         if request.plan is not None or request.pretrained or request.model_kwargs:
             raise UsageError(f"{request.model} has its plan, its weights and its model: leave out the options for them")
-    elif Path(request.model).suffix and len(Path(request.model).parts) > 1:
+    elif Path(request.model).suffix == SUFFIX or Path(request.model).is_absolute():
         raise QvitError(f"no file {request.model}")
 
 
@@ -210,9 +211,8 @@ def _open_file(request: BenchRequest) -> _Subject:
             model.load_state_dict({key: there[key] for key in wanted})
         else:
             note = f"{UNTRAINED}: the file's weights do not fit the float model"
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in artifact.data_config.items()}
     bundle = _opened_data(request)
-    return _Subject(model, artifact, quantized, *_images(request, config, bundle), note)
+    return _Subject(model, artifact, quantized, *_images(request, artifact.data_config, bundle), note)
 
 
 def _open_model(request: BenchRequest, notify: Callable[[str], None]) -> _Subject:
@@ -236,8 +236,9 @@ def _open_model(request: BenchRequest, notify: Callable[[str], None]) -> _Subjec
         model_name=request.model,
         model_kwargs=kwargs,
         data_config=config,
-        class_names=None if bundle is None else list(bundle.class_names),
+        class_names=() if bundle is None else tuple(bundle.class_names),
         provenance={"made_by": "qvit bench", "images": images, "float_weights": note},
+        plan_name=Path(plan).stem,
     )
     return _Subject(model, artifact, artifact.model().eval(), calibration, judged, images, note)
 
@@ -308,7 +309,7 @@ def _artifact_bytes(request: BenchRequest, subject: _Subject, folder: Path) -> i
     """Size of the artifact's file."""
     file = Path(request.model)
     if not file.is_file():
-        file = folder / "artifact.qvit"
+        file = folder / "artifact.safetensors"
         subject.artifact.save(file)
     return file.stat().st_size
 

@@ -13,20 +13,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qvit.convert import plan_of
 from qvit.errors import QvitError
+from qvit.plan import QuantPlan
 from qvit.training.data import data_config_of
 
 
 @dataclass
 class FakeArtifact:
-    """Keeps the quantized model as it is; a file is a pickle of the model's place in memory."""
+    """Keeps the quantized model as it is; a file is a pickle of all that."""
 
     quantized: nn.Module
     model_name: str = "vit_digits"
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     data_config: dict[str, Any] = field(default_factory=dict)
-    class_names: list[str] | None = None
+    class_names: tuple[str, ...] = ()
     provenance: dict[str, Any] = field(default_factory=dict)
+    plan_name: str = "model"
 
     @classmethod
     def from_model(cls, model: nn.Module, **facts: Any) -> FakeArtifact:
@@ -35,17 +38,22 @@ class FakeArtifact:
     @classmethod
     def load(cls, path: str | Path) -> FakeArtifact:
         try:
-            return torch.load(path, weights_only=False)
+            with Path(path).open("rb") as file:
+                return torch.load(file, weights_only=False)
         except Exception as error:
             raise QvitError(f"cannot read the artifact {path}") from error
+
+    @property
+    def plan(self) -> QuantPlan:
+        return plan_of(self.quantized, self.plan_name)
 
     def model(self) -> nn.Module:
         return copy.deepcopy(self.quantized)
 
     def save(self, path: str | Path) -> None:
-        config = self.data_config or data_config_of(self.quantized)
-        self.data_config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-        torch.save(self, path)
+        self.data_config = self.data_config or data_config_of(self.quantized)
+        with Path(path).open("wb") as file:
+            torch.save(self, file)
 
 
 class FakeEngine:

@@ -208,7 +208,7 @@ def test_bench_of_a_model_on_data_and_by_another_plan() -> None:
 
 
 def test_bench_of_a_file_takes_the_weights_in_it(fake_engines: type[FakeArtifact], tmp_path: Path) -> None:  # noqa: F811
-    file = tmp_path / "model.qvit"
+    file = tmp_path / "model.safetensors"
     fake_engines(calibrated_model("w8a8"), model_kwargs=dict(SMALL)).save(file)
     result = bench(quick(model=str(file), model_kwargs={}, engines=["qvit-torch", "pytorch-fp32"]))
     ours, exact = result["rows"]
@@ -217,7 +217,7 @@ def test_bench_of_a_file_takes_the_weights_in_it(fake_engines: type[FakeArtifact
     with pytest.raises(UsageError, match="has its plan"):
         bench(quick(model=str(file), plan="w8a8"))
     with pytest.raises(QvitError, match="no file"):
-        bench(quick(model=str(tmp_path / "nothing.qvit")))
+        bench(quick(model=str(tmp_path / "nothing.safetensors")))
 
 
 @pytest.mark.usefixtures("fake_engines")

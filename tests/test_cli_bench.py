@@ -49,7 +49,7 @@ def test_wrong_use_is_one_line(qvit: Qvit, tmp_path: Path) -> None:  # noqa: F81
     ).failed(2)
     assert "bench.html" in qvit("bench", *QUICK, "--out", tmp_path / "page.json").failed(2)
     assert "unknown model" in qvit("bench", "vit_digit").failed(2)
-    assert "no file" in qvit("bench", tmp_path / "x.qvit").failed(1)
+    assert "no file" in qvit("bench", tmp_path / "x.safetensors").failed(1)
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -81,12 +81,13 @@ def test_page_draws_bars_with_ratios_and_escapes_what_it_is_given() -> None:
     page = render_bench(record())
     figures = json.loads(re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)[1])  # type: ignore[index]
     (figure,) = figures["times"]
-    assert [bars["name"] for bars in figure["data"]] == ["batch 1", "batch 8"]
-    assert figure["data"][0]["text"] == ["× 0.800", "× 1.00"] and figure["data"][1]["text"] == ["× 1.10", "× 1.00"]
+    bars, texts = figure["data"][::2], figure["data"][1::2]
+    assert [one["name"] for one in bars] == ["batch 1", "batch 8"]
+    assert [one["text"] for one in texts] == [[" × 0.800", " × 1.00"], [" × 1.10", " × 1.00"]]
     assert figure["data"][0]["y"] == ["<b>qvit-torch w8a8</b>", "openvino int8"]
     assert "deit&lt;script&gt;" in page and "deit<script>" not in page and "int8 &lt;b&gt;" in page
     assert "Speed only" in page and "onnxruntime int8" in page and "not installed" in page
-    assert "Batch 1: qvit-torch takes 8.00 ms, 0.80 × the time of OpenVINO int8." in page
+    assert "Batch 1: qvit-torch takes 8.00 ms, 0.800 × the time of OpenVINO int8." in page
     assert "Speed only" not in render_bench(record(speed_only=False, skipped=[], instructions=None))
 
 
@@ -97,6 +98,7 @@ def test_doubts_name_engines_that_answer_something_else() -> None:
     first, second = doubts(data)
     assert first.startswith("qvit-torch w8a8 at batch 1 answers unlike the simulated model: error 0.80")
     assert second.startswith("openvino int8 at batch 8 answers unlike the float model")
+    assert [sentence.split(":")[0] for sentence in verdict(data)] == ["Batch 8"]  # the fast one at batch 1 is wrong
     assert verdict(record(rows=[row for row in data["rows"] if not row["ours"]])) == []
 
 

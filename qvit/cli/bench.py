@@ -77,7 +77,7 @@ def bench(
     Examples:
     [cyan]qvit bench deit_tiny_patch16_224 --plan w8a8 --batch 1 --batch 8 --out bench.html[/]
 
-    [cyan]qvit bench model.qvit --data imagenet/val --threads 2[/]
+    [cyan]qvit bench model.safetensors --data imagenet/val --threads 2[/]
 
     [cyan]qvit bench vit_digits --engine qvit --engine openvino-int8 --json[/]
     """
