@@ -293,6 +293,18 @@ def test_quiet_leaves_things_as_they_were(capsys: pytest.CaptureFixture[str]) ->
         warnings.warn("heard", stacklevel=1)
 
 
+@pytest.mark.parametrize("before", [None, "false"])
+def test_no_usage_statistics_are_sent(before: str | None, monkeypatch: pytest.MonkeyPatch, material: Material) -> None:
+    telemetry = pytest.importorskip("openvino_telemetry.backend.backend_ga4")
+    pytest.importorskip("openvino")
+    sent: list[Any] = []
+    monkeypatch.setattr(telemetry.GA4Backend, "send", lambda self, message: sent.append(message))
+    monkeypatch.delenv("CI", raising=False) if before is None else monkeypatch.setenv("CI", before)
+    with peers.quiet():
+        PEERS["openvino-fp32"].prepare(material)
+    assert sent == [] and os.environ.get("CI") == before
+
+
 # Hardware
 
 

@@ -149,6 +149,20 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+@contextlib.contextmanager
+def without_statistics() -> Iterator[None]:
+    """Keeps OpenVINO and NNCF from sending usage statistics, as they do from a forked process, unless CI is set."""
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CI"]
+        else:
+            os.environ["CI"] = before
+
+
 # PyTorch
 
 
@@ -289,6 +303,7 @@ def openvino_fp32(material: Material) -> Prepared:
 
 
 @peer("openvino", "int8", needs=("openvino", "nncf"))
+@without_statistics()
 def openvino_int8(material: Material) -> Prepared:
     """NNCF's post-training quantization with its defaults for transformers.
 
@@ -311,6 +326,7 @@ def openvino_int8(material: Material) -> Prepared:
     return Prepared(lambda batch: _request(quantized, material, batch, {}), arithmetic, size)
 
 
+@without_statistics()
 def _converted(material: Material) -> Any:
     import openvino
 

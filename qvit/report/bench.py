@@ -21,7 +21,7 @@ from qvit.report.units import bytes_text, significant
 
 FORMAT, VERSION = "qvit-bench", 1
 #: Errors of logits above which an answer is doubted: ours beside their simulation, those of peers beside float.
-OUR_ERROR, PEER_ERROR = 0.1, 0.5
+OUR_ERROR, PEER_ERROR = 0.1, 0.8
 FOOTER = (
     "Times are medians over calls; engines took turns in rounds, so that what disturbs the machine hits all alike. "
     "Ratios are the time of an engine over that of the other: below 1 is faster. Quartiles are of the single calls. "
