@@ -22,7 +22,14 @@ from tables import TABLES, RenderError, read
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = ("README.md", "docs/results.md", "docs/patchwise.md", "docs/two-bits.md", "docs/soft-labels.md")
+DOCUMENTS = (
+    "README.md",
+    "docs/results.md",
+    "docs/patchwise.md",
+    "docs/two-bits.md",
+    "docs/soft-labels.md",
+    "docs/deployment.md",
+)
 _BLOCK = re.compile(r"<!-- results:(\w+):begin -->\n(.*?)<!-- results:(\w+):end -->", re.DOTALL)
 _MARKER = re.compile(r"<!-- results:\w+:(?:begin|end) -->")
 

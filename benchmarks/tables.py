@@ -9,6 +9,7 @@
     two_bits      two_bits*.json      what `benchmarks/accuracy/two_bits.py` measured, one table per file
     regularizer   regularizer.json    what `benchmarks/regularizer.py` measured
     labels        labels.json         what `benchmarks/labels.py` measured
+    deploy        deploy.json         what `benchmarks/deploy.py` measured: a table for each model and batch size
 
 Where a file is missing, "Not measured yet" and the command to measure it stand in the table's place.
 """
@@ -275,6 +276,63 @@ def sensitivity_tables(data: dict[str, Any]) -> str:
         f"tensors drawn at random, in all and by width, and the median of predicted over measured."
     )
     return "\n\n".join([search, _table(header, rows, left=1), f"{note} {_origin(data)}"])
+
+
+@table_of("deploy.json", "`python benchmarks/deploy.py`, see its `--help`")
+def deploy_tables(data: dict[str, Any]) -> str:
+    """Times of our engines and their peers, a table for each model and batch size."""
+    parts = []
+    for run in data["runs"]:
+        for batch in dict.fromkeys(row["batch"] for row in run["rows"]):
+            rows = [row for row in run["rows"] if row["batch"] == batch]
+            parts += [f"`{run['model']}`, {run['plan']}, batch {batch}:", _deploy_table(rows), _deploy_verdict(rows)]
+        skipped = [f"{row['engine']} {row['precision']} ({row['reason']})" for row in run["skipped"]]
+        notes = [f"Float weights: {run['float_weights']}. Images: {run['images'].rstrip('.')}."]
+        notes += ["Speed alone: how the answers agree says little here."] if run["speed_only"] else []
+        notes += [f"Left out: {'; '.join(skipped)}."] if skipped else []
+        parts.append(" ".join(notes))
+    ours = {row["engine"]: row["arithmetic"] for run in data["runs"] for row in run["rows"] if row["ours"]}
+    if ours:
+        parts.append("What is computed: " + "; ".join(f"`{name}`: {text}" for name, text in ours.items()) + ".")
+    known = data["instructions"]
+    has = "not known" if known is None else ", ".join(f"`{name}`" for name in known) or "none of those that matter"
+    return "\n\n".join([*parts, f"Threads: {data['threads']}. Instructions of the processor: {has}. {_origin(data)}"])
+
+
+def _deploy_table(rows: list[dict[str, Any]]) -> str:
+    cells = [
+        [
+            f"**{row['engine']}**" if row["ours"] else row["engine"],
+            row["precision"],
+            f"{row['milliseconds_median']:.1f}",
+            " – ".join(f"{value:.1f}" for value in row["milliseconds_quartiles"]),
+            *(
+                "" if row[key] is None else f"{row[key]:.2f}"
+                for key in ("ratio_to_openvino_int8", "ratio_to_pytorch_fp32")
+            ),
+            f"{row['top1_agreement']:.0f}",
+            "" if row["agreement_with_simulated"] is None else f"{row['agreement_with_simulated']:.0f}",
+            "" if row["file_bytes"] is None else f"{row['file_bytes'] / 1e6:.1f}",
+        ]
+        for row in rows
+    ]
+    header = ["engine", "precision", "median (ms)", "quartiles (ms)", "× OpenVINO int8", "× PyTorch fp32"]
+    header += ["same answer as float (%)", "as simulated (%)", "file (MB)"]
+    return _table(header, cells, left=2)
+
+
+def _deploy_verdict(rows: list[dict[str, Any]]) -> str:
+    """Our fastest engine beside the fastest peer, from the numbers alone."""
+    ours, peers = ([row for row in rows if row["ours"] is own] for own in (True, False))
+    if not ours or not peers:
+        return "Nothing to compare."
+    best, rival = (min(group, key=lambda row: row["milliseconds_median"]) for group in (ours, peers))
+    ratio = best["milliseconds_median"] / rival["milliseconds_median"]
+    relation = "faster than" if ratio < 1 else "not faster than"
+    return (
+        f"Our fastest engine, `{best['engine']}`, is {relation} the fastest peer, {rival['engine']} "
+        f"{rival['precision']}: it takes {ratio:.2f} times as long."
+    )
 
 
 def read(file: Path) -> dict[str, Any]:

@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
     },
     {"training"},
     {"methods", "deploy"},
-    {"run", "rundir", "dry_run", "ptq_run", "labels_run", "subject", "analysis", "patchwise", "jobs"},
+    {"run", "rundir", "dry_run", "ptq_run", "labels_run", "bench_run", "subject", "analysis", "patchwise", "jobs"},
     {"report", "demo", "cli"},
 ]
 
@@ -54,7 +54,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {}
 
 # Other packages that only some parts may import, so that a change of theirs is met in one place.
 THIRD_PARTY: dict[str, set[str]] = {
-    "timm": {"families", "training", "run", "demo", "cli"},  # run only notes its version
+    "timm": {"families", "training", "run", "bench_run", "demo", "cli"},  # the runs only note its version
     "accelerate": {"training"},
     "webdataset": {"training"},
     "plotly": {"report"},
@@ -62,6 +62,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "onnxscript": {"deploy"},
     "onnxruntime": {"deploy"},
     "openvino": {"deploy"},
+    "nncf": {"deploy"},
 }
 
 # Library code logs; only the command line prints.

@@ -389,6 +389,36 @@ def test_render_shows_search_times_and_rank_correlations(project: Path) -> None:
     assert render(project) == 2
 
 
+def test_render_shows_speeds_of_each_model_and_batch(project: Path) -> None:
+    def row(engine: str, batch: int, ms: float, ratio: float | None, *, ours: bool) -> dict[str, Any]:
+        return {
+            "engine": engine, "precision": "w8a8" if ours else "int8", "batch": batch, "milliseconds_median": ms,
+            "milliseconds_quartiles": [ms - 1, ms + 2], "ratio_to_openvino_int8": ratio, "ratio_to_pytorch_fp32": None,
+            "top1_agreement": 99.0, "agreement_with_simulated": 100.0 if ours else None, "file_bytes": 5_900_000,
+            "arithmetic": "all in int8", "ours": ours,
+        }  # fmt: skip
+
+    rows = [row("qvit-torch", 1, 8.0, 0.8, ours=True), row("openvino", 1, 10.0, 1.0, ours=False)]
+    rows += [row("qvit-torch", 8, 90.0, None, ours=True)]
+    run = {"model": "deit", "plan": "w8a8", "rows": rows, "float_weights": "untrained", "images": "noise"}
+    run |= {"speed_only": True, "skipped": [{"engine": "onnxruntime", "precision": "int8", "reason": "not installed"}]}
+    origin = {"command": "c", "hardware": "CPU", "date": "2020-01-02", "versions": {}, "threads": 2}
+    document = project / "docs" / "deployment.md"
+    document.write_text("<!-- results:deploy:begin -->\n<!-- results:deploy:end -->")
+    assert render(project) == 0 and "Not measured yet: `python benchmarks/deploy.py`" in document.read_text()
+    measured = origin | {"instructions": ["avx2"], "runs": [run]}
+    (project / "results" / "deploy.json").write_text(json.dumps(measured))
+    assert render(project) == 0
+    text = document.read_text()
+    assert "`deit`, w8a8, batch 1:" in text and "`deit`, w8a8, batch 8:" in text
+    assert "| **qvit-torch** | w8a8 | 8.0 | 7.0 – 10.0 | 0.80 |  | 99 | 100 | 5.9 |" in text
+    assert "| openvino | int8 | 10.0 | 9.0 – 12.0 | 1.00 |  | 99 |  | 5.9 |" in text
+    assert "`qvit-torch`, is faster than the fastest peer, openvino int8: it takes 0.80 times as long." in text
+    assert "Speed alone" in text and "onnxruntime int8 (not installed)" in text and "`avx2`" in text
+    (project / "results" / "deploy.json").write_text("{}")
+    assert render(project) == 2
+
+
 def test_render_names_what_is_wrong(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "results" / "demo.json").write_text("{}")
     assert render(project) == 2

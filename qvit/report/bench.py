@@ -1,0 +1,218 @@
+"""The page of a benchmark, from its JSON file alone: how long a batch takes in each engine, and who computed what.
+
+It draws the plain data of `qvit bench`: format "qvit-bench" with `rows` (engine, precision, batch, milliseconds_median
+and its quartiles, ratios, agreements) and `skipped`. Bars are grouped by batch size, quartiles are whiskers, and each
+bar carries its time over that of OpenVINO's int8. Our engines are set in bold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from qvit.errors import UsageError
+from qvit.report.figures import COLOURS, label, new_figure
+from qvit.report.markup import Canvas, escape, table
+from qvit.report.shell import document, write_page_of
+from qvit.report.units import bytes_text, significant
+
+FORMAT, VERSION = "qvit-bench", 1
+#: Errors of logits above which an answer is doubted: ours beside their simulation, those of peers beside float.
+OUR_ERROR, PEER_ERROR = 0.1, 0.8
+FOOTER = (
+    "Times are medians over calls; engines took turns in rounds, so that what disturbs the machine hits all alike. "
+    "Ratios are the time of an engine over that of the other: below 1 is faster. Quartiles are of the single calls. "
+    "1 MB = 10<sup>6</sup> bytes."
+)
+
+
+def write_bench_page(data: str | Path, out: str | Path, *, title: str | None = None) -> Path:
+    """Writes the page of a benchmark's JSON file.
+
+    Raises:
+        UsageError: If the file is no benchmark.
+        QvitError: If it cannot be read, or the page cannot be written.
+    """
+    return write_page_of(data, out, lambda record: render_bench(record, title=title), "benchmark")
+
+
+def render_bench(record: Mapping[str, Any], *, title: str | None = None) -> str:
+    """The page as text; see `write_bench_page`."""
+    if record.get("format") != FORMAT or record.get("version") != VERSION or not record.get("rows"):
+        raise UsageError(f'not a benchmark: it is an object with "format": "{FORMAT}", version {VERSION} and rows')
+    canvas = Canvas()
+    heading = title or f"Speed: {record['model']}, {record['plan']}"
+    parts = [
+        ("times", "Milliseconds per batch", _times(record, canvas)),
+        ("numbers", "All numbers", _numbers(record)),
+        ("arithmetic", "What is computed in which format", _arithmetic(record)),
+        ("skipped", "Left out", _skipped(record)),
+    ]
+    return document(heading, _header(record), parts, canvas, footer=FOOTER)
+
+
+def _header(record: Mapping[str, Any]) -> str:
+    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in [*verdict(record), *doubts(record)])
+    if record["speed_only"]:
+        said += (
+            f"<p>Speed only: images are {escape(record['images'])}, float weights {escape(record['float_weights'])}; "
+            "how the answers agree says little.</p>"
+        )
+    instructions = record.get("instructions")
+    facts = {
+        "Model": f"{record['model']}, plan {record['plan']}; float weights: {record['float_weights']}",
+        "Threads": str(record["threads"]),
+        "Images": f"{record['images']}; {record['calibration_images']} to calibrate, {record['compared_images']} to "
+        "compare answers on",
+        "Hardware": str(record["hardware"]),
+        "Instructions": "not known" if instructions is None else ", ".join(instructions) or "none that matter here",
+        "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        "Date": str(record["date"]),
+    }
+    lines = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
+    lines += f"<dt>Command</dt><dd><code>{escape(record['command'])}</code></dd>"
+    return (f'<div class="verdict">{said}</div>' if said else "") + f'<dl class="facts">{lines}</dl>'
+
+
+def verdict(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for each batch size: our fastest engine beside two peers; one of doubtful answers does not count."""
+    sentences = []
+    for batch in batches_of(record):
+        rows = [row for row in record["rows"] if row["batch"] == batch]
+        ours = [row for row in rows if row["ours"] and not _doubted(row)]
+        if not ours:
+            continue
+        best = min(ours, key=lambda row: row["milliseconds_median"])
+        beside = [
+            f"{significant(best[key], 3)} × the time of {name}"
+            for key, name in (("ratio_to_openvino_int8", "OpenVINO int8"), ("ratio_to_pytorch_fp32", "PyTorch fp32"))
+            if best[key] is not None
+        ]
+        text = f"Batch {batch}: {best['engine']} takes {significant(best['milliseconds_median'], 3)} ms"
+        sentences.append(text + (f", {' and '.join(beside)}." if beside else "."))
+    return sentences
+
+
+def doubts(record: Mapping[str, Any]) -> list[str]:
+    """A sentence for each engine that answers unlike what it should: the simulation for ours, the float model else."""
+    sentences = []
+    for row in filter(_doubted, record["rows"]):
+        what, error = ("float", row["error_to_float"])
+        if row["error_to_simulated"] is not None:
+            what, error = "simulated", row["error_to_simulated"]
+        sentences.append(
+            f"{row['engine']} {row['precision']} at batch {row['batch']} answers unlike the {what} model: "
+            f"error {significant(error, 2)} (0: equal, 1: no relation)."
+        )
+    return sentences
+
+
+def _doubted(row: Mapping[str, Any]) -> bool:
+    if row["error_to_simulated"] is not None:
+        return row["error_to_simulated"] > OUR_ERROR
+    return row["error_to_float"] > PEER_ERROR
+
+
+def batches_of(record: Mapping[str, Any]) -> list[int]:
+    """The batch sizes, in the order in which they were measured."""
+    return list(dict.fromkeys(row["batch"] for row in record["rows"]))
+
+
+def _name(row: Mapping[str, Any], *, plot: bool) -> str:
+    text = (label if plot else escape)(f"{row['engine']} {row['precision']}")
+    return f"<b>{text}</b>" if row["ours"] else text
+
+
+def _times(record: Mapping[str, Any], canvas: Canvas) -> str:
+    caption = (
+        "Bars end at the median, whiskers at the quartiles. The number beside a bar is its time over that of "
+        "OpenVINO's int8 at the same batch size. Bold: ours."
+    )
+    box = '<input type="checkbox" data-log="times" autocomplete="off">'
+    control = f'<div class="controls"><label>{box} logarithmic axis</label></div>'
+    return control + canvas.plot("times", [_figure(record)], caption)
+
+
+def _figure(record: Mapping[str, Any]) -> go.Figure:
+    rows, batches = record["rows"], batches_of(record)
+    names = list(dict.fromkeys(_name(row, plot=True) for row in rows))
+    alt = f"Milliseconds per batch of {len(names)} engines; the table below has the numbers."
+    height = 90 + len(names) * (18 + 18 * len(batches))
+    figure = new_figure(alt, "milliseconds per batch", "", height=height, min_width=520)
+    figure.update_yaxes(categoryorder="array", categoryarray=names, autorange="reversed", showgrid=False)
+    figure.update_layout(barmode="group", bargap=0.3, scattermode="group", scattergap=0.3)
+    for position, batch in enumerate(batches):
+        own = [row for row in rows if row["batch"] == batch]
+        axis = [_name(row, plot=True) for row in own]
+        medians = [row["milliseconds_median"] for row in own]
+        low, high = zip(*(row["milliseconds_quartiles"] for row in own), strict=True)
+        figure.add_bar(
+            y=axis, x=medians, orientation="h", name=f"batch {batch}", offsetgroup=str(batch),
+            marker={"color": COLOURS[position % len(COLOURS)]},
+            error_x={
+                "symmetric": False, "thickness": 1.2, "width": 4, "color": "rgba(128,128,128,0.9)",
+                "array": [end - median for end, median in zip(high, medians, strict=True)],
+                "arrayminus": [median - end for end, median in zip(low, medians, strict=True)],
+            },
+            customdata=[[row["images_per_second"], row["top1_agreement"], label(row["arithmetic"])] for row in own],
+            hovertemplate="%{y}<br>%{x:.4~g} ms, %{customdata[0]:.4~g} images per second<br>"
+            "same first class as float: %{customdata[1]:.1f} %<br>%{customdata[2]}<extra></extra>",
+        )  # fmt: skip
+        ends = [max(end, median) for end, median in zip(high, medians, strict=True)]
+        figure.add_scatter(
+            y=axis, x=ends, orientation="h", offsetgroup=str(batch), mode="text", textposition="middle right",
+            text=[f" {_ratio(row['ratio_to_openvino_int8'])}" for row in own], textfont={"size": 11},
+            hoverinfo="skip", showlegend=False, cliponaxis=False,
+        )  # fmt: skip
+    return figure
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"× {significant(value, 3)}"
+
+
+def _numbers(record: Mapping[str, Any]) -> str:
+    header = ["", "batch", "ms", "quartiles", "images/s", "× OpenVINO int8", "× PyTorch fp32", "as float (%)"]
+    header += ["error", "as simulated (%)", "file", "calls"]
+    rows = [
+        [
+            _name(row, plot=False),
+            str(row["batch"]),
+            significant(row["milliseconds_median"]),
+            " – ".join(significant(value) for value in row["milliseconds_quartiles"]),
+            significant(row["images_per_second"]),
+            _number(row["ratio_to_openvino_int8"]),
+            _number(row["ratio_to_pytorch_fp32"]),
+            f"{row['top1_agreement']:.1f}",
+            significant(row["error_to_float"], 2),
+            "" if row["agreement_with_simulated"] is None else f"{row['agreement_with_simulated']:.1f}",
+            "" if row["file_bytes"] is None else bytes_text(row["file_bytes"]),
+            str(row["calls"]),
+        ]
+        for row in record["rows"]
+    ]
+    note = (
+        "<p>As float, as simulated: share of images with the same first class as the float model, or as the "
+        "fake-quantized model in PyTorch. Error: root mean square of the difference of the logits to those of the "
+        "float model, over that of the float logits around their mean.</p>"
+    )
+    return note + table(header, rows, bold=[row["ours"] for row in record["rows"]])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else significant(value, 3)
+
+
+def _arithmetic(record: Mapping[str, Any]) -> str:
+    found = {_name(row, plot=False): escape(row["arithmetic"]) for row in record["rows"]}
+    return table(["", "arithmetic"], [[name, text] for name, text in found.items()], text=2)
+
+
+def _skipped(record: Mapping[str, Any]) -> str:
+    rows = [
+        [escape(f"{row['engine']} {row['precision']}"), escape(row["reason"])] for row in record.get("skipped") or []
+    ]
+    return table(["", "why"], rows, text=2) if rows else ""

@@ -1,0 +1,87 @@
+"""Stand-ins for artifacts and engines, with which benchmarks are tested without kernels."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qvit.convert import plan_of
+from qvit.errors import QvitError
+from qvit.plan import QuantPlan
+from qvit.training.data import data_config_of
+
+
+@dataclass
+class FakeArtifact:
+    """Keeps the quantized model as it is; a file is a pickle of all that."""
+
+    quantized: nn.Module
+    model_name: str = "vit_digits"
+    model_kwargs: dict[str, Any] = field(default_factory=dict)
+    data_config: dict[str, Any] = field(default_factory=dict)
+    class_names: tuple[str, ...] = ()
+    provenance: dict[str, Any] = field(default_factory=dict)
+    plan_name: str = "model"
+
+    @classmethod
+    def from_model(cls, model: nn.Module, **facts: Any) -> FakeArtifact:
+        return cls(copy.deepcopy(model), **facts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> FakeArtifact:
+        try:
+            with Path(path).open("rb") as file:
+                return torch.load(file, weights_only=False)
+        except Exception as error:
+            raise QvitError(f"cannot read the artifact {path}") from error
+
+    @property
+    def plan(self) -> QuantPlan:
+        return plan_of(self.quantized, self.plan_name)
+
+    def model(self) -> nn.Module:
+        return copy.deepcopy(self.quantized)
+
+    def save(self, path: str | Path) -> None:
+        self.data_config = self.data_config or data_config_of(self.quantized)
+        with Path(path).open("wb") as file:
+            torch.save(self, file)
+
+
+class FakeEngine:
+    """Answers as the simulated model; `wrong` with the opposite."""
+
+    def __init__(self, name: str, artifact: FakeArtifact, batch: int | None) -> None:
+        self.name, self.model, self.batch = name, artifact.model().eval(), batch
+        self.arithmetic = "nothing in integers: a stand-in"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        assert self.batch in (None, len(images))
+        return -self.model(images) if self.name == "wrong" else self.model(images)
+
+
+@pytest.fixture
+def fake_engines(monkeypatch: pytest.MonkeyPatch) -> type[FakeArtifact]:
+    """Puts engines `torch` and `wrong` in the place of ours; `broken` says that it cannot run."""
+
+    def create_engine(artifact: Any, name: str, *, threads: int | None = None, batch: int | None = None) -> FakeEngine:
+        assert threads == torch.get_num_threads()
+        if name == "broken":
+            raise QvitError("this CPU lacks what it needs")
+        return FakeEngine(name, artifact, batch)
+
+    engines = types.ModuleType("qvit.deploy.engines")
+    vars(engines).update(available_engines=lambda: ["torch", "wrong"], create_engine=create_engine)
+    artifacts = types.ModuleType("qvit.deploy.artifact")
+    vars(artifacts).update(Artifact=FakeArtifact)
+    monkeypatch.setitem(sys.modules, "qvit.deploy.engines", engines)
+    monkeypatch.setitem(sys.modules, "qvit.deploy.artifact", artifacts)
+    return FakeArtifact
