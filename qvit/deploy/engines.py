@@ -218,6 +218,7 @@ def openvino_int8_is_exact() -> bool:
     codes = ops.fake_quantize(x, low, high, low, high, 256)
     weight = ops.multiply(ops.convert(ops.constant(np.full((length, outputs), 127, np.int8)), "f32"), np.float32(0.5))
     product = ops.matmul(codes, weight, False, False)
-    compiled = openvino.compile_model(openvino.Model([product], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model: Any = openvino.Model
+    compiled = openvino.compile_model(model([product], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = compiled([np.full((16, length), 127, np.float32)])[0]
     return bool((np.asarray(found) == length * 127 * 127 / 2).all())

@@ -50,6 +50,7 @@ class Grid(nn.Module):
         low, high: Buffers, smallest and largest code, shaped like the widths.
         step: The scale as a number, where there is a single one.
         limits: Smallest and largest code as numbers, where all heads have the same.
+        unit: What its codes are multiplied in, as the arithmetic decided in `prepare`.
     """
 
     scale: Tensor
@@ -59,7 +60,7 @@ class Grid(nn.Module):
 
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
-        self.quantizer, self.signed = quantizer, quantizer.spec.signed
+        self.quantizer, self.signed, self.unit = quantizer, quantizer.spec.signed, "int32"
         scale, offset = quantizer.grid()
         low, high = quantizer.quant_range()
         self.register_buffer("scale", scale.detach().clone())
@@ -251,7 +252,10 @@ class IntegerAttention:
             codes = for_all_heads(right.codes, probs.shape[1])
             return self.arithmetic.product(left, Operand(codes, right.scale, right.offset))
         width, total = grid.quantizer.token_bit_width(v, rank), torch.zeros((), device=v.device)
-        for own in (grid.quantizer.bit_width, torch.full_like(grid.quantizer.bit_width, grid.quantizer.spec.token_bit_width.low)):
+        for own in (
+            grid.quantizer.bit_width,
+            torch.full_like(grid.quantizer.bit_width, grid.quantizer.spec.token_bit_width.low),
+        ):
             right = encode_tokens(grid.quantizer, v, own)
             total = total + self.arithmetic.product(left, Operand(right.codes * (width == own), right.scale))
         return total
@@ -299,7 +303,10 @@ def integer_form(
             new: Any = cls.__new__(cls)
             new.__dict__ = module.__dict__
             new.arithmetic, new.simulated = arithmetic, _simulated_products(module)
-            found = {name: getattr(module, f"{name}_quantizer", None) for name in ("query", "key", "probs", "value", "output")}
+            found = {
+                name: getattr(module, f"{name}_quantizer", None)
+                for name in ("query", "key", "probs", "value", "output")
+            }
             grids = {name: Grid(own) for name, own in found.items() if own is not None and own.uniform}
             for product, names in (("scores", ("query", "key")), ("weigh", ("probs", "value"))):
                 if product not in new.simulated:
@@ -417,7 +424,7 @@ def _layer(
             _weight(f"{path}.{name}_weight", getattr(module, f"{name}_weight_quantizer"), part, integers)
             for name, part in zip(("query", "key", "value"), module.weight.chunk(3), strict=True)
         ]
-        codes, scale = (torch.cat([third[i] for third in thirds], dim=i) for i in (0, 1))
+        codes, scale = torch.cat([third[0] for third in thirds]), torch.cat([third[1] for third in thirds], dim=1)
         offsets = [torch.zeros_like(third[1]) if third[2] is None else third[2] for third in thirds]
         offset = torch.cat(offsets, dim=1) if any(third[2] is not None for third in thirds) else None
     else:
@@ -432,7 +439,9 @@ def _weight(
     """Integers (out, K), scales and offsets (S, out) of a weight."""
     codes = integers[site].to(weight.device) if site in integers else quantizer.to_int(weight)
     scale, offset = quantizer.grid()
-    blocks = quantizer.layout.heads if quantizer.layout.view is not None and len(quantizer.layout.heads or ()) == 2 else None
+    blocks = (
+        quantizer.layout.heads if quantizer.layout.view is not None and len(quantizer.layout.heads or ()) == 2 else None
+    )
 
     def rows(values: Tensor) -> Tensor:
         """(S, out) from what broadcasts against the viewed weight."""

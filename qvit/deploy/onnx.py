@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.deploy.integer import Arithmetic, Grid, IntegerLinear, Operand, integer_form
+from qvit.deploy.integer import Arithmetic, Grid, Operand, integer_form
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
 from qvit.quantizers import quantizers_of
@@ -43,6 +43,7 @@ from qvit.quantizers import quantizers_of
 OPSET, OPSET_OF_2_BITS = 21, 25
 #: Largest |w| whose products with uint8 cannot overflow a pair of 16-bit sums: 2·255·64 < 2^15.
 SAFE_WITHOUT_VNNI = 64
+FLOAT = "float32"
 _UINT8, _INT8 = 2, 3  # ONNX's numbers for its types
 
 
@@ -58,33 +59,33 @@ class GraphArithmetic(Arithmetic):
 
     def __init__(self, *, exact_pairs: bool = True) -> None:
         self.exact_pairs = exact_pairs
-        self._in_float: set[Grid] = set()
 
     def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
         if self.exact_pairs:
             return
         largest = max(abs(int(weight.min())), int(weight.max())) if weight is not None else _largest(grids[-1])
         if largest > SAFE_WITHOUT_VNNI:
-            self._in_float.update(grids)
+            for grid in grids:
+                grid.unit = FLOAT
 
     def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
         x = grid.quantizer.rectify(x)
         x = x if grid.offset is None else x - grid.offset
         step, limits = grid.step, grid.limits
-        if step is None or limits is None or grid in self._in_float:
+        if step is None or limits is None or grid.unit == FLOAT:
             x, step = x / (step if step is not None else self.spread(grid.scale, x)), 1.0
         if limits is None:
             x = torch.minimum(torch.maximum(x, self.spread(grid.low, x)), self.spread(grid.high, x))
-        elif limits[1] - limits[0] < 255 or grid in self._in_float:
+        elif limits[1] - limits[0] < 255 or grid.unit == FLOAT:
             x = x.clamp(limits[0] * step, limits[1] * step)
-        if grid in self._in_float:
+        if grid.unit == FLOAT:
             return Operand(torch.round(x), grid.scale, grid.offset)
         kind, zero = (self.signed_type, self.zero) if grid.signed else (torch.uint8, 0)
         codes = _quantize(x, step, zero, kind)
         return Operand(_dequantize(codes, zero), grid.scale, grid.offset)
 
     def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
-        if grid in self._in_float:
+        if grid.unit == FLOAT:
             return codes.t().float().contiguous()
         return (codes.t().to(torch.int16) + self.zero).to(self.signed_type).contiguous()
 
@@ -134,7 +135,7 @@ def _largest(grid: Grid) -> int:
 
 
 def _node(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
-    return torch.onnx.ops.symbolic(kind, inputs, attributes or None, dtype=dtype, shape=like.shape)
+    return torch.onnx.ops.symbolic(kind, inputs, dict(attributes), dtype=dtype, shape=like.shape)
 
 
 def _quantize(x: Tensor, step: float, zero: int, kind: torch.dtype) -> Tensor:
@@ -207,36 +208,30 @@ def _use_small_containers(graph_model: Any) -> None:
     import numpy as np
     import onnx_ir as ir
 
-    graph, seen = graph_model.graph, {}
+    graph = graph_model.graph
+
+    def keep(name: str, values: Any, kind: Any) -> Any:
+        """An initializer of small integers."""
+        tensor = ir.tensor(values.astype(kind.numpy()), dtype=kind, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(values.shape), const_value=tensor)
+        graph.initializers.pop(name, None)
+        graph.register_initializer(value)
+        return value
+
     for node in list(graph):
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if codes is None or codes.name not in graph.initializers:
             continue
-        values, zero = codes.const_value.numpy(), int(node.inputs[2].const_value.numpy()) if len(node.inputs) > 2 else 0
-        centred = values.astype(np.int16) - zero
+        zero = int(node.inputs[2].const_value.numpy()) if len(node.inputs) > 2 else 0
+        values = codes.const_value.numpy().astype(np.int16) - zero
         for kind, half in ((ir.DataType.UINT2, 2), (ir.DataType.UINT4, 8)):
-            if values.ndim == 2 and centred.min() >= -half and centred.max() < half:
-                packed = ir.Value(name=codes.name, const_value=_small_tensor(centred + half, kind, codes.name))
-                point = ir.Value(name=f"{codes.name}_zero", const_value=_small_tensor(np.array(half), kind, f"{codes.name}_zero"))
-                for value in (packed, point):
-                    value.shape, value.dtype = value.const_value.shape, value.const_value.dtype
-                del graph.initializers[codes.name]
-                graph.register_initializer(packed)
-                graph.register_initializer(point)
-                node.replace_input_with(0, packed)
-                inputs = [node.inputs[0], node.inputs[1], point]
+            if -half <= values.min() and values.max() < half:
+                node.replace_input_with(0, keep(codes.name, values + half, kind))
                 node.resize_inputs(3)
-                node.replace_input_with(2, inputs[2])
-                seen[codes.name] = kind
+                node.replace_input_with(2, keep(f"{codes.name}_zero", np.array(half), kind))
+                if kind is ir.DataType.UINT2:
+                    graph.opset_imports[""] = OPSET_OF_2_BITS
                 break
-    if any(kind is ir.DataType.UINT2 for kind in seen.values()):
-        graph.opset_imports[""] = OPSET_OF_2_BITS
-
-
-def _small_tensor(values: Any, kind: Any, name: str) -> Any:
-    import onnx_ir as ir
-
-    return ir.tensor(values.astype(kind.numpy()), dtype=kind, name=name)
 
 
 def metadata_of(artifact: Any) -> dict[str, str]:

@@ -7,9 +7,9 @@ Two units compute exact sums of products of integers:
                that is while max|x|·Σ|w| < 2^24, which is checked for every layer from its weights
 
 The first is taken for linear layers where the processor has instructions for it, the second elsewhere and for the
-products of attention, whose sums (255·128·N for the weighted values) stay below the limit up to 514 tokens. Where neither
-is exact, the reference's int32 product is taken. Every choice is made once, when the model is built, and changes no
-result: all are equal to the reference bit for bit.
+products of attention, whose sums (255·128·N for the weighted values) stay below the limit up to 514 tokens. Where
+neither is exact, the reference's int32 product is taken. No choice changes a result: all are equal to the reference bit
+for bit.
 
 Codes never leave the dtype that their product takes, weights are transposed once, and the rest (LayerNorm, softmax,
 GELU, scaling, rounding) is left to `torch.compile` to fuse.
@@ -40,25 +40,27 @@ class TorchArithmetic(Arithmetic):
 
     def __init__(self, int8: bool | None = None) -> None:
         self.int8 = has_int8_dot_products() if int8 is None else int8
-        self.units: dict[Grid, str] = {}
 
     def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
         left = largest(grids[0])
         if weight is not None:
             below = left * int(weight.abs().sum(1, dtype=torch.int64).max()) < EXACT_BELOW
             fits = int(weight.min()) >= -128 and int(weight.max()) <= 127 and not grids[0].splits_tokens
-            self.units[grids[0]] = "int8" if self.int8 and fits else "float32" if below else "int32"
+            grids[0].unit = "int8" if self.int8 and fits else "float32" if below else "int32"
             return
-        self.units.update(dict.fromkeys(grids, "float32"))
+        for grid in grids:
+            grid.unit = "float32"
 
     def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
-        unit = self.units.get(grid, "int32")
+        unit = grid.unit
         if grid.splits_tokens:
             found = encode_tokens(grid.quantizer, x, grid.quantizer.token_bit_width(x, rank))
             return Operand(found.codes.to(torch.int32 if unit == "int32" else torch.float32), found.scale, found.offset)
         x = grid.quantizer.rectify(x).float()
         x = (x if grid.offset is None else x - grid.offset) / (grid.scale if grid.step is None else grid.step)
-        codes = x.clamp(*grid.limits) if grid.limits is not None else torch.minimum(torch.maximum(x, grid.low), grid.high)
+        codes = (
+            x.clamp(*grid.limits) if grid.limits is not None else torch.minimum(torch.maximum(x, grid.low), grid.high)
+        )
         codes = codes.round()
         if unit == "int32":
             codes = codes.to(torch.int32)
@@ -67,8 +69,7 @@ class TorchArithmetic(Arithmetic):
         return Operand(codes, grid.scale, grid.offset)
 
     def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
-        unit = self.units[grid]
-        kind = {"int8": torch.int8, "float32": torch.float32, "int32": torch.int32}[unit]
+        kind = {"int8": torch.int8, "float32": torch.float32, "int32": torch.int32}[grid.unit]
         return codes.to(kind).t().contiguous()
 
     def linear(self, codes: Tensor, weight: Tensor) -> Tensor:
