@@ -119,6 +119,7 @@ def _execute(
         observer=options.observer,
         weights=options.weights,
         probs=options.probs,
+        heads=options.heads,
         reparameterize=options.reparameterize,
         bias_correction=options.bias_correction,
         reconstruct=options.reconstruction(config.seed),
@@ -252,7 +253,7 @@ def _sensitivity(
         reparameterize(source, FirstImages(images, images.few))
     limit = _limit((config.budget or "").strip(), cost)
     uniform = next((n for n in range(2, 8) if cost.bit_operations(cost.uniform(n)) >= limit), 8)
-    grids = ptq_plan(source, f"w{uniform}a{uniform}", weights=options.weights, probs=options.probs)
+    grids = ptq_plan(source, f"w{uniform}a{uniform}", weights=options.weights, probs=options.probs, heads=options.heads)
     return measure_sensitivity(source, few, metric=options.metric, plan=grids, seed=config.seed)
 
 

@@ -71,7 +71,7 @@ SETS: dict[str, dict[str, Any]] = {
     "cifar10": {
         "common": {"model": "vit_tiny_patch16_224", "model_kwargs": SMALL, "batch_size": 100},
         "float": {"epochs": 20, "lr": 2e-3, "warmup_epochs": 2},
-        "teacher": {"model_kwargs": {**SMALL, "embed_dim": 128, "depth": 6}, "epochs": 20, "lr": 1e-3},
+        "teacher": {"model_kwargs": {**SMALL, "embed_dim": 96}, "epochs": 30, "lr": 2e-3, "warmup_epochs": 2},
         "quantized": {"epochs": 6, "lr": 1e-3},
         "labels": {"crops": 12, "scale": (0.35, 1.0)},
     },

@@ -62,6 +62,10 @@ def ptq(
     probs: Annotated[str, typer.Option(help="Grid of attention probabilities: auto, uniform, log2 or log-sqrt2.")] = (
         "auto"
     ),
+    heads: Annotated[
+        str,
+        typer.Option("--head-scales", help="Scales of q, k, v, probabilities, outputs: auto, per-head, per-tensor."),
+    ] = "auto",
     reparameterize: Annotated[
         bool, typer.Option("--reparameterize/--no-reparameterize", help="Even out the channels of LayerNorm outputs.")
     ] = True,
@@ -99,7 +103,8 @@ def ptq(
     from qvit.training.config import TrainConfig
 
     options = {
-        "observer": observer, "weights": granularity, "probs": probs, "reparameterize": reparameterize,
+        "observer": observer, "weights": granularity, "probs": probs, "heads": heads,
+        "reparameterize": reparameterize,
         "bias_correction": bias_correction, "reconstruct": reconstruct, "steps": steps, "recon_images": recon_images,
         "recon_batch": recon_batch,
         "fisher": fisher, "metric": metric, "sensitivity": sensitivity, "sensitivity_images": sensitivity_images,

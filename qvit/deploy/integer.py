@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,17 +79,18 @@ class Grid(nn.Module):
 
 @dataclass(frozen=True)
 class Operand:
-    """Integers on their grid: x̂ = scale·codes + offset; scale and offset broadcast against the codes."""
+    """Integers on their grid: x̂ = scale·(codes - zero) + offset; scale and offset broadcast against the codes."""
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None = None
+    zero: int = 0
 
 
 class Arithmetic:
     """Products of integers in int32, one operation after the other: the reference.
 
-    Other arithmetics override how codes are kept (`encode`, `weight_form`) and multiplied (`linear`, `matmul`), or whole
+    Others override how codes are kept (`encode`, `weight_form`) and multiplied (`linear`, `matmul`), or whole
     products (`project`, `product`).
     """
 
@@ -108,44 +109,48 @@ class Arithmetic:
         """How the integers (out, K) of a weight, or of a block of its columns, are kept."""
         return codes.to(torch.int32)
 
-    def linear(self, codes: Tensor, weight: Tensor) -> Tensor:
-        """Sums (..., out) of integers (..., K) with those of a weight, as float32."""
-        return (codes @ weight.t()).float()
+    def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        """The product (..., out) of integers (..., K) and those of a weight, scaled, as float32."""
+        return (operand.codes @ weight.t()).float() * (operand.scale * weight_scale)
 
-    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
-        """Sums (..., N, M) of integers (..., N, K) and (..., K, M), as float32."""
-        return (left @ right).float()
+    def matmul(self, left: Operand, right: Operand, factor: float | Tensor) -> Tensor:
+        """The product (..., N, M) of integers (..., N, K) and (..., K, M), scaled, as float32."""
+        return (left.codes @ right.codes).float() * (left.scale * factor * right.scale)
+
+    def total(self, operand: Operand, dim: int) -> Tensor:
+        """Sums of integers, as float32."""
+        return operand.codes.sum(dim, keepdim=True).float()
 
     def project(self, operand: Operand, layer: IntegerLinear) -> Tensor:
         """The output (..., out) of a layer."""
         if layer.segments == 1:
-            return self._segment(operand, layer, 0) + layer.bias
-        blocks, total = operand.codes.chunk(layer.segments, dim=-1), layer.bias
+            return self._segment(operand, layer, 0) + self.bias_form(layer.bias)
+        blocks, total = operand.codes.chunk(layer.segments, dim=-1), self.bias_form(layer.bias)
         for index, codes in enumerate(blocks):
             scale = operand.scale[index] if operand.scale.dim() == 2 else operand.scale
-            total = total + self._segment(Operand(codes, scale), layer, index)
+            total = total + self._segment(Operand(codes, scale, zero=operand.zero), layer, index)
         return total
+
+    def bias_form(self, bias: Tensor) -> Tensor:
+        """How a bias (out,) is added."""
+        return bias
 
     def _segment(self, operand: Operand, layer: IntegerLinear, index: int) -> Tensor:
         row = index if len(layer.weight_scale) > 1 else 0
-        y = self.linear(operand.codes, getattr(layer, f"weight_{index}"))
-        y = y * (operand.scale * layer.weight_scale[row])
+        y = self.linear(operand, getattr(layer, f"weight_{index}"), layer.weight_scale[row])
         if layer.weight_offset is not None:
-            sums = operand.codes.sum(-1, keepdim=True).to(y.dtype)
-            y = y + sums * operand.scale * layer.weight_offset[row]
+            y = y + self.total(operand, -1) * operand.scale * layer.weight_offset[row]
         if operand.offset is not None and not layer.offset_in_bias:
             y = y + operand.offset * layer.weight_sum
         return y
 
     def product(self, left: Operand, right: Operand, factor: float | Tensor = 1.0) -> Tensor:
         """The product (..., N, M) of two activations, scales constant along the summed axis, times `factor`."""
-        y = self.matmul(left.codes, right.codes) * (left.scale * right.scale * factor)
+        y = self.matmul(left, right, factor)
         if right.offset is not None:
-            sums = left.codes.sum(-1, keepdim=True).to(y.dtype) * left.scale
-            y = y + sums * (right.offset * factor)
+            y = y + self.total(left, -1) * left.scale * (right.offset * factor)
         if left.offset is not None:
-            sums = right.codes.sum(-2, keepdim=True).to(y.dtype) * right.scale
-            y = y + sums * (left.offset * factor)
+            y = y + self.total(right, -2) * right.scale * (left.offset * factor)
             if right.offset is not None:
                 y = y + left.offset * right.offset * (factor * left.codes.shape[-1])
         return y
@@ -212,7 +217,7 @@ class IntegerLinear(nn.Module):
         if self.patch is None:
             return self.arithmetic.project(operand, self)
         rows, grid = patches(operand.codes, self.patch)
-        y = self.arithmetic.project(Operand(rows, operand.scale, operand.offset), self)
+        y = self.arithmetic.project(replace(operand, codes=rows), self)
         return y.transpose(1, 2).unflatten(2, grid)
 
 
@@ -240,7 +245,8 @@ class IntegerAttention:
         right = self.arithmetic.encode(module.grids["key"], k, rank)
         codes = for_all_heads(right.codes, q.shape[1]).transpose(-2, -1)
         turned = [t if t is None or t.dim() < 2 else t.transpose(-2, -1) for t in (right.scale, right.offset)]
-        return self.arithmetic.product(left, Operand(codes, *turned), scale)  # type: ignore[arg-type]
+        right = Operand(codes, *turned, right.zero)  # type: ignore[arg-type]
+        return self.arithmetic.product(left, right, scale)
 
     def weigh(self, probs: Tensor, v: Tensor, rank: Tensor | None = None) -> Tensor:
         module: Any = self
@@ -250,7 +256,7 @@ class IntegerAttention:
         if not grid.splits_tokens:
             right = self.arithmetic.encode(grid, v)
             codes = for_all_heads(right.codes, probs.shape[1])
-            return self.arithmetic.product(left, Operand(codes, right.scale, right.offset))
+            return self.arithmetic.product(left, replace(right, codes=codes))
         width, total = grid.quantizer.token_bit_width(v, rank), torch.zeros((), device=v.device)
         for own in (
             grid.quantizer.bit_width,
@@ -268,7 +274,7 @@ class IntegerAttention:
         x = module.normalize_heads(x)
         operand = self.arithmetic.encode(module.grids["output"], x)
         scale = operand.scale if operand.scale.dim() < 2 else operand.scale.flatten().unsqueeze(-1)
-        return Operand(operand.codes.transpose(1, 2).flatten(2), scale, operand.offset)
+        return Operand(operand.codes.transpose(1, 2).flatten(2), scale, operand.offset, operand.zero)
 
 
 def integer_form(

@@ -81,19 +81,35 @@ class GraphArithmetic(Arithmetic):
         if grid.unit == FLOAT:
             return Operand(torch.round(x), grid.scale, grid.offset)
         kind, zero = (self.signed_type, self.zero) if grid.signed else (torch.uint8, 0)
-        codes = _quantize(x, step, zero, kind)
-        return Operand(_dequantize(codes, zero), grid.scale, grid.offset)
+        return Operand(_quantize(x, step, zero, kind), grid.scale, grid.offset, zero)
 
     def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
         if grid.unit == FLOAT:
             return codes.t().float().contiguous()
         return (codes.t().to(torch.int16) + self.zero).to(self.signed_type).contiguous()
 
-    def linear(self, codes: Tensor, weight: Tensor) -> Tensor:
-        return codes @ (weight if weight.is_floating_point() else _dequantize(weight, self.zero))
+    def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        if weight.is_floating_point():
+            return (operand.codes @ weight) * (operand.scale * weight_scale)
+        # With the scales in the DQ nodes, runtimes multiply by them inside the product.
+        return _dequantize(operand.codes, operand.zero, operand.scale) @ _dequantize(weight, self.zero, weight_scale)
 
-    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
-        return left @ right
+    def matmul(self, left: Operand, right: Operand, factor: float | Tensor) -> Tensor:
+        if left.codes.is_floating_point():
+            return self._scaled(left.codes @ right.codes, left.scale * factor * right.scale)
+        if left.scale.numel() == right.scale.numel() == 1 and isinstance(factor, float):
+            values = _dequantize(left.codes, left.zero, left.scale * factor)
+            return values @ _dequantize(right.codes, right.zero, right.scale)
+        values = _dequantize(left.codes, left.zero) @ _dequantize(right.codes, right.zero)
+        return self._scaled(values, left.scale * factor * right.scale)
+
+    def total(self, operand: Operand, dim: int) -> Tensor:
+        codes = operand.codes
+        values = codes if codes.is_floating_point() else _dequantize(codes, operand.zero)
+        return values.sum(dim, keepdim=True)
+
+    def _scaled(self, sums: Tensor, scale: Tensor) -> Tensor:
+        return sums * self.spread(scale, sums)
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         """Numbers per head (H, 1, 1), as the runtime takes them beside `x` (B, H, N, ...)."""
@@ -105,6 +121,10 @@ class OnnxRuntimeArithmetic(GraphArithmetic):
 
     name = "onnxruntime"
     signed_type, zero = torch.uint8, 128
+
+    def bias_form(self, bias: Tensor) -> Tensor:
+        """(1, 1, out): a vector would be joined with the product to a Gemm in float before it is seen to be one of codes."""
+        return bias.view(1, 1, -1)
 
 
 class OpenVinoArithmetic(GraphArithmetic):
@@ -119,12 +139,6 @@ class OpenVinoArithmetic(GraphArithmetic):
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         return values if values.dim() < 3 else values.expand(-1, x.shape[-2], -1).contiguous()
-
-    def product(self, left: Operand, right: Operand, factor: float | Tensor = 1.0) -> Tensor:
-        if left.offset is not None or right.offset is not None:
-            return super().product(left, right, factor)
-        sums = self.matmul(left.codes, right.codes)
-        return sums * self.spread(left.scale * right.scale * factor, sums)
 
 
 DIALECTS: dict[str, type[GraphArithmetic]] = {"onnxruntime": OnnxRuntimeArithmetic, "openvino": OpenVinoArithmetic}
@@ -145,9 +159,12 @@ def _quantize(x: Tensor, step: float, zero: int, kind: torch.dtype) -> Tensor:
     return _node("QuantizeLinear", (x, torch.tensor(step)), kind, x, output_dtype=number)
 
 
-def _dequantize(codes: Tensor, zero: int) -> Tensor:
-    inputs = (codes, torch.ones(()), torch.tensor(zero, dtype=codes.dtype)) if zero else (codes, torch.ones(()))
-    return _node("DequantizeLinear", inputs, torch.float32, codes)
+def _dequantize(codes: Tensor, zero: int, scale: Tensor | None = None) -> Tensor:
+    """DequantizeLinear with one scale, or one for each column."""
+    scale = torch.ones(()) if scale is None else scale.flatten()[0] if scale.numel() == 1 else scale.flatten()
+    axis = {} if scale.dim() == 0 else {"axis": codes.dim() - 1}
+    inputs = (codes, scale, torch.full_like(scale, zero, dtype=codes.dtype)) if zero else (codes, scale)
+    return _node("DequantizeLinear", inputs, torch.float32, codes, **axis)
 
 
 def onnx_model(
@@ -222,13 +239,14 @@ def _use_small_containers(graph_model: Any) -> None:
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if codes is None or codes.name not in graph.initializers:
             continue
-        zero = int(node.inputs[2].const_value.numpy()) if len(node.inputs) > 2 else 0
+        zero = int(node.inputs[2].const_value.numpy().flat[0]) if len(node.inputs) > 2 else 0
         values = codes.const_value.numpy().astype(np.int16) - zero
         for kind, half in ((ir.DataType.UINT2, 2), (ir.DataType.UINT4, 8)):
             if -half <= values.min() and values.max() < half:
                 node.replace_input_with(0, keep(codes.name, values + half, kind))
                 node.resize_inputs(3)
-                node.replace_input_with(2, keep(f"{codes.name}_zero", np.array(half), kind))
+                point = np.full(node.inputs[1].shape.numpy(), half)
+                node.replace_input_with(2, keep(f"{codes.name}_zero", point, kind))
                 if kind is ir.DataType.UINT2:
                     graph.opset_imports[""] = OPSET_OF_2_BITS
                 break

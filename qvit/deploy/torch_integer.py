@@ -18,6 +18,7 @@ GELU, scaling, rounding) is left to `torch.compile` to fuse.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -72,15 +73,18 @@ class TorchArithmetic(Arithmetic):
         kind = {"int8": torch.int8, "float32": torch.float32, "int32": torch.int32}[grid.unit]
         return codes.to(kind).t().contiguous()
 
-    def linear(self, codes: Tensor, weight: Tensor) -> Tensor:
-        if weight.dtype is not torch.int8:
-            return (codes @ weight).float()
-        return torch._int_mm(codes.reshape(-1, codes.shape[-1]), weight).view(*codes.shape[:-1], -1).float()
+    def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        codes = operand.codes
+        if weight.dtype is torch.int8:
+            sums = torch._int_mm(codes.reshape(-1, codes.shape[-1]), weight).view(*codes.shape[:-1], -1)
+        else:
+            sums = codes @ weight
+        return sums.float() * (operand.scale * weight_scale)
 
-    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
-        if left.is_floating_point() and left.shape[-1] * LARGEST_PRODUCT >= EXACT_BELOW:
-            left, right = left.to(torch.int32), right.to(torch.int32)
-        return (left @ right).float()
+    def matmul(self, left: Operand, right: Operand, factor: float | Tensor) -> Tensor:
+        if left.codes.is_floating_point() and left.codes.shape[-1] * LARGEST_PRODUCT >= EXACT_BELOW:
+            left, right = (replace(own, codes=own.codes.to(torch.int32)) for own in (left, right))
+        return super().matmul(left, right, factor)
 
 
 def largest(grid: Grid) -> int:

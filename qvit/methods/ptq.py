@@ -56,6 +56,8 @@ class PTQOptions(MethodOptions):
         observer: How ranges of activations are chosen: `mse`, `percentile` or `minmax`.
         weights: What shares a scale in a weight: `per-channel`, or `per-head` where there are heads.
         probs: Grid of the attention probabilities: `uniform`, `log2`, `log-sqrt2`, or `auto` (by width).
+        heads: What shares a scale in q, k, v, probabilities and head outputs: `per-head`, `per-tensor`, or `auto`:
+            `per-tensor` where the whole plan has 8 bits, which need no finer scales and run faster without.
         reparameterize: Whether LayerNorm outputs are evened out.
         bias_correction: Whether biases take back the mean error.
         reconstruct: Whether blocks are reconstructed.
@@ -70,6 +72,7 @@ class PTQOptions(MethodOptions):
     observer: Literal["mse", "percentile", "minmax"] = "mse"
     weights: Literal["per-channel", "per-head"] = "per-channel"
     probs: Literal["auto", "uniform", "log2", "log-sqrt2"] = "auto"
+    heads: Literal["auto", "per-head", "per-tensor"] = "auto"
     reparameterize: bool = True
     bias_correction: bool = True
     reconstruct: bool = False
@@ -116,6 +119,7 @@ def post_training_quantize(
     observer: str = "mse",
     weights: str = "per-channel",
     probs: str = "auto",
+    heads: str = "auto",
     reparameterize: bool = True,
     bias_correction: bool = True,
     reconstruct: ReconstructOptions | None = None,
@@ -130,7 +134,7 @@ def post_training_quantize(
         plan: A plan, a preset such as `w4a4`, or a plan file.
         batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
             device. They are iterated several times: a list, or anything that yields the same images each time.
-        observer, weights, probs, reparameterize, bias_correction: See `PTQOptions`.
+        observer, weights, probs, heads, reparameterize, bias_correction: See `PTQOptions`.
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
         stage: Called with the name of each part and the seconds that it took.
@@ -153,7 +157,7 @@ def post_training_quantize(
     if reparameterize:
         even_out_channels(source, few)
         clock.note("reparameterize")
-    quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs), in_place=True)
+    quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs, heads=heads), in_place=True)
     calibrate(quantized, few, observer=observer)
     clock.note("calibrate")
     if reconstruct is not None:
@@ -168,14 +172,23 @@ def post_training_quantize(
 
 
 def ptq_plan(
-    model: nn.Module, plan: QuantPlan | str | Path, *, weights: str = "per-channel", probs: str = "auto"
+    model: nn.Module,
+    plan: QuantPlan | str | Path,
+    *,
+    weights: str = "per-channel",
+    probs: str = "auto",
+    heads: str = "auto",
 ) -> QuantPlan:
     """The plan with the granularity of weights and the grid of probabilities that suit post-training quantization."""
-    validated(PTQOptions, {"weights": weights, "probs": probs})
+    validated(PTQOptions, {"weights": weights, "probs": probs, "heads": heads})
     sites = inspect_model(model).sites
     resolved = plan_from(plan).resolve(sites)
     known = [site for name, site in sites.items() if resolved.sites[name] is not None]
     rules = scale_rules("per-channel" if weights == "per-channel" else "per-head", known)
+    eight = {width for spec in resolved.sites.values() if spec is not None for width in spec.widths} == {8}
+    if heads == "per-tensor" or (heads == "auto" and eight):
+        shared = [site for site in known if site.role == "activation" and site.layout.heads is not None]
+        rules += [Rule(site.name, {"granularity": "per-tensor"}) for site in shared]
     for site in known:
         spec = resolved.sites[site.name]
         if spec is None or site.role != "activation" or site.name.rpartition(".")[2] != "probs" or spec.signed:
