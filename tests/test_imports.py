@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
     },
     {"training"},
     {"methods", "deploy"},
-    {"run", "rundir", "dry_run", "ptq_run", "labels_run", "subject", "analysis", "patchwise", "jobs"},
+    {"run", "rundir", "dry_run", "ptq_run", "labels_run", "subject", "analysis", "patchwise", "jobs", "packed_run"},
     {"report", "demo", "cli"},
 ]
 
@@ -62,6 +62,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "onnxscript": {"deploy"},
     "onnxruntime": {"deploy"},
     "openvino": {"deploy"},
+    "huggingface_hub": {"deploy"},
 }
 
 # Library code logs; only the command line prints.

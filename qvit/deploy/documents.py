@@ -36,7 +36,7 @@ from qvit.spec import TensorSpec
 
 Values = Mapping[str, Mapping[str, Tensor]]
 _LAST_NUMBER = re.compile(r"(?P<before>.*\.)(?P<number>0|[1-9]\d{0,5})(?P<after>\..*)")
-_MAX_DEPTH, _LARGEST = 8, 1 << 53
+_MAX_DEPTH, _LARGEST, _LONGEST = 8, 1 << 53, 1 << 24
 _DATA_KEYS = {
     "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "test_input_size", "test_crop_pct",
 }  # fmt: skip
@@ -120,8 +120,11 @@ def _shapes(kind: Any) -> dict[str, tuple[int, ...]]:
     values = kind.get("values") if isinstance(kind, dict) else None
     if not isinstance(values, dict):
         raise QvitError("a kind of site in the plan has no values")
-    if not all(isinstance(shape, list) and all(type(size) is int for size in shape) for shape in values.values()):
-        raise QvitError("the values of a kind of site have no shapes")
+    for shape in values.values():
+        if not isinstance(shape, list) or not all(type(size) is int and 0 <= size <= _LONGEST for size in shape):
+            raise QvitError("the values of a kind of site have no shapes")
+    if "scale" not in values:
+        raise QvitError("a kind of site in the plan has no scale")
     return {name: tuple(shape) for name, shape in values.items()}
 
 

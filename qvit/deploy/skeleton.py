@@ -87,6 +87,8 @@ def _check_value(key: str, value: Any, largest: int) -> None:
     elif isinstance(value, (int, float)):
         if abs(value) > largest:
             raise QvitError(f"argument '{key}' = {value} is larger than {largest}")
+        if isinstance(value, int) and value < 0:
+            raise QvitError(f"argument '{key}' = {value} is negative")
     elif value is not None:
         raise QvitError(f"argument '{key}' = {value!r} is neither a number nor a text")
 
@@ -121,3 +123,18 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
 def grids_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """The numbers of all quantizers' grids by site, sorted by site: the order in which a file has them."""
     return {name: grid_values(quantizer) for name, quantizer in sorted(quantizers_of(model))}
+
+
+def compare(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises QvitError where names, types or shapes differ."""
+    for key, tensor in expected.items():
+        if key not in found:
+            raise QvitError(f"it lacks the {what} '{key}'")
+        own = found[key]
+        if own.shape != tensor.shape or own.dtype != tensor.dtype:
+            raise QvitError(
+                f"{what} '{key}' is {tuple(own.shape)} of {own.dtype}, not {tuple(tensor.shape)} of {tensor.dtype}"
+            )
+    unknown = sorted(set(found) - set(expected))
+    if unknown:
+        raise QvitError(f"it has the unknown {what} '{unknown[0]}'")
