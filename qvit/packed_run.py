@@ -17,11 +17,14 @@ from qvit.methods import create_method
 from qvit.plan import QuantPlan
 from qvit.run import load_run
 from qvit.rundir import PACKED, PLAN, RESULT, own_files, read_config, require_finished
+from qvit.training.config import TrainConfig
 from qvit.training.data import data_config_of
 
+_ALWAYS = ("method", "budget", "data", "epochs", "batch_size", "lr", "seed")
+#: Where they are not the default.
 _OPTIONS = (
-    "method", "method_options", "budget", "data", "epochs", "batch_size", "opt", "lr", "weight_decay", "augment",
-    "distill", "distill_kind", "calibration_images", "precision", "seed",
+    "method_options", "opt", "weight_decay", "augment", "mixup", "cutmix", "distill", "distill_kind",
+    "calibration_images", "precision",
 )  # fmt: skip
 _RESULTS = ("accuracy", "top5", "float_accuracy", "images", "bit_operations")
 #: Arguments of `timm.create_model` that say where weights come from, not what the model is.
@@ -97,9 +100,10 @@ def _read_result(folder: Path) -> dict[str, Any]:
 
 
 def _provenance(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    found = {key: record[key] for key in _OPTIONS if record.get(key) is not None}
-    trained = {key: value for key, value in record.get("versions", {}).items() if key in ("qvit", "torch", "timm")}
-    return _without_paths(found | result | {"trained_by": trained})
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in TrainConfig.model_fields.items()}
+    found = {key: record[key] for key in _ALWAYS if record.get(key) is not None}
+    found |= {key: record[key] for key in _OPTIONS if key in record and record[key] != defaults[key]}
+    return _without_paths(found | result)
 
 
 def _without_paths(data: Any) -> Any:

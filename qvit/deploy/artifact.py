@@ -244,8 +244,8 @@ class Artifact:
         if set(texts) != _DOCUMENTS:
             odd = sorted(set(texts) ^ _DOCUMENTS)[0]
             raise QvitError(f"its metadata {'have an unknown' if odd in texts else 'lack the'} key {odd!r}")
-        plan, shapes = plan_from_text(texts["plan"])
         name, kwargs = model_from_text(texts["model"])
+        plan, shapes = plan_from_text(texts["plan"], name)
         model = skeleton(name, kwargs, plan, tensors=len(tensors), file_bytes=contents.file_bytes)
         sites = inspect_model(model).sites
         plan = plan.resolve(sites)
