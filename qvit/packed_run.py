@@ -94,9 +94,11 @@ def write_packed(run: str | Path, out: str | Path | None = None, *, overwrite: b
 def _read_result(folder: Path) -> dict[str, Any]:
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        return {key: result[key] for key in _RESULTS if key in result}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise QvitError(f"cannot read {folder / RESULT}: {error}") from None
+    if not isinstance(result, dict):
+        raise QvitError(f"cannot read {folder / RESULT}: it is no JSON object")
+    return {key: result[key] for key in _RESULTS if key in result}
 
 
 def _provenance(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:

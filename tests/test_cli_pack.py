@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import Qvit, qvit  # noqa: F401
+from command_line import SMALL_DIGITS, Qvit, qvit  # noqa: F401
 from tiny_models import digit_batches, small_config
 
 import qvit as package
@@ -120,3 +120,23 @@ def test_overwriting_a_run_takes_its_packed_model_along(run: Path) -> None:
     assert not (run / "packed.safetensors").exists()
     with pytest.raises(UsageError, match="float model"):
         package.pack_run(run)
+
+
+@pytest.mark.parametrize("probs", ["uniform", "log-sqrt2"])
+def test_a_post_training_run_is_packed(qvit: Qvit, runs: Path, tmp_path: Path, probs: str) -> None:  # noqa: F811
+    """Scales per channel and per head, reparameterized norms, corrected biases."""
+    run = tmp_path / "run"
+    given = ["--weights", runs / "float", "--out", run, "--budget", "w4a6", "--probs", probs, "--bias-correction"]
+    assert qvit("ptq", *SMALL_DIGITS, *given, "--device", "cpu", "--calibration-images", "32").code == 0
+    assert qvit("pack", run).code == 0
+    image = digit_batches()[0]
+    artifact = Artifact.load(run / "packed.safetensors")
+    assert torch.equal(artifact.model()(image), load_run(run)(image))
+    assert artifact.provenance["method"] == "ptq" and artifact.provenance["calibration_images"] == 32
+
+
+def test_a_run_that_cannot_be_told_is_one_line(qvit: Qvit, run: Path) -> None:  # noqa: F811
+    (run / "result.json").write_text("{")
+    assert "cannot read" in qvit("pack", run).failed(1)
+    (run / "result.json").write_text("[]")
+    assert "cannot read" in qvit("pack", run).failed(1)

@@ -290,6 +290,8 @@ DOCUMENT_CASES: dict[str, tuple[Callable[[Header], None], str | None]] = {
     "checkpoint": (change(f"{META}|model|kwargs|checkpoint_path", "/x.pth"), "no argument 'checkpoint_path'"),
     "device": (change(f"{META}|model|kwargs|device", "cuda"), "no argument 'device'"),
     "huge depth": (change(f"{META}|model|kwargs|depth", 10**9), "'depth' = 1000000000 is larger"),
+    "many blocks": (change(f"{META}|model|kwargs|depth", 1000), "asks for 1000 blocks, and the file has 23 tensors"),
+    "many stages": (change(f"{META}|model|kwargs|depths", [20] * 20), "asks for 400 blocks"),
     "more depth": (change(f"{META}|model|kwargs|depth", 2), "lacks"),
     "huge width": (change(f"{META}|model|kwargs|embed_dim", 10**9), "larger than"),
     "more width": (change(f"{META}|model|kwargs|embed_dim", 1 << 24), "lacks|is|not"),

@@ -6,8 +6,8 @@ So a file cannot ask for more memory than it has bytes for, and whatever it asks
 
 What could cost time or memory even without storage is bounded first: only arguments that the classes of supported
 models take, only plain values, names of timm's registry without a path or a hub; as many blocks at most as the file has
-tensors; numbers up to 2^24. What a model computes for itself and does not store (masks and position indices of windows)
-may take 16 MiB and 16 times the file.
+tensors, and 256; numbers up to 2^24. What a model computes for itself and does not store (masks and position indices of
+windows) may take 16 MiB and 16 times the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qvit.training.models import create_model
 
 _NAME = re.compile(r"\w{1,80}(\.\w{1,80})?")
 _NOT_IN_FILES = {"args", "device", "dtype"}
-_LARGEST_NUMBER, _LONGEST_LIST, _LONGEST_TEXT = 1 << 24, 64, 80
+_LARGEST_NUMBER, _LONGEST_LIST, _LONGEST_TEXT, _MOST_BLOCKS = 1 << 24, 64, 80, 256
 _COMPUTED_BYTES, _COMPUTED_SHARE = 16 << 20, 16
 
 
@@ -70,7 +70,10 @@ def check_model(name: str, kwargs: Mapping[str, Any], tensors: int) -> None:
     for key, value in kwargs.items():
         if key not in known:
             raise QvitError(f"a packed model takes no argument '{key}'{nearest(key, known)}")
-        _check_value(key, value, tensors if "depth" in key else _LARGEST_NUMBER)
+        _check_value(key, value, _LARGEST_NUMBER)
+        blocks = sum(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, (int, float)))
+        if "depth" in key and blocks > min(tensors, _MOST_BLOCKS):
+            raise QvitError(f"argument '{key}' asks for {blocks} blocks, and the file has {tensors} tensors")
 
 
 def _check_value(key: str, value: Any, largest: int) -> None:
