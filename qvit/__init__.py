@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from qvit.calibration import calibrate
     from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
     from qvit.cost import CostModel, parse_budget
+    from qvit.deploy.artifact import Artifact
     from qvit.dry_run import plan_run
     from qvit.errors import QvitError, UsageError
     from qvit.families import inspect_model
     from qvit.labels_run import LabelRequest, write_labels
     from qvit.methods.ptq import post_training_quantize
+    from qvit.packed_run import pack_run
     from qvit.plan import QuantPlan, Rule
     from qvit.ptq_run import ptq
     from qvit.quantizers import quantizers_of
@@ -52,11 +54,13 @@ _PUBLIC = {
     "qvit.calibration": ("calibrate",),
     "qvit.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
     "qvit.cost": ("CostModel", "parse_budget"),
+    "qvit.deploy.artifact": ("Artifact",),
     "qvit.dry_run": ("plan_run",),
     "qvit.errors": ("QvitError", "UsageError"),
     "qvit.families": ("inspect_model",),
     "qvit.labels_run": ("LabelRequest", "write_labels"),
     "qvit.methods.ptq": ("post_training_quantize",),
+    "qvit.packed_run": ("pack_run",),
     "qvit.plan": ("QuantPlan", "Rule"),
     "qvit.ptq_run": ("ptq",),
     "qvit.quantizers": ("quantizers_of",),
@@ -76,6 +80,7 @@ _PUBLIC = {
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 __all__ = [
     "__version__",
+    "Artifact",
     "CostModel",
     "LabelRequest",
     "PerChannel",
@@ -113,6 +118,7 @@ __all__ = [
     "load_run",
     "measure_sensitivity",
     "open_data",
+    "pack_run",
     "parse_budget",
     "plan_of",
     "plan_run",

@@ -7,6 +7,7 @@ RUN/sensitivity.json    what mixed widths were chosen by, after `qvit ptq --metr
 RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
 RUN/tensorboard/        the same figures for TensorBoard, on request
 RUN/model.safetensors   final weights and scales
+RUN/packed.safetensors  the packed model, after `qvit pack`
 RUN/result.json         the result, written last: a directory without it holds an interrupted run
 RUN/checkpoints/        the last checkpoints, from which a run continues bit for bit (on CPU)
 """
@@ -24,7 +25,7 @@ from qvit.training.config import TrainConfig
 from qvit.training.models import WEIGHTS_FILE
 
 CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
-SENSITIVITY = "sensitivity.json"
+SENSITIVITY, PACKED = "sensitivity.json", "packed.safetensors"
 
 
 def claim(run: Path, overwrite: bool) -> None:
@@ -46,9 +47,14 @@ def claim(run: Path, overwrite: bool) -> None:
         raise QvitError(f"cannot make {run}: {error}") from error
 
 
+def own_files() -> tuple[str, ...]:
+    """Names of the files of a run, in the order in which they are deleted: first what makes it a finished one."""
+    return (RESULT, PACKED, PLAN, COST, SENSITIVITY, LOG, WEIGHTS_FILE, CONFIG)
+
+
 def clear(run: Path) -> None:
     """Deletes the files of a run, and nothing else."""
-    for name in (RESULT, PLAN, COST, SENSITIVITY, LOG, WEIGHTS_FILE, CONFIG):
+    for name in own_files():
         (run / name).unlink(missing_ok=True)
     for folder in (FOLDER, "tensorboard"):
         shutil.rmtree(run / folder, ignore_errors=True)

@@ -38,7 +38,19 @@ LAYERS: list[set[str]] = [
     },
     {"training"},
     {"methods", "deploy"},
-    {"run", "rundir", "dry_run", "ptq_run", "labels_run", "bench_run", "subject", "analysis", "patchwise", "jobs"},
+    {
+        "run",
+        "rundir",
+        "dry_run",
+        "ptq_run",
+        "packed_run",
+        "labels_run",
+        "bench_run",
+        "subject",
+        "analysis",
+        "patchwise",
+        "jobs",
+    },
     {"report", "demo", "cli"},
 ]
 
@@ -63,6 +75,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "onnxruntime": {"deploy"},
     "openvino": {"deploy"},
     "nncf": {"deploy"},
+    "huggingface_hub": {"deploy"},
 }
 
 # Library code logs; only the command line prints.

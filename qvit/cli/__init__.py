@@ -5,6 +5,7 @@
     results.py        demo, evaluate, report   analyses.py     analyze, patchwise
     plans.py          cost, plan show, plan diff
     labels.py         labels                   bench.py        bench
+    deployment.py     pack, inspect
 
 The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 saved
 and ended by SIGTERM. A failure is one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is
@@ -25,7 +26,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qvit.cli import allocation, analyses, bench, labels, plans, quantization, results, training
+from qvit.cli import allocation, analyses, bench, deployment, labels, plans, quantization, results, training
 from qvit.cli.console import Debug, out
 from qvit.errors import QvitError, UsageError
 from qvit.version import __version__
@@ -117,6 +118,8 @@ for command in (
     quantization.ptq,
     analyses.patchwise,
     results.evaluate,
+    deployment.pack,
+    deployment.inspect,
     plans.cost,
     allocation.sensitivity,
     allocation.allocate,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,9 @@ from qvit.deploy.documents import (
     provenance_from_text,
     to_text,
 )
-from qvit.deploy.grids import set_grid
+from qvit.deploy.grids import by_kind, cut, grid_values, set_grid
 from qvit.deploy.packing import code_dtype, pack_site, unpack_site
-from qvit.deploy.skeleton import float_tensors, grids_of, skeleton, weight_sites
+from qvit.deploy.skeleton import compare, float_tensors, grids_of, skeleton, weight_sites
 from qvit.deploy.versions import FORMAT, VERSION, upgraded
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
@@ -48,6 +49,7 @@ from qvit.plan import QuantPlan
 from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
 from qvit.training.data import data_config_of
 from qvit.training.models import create_model
+from qvit.version import __version__
 
 PACKED, SCALES = ".packed", "scales"
 _DOCUMENTS = {"format", "version", "plan", "model", "data_config", "class_names", "provenance"}
@@ -106,7 +108,7 @@ class Artifact:
             model_kwargs: The arguments that it got.
             data_config: How images are prepared; by default what timm says of the model.
             class_names: In order.
-            provenance: Plain data.
+            provenance: Plain data. The versions of qvit, torch and timm are added as `packed_by`.
             plan_name: Name of the plan.
 
         Raises:
@@ -124,9 +126,9 @@ class Artifact:
             dict(model_kwargs or {}),
             check_data_config(_tuples(data_config_of(model) if data_config is None else data_config)),
             tuple(class_names),
-            dict(provenance or {}),
+            {"packed_by": _versions()} | dict(provenance or {}),
             integers,
-            *_by_kind(grids),
+            *by_kind(grids),
             {key: _own(value) for key, value in float_tensors(model).items()},
         )
         try:
@@ -152,6 +154,8 @@ class Artifact:
             return cls._from_contents(container.read(Path(path)))
         except QvitError as error:
             raise QvitError(f"cannot load {path}: {error}") from None
+        except Exception as error:
+            raise QvitError(f"cannot load {path}: {type(error).__name__}: {error}") from error
 
     @torch.no_grad()
     def model(self) -> nn.Module:
@@ -168,6 +172,25 @@ class Artifact:
             weight_of(model, site).copy_(quantizer.from_int(self.integers[site]))
             quantizer.enabled = False
         return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes `model.safetensors`, `config.json` and a model card into a folder; see `qvit.deploy.hub`."""
+        from qvit.deploy.hub import save_pretrained
+
+        save_pretrained(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **options: Any) -> Artifact:
+        """Loads from such a folder, or from a repository of the Hugging Face hub; see `qvit.deploy.hub`."""
+        from qvit.deploy.hub import from_pretrained
+
+        return from_pretrained(source, **options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads what `save_pretrained` writes, and returns the address; see `qvit.deploy.hub`."""
+        from qvit.deploy.hub import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     def packed(self) -> dict[str, Tensor]:
         """The bytes of each weight, by site."""
@@ -221,12 +244,12 @@ class Artifact:
         if set(texts) != _DOCUMENTS:
             odd = sorted(set(texts) ^ _DOCUMENTS)[0]
             raise QvitError(f"its metadata {'have an unknown' if odd in texts else 'lack the'} key {odd!r}")
-        plan, shapes = plan_from_text(texts["plan"])
         name, kwargs = model_from_text(texts["model"])
+        plan, shapes = plan_from_text(texts["plan"], name)
         model = skeleton(name, kwargs, plan, tensors=len(tensors), file_bytes=contents.file_bytes)
         sites = inspect_model(model).sites
         plan = plan.resolve(sites)
-        grids = _cut(tensors.pop(SCALES, None), shapes, grids_of(model))
+        grids = cut(tensors.pop(SCALES, None), shapes)
         integers = {}
         for site in weight_sites(model):
             packed, spec = tensors.pop(site + PACKED, None), plan.sites[site]
@@ -245,7 +268,7 @@ class Artifact:
             class_names_from_text(texts["class_names"]),
             provenance_from_text(texts["provenance"]),
             integers,
-            *_by_kind(grids),
+            *by_kind(grids),
             tensors,
         )
         artifact._check(model)
@@ -254,20 +277,23 @@ class Artifact:
     @torch.no_grad()
     def _check(self, model: nn.Module) -> None:
         """Compares everything with a model without storage. Raises QvitError."""
-        _compare("tensor", float_tensors(model), self.floats)
+        compare("tensor", float_tensors(model), self.floats)
         codes = {
             site: torch.empty(weight_of(model, site).shape, dtype=code_dtype(own.spec.widths, own.spec.signed))
             for site, own in weight_sites(model).items()
         }
-        _compare("codes of site", codes, self.integers)
+        compare("codes of site", codes, self.integers)
         grids = self._grids()
-        for site, values in grids_of(model).items():
-            _compare(f"in the grid of site '{site}':", values, grids.get(site, {}))
         for site, quantizer in quantizers_of(model):
+            blank = create_quantizer(quantizer.spec, quantizer.layout)
+            own = grids.pop(site, {})
+            compare(f"number of site '{site}':", grid_values(blank), own)
             try:
-                set_grid(create_quantizer(quantizer.spec, quantizer.layout), grids[site])
+                set_grid(blank, own)
             except QvitError as error:
                 raise QvitError(f"site '{site}': {error}") from None
+        if grids:
+            raise QvitError(f"it has numbers of '{min(grids)}', which has no quantizer")
         for key, tensor in self.floats.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise QvitError(f"tensor '{key}' has NaN or infinite values")
@@ -308,6 +334,10 @@ def _codes(site: str, quantizer: Quantizer, weight: Tensor) -> Tensor:
     return codes.to("cpu", code_dtype(quantizer.spec.widths, quantizer.spec.signed))
 
 
+def _versions() -> dict[str, str]:
+    return {"qvit": __version__, "torch": str(torch.__version__), "timm": version("timm")}
+
+
 def _own(tensor: Tensor) -> Tensor:
     """A copy on the CPU, in memory of its own."""
     return tensor.detach().to("cpu", copy=True).contiguous()
@@ -315,52 +345,3 @@ def _own(tensor: Tensor) -> Tensor:
 
 def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-
-
-Numbers = dict[str, Tensor]
-
-
-def _by_kind(grids: Mapping[str, Numbers]) -> tuple[Numbers, Numbers, Numbers]:
-    """Scales by site, offsets by site, and the rest by site and name."""
-    scales = {site: values["scale"] for site, values in grids.items()}
-    offsets = {site: values["offset"] for site, values in grids.items() if "offset" in values}
-    named = ("scale", "offset")
-    extras = {f"{site}.{key}": v for site, values in grids.items() for key, v in values.items() if key not in named}
-    return scales, offsets, extras
-
-
-def _cut(
-    numbers: Tensor | None, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], grids: Mapping[str, Numbers]
-) -> dict[str, Numbers]:
-    """The numbers of each site out of the one tensor that holds them all. Raises QvitError."""
-    for site, values in grids.items():
-        expected = [(name, tuple(value.shape)) for name, value in values.items()]
-        if list(shapes[site].items()) != expected:
-            raise QvitError(f"the grid of site '{site}' has {expected}, the plan says {list(shapes[site].items())}")
-    total = sum(value.numel() for values in grids.values() for value in values.values())
-    if numbers is None or numbers.dtype != torch.float32 or tuple(numbers.shape) != (total,):
-        raise QvitError(f"it lacks the tensor '{SCALES}' of {total} float32 numbers")
-    found: dict[str, Numbers] = {}
-    position = 0
-    for site, values in grids.items():
-        found[site] = {}
-        for name, value in values.items():
-            end = position + value.numel()
-            found[site][name] = numbers[position:end].clone().reshape(value.shape)
-            position = end
-    return found
-
-
-def _compare(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    """Raises QvitError where names, types or shapes differ."""
-    for key, tensor in expected.items():
-        if key not in found:
-            raise QvitError(f"it lacks the {what} '{key}'")
-        own = found[key]
-        if own.shape != tensor.shape or own.dtype != tensor.dtype:
-            raise QvitError(
-                f"{what} '{key}' is {tuple(own.shape)} of {own.dtype}, not {tuple(tensor.shape)} of {tensor.dtype}"
-            )
-    unknown = sorted(set(found) - set(expected))
-    if unknown:
-        raise QvitError(f"it has the unknown {what} '{unknown[0]}'")

@@ -94,7 +94,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     digest = hashlib.sha256(header)
     blocks = [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy() for _, tensor in ordered]
     for block in blocks:
-        digest.update(block)
+        digest.update(block.data)
     sealed = header.replace(_ZEROS.encode(), digest.hexdigest().encode(), 1)
 
     def save(file: Any) -> None:
@@ -144,6 +144,15 @@ def read(path: Path) -> Contents:
     data = memoryview(content)[start:]
     tensors = {name: _tensor(name, *place, data) for name, place in _places(parsed, len(data)).items()}
     return Contents(metadata, tensors, start, len(content))
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is one that `write` wrote."""
+    try:
+        read(path)
+    except QvitError:
+        return False
+    return True
 
 
 def _bytes_of(path: Path) -> bytearray:

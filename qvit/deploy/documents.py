@@ -1,18 +1,19 @@
 """The words of a packed file: its JSON documents, written briefly, and read without trusting them.
 
-    plan         {"name", "model", "kinds": [...], "sites": {...}}: see below
+    plan         {"name", "kinds": [...], "sites": {...}}: see below
     model        {"name": timm's name, "kwargs": {...}}
     data_config  timm's: input_size, interpolation, mean, std, crop_pct, crop_mode
     class_names  a list
     provenance   plain JSON
 
 A plan of DeiT-T written site by site is 45 kB, more than 2 % of the whole model at 2 bits. Most sites are alike, so
-`kinds` lists the different ones: what differs from a default `TensorSpec`, and under "values" the shapes of the numbers
-of its grid (`grids.py`); null for a tensor that stays in float. `sites` names the kind of each site, those that differ
-only in the last number of their names in one entry, with `#` for the numbers 0, 1, 2, ...:
+`kinds` lists the different ones: what differs from a default `TensorSpec`, and beside it the shapes of the numbers of
+its grid (`grids.py`); null for a tensor that stays in float. `sites` names the kind of each site. Those that differ
+only in the last number of their names have one entry, with `#` for the numbers 0, 1, 2, ...: a list of kinds, or
+"12*3" for twelve of kind 3.
 
-    {"kinds": [{"bit_width": 2, "values": {"scale": []}}, {"bit_width": [2, 3, 2], "granularity": "per-head",
-     "values": {"scale": [3, 1, 1]}}], "sites": {"blocks.#.attn.query": [1, 1, 0], "head.weight": 0}}
+    {"kinds": [{"bit_width": 2, "scale": []}, {"bit_width": [2, 3, 2], "granularity": "per-head", "scale": [3, 1, 1]}],
+     "sites": {"blocks.#.attn.query": [1, 1, 0], "blocks.#.attn.key": "3*1", "head.weight": 0}}
 
 What is read is plain data of bounded depth with finite numbers. What the words mean for a model is checked in
 `skeleton.py`.
@@ -20,6 +21,7 @@ What is read is plain data of bounded depth with finite numbers. What the words 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -36,7 +38,9 @@ from qvit.spec import TensorSpec
 
 Values = Mapping[str, Mapping[str, Tensor]]
 _LAST_NUMBER = re.compile(r"(?P<before>.*\.)(?P<number>0|[1-9]\d{0,5})(?P<after>\..*)")
-_MAX_DEPTH, _LARGEST = 8, 1 << 53
+_TIMES = re.compile(r"([1-9]\d{0,3})\*(0|[1-9]\d{0,4})")
+_SPEC_KEYS = {field.name for field in dataclasses.fields(TensorSpec)}
+_MAX_DEPTH, _LARGEST, _LONGEST, _MOST_SITES = 8, 1 << 53, 1 << 24, 20_000
 _DATA_KEYS = {
     "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "test_input_size", "test_crop_pct",
 }  # fmt: skip
@@ -52,11 +56,10 @@ def plan_to_text(plan: QuantPlan, values: Values) -> str:
         if spec is not None:
             own = spec.to_json()
             kind = {key: own[key] for key in own if key not in default or own[key] != default[key]}
-            kind["values"] = {name: list(value.shape) for name, value in values[site].items()}
+            kind |= {name: list(value.shape) for name, value in values[site].items()}
         indices[site] = kinds.setdefault(compact(kind), len(kinds))
     document = {
         "name": plan.name,
-        "model": plan.model,
         "kinds": [parse(text) for text in kinds],
         "sites": _grouped(indices),
     }
@@ -82,29 +85,30 @@ def _grouped(indices: Mapping[str, int]) -> dict[str, Any]:
         if template is None:
             found[site] = index
         elif template not in found:
-            found[template] = [indices[groups[template][number]] for number in range(len(groups[template]))]
+            own = [indices[groups[template][number]] for number in range(len(groups[template]))]
+            found[template] = f"{len(own)}*{own[0]}" if len(set(own)) == 1 else own
     return found
 
 
-def plan_from_text(text: str) -> tuple[QuantPlan, dict[str, dict[str, tuple[int, ...]]]]:
-    """The inverse of `plan_to_text`: the plan, and the shapes of the numbers of each site's grid.
+def plan_from_text(text: str, model: str) -> tuple[QuantPlan, dict[str, dict[str, tuple[int, ...]]]]:
+    """The inverse of `plan_to_text`: the plan of `model`, and the shapes of the numbers of each site's grid.
 
     Raises QvitError for anything that is not such a document.
     """
-    document = _object(parse(text), "plan", {"name", "model", "kinds", "sites"})
-    if not isinstance(document["name"], str) or not isinstance(document["model"], (str, type(None))):
-        raise QvitError("the plan's name and model are no texts")
+    document = _object(parse(text), "plan", {"name", "kinds", "sites"})
+    if not isinstance(document["name"], str):
+        raise QvitError("the plan's name is no text")
     kinds = document["kinds"]
     if not isinstance(kinds, list) or not isinstance(document["sites"], dict):
         raise QvitError("the plan has no list of kinds and no object of sites")
     shapes = [_shapes(kind) for kind in kinds]
-    specs = [None if kind is None else {key: kind[key] for key in kind if key != "values"} for kind in kinds]
+    specs = [None if kind is None else {k: v for k, v in kind.items() if not _is_shape(k, v)} for kind in kinds]
     indices = _expanded(document["sites"], len(kinds))
     written = {
         "format": PLAN_FORMAT,
         "version": PLAN_VERSION,
         "name": document["name"],
-        "model": document["model"],
+        "model": model,
         "sites": {site: specs[index] for site, index in indices.items()},
     }
     plan = QuantPlan.from_json(written)
@@ -114,26 +118,36 @@ def plan_from_text(text: str) -> tuple[QuantPlan, dict[str, dict[str, tuple[int,
     return plan, {site: shapes[index] for site, index in indices.items()}
 
 
+def _is_shape(key: str, value: Any) -> bool:
+    """Whether an entry of a kind is the shape of a number of its grid, not a part of its spec."""
+    return key not in _SPEC_KEYS and isinstance(value, list)
+
+
 def _shapes(kind: Any) -> dict[str, tuple[int, ...]]:
     if kind is None:
         return {}
-    values = kind.get("values") if isinstance(kind, dict) else None
-    if not isinstance(values, dict):
-        raise QvitError("a kind of site in the plan has no values")
-    if not all(isinstance(shape, list) and all(type(size) is int for size in shape) for shape in values.values()):
-        raise QvitError("the values of a kind of site have no shapes")
-    return {name: tuple(shape) for name, shape in values.items()}
+    if not isinstance(kind, dict) or not isinstance(kind.get("scale"), list):
+        raise QvitError("a kind of site in the plan has no scale")
+    shapes = {key: value for key, value in kind.items() if _is_shape(key, value)}
+    for key, shape in shapes.items():
+        if not all(type(size) is int and 0 <= size <= _LONGEST for size in shape):
+            raise QvitError(f"the {key} of a kind of site in the plan has no shape")
+    return {key: tuple(shape) for key, shape in shapes.items()}
 
 
 def _expanded(sites: Mapping[str, Any], kinds: int) -> dict[str, int]:
     """The kind of each site by its full name."""
     found: dict[str, int] = {}
     for key, value in sites.items():
-        if isinstance(value, list) and key.count("#") != 1:
+        times = _TIMES.fullmatch(value) if isinstance(value, str) else None
+        indices = [int(times[2])] * int(times[1]) if times else value if isinstance(value, list) else [value]
+        single = times is None and not isinstance(value, list)
+        names = [key] if single else [key.replace("#", str(number)) for number in range(len(indices))]
+        if not single and key.count("#") != 1:
             raise QvitError(f"the sites {key!r} of the plan have no place for a number")
-        many = isinstance(value, list)
-        names = [key.replace("#", str(number)) for number in range(len(value))] if many else [key]
-        for name, index in zip(names, value if many else [value], strict=True):
+        if len(found) + len(names) > _MOST_SITES:
+            raise QvitError(f"the plan has more than {_MOST_SITES} sites")
+        for name, index in zip(names, indices, strict=True):
             if type(index) is not int or not 0 <= index < kinds:
                 raise QvitError(f"site {name!r} of the plan is of no kind that is listed")
             if name in found:

@@ -14,6 +14,7 @@ largest of them, so that a state dict of the restored model is one of a calibrat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -23,6 +24,7 @@ from qvit.errors import QvitError
 from qvit.functional import SMALLEST_SCALE, pick_column
 from qvit.quantizers import Quantizer
 
+Numbers = dict[str, Tensor]
 _GRID = ("scale", "offset", "bit_width")
 _HEADROOM = 2.0**16
 
@@ -76,7 +78,6 @@ def _set_bank(quantizer: Quantizer, name: str, values: Mapping[str, Tensor]) -> 
     bank, active = getattr(quantizer, name, None), values[name]
     if not isinstance(bank, Tensor):  # a grid's offset that follows from its scale
         return
-    candidates = _candidates(quantizer)
     if bank.dim() == len(quantizer.scale_shape):
         bank.copy_(active)
         return
@@ -87,7 +88,7 @@ def _set_bank(quantizer: Quantizer, name: str, values: Mapping[str, Tensor]) -> 
     width = quantizer.integer_bit_width().expand(quantizer.groups)
     bank.copy_(_largest(active, places).unsqueeze(-1).expand_as(bank))
     split = quantizer.spec.token_bit_width
-    for column, candidate in enumerate(candidates.tolist()):
+    for column, candidate in enumerate(_candidates(quantizer).tolist()):
         if split is not None and candidate == split.low:
             bank[..., column] = values[f"low_{name}"]
         own = width == candidate
@@ -108,3 +109,27 @@ def _largest(x: Tensor, shape: torch.Size) -> Tensor:
 def _candidates(quantizer: Quantizer) -> Tensor:
     """The width of each column of the banks."""
     return quantizer.get_buffer("candidates")
+
+
+def by_kind(grids: Mapping[str, Numbers]) -> tuple[Numbers, Numbers, Numbers]:
+    """The numbers of all sites' grids as scales by site, offsets by site, and the rest by `SITE.name`."""
+    scales = {site: values["scale"] for site, values in grids.items()}
+    offsets = {site: values["offset"] for site, values in grids.items() if "offset" in values}
+    named = ("scale", "offset")
+    extras = {f"{site}.{key}": v for site, values in grids.items() for key, v in values.items() if key not in named}
+    return scales, offsets, extras
+
+
+def cut(numbers: Tensor | None, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Numbers]:
+    """The numbers of each site out of the one tensor that holds them all. Raises QvitError."""
+    places = [(site, name, shape) for site in sorted(shapes) for name, shape in shapes[site].items()]
+    total = sum(math.prod(shape) for _, _, shape in places)
+    if numbers is None or numbers.dtype != torch.float32 or tuple(numbers.shape) != (total,):
+        raise QvitError(f"it lacks the tensor 'scales' of {total} float32 numbers")
+    found: dict[str, Numbers] = {site: {} for site, own in sorted(shapes.items()) if own}
+    position = 0
+    for site, name, shape in places:
+        end = position + math.prod(shape)
+        found[site][name] = numbers[position:end].clone().reshape(shape)
+        position = end
+    return found

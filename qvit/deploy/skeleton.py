@@ -6,8 +6,8 @@ So a file cannot ask for more memory than it has bytes for, and whatever it asks
 
 What could cost time or memory even without storage is bounded first: only arguments that the classes of supported
 models take, only plain values, names of timm's registry without a path or a hub; as many blocks at most as the file has
-tensors; numbers up to 2^24. What a model computes for itself and does not store (masks and position indices of windows)
-may take 16 MiB and 16 times the file.
+tensors, and 256; numbers up to 2^24. What a model computes for itself and does not store (masks and position indices of
+windows) may take 16 MiB and 16 times the file.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qvit.training.models import create_model
 
 _NAME = re.compile(r"\w{1,80}(\.\w{1,80})?")
 _NOT_IN_FILES = {"args", "device", "dtype"}
-_LARGEST_NUMBER, _LONGEST_LIST, _LONGEST_TEXT = 1 << 24, 64, 80
+_LARGEST_NUMBER, _LONGEST_LIST, _LONGEST_TEXT, _MOST_BLOCKS = 1 << 24, 64, 80, 256
 _COMPUTED_BYTES, _COMPUTED_SHARE = 16 << 20, 16
 
 
@@ -70,7 +70,10 @@ def check_model(name: str, kwargs: Mapping[str, Any], tensors: int) -> None:
     for key, value in kwargs.items():
         if key not in known:
             raise QvitError(f"a packed model takes no argument '{key}'{nearest(key, known)}")
-        _check_value(key, value, tensors if "depth" in key else _LARGEST_NUMBER)
+        _check_value(key, value, _LARGEST_NUMBER)
+        blocks = sum(v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, (int, float)))
+        if "depth" in key and blocks > min(tensors, _MOST_BLOCKS):
+            raise QvitError(f"argument '{key}' asks for {blocks} blocks, and the file has {tensors} tensors")
 
 
 def _check_value(key: str, value: Any, largest: int) -> None:
@@ -87,6 +90,8 @@ def _check_value(key: str, value: Any, largest: int) -> None:
     elif isinstance(value, (int, float)):
         if abs(value) > largest:
             raise QvitError(f"argument '{key}' = {value} is larger than {largest}")
+        if isinstance(value, int) and value < 0:
+            raise QvitError(f"argument '{key}' = {value} is negative")
     elif value is not None:
         raise QvitError(f"argument '{key}' = {value!r} is neither a number nor a text")
 
@@ -121,3 +126,18 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
 def grids_of(model: nn.Module) -> dict[str, dict[str, Tensor]]:
     """The numbers of all quantizers' grids by site, sorted by site: the order in which a file has them."""
     return {name: grid_values(quantizer) for name, quantizer in sorted(quantizers_of(model))}
+
+
+def compare(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raises QvitError where names, types or shapes differ."""
+    for key, tensor in expected.items():
+        if key not in found:
+            raise QvitError(f"it lacks the {what} '{key}'")
+        own = found[key]
+        if own.shape != tensor.shape or own.dtype != tensor.dtype:
+            raise QvitError(
+                f"{what} '{key}' is {tuple(own.shape)} of {own.dtype}, not {tuple(tensor.shape)} of {tensor.dtype}"
+            )
+    unknown = sorted(set(found) - set(expected))
+    if unknown:
+        raise QvitError(f"it has the unknown {what} '{unknown[0]}'")

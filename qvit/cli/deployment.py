@@ -1,0 +1,91 @@
+"""Commands that make a trained model small, and show what is in the file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from qvit.cli.console import Debug, Json, bits, out, print_json, say, size
+
+
+def pack(
+    run: Annotated[Path, typer.Argument(help="A finished run of a quantized model.")],
+    target: Annotated[
+        Path | None,
+        typer.Option("--out", help="The file. Default: packed.safetensors in the run.", show_default=False),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is no packed model, too.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the packed model of a run: integers at their bit-widths, scales, and all that is needed to run it again.
+
+    Examples:  [cyan]qvit pack runs/qvit[/]    [cyan]qvit pack runs/qvit --out deit-3bit.safetensors[/]
+    """
+    from qvit.deploy.summary import describe
+    from qvit.packed_run import write_packed
+
+    artifact, file = write_packed(run, target, overwrite=overwrite)
+    facts = describe(artifact, file.stat().st_size)
+    if as_json:
+        return print_json({"file": str(file.absolute()), **facts})
+    _say_sizes(facts)
+    say(f"packed: {file.absolute()}   (`qvit inspect {file}` shows every tensor)")
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A packed model.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is in a packed model: widths and true bytes of every tensor, sizes in all, and where it comes from.
+
+    The whole file is checked.
+
+    Examples:  [cyan]qvit inspect runs/qvit/packed.safetensors[/]    [cyan]qvit inspect deit-3bit.safetensors --json[/]
+    """
+    from qvit.deploy.artifact import Artifact
+    from qvit.deploy.summary import describe
+
+    artifact = Artifact.load(file)
+    facts = describe(artifact, file.stat().st_size)
+    if as_json:
+        return print_json({"file": str(file.absolute()), **facts})
+    table = Table(title=escape(f"{facts['model']}, plan {facts['plan']}"))
+    for column in ("site", "bits", "scales", "elements", "bytes", "bytes of scales"):
+        table.add_column(column, justify="left" if column in ("site", "bits", "scales") else "right")
+    for row in facts["sites"]:
+        quantized = row["quantizer"] is not None
+        kind = row["granularity"] if row["quantizer"] in (None, "lsq") else f"{row['granularity']}, {row['quantizer']}"
+        table.add_row(
+            escape(row["site"]),
+            bits(row["bit_width"]) if quantized else "float",
+            escape(kind or ""),
+            f"{row['numel']}" if row["numel"] else "",
+            f"{row['bytes']}" if row["numel"] else "",
+            f"{row['scale_bytes']}" if quantized else "",
+        )
+    out.print(table)
+    _say_sizes(facts)
+    for key, value in facts["provenance"].items():
+        say(f"{key}: {_plain(value)}")
+
+
+def _say_sizes(facts: dict[str, Any]) -> None:
+    say(
+        f"{size(facts['file_bytes'])}: packed integers {size(facts['payload_bytes'])}, scales "
+        f"{size(facts['scale_bytes'])}, float tensors {size(facts['float_bytes'])}, header "
+        f"{size(facts['header_bytes'])}; {100 * facts['overhead']:.2f} % more than integers and float tensors alone"
+    )
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,117 @@
+"""From the directory of a finished run to its packed model: what `qvit pack` does.
+
+The packed file says where it comes from without saying where it was made: versions, method, the options that matter,
+seed and accuracies; of paths only their last part.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePath
+from typing import Any
+
+from qvit.deploy.artifact import Artifact
+from qvit.deploy.container import is_packed
+from qvit.errors import QvitError, UsageError
+from qvit.methods import create_method
+from qvit.plan import QuantPlan
+from qvit.run import load_run
+from qvit.rundir import PACKED, PLAN, RESULT, own_files, read_config, require_finished
+from qvit.training.config import TrainConfig
+from qvit.training.data import data_config_of
+
+_ALWAYS = ("method", "budget", "data", "epochs", "batch_size", "lr", "seed")
+#: Where they are not the default.
+_OPTIONS = (
+    "method_options", "opt", "weight_decay", "augment", "mixup", "cutmix", "distill", "distill_kind",
+    "calibration_images", "precision",
+)  # fmt: skip
+_RESULTS = ("accuracy", "top5", "float_accuracy", "images", "bit_operations")
+#: Arguments of `timm.create_model` that say where weights come from, not what the model is.
+_ORIGIN = {
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+    "pretrained",
+}
+
+
+def pack_run(run: str | Path) -> Artifact:
+    """The packed model of a finished run.
+
+    Raises:
+        UsageError: The run's model is a float one.
+        QvitError: No run, an interrupted one, or one whose files cannot be read.
+    """
+    folder = Path(run)
+    config, record = read_config(folder)
+    require_finished(folder)
+    if not create_method(config).quantizes:
+        raise UsageError(
+            f"{folder} holds a float model: quantize it with `qvit train {config.model} --weights {folder} ...` or "
+            f"`qvit ptq {config.model} --weights {folder} ...`, and pack that run"
+        )
+    model = load_run(folder)
+    kwargs = {"num_classes": int(record["num_classes"]), **config.model_kwargs}
+    return Artifact.from_model(
+        model,
+        model_name=config.model.removeprefix("timm/"),
+        model_kwargs={key: value for key, value in kwargs.items() if key not in _ORIGIN},
+        data_config=data_config_of(model),
+        class_names=tuple(record.get("class_names", ())),
+        provenance=_provenance(record, _read_result(folder)),
+        plan_name=QuantPlan.load(folder / PLAN).name,
+    )
+
+
+def write_packed(run: str | Path, out: str | Path | None = None, *, overwrite: bool = False) -> tuple[Artifact, Path]:
+    """Packs a run into a file, by default `packed.safetensors` in its directory.
+
+    Args:
+        run: Its directory.
+        out: The file. A packed model that is there is replaced.
+        overwrite: Replaces any other file, too, except the run's own.
+
+    Raises:
+        UsageError: The file is there and is no packed model.
+        QvitError: See `pack_run`; or the file cannot be written.
+    """
+    folder = Path(run)
+    target = folder / PACKED if out is None else Path(out)
+    if target.is_dir():
+        raise UsageError(f"{target} is a directory: give a file, such as {target / PACKED}")
+    if target.resolve() in [(folder / name).resolve() for name in own_files() if name != PACKED]:
+        raise UsageError(f"{target} belongs to the run: choose another --out")
+    if target.exists() and not overwrite and not is_packed(target):
+        raise UsageError(f"{target} is there and is no packed model: choose another --out, or --overwrite")
+    artifact = pack_run(folder)
+    artifact.save(target)
+    return artifact, target
+
+
+def _read_result(folder: Path) -> dict[str, Any]:
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QvitError(f"cannot read {folder / RESULT}: {error}") from None
+    if not isinstance(result, dict):
+        raise QvitError(f"cannot read {folder / RESULT}: it is no JSON object")
+    return {key: result[key] for key in _RESULTS if key in result}
+
+
+def _provenance(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in TrainConfig.model_fields.items()}
+    found = {key: record[key] for key in _ALWAYS if record.get(key) is not None}
+    found |= {key: record[key] for key in _OPTIONS if key in record and record[key] != defaults[key]}
+    return _without_paths(found | result)
+
+
+def _without_paths(data: Any) -> Any:
+    """The same data with the last part of each path in place of the path."""
+    if isinstance(data, dict):
+        return {key: _without_paths(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_without_paths(value) for value in data]
+    return PurePath(data).name if isinstance(data, str) and "/" in data else data
