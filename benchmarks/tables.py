@@ -17,6 +17,7 @@ Where a file is missing, "Not measured yet" and the command to measure it stand 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def demo_tables(data: dict[str, Any]) -> str:
             f"{row['train_loss_mean']:.3f}" if row.get("train_loss_mean") else "",
             f"{row['bit_operations'] / factor:.3f}",
             f"{row['weight_bytes'] / 1e3:.1f}",
+            *_packed_cells(data, row),
         ]
         for row in data["rows"]
     ]
@@ -87,11 +89,23 @@ def demo_tables(data: dict[str, Any]) -> str:
         f"bit operations ({unit})",
         "weights (kB, packed)",
     ]
+    if "packed" in data:
+        header += ["file (kB)", "on integers (%)", "equal answers (%)"]
+        rows[0] += [f"{statistics.mean(row['float_bytes'] for row in data['packed']) / 1e3:.1f}", "", ""]
     spread = "Mean ± standard deviation over seeds" if len(seeds) > 1 else "Seed"
     note = "Training loss: cross-entropy with the float model's soft labels, mean of the last five epochs."
     over = f"{note} {spread} {', '.join(map(str, seeds))}."
     took = f" All runs together took {data['seconds'] / 60:.1f} minutes." if data.get("seconds") else ""
     return "\n\n".join([_table(header, rows, left=2), " ".join(_verdict(data)), f"{over} {_origin(data)}{took}"])
+
+
+def _packed_cells(data: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """True bytes of the files of a row, accuracy of the integer engine, agreement with the simulated model: means."""
+    own = [p for p in data.get("packed", []) if (p["method"], p["budget"]) == (row["method"], row["budget"])]
+    if not own:
+        return []
+    size, top1, equal = (statistics.mean(p[key] for p in own) for key in ("file_bytes", "top1", "agreement"))
+    return [f"{size / 1e3:.1f}", f"{top1:.2f}", f"{equal:.2f}"]
 
 
 @table_of("train_step*.json", "`python benchmarks/train_step.py`")
@@ -386,3 +400,49 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -
     """A markdown table; the first `left` columns are text, the others numbers."""
     rule = ["---" if column < left else "---:" for column in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
+
+
+@table_of("packed.json", "`python benchmarks/packed.py`, see its `--help`")
+def packed_tables(data: dict[str, Any]) -> str:
+    """True bytes of packed models, and how often each engine answers as the fake-quantized model."""
+    sizes = [
+        [
+            row["model"],
+            row["plan"],
+            f"{row['file_bytes'] / 1e3:,.1f}",
+            f"{row['theory_bytes'] / 1e3:,.1f}",
+            f"{row['file_bytes'] / row['theory_bytes']:.3f}",
+            f"{row['float_bytes'] / row['file_bytes']:.1f}",
+        ]
+        for row in data["rows"]
+    ]
+    answers = []
+    for row in data["rows"]:
+        fake = [f"{row['top1_simulated']:.1f}", "100", "", f"{row['images']}"]
+        again = ["", f"{row['agreement_of_float64']:.1f}", f"{row['median_movement']:.3f}", ""]
+        answers.append([row["model"], row["plan"], "fake quantization, float32", *fake])
+        answers.append([row["model"], row["plan"], "fake quantization, float64", *again])
+        answers += [
+            [
+                row["model"],
+                row["plan"],
+                f"`{own['engine']}`: {own['arithmetic']}",
+                f"{own['top1']:.1f}",
+                f"{own['agreement']:.1f}",
+                f"{own['median_movement']:.3f}",
+                "",
+            ]
+            for own in row["engines"]
+        ]
+    return "\n\n".join(
+        [
+            _table(["model", "plan", "file (kB)", "theory (kB)", "file / theory", "float32 / file"], sizes, left=2),
+            _table(
+                ["model", "plan", "computed by", "top-1 (%)", "equal answers (%)", "movement", "images"],
+                answers,
+                left=3,
+            ),
+            "Theory: bits of the weights plus tensors left in float. Equal answers: the first class is that of fake "
+            "quantization in float32. Movement: median over images of the largest change of a logit. " + _origin(data),
+        ]
+    )

@@ -5,9 +5,10 @@ A small ViT is trained in float first; both methods start from its weights.
     for every seed    float → { lsq+, qvit } × { 3bit, 2bit }       4 quantized runs, one schedule, one learning rate
 
 The images are real scans (scikit-learn's digits, 8×8): 1,200 to train and calibrate, 597 to test, which no run sees
-before its last line. Runs are ordinary run directories under DIR/runs, made by as many processes as there are cores,
-one thread each. A demo that was stopped goes on where it was; one that is complete is only shown again. Nothing here
-knows who wins: the table and the sentence below it are computed from the runs.
+before its last line. At the end every quantized model is packed, and its integers are scored beside the simulated
+model. Runs are ordinary run directories under DIR/runs, made by as many processes as there are cores, one thread each.
+A demo that was stopped goes on where it was; one that is complete is only shown again. Nothing here knows who wins: the
+table and the sentences below it are computed from the runs.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from rich.console import Console
 from qvit.errors import UsageError
 from qvit.files import write_json
 from qvit.jobs import Job, run_jobs
+from qvit.packed_run import compare_packed, write_packed
 from qvit.rundir import LOG, RESULT
 from qvit.training.config import TrainConfig
+from qvit.training.data import open_data
+from qvit.training.models import WEIGHTS_FILE
 
 METHODS, BUDGETS = ("lsq+", "qvit"), ("3bit", "2bit")
 RESULTS, REPORT = "results.json", "report.html"
@@ -106,6 +110,8 @@ def run_demo(
     listed = jobs(folder, list(range(seeds)), short=short)
     ran = run_jobs(folder / "runs", listed, workers=workers, overwrite=overwrite, console=console)
     results = summarize(folder, listed)
+    console.print("packing every model, and running it on integers", highlight=False)
+    results["packed"] = pack(folder, listed)
     results["seconds"] = round(time.perf_counter() - started, 1) if ran else _previous_seconds(folder)
     write_json(folder / RESULTS, results)
     from qvit.report import load_runs, write_page
@@ -143,6 +149,53 @@ def summarize(folder: Path, listed: list[Job]) -> dict[str, Any]:
         "float_accuracy_std": statistics.stdev(floats) if len(floats) > 1 else 0.0,
         "rows": rows,
     }
+
+
+def pack(folder: Path, listed: list[Job]) -> list[dict[str, Any]]:
+    """Packs every quantized run, and scores the integer engine beside the simulated model on the test images.
+
+    Returns:
+        A row for each file: its path below `folder`, method, budget, seed, true bytes, the bytes of its float model,
+        and the scores of `compare_packed`.
+    """
+    test, rows = open_data("digits").test, []
+    for job in listed:
+        if job.after is None:
+            continue
+        run = folder / "runs" / job.name
+        artifact, file = write_packed(run)
+        of_float = (folder / "runs" / job.after / WEIGHTS_FILE).stat().st_size
+        rows.append(
+            {
+                "file": str(file.relative_to(folder)),
+                "method": job.config.method,
+                "budget": job.config.budget,
+                "seed": job.config.seed,
+                "file_bytes": file.stat().st_size,
+                "float_bytes": of_float,
+                "weight_bytes": sum(part.numel() for part in artifact.packed().values()),
+                **compare_packed(file, test),
+            }
+        )
+    return rows
+
+
+def packed_in_words(results: dict[str, Any]) -> list[str]:
+    """What the packed files are: one line for each budget, of the first seed of Q-ViT, and one for all files."""
+    rows = results["packed"]
+    first = min(row["seed"] for row in rows)
+    shown = [row for row in rows if row["method"] == "qvit" and row["seed"] == first]
+    lines = [
+        f"packed: {row['file']}: {row['file_bytes'] / 1e3:.1f} kB, float {row['float_bytes'] / 1e3:.1f} kB; "
+        f"on integers {row['top1']:.2f} %, simulated {row['top1_simulated']:.2f} %, {row['agreement']:.2f} % equal answers"
+        for row in shown
+    ]
+    worst = min(rows, key=lambda row: row["agreement"])
+    return [
+        *lines,
+        f"All {len(rows)} files, {rows[0]['arithmetic']}: the integer model answers as the simulated one on at least "
+        f"{worst['agreement']:.2f} % of {worst['images']} images.",
+    ]
 
 
 def verdict(results: dict[str, Any]) -> list[str]:

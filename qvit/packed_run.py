@@ -1,4 +1,4 @@
-"""From the directory of a finished run to its packed model: what `qvit pack` does.
+"""From the directory of a finished run to its packed model, and what a packed model scores.
 
 The packed file says where it comes from without saying where it was made: versions, method, the options that matter,
 seed and accuracies; of paths only their last part.
@@ -7,18 +7,25 @@ seed and accuracies; of paths only their last part.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
 
+from torch import Tensor, nn
+
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.container import is_packed
+from qvit.deploy.engines import Engine, load
 from qvit.errors import QvitError, UsageError
 from qvit.methods import create_method
 from qvit.plan import QuantPlan
+from qvit.ptq_run import score_beside
 from qvit.run import load_run
 from qvit.rundir import PACKED, PLAN, RESULT, own_files, read_config, require_finished
 from qvit.training.config import TrainConfig
-from qvit.training.data import data_config_of
+from qvit.training.data import data_config_of, eval_loader, open_source
+from qvit.training.evaluate import evaluate
+from qvit.training.loading import Source
 
 _ALWAYS = ("method", "budget", "data", "epochs", "batch_size", "lr", "seed")
 #: Where they are not the default.
@@ -89,6 +96,64 @@ def write_packed(run: str | Path, out: str | Path | None = None, *, overwrite: b
     artifact = pack_run(folder)
     artifact.save(target)
     return artifact, target
+
+
+class Running(nn.Module):
+    """An engine where a model is expected."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.engine(images)
+
+
+def evaluate_packed(
+    file: str | Path,
+    data: str,
+    *,
+    engine: str | None = None,
+    class_map: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Scores a packed model on images, by an engine of `qvit.load`.
+
+    Returns:
+        `{"top1", "top5", "images", "engine", "arithmetic"}`, in percent.
+    """
+    running = load(file, engine, threads=threads)
+    artifact = running.artifact
+    names = None if class_map else list(artifact.class_names) or None
+    source = open_source(data, class_map=class_map, class_names=names, split="test")
+    loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers, device="cpu")
+    scores = evaluate(Running(running), loader, progress=progress)
+    return scores | {"engine": running.name, "arithmetic": running.arithmetic}
+
+
+def compare_packed(
+    file: str | Path, source: Source, *, engine: str = "reference", batch_size: int = 64
+) -> dict[str, Any]:
+    """Scores a packed model by an engine and beside it the simulated model, on the same images.
+
+    Returns:
+        `{"engine", "arithmetic", "top1", "top1_simulated", "agreement", "images"}`, in percent; agreement is the share
+        of images whose first class is the same.
+    """
+    running = load(file, engine)
+    loader = eval_loader(source, dict(running.artifact.data_config), batch_size=batch_size, workers=0, device="cpu")
+    scores = score_beside(Running(running), running.artifact.model(), loader)
+    return {
+        "engine": running.name,
+        "arithmetic": running.arithmetic,
+        "top1": scores["top1"],
+        "top1_simulated": scores["top1_float"],
+        "agreement": scores["agreement"],
+        "images": scores["images"],
+    }
 
 
 def _read_result(folder: Path) -> dict[str, Any]:

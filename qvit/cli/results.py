@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -31,7 +31,7 @@ def demo(
 
     Examples:  [cyan]qvit demo --out demo-output[/]    [cyan]qvit demo --seeds 1 --out quick[/]
     """
-    from qvit.demo import REPORT, run_demo, verdict
+    from qvit.demo import REPORT, packed_in_words, run_demo, verdict
 
     results = run_demo(out_dir, seeds=seeds, workers=processes, overwrite=overwrite, short=short)
     if as_json:
@@ -52,14 +52,18 @@ def demo(
             str(len(row["seeds"])),
         )
     out.print(table)
-    for sentence in verdict(results):
+    for sentence in [*verdict(results), *packed_in_words(results)]:
         say(sentence)
     say(f"page: {(out_dir / REPORT).absolute()}")
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    model: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run's directory, or a packed model.")],
     data: Annotated[str, typer.Option(help="Images, as for `qvit train`.")],
+    engine: Annotated[
+        str | None,
+        typer.Option(help="What runs a packed model: openvino, onnxruntime, torch, reference.", show_default=False),
+    ] = None,
     class_map: ClassMap = None,
     batch_size: Annotated[int, typer.Option()] = 64,
     device: Device = "auto",
@@ -67,28 +71,34 @@ def evaluate(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Score the model of a run on images: top-1 and top-5.
+    """Score a model on images: top-1 and top-5. A run is simulated in float, a packed model runs on integers.
 
-    Example:  [cyan]qvit evaluate runs/deit --data imagenet/val --class-map classes.txt --json[/]
+    Examples:  [cyan]qvit evaluate runs/deit --data imagenet/val --class-map classes.txt --json[/]
+    [cyan]qvit evaluate runs/deit/packed.safetensors --data imagenet/val --engine onnxruntime[/]
     """
     from rich.progress import Progress
 
-    from qvit.run import evaluate_run
+    from qvit.errors import UsageError
 
+    if engine is not None and model.is_dir():
+        raise UsageError(f"--engine is for packed models: `qvit pack {model}` makes one")
+    common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers or 0}
     with Progress(console=err, transient=True, disable=as_json or not err.is_terminal) as bar:
         task = bar.add_task("images", total=None)
-        scores = evaluate_run(
-            run,
-            data,
-            class_map=class_map,
-            batch_size=batch_size,
-            workers=workers or 0,
-            device=device,
-            progress=lambda n: bar.update(task, completed=n),
-        )
+        common["progress"] = lambda n: bar.update(task, completed=n)
+        if model.is_file():
+            from qvit.packed_run import evaluate_packed
+
+            scores = evaluate_packed(model, data, engine=engine, **common)
+        else:
+            from qvit.run import evaluate_run
+
+            scores = evaluate_run(model, data, device=device, **common)
     if as_json:
         return print_json(scores)
     say(f"top-1 {scores['top1']:.2f} %   top-5 {scores['top5']:.2f} %   ({scores['images']} images)")
+    if "engine" in scores:
+        say(f"engine {scores['engine']}: {scores['arithmetic']}")
 
 
 def report(

@@ -29,13 +29,14 @@ import io
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qvit.deploy.integer import Arithmetic, Grid, Operand, integer_form
+from qvit.deploy.integer import Arithmetic, Grid, IntegerLinear, Operand, integer_form
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
 from qvit.quantizers import quantizers_of
@@ -122,8 +123,13 @@ class OnnxRuntimeArithmetic(GraphArithmetic):
     name = "onnxruntime"
     signed_type, zero = torch.uint8, 128
 
+    def project(self, operand: Operand, layer: IntegerLinear) -> Tensor:
+        if operand.codes.dim() > 2:
+            return super().project(operand, layer)
+        return super().project(replace(operand, codes=operand.codes.unsqueeze(0)), layer).squeeze(0)
+
     def bias_form(self, bias: Tensor) -> Tensor:
-        """(1, 1, out): a vector would be joined with the product to a Gemm in float before it is seen to be one of codes."""
+        """(1, 1, out): a product and a vector become a Gemm in float before the product is seen to be one of codes."""
         return bias.view(1, 1, -1)
 
 
