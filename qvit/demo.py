@@ -187,7 +187,8 @@ def packed_in_words(results: dict[str, Any]) -> list[str]:
     shown = [row for row in rows if row["method"] == "qvit" and row["seed"] == first]
     lines = [
         f"packed: {row['file']}: {row['file_bytes'] / 1e3:.1f} kB, float {row['float_bytes'] / 1e3:.1f} kB; "
-        f"on integers {row['top1']:.2f} %, simulated {row['top1_simulated']:.2f} %, {row['agreement']:.2f} % equal answers"
+        f"on integers {row['top1']:.2f} %, simulated {row['top1_simulated']:.2f} %, "
+        f"{row['agreement']:.2f} % equal answers"
         for row in shown
     ]
     worst = min(rows, key=lambda row: row["agreement"])

@@ -140,3 +140,21 @@ def test_a_run_that_cannot_be_told_is_one_line(qvit: Qvit, run: Path) -> None:  
     assert "cannot read" in qvit("pack", run).failed(1)
     (run / "result.json").write_text("[]")
     assert "cannot read" in qvit("pack", run).failed(1)
+
+
+@pytest.mark.parametrize("engine", ["reference", "torch"])
+def test_a_packed_model_is_scored_on_integers(qvit: Qvit, run: Path, engine: str) -> None:  # noqa: F811
+    qvit("pack", run)
+    simulated = json.loads(qvit("evaluate", run, "--data", "digits", "--json").out)
+    options = ("--data", "digits", "--engine", engine, "--json")
+    found = json.loads(qvit("evaluate", run / "packed.safetensors", *options).out)
+    assert found["images"] == simulated["images"] == 597 and found["engine"] == engine
+    assert abs(found["top1"] - simulated["top1"]) < 1 and "in integers" in found["arithmetic"]
+
+
+def test_engines_are_for_packed_models(qvit: Qvit, run: Path) -> None:  # noqa: F811
+    failed = qvit("evaluate", run, "--data", "digits", "--engine", "torch")
+    assert failed.code == 2 and "qvit pack" in failed.err
+    qvit("pack", run)
+    failed = qvit("evaluate", run / "packed.safetensors", "--data", "digits", "--engine", "refrence")
+    assert failed.code == 2 and "reference" in failed.err

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from qvit import jobs as jobs_module
-from qvit.demo import BUDGETS, METHODS, RESULTS, Job, jobs, run_demo, summarize, verdict
+from qvit.demo import BUDGETS, METHODS, RESULTS, Job, jobs, packed_in_words, run_demo, summarize, verdict
 from qvit.errors import QvitError, UsageError
 from qvit.run import RESULT
 from qvit.training.checkpoint import FOLDER
@@ -137,6 +137,7 @@ def test_the_verdict_says_who_is_better_whoever_it_is(tmp_path: Path) -> None:
 def fake_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvit.report.load_runs", lambda paths: paths)
     monkeypatch.setattr("qvit.report.write_page", lambda runs, path, **_: Path(path).write_text("<html>"))
+    monkeypatch.setattr("qvit.demo.pack", lambda folder, listed: [])
 
 
 def test_a_complete_demo_is_only_shown_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +238,23 @@ def test_a_run_that_fails_stops_the_demo_with_its_message(tmp_path: Path) -> Non
         jobs_module._run_all(tmp_path, [Job("broken", config), Job("waits", config, "broken")], 1, silent())
 
 
+def assert_packed(folder: Path, results: dict[str, Any], names: set[str]) -> None:
+    """Every quantized run has a packed file of the size that is told, far below float's, with the same answers."""
+    assert {Path(row["file"]).parent.name for row in results["packed"]} == {n for n in names if "float" not in n}
+    for row in results["packed"]:
+        assert (folder / row["file"]).stat().st_size == row["file_bytes"]
+        assert row["weight_bytes"] < row["file_bytes"] < row["float_bytes"] / 4
+        own = json.loads((folder / row["file"]).parent.joinpath(RESULT).read_text())
+        assert row["top1_simulated"] == pytest.approx(own["accuracy"]), "the packed model is the run's"
+        assert row["agreement"] >= 99 and row["images"] == 597 and row["engine"] == "reference"
+        assert row["arithmetic"].startswith("all 26 products in integers")
+    lines = packed_in_words(results)
+    for budget, line in zip(BUDGETS, lines, strict=False):
+        (row,) = [row for row in results["packed"] if (row["method"], row["budget"]) == ("qvit", budget)]
+        assert row["file"] in line and f"{row['file_bytes'] / 1e3:.1f} kB" in line and f"{row['top1']:.2f} %" in line
+    assert lines[-1].startswith("All 4 files")
+
+
 def test_the_whole_demo_in_short(tmp_path: Path) -> None:
     """Five runs of two epochs, in processes; then again, when there is nothing left to do."""
     text = io.StringIO()
@@ -253,6 +271,7 @@ def test_the_whole_demo_in_short(tmp_path: Path) -> None:
     for budget in BUDGETS:
         assert operations["qvit", budget] <= operations["lsq+", budget], "no more bit operations than the baseline"
         assert operations["qvit", budget] > 0.98 * operations["lsq+", budget], "and nearly as many"
+    assert_packed(tmp_path, written, names)
     floats = {json.loads((tmp_path / "runs" / name / RESULT).read_text())["float_accuracy"] for name in names}
     assert len(floats) == 1, "all start from the same float model"
     again = run_demo(tmp_path, seeds=1, workers=2, short=True, console=silent())
