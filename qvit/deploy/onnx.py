@@ -29,13 +29,14 @@ import io
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qvit.deploy.integer import Arithmetic, Grid, Operand, integer_form
+from qvit.deploy.integer import Arithmetic, Grid, IntegerLinear, Operand, integer_form
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
 from qvit.quantizers import quantizers_of
@@ -63,7 +64,7 @@ class GraphArithmetic(Arithmetic):
     def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
         if self.exact_pairs:
             return
-        largest = max(abs(int(weight.min())), int(weight.max())) if weight is not None else _largest(grids[-1])
+        largest = max(abs(int(weight.min())), int(weight.max())) if weight is not None else grids[-1].largest
         if largest > SAFE_WITHOUT_VNNI:
             for grid in grids:
                 grid.unit = FLOAT
@@ -80,9 +81,18 @@ class GraphArithmetic(Arithmetic):
             x = x.clamp(limits[0] * step, limits[1] * step)
         if grid.unit == FLOAT:
             return Operand(torch.round(x), grid.scale, grid.offset)
+        return Operand(self._rounded(x, step, grid), grid.scale, grid.offset)
+
+    def _rounded(self, x: Tensor, step: float, grid: Grid) -> Tensor:
+        """The codes of x, as floats behind the pair of nodes between which they are integers."""
         kind, zero = (self.signed_type, self.zero) if grid.signed else (torch.uint8, 0)
-        codes = _quantize(x, step, zero, kind)
-        return Operand(_dequantize(codes, zero), grid.scale, grid.offset)
+        return _dequantize(_quantize(x, step, zero, kind), zero)
+
+    def _segment(self, operand: Operand, layer: IntegerLinear, index: int) -> Tensor:
+        if layer.segments > 1 and layer.grid.unit != FLOAT:
+            # Once more, so that the runtime splits integers: it looks for Q and DQ right before a product.
+            operand = replace(operand, codes=self._rounded(operand.codes, 1.0, layer.grid))
+        return super()._segment(operand, layer, index)
 
     def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
         if grid.unit == FLOAT:
@@ -92,8 +102,8 @@ class GraphArithmetic(Arithmetic):
     def linear(self, codes: Tensor, weight: Tensor) -> Tensor:
         return codes @ (weight if weight.is_floating_point() else _dequantize(weight, self.zero))
 
-    def matmul(self, left: Tensor, right: Tensor) -> Tensor:
-        return left @ right
+    def matmul(self, left: Operand, right: Operand) -> Tensor:
+        return left.codes @ right.codes
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         """Numbers per head (H, 1, 1), as the runtime takes them beside `x` (B, H, N, ...)."""
@@ -123,15 +133,11 @@ class OpenVinoArithmetic(GraphArithmetic):
     def product(self, left: Operand, right: Operand, factor: float | Tensor = 1.0) -> Tensor:
         if left.offset is not None or right.offset is not None:
             return super().product(left, right, factor)
-        sums = self.matmul(left.codes, right.codes)
+        sums = self.matmul(left, right)
         return sums * self.spread(left.scale * right.scale * factor, sums)
 
 
 DIALECTS: dict[str, type[GraphArithmetic]] = {"onnxruntime": OnnxRuntimeArithmetic, "openvino": OpenVinoArithmetic}
-
-
-def _largest(grid: Grid) -> int:
-    return int(torch.maximum(grid.low.abs(), grid.high.abs()).max())
 
 
 def _node(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
@@ -194,6 +200,8 @@ def onnx_model(
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise QvitError(f"torch cannot export this {type(model).__name__}: {reason}") from error
+    if batch is None and isinstance(program.model.graph.inputs[0].shape[0], int):
+        raise QvitError(f"this {type(model).__name__} takes one number of images only when exported: give it as `batch`")
     if small:
         _use_small_containers(program.model)
     for node in program.model.graph:
