@@ -5,9 +5,10 @@
     onnxruntime    the exported graph, uint8 × uint8                                             (`onnx.py`)
     openvino       the exported graph, int8 × int8 where that is exact on this processor         (`onnx.py`)
 
-`reference` and `torch` agree bit for bit. The exported graphs have the same exact sums; their LayerNorm, softmax and
-GELU are other implementations, whose last digits differ, so a value on the edge between two integers may fall on the
-other side. An engine says in `arithmetic` what it computes on integers; none says more than it does.
+`reference` and `torch` agree bit for bit unless the glue is compiled. Compiled code and the exported graphs have the
+same exact sums; their LayerNorm, softmax and GELU are other implementations, whose last digits differ, so a value on
+the edge between two integers may fall on the other side. An engine says in `arithmetic` what it computes on integers;
+none says more than it does.
 
 Without a name the best installed engine is taken: OpenVINO, then ONNX Runtime, then PyTorch.
 """
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import inspect
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +29,7 @@ from torch import Tensor
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.integer import arithmetic_in_words, integer_form
 from qvit.deploy.onnx import OnnxRuntimeArithmetic, metadata_of, onnx_model, openvino_model
+from qvit.deploy.peers import cxx
 from qvit.deploy.torch_integer import TorchArithmetic
 from qvit.errors import QvitError, UsageError, nearest
 
@@ -65,11 +69,12 @@ class ReferenceEngine:
 
 
 class TorchEngine:
-    """The integer form with fast exact products; compiled on the first call for each batch size, if at all."""
+    """The integer form with fast exact products; compiled on the first call, by default where a compiler is there."""
 
     name = "torch"
 
-    def __init__(self, artifact: Artifact, threads: int | None, *, compiled: bool = True) -> None:
+    def __init__(self, artifact: Artifact, threads: int | None, *, compiled: bool | None = None) -> None:
+        compiled = shutil.which(cxx()) is not None if compiled is None else compiled
         if threads is not None:
             torch.set_num_threads(threads)
         self.artifact, arithmetic = artifact, TorchArithmetic()
@@ -166,6 +171,9 @@ def create_engine(artifact: Artifact, name: str | None = None, *, threads: int |
     make, packages = ENGINES[name]
     if missing := [package for package in packages if not _installed(package)]:
         raise UsageError(f"engine '{name}' needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    unknown = [option for option in options if option not in inspect.signature(make).parameters]
+    if unknown:
+        raise UsageError(f"engine '{name}' has no option '{unknown[0]}'")
     return make(artifact, threads, **options)
 
 

@@ -6,8 +6,9 @@ one of integers, with its scales multiplied in afterwards:
     Σ_k (s_x q_x + β_x)(s_w q_w + β_w) = s_x s_w·Σ q_x q_w + s_x β_w·Σ q_x + β_x·Σ ŵ
 
 The first sum is exact: codes of at most 8 bits in 32-bit accumulators. The second vanishes for weights whose grid holds
-zero, the third depends on weights alone and is part of the bias. Weights on unsigned grids are shifted to int8. The scales of heads at the input of `proj` lie along
-the summed axis: the sum splits into one for each head, and so do the blocks of columns of W_o.
+zero, the third depends on weights alone and is part of the bias. Weights on unsigned grids are shifted to int8. The
+scales of heads at the input of `proj` lie along the summed axis: the sum splits into one for each head, and so do the
+blocks of columns of W_o.
 
     (B, N, K) × (out, K)              linear layers, the patch embedding (patches are rows), q|k|v in one
     (B, H, N, d) × (B, H, d, M)       scores and weighted values, with the scales of each head
@@ -98,8 +99,8 @@ class Arithmetic:
 
     Where a device has no products in int32 (CUDA), they are computed in float64, which is exact up to 2^53.
 
-    Other arithmetics override how codes are kept (`encode`, `weight_form`) and multiplied (`linear`, `matmul`), or whole
-    products (`project`, `product`).
+    Other arithmetics override how codes are kept (`encode`, `encode_tokens`, `weight_form`) and multiplied (`linear`,
+    `matmul`), or whole products (`project`, `product`).
     """
 
     name = "reference"

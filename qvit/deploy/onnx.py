@@ -201,7 +201,7 @@ def onnx_model(
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise QvitError(f"torch cannot export this {type(model).__name__}: {reason}") from error
     if batch is None and isinstance(program.model.graph.inputs[0].shape[0], int):
-        raise QvitError(f"this {type(model).__name__} takes one number of images only when exported: give it as `batch`")
+        raise QvitError(f"an exported {type(model).__name__} takes one number of images only: give it as `batch`")
     if small:
         _use_small_containers(program.model)
     for node in program.model.graph:
