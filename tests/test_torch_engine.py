@@ -136,10 +136,12 @@ def test_int8_is_taken_where_the_processor_has_dot_products(monkeypatch: pytest.
     torch_integer.has_int8_dot_products.cache_clear()
 
 
-def test_an_operand_keeps_what_it_can_reach() -> None:
-    found = TorchArithmetic().encode(grid_of(3), torch.randn(4))
-    assert isinstance(found, Operand) and found.largest == 4 and TorchArithmetic().encode(
-        grid_of(3, signed=False), torch.randn(4)).largest == 7  # fmt: skip
+@pytest.mark.parametrize(("signed", "largest"), [(True, 4), (False, 7)])
+def test_an_operand_knows_its_largest_code(signed: bool, largest: int) -> None:
+    grid, arithmetic = grid_of(3, signed=signed), TorchArithmetic()
+    arithmetic.prepare((grid,))
+    found = arithmetic.encode(grid, torch.randn(4))
+    assert isinstance(found, Operand) and found.largest == largest
 
 
 @pytest.mark.slow
@@ -161,7 +163,7 @@ def test_compiled(name: str, int8: bool) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["vit", "swin", "sapiens2"])
 def test_on_a_gpu(name: str) -> None:
-    """No int32 products there: float64 in the reference. Both arithmetics are equal; the glue's digits are the GPU's."""
+    """The reference multiplies in float64 there. Both arithmetics are equal; the glue's digits are the GPU's."""
     model, images = frozen(name)
     forms = [integer_form(model, arithmetic).cuda() for arithmetic in (None, TorchArithmetic())]
     with torch.no_grad():
