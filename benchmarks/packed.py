@@ -1,9 +1,9 @@
 """Packed models beside what they were packed from: true bytes against theory, and the same answers by every engine.
 
 For every model: file bytes, the bytes that its bits and float leftovers must take, and for each engine top-1 and the
-share of images with the same first class as the fake-quantized model. Where answers differ the cause is looked for: fake
-quantization itself is repeated in float64, and how far logits move then is put beside how far an engine moves them. A
-model whose answers change with rounding alone has no single right answer there.
+share of images with the same first class as the fake-quantized model. Where answers differ the cause is looked for:
+fake quantization itself is repeated in float64, and how far logits move then is put beside how far an engine moves
+them. A model whose answers change with rounding alone has no single right answer there.
 
     python benchmarks/packed.py --weights W.safetensors --data TRAIN.tar --eval-data TEST.tar --class-map classes.txt
     python benchmarks/packed.py ... --packed demo-output/runs/qvit-3bit-seed0/packed.safetensors

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
     from qvit.cost import CostModel, parse_budget
     from qvit.deploy.artifact import Artifact
+    from qvit.deploy.engines import create_engine, load
+    from qvit.deploy.onnx import export_onnx, export_openvino
     from qvit.dry_run import plan_run
     from qvit.errors import QvitError, UsageError
     from qvit.families import inspect_model
@@ -55,6 +57,8 @@ _PUBLIC = {
     "qvit.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
     "qvit.cost": ("CostModel", "parse_budget"),
     "qvit.deploy.artifact": ("Artifact",),
+    "qvit.deploy.engines": ("create_engine", "load"),
+    "qvit.deploy.onnx": ("export_onnx", "export_openvino"),
     "qvit.dry_run": ("plan_run",),
     "qvit.errors": ("QvitError", "UsageError"),
     "qvit.families": ("inspect_model",),
@@ -107,14 +111,18 @@ __all__ = [
     "calibration_batches",
     "config_from_recipe",
     "correct_biases",
+    "create_engine",
     "create_model",
     "data_config_of",
     "eval_loader",
     "evaluate",
     "evaluate_run",
+    "export_onnx",
+    "export_openvino",
     "freeze",
     "frontier",
     "inspect_model",
+    "load",
     "load_run",
     "measure_sensitivity",
     "open_data",

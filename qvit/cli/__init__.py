@@ -5,7 +5,7 @@
     results.py        demo, evaluate, report   analyses.py     analyze, patchwise
     plans.py          cost, plan show, plan diff
     labels.py         labels                   bench.py        bench
-    deployment.py     pack, inspect
+    deployment.py     pack, inspect            export.py       export
 
 The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 saved
 and ended by SIGTERM. A failure is one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is
@@ -26,7 +26,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qvit.cli import allocation, analyses, bench, deployment, labels, plans, quantization, results, training
+from qvit.cli import allocation, analyses, bench, deployment, export, labels, plans, quantization, results, training
 from qvit.cli.console import Debug, out
 from qvit.errors import QvitError, UsageError
 from qvit.version import __version__
@@ -125,6 +125,7 @@ for command in (
     allocation.allocate,
     analyses.analyze,
     bench.bench,
+    export.export,
 ):
     app.command()(command)
 app.add_typer(plan_app, name="plan")

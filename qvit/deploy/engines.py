@@ -5,9 +5,10 @@
     onnxruntime    the exported graph, uint8 × uint8                                             (`onnx.py`)
     openvino       the exported graph, int8 × int8 where that is exact on this processor         (`onnx.py`)
 
-`reference` and `torch` agree bit for bit. The exported graphs have the same exact sums; their LayerNorm, softmax and
-GELU are other implementations, whose last digits differ, so a value on the edge between two integers may fall on the
-other side. An engine says in `arithmetic` what it computes on integers; none says more than it does.
+`reference` and `torch` agree bit for bit unless the glue is compiled. Compiled code and the exported graphs have the
+same exact sums; their LayerNorm, softmax and GELU are other implementations, whose last digits differ, so a value on
+the edge between two integers may fall on the other side. An engine says in `arithmetic` what it computes on integers;
+none says more than it does.
 
 Without a name the best installed engine is taken: OpenVINO, then ONNX Runtime, then PyTorch.
 """
@@ -15,7 +16,8 @@ Without a name the best installed engine is taken: OpenVINO, then ONNX Runtime, 
 from __future__ import annotations
 
 import functools
-import importlib.util
+import inspect
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +27,10 @@ from torch import Tensor
 
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.integer import arithmetic_in_words, integer_form
-from qvit.deploy.onnx import OnnxRuntimeArithmetic, metadata_of, onnx_model, openvino_model
+from qvit.deploy.onnx import OnnxRuntimeArithmetic, image_size, metadata_of, missing, onnx_model, openvino_model
+from qvit.deploy.peers import cxx
 from qvit.deploy.torch_integer import TorchArithmetic
-from qvit.errors import QvitError, UsageError, nearest
+from qvit.errors import UsageError, nearest
 
 
 class Engine(Protocol):
@@ -65,11 +68,12 @@ class ReferenceEngine:
 
 
 class TorchEngine:
-    """The integer form with fast exact products; compiled on the first call for each batch size, if at all."""
+    """The integer form with fast exact products; compiled on the first call, by default where a compiler is there."""
 
     name = "torch"
 
-    def __init__(self, artifact: Artifact, threads: int | None, *, compiled: bool = True) -> None:
+    def __init__(self, artifact: Artifact, threads: int | None, *, compiled: bool | None = None) -> None:
+        compiled = shutil.which(cxx()) is not None if compiled is None else compiled
         if threads is not None:
             torch.set_num_threads(threads)
         self.artifact, arithmetic = artifact, TorchArithmetic()
@@ -99,7 +103,7 @@ class OnnxRuntimeEngine:
         if threads is not None:
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         graph = onnx_model(
-            artifact.model(), OnnxRuntimeArithmetic(), _size(artifact), integers=artifact.integers,
+            artifact.model(), OnnxRuntimeArithmetic(), image_size(artifact), integers=artifact.integers,
             metadata=metadata_of(artifact),
         )  # fmt: skip
         self.session = onnxruntime.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"])
@@ -131,7 +135,7 @@ class OpenVinoEngine:
         import openvino
 
         model = self.model.clone()
-        model.reshape([batch, *_size(self.artifact)])
+        model.reshape([batch, *image_size(self.artifact)])
         return openvino.compile_model(model, "CPU", self.settings).create_infer_request()
 
 
@@ -145,7 +149,7 @@ ENGINES: dict[str, tuple[Callable[..., Engine], tuple[str, ...]]] = {
 
 def available_engines() -> list[str]:
     """Engines whose packages are installed, the best first."""
-    return [name for name, (_, packages) in ENGINES.items() if all(map(_installed, packages))]
+    return [name for name, (_, packages) in ENGINES.items() if not missing(*packages)]
 
 
 def create_engine(artifact: Artifact, name: str | None = None, *, threads: int | None = None, **options: Any) -> Engine:
@@ -164,8 +168,11 @@ def create_engine(artifact: Artifact, name: str | None = None, *, threads: int |
     if name not in ENGINES:
         raise UsageError(f"unknown engine '{name}'{nearest(name, ENGINES)} ({', '.join(ENGINES)})")
     make, packages = ENGINES[name]
-    if missing := [package for package in packages if not _installed(package)]:
-        raise UsageError(f"engine '{name}' needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    if lacking := missing(*packages):
+        raise UsageError(f"engine '{name}' needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
+    unknown = [option for option in options if option not in inspect.signature(make).parameters]
+    if unknown:
+        raise UsageError(f"engine '{name}' has no option '{unknown[0]}'")
     return make(artifact, threads, **options)
 
 
@@ -187,19 +194,8 @@ def load(source: str | Path, engine: str | None = None, *, threads: int | None =
     return create_engine(artifact, engine, threads=threads, **options)
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
 def _words(artifact: Artifact) -> str:
     return arithmetic_in_words(integer_form(artifact.model(), integers=artifact.integers))
-
-
-def _size(artifact: Artifact) -> tuple[int, int, int]:
-    size = tuple(artifact.data_config["input_size"])
-    if len(size) != 3:
-        raise QvitError(f"the file's input size {size} is not (channels, height, width)")
-    return size
 
 
 @functools.cache

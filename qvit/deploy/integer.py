@@ -6,16 +6,17 @@ one of integers, with its scales multiplied in afterwards:
     Σ_k (s_x q_x + β_x)(s_w q_w + β_w) = s_x s_w·Σ q_x q_w + s_x β_w·Σ q_x + β_x·Σ ŵ
 
 The first sum is exact: codes of at most 8 bits in 32-bit accumulators. The second vanishes for weights whose grid holds
-zero, the third depends on weights alone and is part of the bias. The scales of heads at the input of `proj` lie along
-the summed axis: the sum splits into one for each head, and so do the blocks of columns of W_o.
+zero, the third depends on weights alone and is part of the bias. Weights on unsigned grids are shifted to int8. The
+scales of heads at the input of `proj` lie along the summed axis: the sum splits into one for each head, and so do the
+blocks of columns of W_o.
 
     (B, N, K) × (out, K)              linear layers, the patch embedding (patches are rows), q|k|v in one
     (B, H, N, d) × (B, H, d, M)       scores and weighted values, with the scales of each head
 
 What is not a product of integers stays as it was in training: LayerNorm, softmax, GELU, residuals, biases. A product is
 *simulated*, computed in float from quantized values, where an operand has no uniform grid (logarithmic probabilities),
-more than 8 bits, a scale that varies along the summed axis (activations per channel), or stays in float; `report_of`
-says which and why.
+more than 8 bits, a scale that varies along the summed axis (activations per channel), or stays in float, as one whose
+quantizer is switched off; `report_of` says which and why.
 
 An `Arithmetic` is how codes are made and multiplied; this file's own is the reference that all others equal. The order
 of operations differs from fake quantization in one respect: scales are applied after the sum, not before, so float
@@ -25,6 +26,7 @@ rounding differs by about 1e-7 of the largest term, and not at all where scales 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -50,6 +52,7 @@ class Grid(nn.Module):
         low, high: Buffers, smallest and largest code, shaped like the widths.
         step: The scale as a number, where there is a single one.
         limits: Smallest and largest code as numbers, where all heads have the same.
+        largest: The largest |code|.
         unit: What its codes are multiplied in, as the arithmetic decided in `prepare`.
     """
 
@@ -69,6 +72,7 @@ class Grid(nn.Module):
         self.register_buffer("high", high.detach().clone())
         self.step = float(scale) if scale.numel() == 1 else None
         same = bool((high == high.flatten()[0]).all())
+        self.largest = int(torch.maximum(low.abs(), high.abs()).max())
         self.limits = (int(low.flatten()[0]), int(high.flatten()[0])) if same else None
 
     @property
@@ -79,19 +83,25 @@ class Grid(nn.Module):
 
 @dataclass(frozen=True)
 class Operand:
-    """Integers on their grid: x̂ = scale·(codes - zero) + offset; scale and offset broadcast against the codes."""
+    """Integers on their grid: x̂ = scale·(codes - zero) + offset; scale and offset broadcast against the codes.
+
+    `largest` is the largest |code| that its grid has.
+    """
 
     codes: Tensor
     scale: Tensor
     offset: Tensor | None = None
     zero: int = 0
+    largest: int = 255
 
 
 class Arithmetic:
     """Products of integers in int32, one operation after the other: the reference.
 
-    Others override how codes are kept (`encode`, `weight_form`) and multiplied (`linear`, `matmul`), or whole
-    products (`project`, `product`).
+    Where a device has no products in int32 (CUDA), they are computed in float64, which is exact up to 2^53.
+
+    Others override how codes are kept (`encode`, `encode_tokens`, `weight_form`) and multiplied (`linear`,
+    `matmul`), or whole products (`project`, `product`).
     """
 
     name = "reference"
@@ -99,8 +109,15 @@ class Arithmetic:
     def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
         """The integers of an activation, with scale and offset; `rank` where tokens differ in width."""
         if grid.splits_tokens:
-            return encode_tokens(grid.quantizer, x, grid.quantizer.token_bit_width(x, rank))
+            return self.encode_tokens(grid, x, grid.quantizer.token_bit_width(x, rank))
         return Operand(grid.quantizer.to_int(x), grid.scale, grid.offset)
+
+    def encode_tokens(self, grid: Grid, x: Tensor, width: Tensor) -> Operand:
+        """The integers of tokens that have these widths."""
+        banks: Any = grid.quantizer
+        scale = pick_column(banks.scale, width, banks.candidates)
+        offset = None if banks.offset is None else pick_column(banks.offset, width, banks.candidates)
+        return Operand(quantize(banks.rectify(x), scale, width, grid.signed, offset), scale, offset)
 
     def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
         """Told of every product before it is built: the grids of its activations, and the integers of its weight."""
@@ -111,11 +128,11 @@ class Arithmetic:
 
     def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
         """The product (..., out) of integers (..., K) and those of a weight, scaled, as float32."""
-        return (operand.codes @ weight.t()).float() * (operand.scale * weight_scale)
+        return exact_product(operand.codes, weight.t()) * (operand.scale * weight_scale)
 
     def matmul(self, left: Operand, right: Operand, factor: float | Tensor) -> Tensor:
         """The product (..., N, M) of integers (..., N, K) and (..., K, M), scaled, as float32."""
-        return (left.codes @ right.codes).float() * (left.scale * factor * right.scale)
+        return exact_product(left.codes, right.codes) * (left.scale * factor * right.scale)
 
     def total(self, operand: Operand, dim: int) -> Tensor:
         """Sums of integers, as float32."""
@@ -156,12 +173,10 @@ class Arithmetic:
         return y
 
 
-def encode_tokens(quantizer: Quantizer, x: Tensor, width: Tensor) -> Operand:
-    """The integers of tokens that differ in width."""
-    banks: Any = quantizer
-    scale = pick_column(banks.scale, width, banks.candidates)
-    offset = None if banks.offset is None else pick_column(banks.offset, width, banks.candidates)
-    return Operand(quantize(x, scale, width, quantizer.spec.signed, offset), scale, offset)
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
+    """The product of integers, whatever their dtype, rounded once to float32."""
+    unit = torch.float64 if left.is_cuda else torch.int32
+    return (left.to(unit) @ right.to(unit)).float()
 
 
 class IntegerLinear(nn.Module):
@@ -242,28 +257,27 @@ class IntegerAttention:
         if "scores" in self.simulated:
             return super().scores(q, k, scale, rank)  # type: ignore[misc]
         left = self.arithmetic.encode(module.grids["query"], q, rank)
-        right = self.arithmetic.encode(module.grids["key"], k, rank)
-        codes = for_all_heads(right.codes, q.shape[1]).transpose(-2, -1)
-        turned = [t if t is None or t.dim() < 2 else t.transpose(-2, -1) for t in (right.scale, right.offset)]
-        right = Operand(codes, *turned, right.zero)  # type: ignore[arg-type]
-        return self.arithmetic.product(left, right, scale)
+        right = self.arithmetic.encode(module.grids["key"], for_all_heads(k, q.shape[1]), rank)
+        codes, own, offset = (
+            t if t is None or t.dim() < 2 else t.transpose(-2, -1) for t in (right.codes, right.scale, right.offset)
+        )
+        return self.arithmetic.product(left, replace(right, codes=codes, scale=own, offset=offset), scale)
 
     def weigh(self, probs: Tensor, v: Tensor, rank: Tensor | None = None) -> Tensor:
         module: Any = self
         if "weigh" in self.simulated:
             return super().weigh(probs, v, rank)  # type: ignore[misc]
         left, grid = self.arithmetic.encode(module.grids["probs"], probs), module.grids["value"]
+        v = for_all_heads(v, probs.shape[1])
         if not grid.splits_tokens:
-            right = self.arithmetic.encode(grid, v)
-            codes = for_all_heads(right.codes, probs.shape[1])
-            return self.arithmetic.product(left, replace(right, codes=codes))
-        width, total = grid.quantizer.token_bit_width(v, rank), torch.zeros((), device=v.device)
-        for own in (
-            grid.quantizer.bit_width,
-            torch.full_like(grid.quantizer.bit_width, grid.quantizer.spec.token_bit_width.low),
-        ):
-            right = encode_tokens(grid.quantizer, v, own)
-            total = total + self.arithmetic.product(left, Operand(right.codes * (width == own), right.scale))
+            return self.arithmetic.product(left, self.arithmetic.encode(grid, v))
+        own = grid.quantizer.bit_width
+        low = torch.full_like(own, grid.quantizer.spec.token_bit_width.low)
+        important = grid.quantizer.token_bit_width(v, rank) == own
+        total = torch.zeros((), device=v.device)
+        for width, group in ((own, important), (low, ~important)):
+            right = self.arithmetic.encode_tokens(grid, v, width)
+            total = total + self.arithmetic.product(left, replace(right, codes=right.codes * group))
         return total
 
     def merge(self, x: Tensor) -> Any:
@@ -305,7 +319,7 @@ def integer_form(
                 target.set_submodule(path, _layer(path, module, own, arithmetic, codes))
     for path, module in list(target.named_modules()):
         if isinstance(module, AttentionSites):
-            cls = type(f"Integer{type(module).__name__}", (IntegerAttention, type(module)), {})
+            cls = _integer_class(type(module))
             new: Any = cls.__new__(cls)
             new.__dict__ = module.__dict__
             new.arithmetic, new.simulated = arithmetic, _simulated_products(module)
@@ -322,6 +336,11 @@ def integer_form(
             new.grids = nn.ModuleDict(grids)
             target.set_submodule(path, new)
     return target
+
+
+@functools.cache
+def _integer_class(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Integer{cls.__name__}", (IntegerAttention, cls), {})
 
 
 def report_of(model: nn.Module) -> dict[str, str | None]:
@@ -352,14 +371,16 @@ def arithmetic_in_words(model: nn.Module) -> str:
 
 def why_simulated(module: nn.Module, quantizer: Quantizer | None) -> str | None:
     """Why a layer cannot be computed on integers; None if it can."""
+    own: Any = module
     if isinstance(module, QuantQKV):
-        weights = [getattr(module, f"{name}_weight_quantizer", None) for name in ("query", "key", "value")]
+        thirds = zip(("query", "key", "value"), module.weight.chunk(3), strict=True)
+        weights = [(getattr(module, f"{name}_weight_quantizer", None), part) for name, part in thirds]
     else:
-        weights = [getattr(module, "weight_quantizer", None)]
+        weights = [(getattr(module, "weight_quantizer", None), own.weight)]
     if isinstance(module, QuantConv2d) and not _is_patches(module):
         return "a convolution of overlapping or padded patches"
-    for own in (quantizer, *weights):
-        if (reason := _no_integers(own)) is not None:
+    for each, weight in ((quantizer, None), *weights):
+        if (reason := _no_integers(each, weight)) is not None:
             return reason
     assert quantizer is not None
     scale = quantizer.grid()[0]
@@ -371,9 +392,12 @@ def why_simulated(module: nn.Module, quantizer: Quantizer | None) -> str | None:
     return None
 
 
-def _no_integers(quantizer: Quantizer | None) -> str | None:
+def _no_integers(quantizer: Quantizer | None, weight: Tensor | None = None) -> str | None:
     if quantizer is None:
         return "an operand in float"
+    if not quantizer.enabled:  # a packed model's weights lie on their grids already
+        if weight is None or not torch.equal(quantizer.from_int(quantizer.to_int(weight)), weight):
+            return "an operand in float"
     if not quantizer.uniform:
         return "a logarithmic grid"
     if max(quantizer.spec.widths) > WIDEST:
@@ -413,7 +437,7 @@ def _varying(quantizer: Quantizer, name: str, heads: int) -> str | None:
 def _is_patches(conv: nn.Conv2d) -> bool:
     return (
         tuple(conv.stride) == tuple(conv.kernel_size)
-        and conv.padding in (0, (0, 0))
+        and conv.padding in (0, (0, 0), "valid")
         and conv.groups == 1
         and tuple(conv.dilation) == (1, 1)
     )
@@ -443,8 +467,12 @@ def _weight(
     site: str, quantizer: Quantizer, weight: Tensor, integers: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Integers (out, K), scales and offsets (S, out) of a weight."""
+    quantizer(weight)  # `statsq` takes its scale from the weight that it sees
     codes = integers[site].to(weight.device) if site in integers else quantizer.to_int(weight)
     scale, offset = quantizer.grid()
+    if int(codes.max()) > 127:
+        codes = codes.to(torch.int32) - 128
+        offset = 128 * scale if offset is None else offset + 128 * scale
     blocks = (
         quantizer.layout.heads if quantizer.layout.view is not None and len(quantizer.layout.heads or ()) == 2 else None
     )

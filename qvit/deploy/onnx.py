@@ -19,14 +19,18 @@ What runs on which integers is decided by the *dialect*, because runtimes differ
                    Saturates likewise; where a probe finds that (`engines.py`), products that could overflow stay codes
                    in float32, exact up to 2^24.
 
-Files are smaller than what runs: weights of at most 4 and 2 bits are stored as UINT4 (opset 21) and UINT2 (opset 25).
-Widths that follow the image are refused: they need a ranking of tokens that ONNX does not define for equal scores.
+Files are smaller than what runs: weights of at most 4 and 2 bits are stored as UINT4 (opset 21) and UINT2 (opset 25,
+which OpenVINO 2026.4 does not read). Widths that follow the image are refused: they need a ranking of tokens that ONNX
+does not define for equal scores.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import os
+import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,6 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvit.deploy.artifact import Artifact
 from qvit.deploy.integer import Arithmetic, Grid, IntegerLinear, Operand, integer_form
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
@@ -64,7 +69,7 @@ class GraphArithmetic(Arithmetic):
     def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
         if self.exact_pairs:
             return
-        largest = max(abs(int(weight.min())), int(weight.max())) if weight is not None else _largest(grids[-1])
+        largest = max(abs(int(weight.min())), int(weight.max())) if weight is not None else grids[-1].largest
         if largest > SAFE_WITHOUT_VNNI:
             for grid in grids:
                 grid.unit = FLOAT
@@ -150,10 +155,6 @@ class OpenVinoArithmetic(GraphArithmetic):
 DIALECTS: dict[str, type[GraphArithmetic]] = {"onnxruntime": OnnxRuntimeArithmetic, "openvino": OpenVinoArithmetic}
 
 
-def _largest(grid: Grid) -> int:
-    return int(torch.maximum(grid.low.abs(), grid.high.abs()).max())
-
-
 def _node(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
     return torch.onnx.ops.symbolic(kind, inputs, dict(attributes), dtype=dtype, shape=like.shape)
 
@@ -195,9 +196,10 @@ def onnx_model(
         metadata: Texts to keep in the file.
 
     Raises:
-        UsageError: A model that is not frozen, or whose widths follow the image.
+        UsageError: A model that is not frozen, or whose widths follow the image; a package is missing.
         QvitError: What torch cannot export, with its reason.
     """
+    require("onnx", "onnxscript")
     for site, quantizer in quantizers_of(model):
         if quantizer.spec.token_bit_width is not None:
             raise UsageError(
@@ -217,6 +219,8 @@ def onnx_model(
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise QvitError(f"torch cannot export this {type(model).__name__}: {reason}") from error
+    if batch is None and isinstance(program.model.graph.inputs[0].shape[0], int):
+        raise QvitError(f"an exported {type(model).__name__} takes one number of images only: give it as `batch`")
     if small:
         _use_small_containers(program.model)
     for node in program.model.graph:
@@ -258,7 +262,7 @@ def _use_small_containers(graph_model: Any) -> None:
                 break
 
 
-def metadata_of(artifact: Any) -> dict[str, str]:
+def metadata_of(artifact: Artifact) -> dict[str, str]:
     """What an exported file says of its origin: model, preprocessing, classes, plan."""
     return {
         "qvit.model": artifact.model_name,
@@ -268,30 +272,92 @@ def metadata_of(artifact: Any) -> dict[str, str]:
     }
 
 
-def export_onnx(artifact: Any, path: str | Path, *, small: bool = True, batch: int | None = None) -> Path:
-    """Writes an ONNX file that runs in ONNX Runtime and OpenVINO.
+def export_onnx(artifact: Artifact, path: str | Path, *, small: bool = True, batch: int | None = None) -> Path:
+    """Writes an ONNX file that runs in ONNX Runtime, and in OpenVINO unless weights are stored in 2 bits.
 
     Args:
         artifact: A packed model.
-        path: The file.
+        path: The file; it is replaced if it is there.
         small: Weights of at most 4 bits in 4-bit (2-bit) containers: small, but multiplied in float by today's
             runtimes. False: 8-bit containers, on which ONNX Runtime has integer kernels.
         batch: Images in a call; None for any number.
+
+    Raises:
+        UsageError, QvitError: See `onnx_model`; or the file cannot be written.
     """
     model = onnx_model(
-        artifact.model(), OnnxRuntimeArithmetic(), tuple(artifact.data_config["input_size"]),
+        artifact.model(), OnnxRuntimeArithmetic(), image_size(artifact),
         integers=artifact.integers, small=small, batch=batch, metadata=metadata_of(artifact),
     )  # fmt: skip
     write_atomically(Path(path), lambda file: file.write(model.SerializeToString()))
     return Path(path)
 
 
-def openvino_model(artifact: Any, *, batch: int | None = None, exact_pairs: bool = True) -> Any:
+def export_openvino(
+    artifact: Artifact, path: str | Path, *, batch: int | None = None, exact_pairs: bool = True
+) -> Path:
+    """Writes a model for OpenVINO: PATH.xml, and PATH.bin beside it.
+
+    Args:
+        artifact: A packed model.
+        path: The file `.xml`. Both files are replaced if they are there; without the first, which is removed first
+            and comes last, nobody reads the second.
+        batch: Images in a call; None for any number.
+        exact_pairs: Whether it will run where 8-bit products are exact: everywhere but on x86 processors without
+            VNNI. False leaves products that could saturate there in float32.
+
+    Raises:
+        UsageError, QvitError: See `onnx_model`; or the files cannot be written.
+    """
+    require("onnx", "onnxscript", "openvino")
+    import openvino
+
+    target = Path(path)
+    if target.suffix != ".xml":
+        raise UsageError(f"OpenVINO's files end with .xml, unlike {target}")
+    model = openvino_model(artifact, batch=batch, exact_pairs=exact_pairs)
+    for key, text in metadata_of(artifact).items():
+        model.set_rt_info(text, key.split("."))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            written = Path(folder) / target.name
+            openvino.save_model(model, written, compress_to_fp16=False)
+            target.unlink(missing_ok=True)
+            for suffix in (".bin", ".xml"):
+                os.chmod(written.with_suffix(suffix), 0o644)
+                os.replace(written.with_suffix(suffix), target.with_suffix(suffix))
+    except (OSError, RuntimeError) as error:
+        raise QvitError(f"cannot write {target}: {error}") from error
+    return target
+
+
+def image_size(artifact: Artifact) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a packed model takes."""
+    size = tuple(artifact.data_config["input_size"])
+    if len(size) != 3:
+        raise QvitError(f"the file's input size {size} is not (channels, height, width)")
+    return size
+
+
+def missing(*packages: str) -> list[str]:
+    """Those of some packages that are not installed."""
+    return [package for package in packages if importlib.util.find_spec(package) is None]
+
+
+def require(*packages: str) -> None:
+    """Raises UsageError naming the packages that are missing."""
+    if found := missing(*packages):
+        extras = "onnx,openvino" if "openvino" in packages else "onnx"
+        raise UsageError(f'this needs {", ".join(found)}: pip install "qvit[{extras}]"')
+
+
+def openvino_model(artifact: Artifact, *, batch: int | None = None, exact_pairs: bool = True) -> Any:
     """The model as an `openvino.Model`, in OpenVINO's dialect."""
     import openvino
 
     graph = onnx_model(
-        artifact.model(), OpenVinoArithmetic(exact_pairs=exact_pairs), tuple(artifact.data_config["input_size"]),
+        artifact.model(), OpenVinoArithmetic(exact_pairs=exact_pairs), image_size(artifact),
         integers=artifact.integers, batch=batch,
     )  # fmt: skip
     return openvino.Core().read_model(io.BytesIO(graph.SerializeToString()))

@@ -46,7 +46,7 @@ class QuantWindowAttention(AttentionSites, WindowAttention):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.fused_projection(x)
-        bias = windows_bias(self._get_rel_pos_bias(), mask, len(x))
+        bias = windows_bias(self._get_rel_pos_bias(), mask, x.shape[0])
         x = self.attend(q, k, v, self.scale, bias, self.attn_drop)
         return self.proj_drop(self.proj(self.merge(x)))
 
@@ -57,7 +57,7 @@ class RankedWindowAttention(QuantWindowAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         rank = rank_tokens(magnitude(x))
         q, k, v = self.fused_projection(x, rank)
-        bias = windows_bias(self._get_rel_pos_bias(), mask, len(x))
+        bias = windows_bias(self._get_rel_pos_bias(), mask, x.shape[0])
         x = self.attend(q, k, v, self.scale, bias, self.attn_drop, rank)
         return self.proj_drop(self.proj(self.merge(x)))
 
@@ -76,7 +76,7 @@ def windows_bias(bias: Tensor, mask: Tensor | None, batch: int) -> Tensor:
     if mask is None:
         return bias
     windows = bias + mask.unsqueeze(1)
-    return windows.expand(batch // len(mask), *windows.shape).flatten(0, 1)
+    return windows.expand(batch // mask.shape[0], *windows.shape).flatten(0, 1)
 
 
 def stages(

@@ -1,0 +1,90 @@
+"""`qvit export`: a packed model as a file of ONNX Runtime or OpenVINO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qvit.cli.console import Debug, Json, Quiet, print_json, say, size
+from qvit.errors import UsageError
+
+
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE|RUN", help="A packed file, or the directory of a run that has one.")
+    ],
+    to: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="The file. Default: beside FILE, as .onnx or .xml with its .bin.", show_default=False
+        ),
+    ] = None,
+    containers: Annotated[
+        str | None,
+        typer.Option(
+            help="Of an ONNX file's weights. small: 4 and 2 bits where they suffice, a small file that ONNX Runtime "
+            "multiplies in float. 8bit: products in integers. Default: small.",
+            show_default=False,
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images in a call. Default: any number.", show_default=False)
+    ] = None,
+    no_vnni: Annotated[
+        bool,
+        typer.Option(
+            "--no-vnni",
+            help="For OpenVINO on x86 processors without VNNI, where sums of int8 products saturate: products that "
+            "could are computed in float32.",
+        ),
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Do not run what was written beside the reference.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a packed model as an ONNX graph or an OpenVINO model whose products run on integers.
+
+    What was written is run on random images beside the reference engine, if its runtime is installed.
+
+    Examples:
+    [cyan]qvit export model.safetensors --to onnx --containers 8bit[/]
+
+    [cyan]qvit export model.safetensors --to openvino --out model.xml --batch 1[/]
+    """
+    from qvit.deploy.export import export as write
+
+    if source.is_dir() and not (source / "packed.safetensors").is_file():
+        raise UsageError(f"{source} has no packed.safetensors: pack the run first, then export that file")
+    result = write(
+        source / "packed.safetensors" if source.is_dir() else source, to, target, containers=containers, batch=batch,
+        vnni=not no_vnni, overwrite=overwrite, check=not no_check,
+    )  # fmt: skip
+    if as_json:
+        return print_json(result)
+    say(f"{result['file']}: {size(result['bytes'])}")
+    if not quiet:
+        for line in _words(result["check"]):
+            say(line)
+    return None
+
+
+def _words(check: dict[str, Any]) -> list[str]:
+    if "skipped" in check:
+        return [f"not run: {check['skipped']}"]
+    lines = [
+        f"beside the reference on {check['images']} random images: the same class in {check['agreement']:.0f} %, "
+        f"logits differ by {check['largest_difference']:.2g} at most (largest logit {check['largest_logit']:.2g})"
+    ]
+    if check["saturates"]:
+        lines.append(
+            "this processor has no VNNI: OpenVINO's int8 products saturate here, and the answers above show it. On "
+            "processors with VNNI they are exact; a model for this one is written with --no-vnni"
+        )
+    return lines
