@@ -28,6 +28,7 @@ from qvit.deploy import container, versions
 from qvit.deploy.artifact import Artifact
 from qvit.errors import QvitError
 from qvit.plan import QuantPlan, Rule
+from qvit.training.checkpoint import save_weights
 
 Header = dict[str, Any]
 DOCUMENTS = ("plan", "model", "data_config", "class_names", "provenance")
@@ -130,8 +131,9 @@ def test_what_is_no_file_of_ours(tmp_path: Path, whole: bytes) -> None:
     for path, message in ((tmp_path, "directory"), (tmp_path / "none", "no such file"), (Path("/dev/null"), "no file")):
         with pytest.raises(QvitError, match=message):
             Artifact.load(path)
-    from qvit.training.checkpoint import save_weights
-
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(QvitError, match="no file"):
+        Artifact.load(tmp_path / "pipe")
     save_weights(tmp_path / "b", calibrated_model())
     with pytest.raises(QvitError, match=r"no checksum of a packed model; `qvit pack RUN` writes one"):
         Artifact.load(tmp_path / "b")

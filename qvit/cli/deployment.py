@@ -58,8 +58,9 @@ def inspect(
     if as_json:
         return print_json({"file": str(file.absolute()), **facts})
     table = Table(title=escape(f"{facts['model']}, plan {facts['plan']}"))
-    for column in ("site", "bits", "scales", "elements", "bytes", "bytes of scales"):
-        table.add_column(column, justify="left" if column in ("site", "bits", "scales") else "right")
+    table.add_column("site", no_wrap=True, min_width=max(len(row["site"]) for row in facts["sites"]))
+    for column in ("bits", "scales", "elements", "bytes", "bytes of scales"):
+        table.add_column(column, justify="left" if column in ("bits", "scales") else "right")
     for row in facts["sites"]:
         quantized = row["quantizer"] is not None
         kind = row["granularity"] if row["quantizer"] in (None, "lsq") else f"{row['granularity']}, {row['quantizer']}"

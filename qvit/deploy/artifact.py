@@ -80,11 +80,11 @@ class Artifact:
     data_config: dict[str, Any]
     class_names: tuple[str, ...]
     provenance: dict[str, Any]
-    integers: dict[str, Tensor]
-    scales: dict[str, Tensor]
-    offsets: dict[str, Tensor]
-    extras: dict[str, Tensor] = field(default_factory=dict)
-    floats: dict[str, Tensor] = field(default_factory=dict)
+    integers: dict[str, Tensor] = field(repr=False)
+    scales: dict[str, Tensor] = field(repr=False)
+    offsets: dict[str, Tensor] = field(repr=False)
+    extras: dict[str, Tensor] = field(repr=False)
+    floats: dict[str, Tensor] = field(repr=False)
 
     @classmethod
     @torch.no_grad()

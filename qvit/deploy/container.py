@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import stat
 from collections.abc import Iterable, Mapping
@@ -156,17 +155,16 @@ def is_packed(path: Path) -> bool:
 
 
 def _bytes_of(path: Path) -> bytearray:
+    """The content of a regular file; pipes and devices, which may never end, are not opened."""
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise QvitError("it is a directory" if stat.S_ISDIR(status.st_mode) else "it is no file")
+        content = bytearray(status.st_size)
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise QvitError("it is no file")
-            content = bytearray(status.st_size)
-            if file.readinto(content) != status.st_size:
+            if file.readinto(content) != status.st_size or file.read(1):
                 raise QvitError("it changed while it was read")
-            return content
-    except IsADirectoryError:
-        raise QvitError("it is a directory") from None
+        return content
     except FileNotFoundError:
         raise QvitError("there is no such file") from None
     except (OSError, ValueError, MemoryError) as error:
