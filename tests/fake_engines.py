@@ -59,12 +59,11 @@ class FakeArtifact:
 class FakeEngine:
     """Answers as the simulated model; `wrong` with the opposite."""
 
-    def __init__(self, name: str, artifact: FakeArtifact, batch: int | None) -> None:
-        self.name, self.model, self.batch = name, artifact.model().eval(), batch
+    def __init__(self, name: str, artifact: FakeArtifact) -> None:
+        self.name, self.model = name, artifact.model().eval()
         self.arithmetic = "nothing in integers: a stand-in"
 
     def __call__(self, images: Tensor) -> Tensor:
-        assert self.batch in (None, len(images))
         return -self.model(images) if self.name == "wrong" else self.model(images)
 
 
@@ -72,11 +71,11 @@ class FakeEngine:
 def fake_engines(monkeypatch: pytest.MonkeyPatch) -> type[FakeArtifact]:
     """Puts engines `torch` and `wrong` in the place of ours; `broken` says that it cannot run."""
 
-    def create_engine(artifact: Any, name: str, *, threads: int | None = None, batch: int | None = None) -> FakeEngine:
+    def create_engine(artifact: Any, name: str, *, threads: int | None = None) -> FakeEngine:
         assert threads == torch.get_num_threads()
         if name == "broken":
             raise QvitError("this CPU lacks what it needs")
-        return FakeEngine(name, artifact, batch)
+        return FakeEngine(name, artifact)
 
     engines = types.ModuleType("qvit.deploy.engines")
     vars(engines).update(available_engines=lambda: ["torch", "wrong"], create_engine=create_engine)

@@ -78,6 +78,7 @@ class Lineup:
         self.material, self.file_bytes = material, file_bytes
         self.skipped: list[dict[str, str]] = []
         self._prepared: dict[str, Prepared] = {}
+        self._engines: dict[str, Any] = {}
 
     def prepare(self, progress: Progress) -> None:
         """Converts and quantizes the peers; takes minutes for large models."""
@@ -108,8 +109,10 @@ class Lineup:
     def _engine(self, name: str, images: Tensor) -> Contender:
         from qvit.deploy.engines import create_engine
 
-        threads = self.material.threads
-        engine = create_engine(self.artifact, name.removeprefix(PREFIX), threads=threads, batch=len(images))
+        if name not in self._engines:
+            engine = create_engine(self.artifact, name.removeprefix(PREFIX), threads=self.material.threads)
+            self._engines[name] = engine
+        engine = self._engines[name]
         run = _without_gradients(engine)
         run(images)
         return Contender(name, self.precision, engine.arithmetic, run, self.file_bytes, ours=True)
