@@ -1,13 +1,13 @@
 """A frozen mixed-precision model as an ONNX graph whose products run on integers.
 
-    x ── QuantizeLinear ── DequantizeLinear(1) ─┐
-                                                ├─ MatMul ── Mul(s_x·s_w) ── Add(bias)
-         integers of W ── DequantizeLinear(1) ──┘
+    x ── QuantizeLinear(s_x) ── DequantizeLinear(s_x) ─┐
+                                                       ├─ MatMul ── Add(bias)
+           integers of W ── DequantizeLinear(s_w) ─────┘
 
 The integer form of a model (`integer.py`) is traced by torch.export, with an arithmetic that writes these nodes for
-every product. Quantized values stay integers between Q and DQ, whose scale is 1 wherever a tensor has more than one;
-real scales are multiplied in after the sum, as in the reference. So a scale per head is a multiplication by a vector
-(on a Q or DQ node it would make ONNX Runtime fail), and the sums are exact, in integers or in float32.
+every product. Runtimes fuse the DQ nodes with the product, and apply scales after the sum. A scale per head on a Q or
+DQ node makes ONNX Runtime fail: there the tensor is divided by the vector of scales first, Q and DQ have the scale 1,
+and the vector is multiplied in after the product. Either way sums are exact, in integers or in float32.
 
 Widths are those of the plan: below 8 bits a Clip precedes the Q node, with a vector of limits where heads differ.
 
