@@ -87,7 +87,11 @@ class GraphArithmetic(Arithmetic):
         if grid.unit == FLOAT:
             return Operand(torch.round(x), grid.scale, grid.offset)
         kind, zero = (self.signed_type, self.zero) if grid.signed else (torch.uint8, 0)
-        return Operand(_quantize(x, step, zero, kind), grid.scale, grid.offset, zero)
+        return self.kept(Operand(_quantize(x, step, zero, kind), grid.scale, grid.offset, zero))
+
+    def kept(self, operand: Operand) -> Operand:
+        """What comes of codes before their product: here they stay integers, to be dequantized right before it."""
+        return operand
 
     def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
         if grid.unit == FLOAT:
@@ -95,8 +99,9 @@ class GraphArithmetic(Arithmetic):
         return (codes.t().to(torch.int16) + self.zero).to(self.signed_type).contiguous()
 
     def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
-        if weight.is_floating_point():
-            return (operand.codes @ weight) * (operand.scale * weight_scale)
+        if operand.codes.is_floating_point():
+            values = weight if weight.is_floating_point() else _dequantize(weight, self.zero)
+            return (operand.codes @ values) * (operand.scale * weight_scale)
         # With the scales in the DQ nodes, runtimes multiply by them inside the product.
         return _dequantize(operand.codes, operand.zero, operand.scale) @ _dequantize(weight, self.zero, weight_scale)
 
@@ -139,14 +144,17 @@ class OnnxRuntimeArithmetic(GraphArithmetic):
 
 
 class OpenVinoArithmetic(GraphArithmetic):
-    """int8 without zero points; numbers per head are repeated over the tokens.
+    """int8 without zero points; numbers per head are repeated over the tokens, codes dequantized where they are made.
 
-    A product followed by a vector (H, 1, 1) is taken for one with a scale per channel by OpenVINO's CPU plugin, which
-    then fails; with (H, N, 1) it is left alone.
+    Where Q and DQ are apart, OpenVINO leaves the product of q and k in float. A product followed by a vector (H, 1, 1)
+    is taken for one with a scale per channel by its CPU plugin, which then fails; with (H, N, 1) it is left alone.
     """
 
     name = "openvino"
     signed_type, zero = torch.int8, 0
+
+    def kept(self, operand: Operand) -> Operand:
+        return replace(operand, codes=_dequantize(operand.codes, operand.zero), zero=0)
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         return values if values.dim() < 3 else values.expand(-1, x.shape[-2], -1).contiguous()
