@@ -107,7 +107,7 @@ def main() -> None:
         speeds = {f"replayed_per_second_{n}": round(replay_speed(data, store, n, options), 1) for n in (4, 1)}
     cpu = f"CPU, {options.threads} threads, {platform.machine()}"
     result = {
-        "command": "python benchmarks/labels.py " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python benchmarks/labels.py", *(Path(word).name for word in sys.argv[1:])]),
         "date": datetime.date.today().isoformat(),
         "hardware": torch.cuda.get_device_name() if options.device.startswith("cuda") else cpu,
         "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},

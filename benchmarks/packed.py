@@ -19,7 +19,9 @@ import json
 import os
 import platform
 import sys
+import tempfile
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.engines import available_engines, create_engine
 from qvit.deploy.hardware import hardware
+from qvit.deploy.packages import missing
 from qvit.deploy.summary import describe
 from qvit.files import write_json
 from qvit.methods.ptq import post_training_quantize
@@ -57,29 +60,22 @@ def main() -> None:
     rows = [of_digits(Path(file), options) for file in options.packed]
     if options.weights:
         rows += list(of_timm_model(options))
-    words = [Path(word).name if "/" in word and not word.startswith("-") else word for word in sys.argv[1:]]
     result = {
-        "command": f"python benchmarks/packed.py {' '.join(words)}".strip(),
+        "command": f"python benchmarks/packed.py {' '.join(shown_words())}".strip(),
         "date": datetime.date.today().isoformat(),
         "hardware": f"{hardware()}, {options.threads} threads",
         "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
-        | {"python": platform.python_version(), **packages("onnxruntime", "openvino")},
+        | {"python": platform.python_version()}
+        | {name: version(name) for name in ("onnxruntime", "openvino") if not missing(name)},
         "rows": rows,
     }
     write_json(options.out, result)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
-def packages(*names: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+def shown_words() -> list[str]:
+    """The command line, of files their names alone."""
+    return [Path(word).name if "/" in word and not word.startswith("-") else word for word in sys.argv[1:]]
 
 
 def of_digits(file: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -101,11 +97,10 @@ def of_timm_model(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
     for plan in options.plans:
         quantized = post_training_quantize(model, plan, images)
         artifact = Artifact.from_model(quantized, model_name=options.model, plan_name=plan)
-        file = options.out.parent / f".{plan}.safetensors"
-        artifact.save(file)
-        size = file.stat().st_size
-        artifact = Artifact.load(file)
-        file.unlink()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "packed.safetensors"
+            artifact.save(file)
+            size, artifact = file.stat().st_size, Artifact.load(file)
         yield row_of(options.model, artifact, quantized, size, scored, options)
 
 

@@ -10,6 +10,7 @@
     regularizer   regularizer.json    what `benchmarks/regularizer.py` measured
     labels        labels.json         what `benchmarks/labels.py` measured
     deploy        deploy.json         what `benchmarks/deploy.py` measured: a table for each model and batch size
+    packed        packed.json         what `benchmarks/packed.py` measured: sizes, and agreement of every engine
 
 Where a file is missing, "Not measured yet" and the command to measure it stand in the table's place.
 """

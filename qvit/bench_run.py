@@ -13,7 +13,6 @@ The result is plain data: `qvit.report` draws it, and docs/cli.md describes it.
 from __future__ import annotations
 
 import datetime
-import importlib.util
 import logging
 import platform
 import shlex
@@ -33,6 +32,7 @@ from qvit.convert import plan_of
 from qvit.deploy.bench import Progress, answers, batch_of, measure, rows_of
 from qvit.deploy.hardware import cpu_instructions, hardware
 from qvit.deploy.lineup import Lineup, chosen
+from qvit.deploy.packages import missing
 from qvit.deploy.peers import Material
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
@@ -315,6 +315,6 @@ def _artifact_bytes(request: BenchRequest, subject: _Subject, folder: Path) -> i
 
 
 def _versions() -> dict[str, str]:
-    further = [name for name in PACKAGES if importlib.util.find_spec(name) is not None]
+    further = [name for name in PACKAGES if not missing(name)]
     own = {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return own | {"python": platform.python_version()} | {name: version(name) for name in further}

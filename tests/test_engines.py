@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from integer_models import frozen, packed_arguments
 from torch import Tensor
 
 import qvit
-from qvit.deploy import engines
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.engines import ENGINES, available_engines, create_engine, load, openvino_int8_is_exact
 from qvit.errors import QvitError, UsageError
@@ -83,7 +83,7 @@ def test_torch_compiles_where_a_compiler_is(monkeypatch: pytest.MonkeyPatch) -> 
     compiled: list[Any] = []
     monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
     for there, option, expected in ((None, None, 0), ("/usr/bin/g++", None, 1), (None, True, 1), ("/x", False, 0)):
-        monkeypatch.setattr(engines.shutil, "which", lambda _, there=there: there)
+        monkeypatch.setattr(shutil, "which", lambda _, there=there: there)
         compiled.clear()
         engine = create_engine(artifact, "torch", **({} if option is None else {"compiled": option}))
         assert len(compiled) == expected and engine(images).shape == (8, 10)

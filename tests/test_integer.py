@@ -22,14 +22,8 @@ from torch import Tensor, nn
 
 from qvit.calibration import calibrate
 from qvit.convert import freeze, quantize
-from qvit.deploy.integer import (
-    Arithmetic,
-    IntegerAttention,
-    IntegerLinear,
-    arithmetic_in_words,
-    integer_form,
-    report_of,
-)
+from qvit.deploy.arithmetic import Arithmetic
+from qvit.deploy.integer import IntegerAttention, IntegerLinear, arithmetic_in_words, integer_form, report_of
 from qvit.errors import UsageError
 from qvit.families import inspect_model
 from qvit.layers import QuantConv2d, QuantLinear, adopt, linear_sites

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from qvit.calibration import calibrate
 from qvit.convert import freeze, quantize
 from qvit.deploy import torch_integer
-from qvit.deploy.integer import Arithmetic, Grid, IntegerLinear, Operand, exact_product, integer_form
-from qvit.deploy.peers import cxx
+from qvit.deploy.arithmetic import Arithmetic, Grid, Operand, exact_product
+from qvit.deploy.integer import IntegerLinear, integer_form
+from qvit.deploy.packages import cxx
 from qvit.deploy.torch_integer import EXACT_BELOW, TorchArithmetic
 from qvit.methods.pmq import Split
 from qvit.methods.ptq import post_training_quantize

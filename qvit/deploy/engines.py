@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,10 +24,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qvit.deploy.arithmetic import Arithmetic
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.integer import arithmetic_in_words, integer_form
-from qvit.deploy.onnx import OnnxRuntimeArithmetic, image_size, metadata_of, missing, onnx_model, openvino_model
-from qvit.deploy.peers import cxx
+from qvit.deploy.onnx import (
+    ARITHMETIC,
+    OnnxRuntimeArithmetic,
+    OpenVinoArithmetic,
+    artifact_graph,
+    image_size,
+    metadata_of,
+    openvino_model,
+)
+from qvit.deploy.packages import has_compiler, missing
 from qvit.deploy.torch_integer import TorchArithmetic
 from qvit.errors import UsageError, nearest
 
@@ -57,35 +65,36 @@ class ReferenceEngine:
     name = "reference"
 
     def __init__(self, artifact: Artifact, threads: int | None) -> None:
-        self.artifact = artifact
-        self.module = integer_form(artifact.model(), integers=artifact.integers)
+        self._take(artifact, Arithmetic(), threads)
+
+    def _take(self, artifact: Artifact, arithmetic: Arithmetic, threads: int | None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.artifact, self.device = artifact, torch.device("cpu")
+        self.module = integer_form(artifact.model(), arithmetic, artifact.integers)
         self.arithmetic = arithmetic_in_words(self.module)
+        self.forward: Callable[[Tensor], Tensor] = self.module
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        self.module.to(images.device)
-        return self.module(images.float())
+        if images.device != self.device:
+            self.module.to(images.device)
+            self.device = images.device
+        return self.forward(images.float())
 
 
-class TorchEngine:
+class TorchEngine(ReferenceEngine):
     """The integer form with fast exact products; compiled on the first call, by default where a compiler is there."""
 
     name = "torch"
 
     def __init__(self, artifact: Artifact, threads: int | None, *, compiled: bool | None = None) -> None:
-        compiled = shutil.which(cxx()) is not None if compiled is None else compiled
-        if threads is not None:
-            torch.set_num_threads(threads)
-        self.artifact, arithmetic = artifact, TorchArithmetic()
-        self.module = integer_form(artifact.model(), arithmetic, artifact.integers)
+        arithmetic = TorchArithmetic()
+        self._take(artifact, arithmetic, threads)
         unit = "int8 kernels" if arithmetic.int8 else "float32 units that are exact for these sums"
-        self.arithmetic = f"{arithmetic_in_words(self.module)}, by {unit}"
-        self.forward: Callable[[Tensor], Tensor] = torch.compile(self.module) if compiled else self.module
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        self.module.to(images.device)
-        return self.forward(images.float())
+        self.arithmetic = f"{self.arithmetic}, by {unit}"
+        if has_compiler() if compiled is None else compiled:
+            self.forward = torch.compile(self.module)
 
 
 class OnnxRuntimeEngine:
@@ -96,16 +105,12 @@ class OnnxRuntimeEngine:
     def __init__(self, artifact: Artifact, threads: int | None) -> None:
         import onnxruntime
 
-        self.artifact = artifact
-        self.arithmetic = f"{_words(artifact)}, uint8"
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-        graph = onnx_model(
-            artifact.model(), OnnxRuntimeArithmetic(), image_size(artifact), integers=artifact.integers,
-            metadata=metadata_of(artifact),
-        )  # fmt: skip
+        graph = artifact_graph(artifact, OnnxRuntimeArithmetic())
+        self.artifact, self.arithmetic = artifact, f"{metadata_of(graph)[ARITHMETIC]}, uint8"
         self.session = onnxruntime.InferenceSession(graph.SerializeToString(), options, ["CPUExecutionProvider"])
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -120,8 +125,9 @@ class OpenVinoEngine:
     def __init__(self, artifact: Artifact, threads: int | None) -> None:
         exact = openvino_int8_is_exact()
         unit = "int8" if exact else "int8 where it cannot saturate on this processor, exact float32 elsewhere"
-        self.artifact, self.arithmetic = artifact, f"{_words(artifact)}, {unit}"
-        self.model = openvino_model(artifact, exact_pairs=exact)
+        graph = artifact_graph(artifact, OpenVinoArithmetic(exact_pairs=exact))
+        self.artifact, self.arithmetic = artifact, f"{metadata_of(graph)[ARITHMETIC]}, {unit}"
+        self.model = openvino_model(graph)
         self.settings = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
         self.settings |= {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
         self._requests: dict[int, Any] = {}
@@ -192,10 +198,6 @@ def load(source: str | Path, engine: str | None = None, *, threads: int | None =
     path = Path(source)
     artifact = Artifact.load(path) if path.is_file() else Artifact.from_pretrained(str(source))
     return create_engine(artifact, engine, threads=threads, **options)
-
-
-def _words(artifact: Artifact) -> str:
-    return arithmetic_in_words(integer_form(artifact.model(), integers=artifact.integers))
 
 
 @functools.cache

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.engines import ReferenceEngine, openvino_int8_is_exact
-from qvit.deploy.onnx import export_onnx, export_openvino, image_size, missing
+from qvit.deploy.onnx import export_onnx, export_openvino, image_size
+from qvit.deploy.packages import missing
 from qvit.errors import UsageError, nearest
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}

@@ -18,9 +18,9 @@ What is not a product of integers stays as it was in training: LayerNorm, softma
 more than 8 bits, a scale that varies along the summed axis (activations per channel), or stays in float, as one whose
 quantizer is switched off; `report_of` says which and why.
 
-An `Arithmetic` is how codes are made and multiplied; this file's own is the reference that all others equal. The order
-of operations differs from fake quantization in one respect: scales are applied after the sum, not before, so float
-rounding differs by about 1e-7 of the largest term, and not at all where scales are powers of two.
+How codes are made and multiplied is an `Arithmetic`'s (`arithmetic.py`). The order of operations differs from fake
+quantization in one respect: scales are applied after the sum, not before, so float rounding differs by about 1e-7 of
+the largest term, and not at all where scales are powers of two.
 """
 
 from __future__ import annotations
@@ -28,155 +28,18 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qvit.convert import Stage, stage_of
+from qvit.deploy.arithmetic import Arithmetic, Grid, Operand
+from qvit.deploy.simulated import simulated_products, why_simulated
 from qvit.errors import UsageError
-from qvit.functional import pick_column, quantize
 from qvit.layers import AttentionSites, QuantConv2d, QuantLinear, QuantQKV, for_all_heads
 from qvit.quantizers import Quantizer
-
-WIDEST = 8
-
-
-class Grid(nn.Module):
-    """The grid of a frozen quantizer, read once, with plain numbers for what decides how a graph is built.
-
-    Attributes:
-        quantizer: Whose grid it is.
-        scale, offset: Buffers, as `Quantizer.grid` returns them.
-        low, high: Buffers, smallest and largest code, shaped like the widths.
-        step: The scale as a number, where there is a single one.
-        limits: Smallest and largest code as numbers, where all heads have the same.
-        largest: The largest |code|.
-        unit: What its codes are multiplied in, as the arithmetic decided in `prepare`.
-    """
-
-    scale: Tensor
-    offset: Tensor | None
-    low: Tensor
-    high: Tensor
-
-    def __init__(self, quantizer: Quantizer) -> None:
-        super().__init__()
-        self.quantizer, self.signed, self.unit = quantizer, quantizer.spec.signed, "int32"
-        scale, offset = quantizer.grid()
-        low, high = quantizer.quant_range()
-        self.register_buffer("scale", scale.detach().clone())
-        self.register_buffer("offset", None if offset is None else offset.detach().clone())
-        self.register_buffer("low", low.detach().clone())
-        self.register_buffer("high", high.detach().clone())
-        self.step = float(scale) if scale.numel() == 1 else None
-        same = bool((high == high.flatten()[0]).all())
-        self.largest = int(torch.maximum(low.abs(), high.abs()).max())
-        self.limits = (int(low.flatten()[0]), int(high.flatten()[0])) if same else None
-
-    @property
-    def splits_tokens(self) -> bool:
-        """Whether tokens differ in width."""
-        return self.quantizer.spec.token_bit_width is not None
-
-
-@dataclass(frozen=True)
-class Operand:
-    """Integers on their grid: x̂ = scale·(codes - zero) + offset; scale and offset broadcast against the codes.
-
-    `largest` is the largest |code| that its grid has.
-    """
-
-    codes: Tensor
-    scale: Tensor
-    offset: Tensor | None = None
-    zero: int = 0
-    largest: int = 255
-
-
-class Arithmetic:
-    """Products of integers in int32, one operation after the other: the reference.
-
-    Where a device has no products in int32 (CUDA), they are computed in float64, which is exact up to 2^53.
-
-    Others override how codes are kept (`encode`, `encode_tokens`, `weight_form`) and multiplied (`linear`,
-    `matmul`), or whole products (`project`, `product`).
-    """
-
-    name = "reference"
-
-    def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
-        """The integers of an activation, with scale and offset; `rank` where tokens differ in width."""
-        if grid.splits_tokens:
-            return self.encode_tokens(grid, x, grid.quantizer.token_bit_width(x, rank))
-        return Operand(grid.quantizer.to_int(x), grid.scale, grid.offset)
-
-    def encode_tokens(self, grid: Grid, x: Tensor, width: Tensor) -> Operand:
-        """The integers of tokens that have these widths."""
-        banks: Any = grid.quantizer
-        scale = pick_column(banks.scale, width, banks.candidates)
-        offset = None if banks.offset is None else pick_column(banks.offset, width, banks.candidates)
-        return Operand(quantize(banks.rectify(x), scale, width, grid.signed, offset), scale, offset)
-
-    def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
-        """Told of every product before it is built: the grids of its activations, and the integers of its weight."""
-
-    def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
-        """How the integers (out, K) of a weight, or of a block of its columns, are kept."""
-        return codes.to(torch.int32)
-
-    def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
-        """The product (..., out) of integers (..., K) and those of a weight, scaled, as float32."""
-        return exact_product(operand.codes, weight.t()) * (operand.scale * weight_scale)
-
-    def matmul(self, left: Operand, right: Operand, factor: float | Tensor) -> Tensor:
-        """The product (..., N, M) of integers (..., N, K) and (..., K, M), scaled, as float32."""
-        return exact_product(left.codes, right.codes) * (left.scale * factor * right.scale)
-
-    def total(self, operand: Operand, dim: int) -> Tensor:
-        """Sums of integers, as float32."""
-        return operand.codes.sum(dim, keepdim=True).float()
-
-    def project(self, operand: Operand, layer: IntegerLinear) -> Tensor:
-        """The output (..., out) of a layer."""
-        if layer.segments == 1:
-            return self._segment(operand, layer, 0) + self.bias_form(layer.bias)
-        blocks, total = operand.codes.chunk(layer.segments, dim=-1), self.bias_form(layer.bias)
-        for index, codes in enumerate(blocks):
-            scale = operand.scale[index] if operand.scale.dim() == 2 else operand.scale
-            total = total + self._segment(Operand(codes, scale, zero=operand.zero), layer, index)
-        return total
-
-    def bias_form(self, bias: Tensor) -> Tensor:
-        """How a bias (out,) is added."""
-        return bias
-
-    def _segment(self, operand: Operand, layer: IntegerLinear, index: int) -> Tensor:
-        row = index if len(layer.weight_scale) > 1 else 0
-        y = self.linear(operand, getattr(layer, f"weight_{index}"), layer.weight_scale[row])
-        if layer.weight_offset is not None:
-            y = y + self.total(operand, -1) * operand.scale * layer.weight_offset[row]
-        if operand.offset is not None and not layer.offset_in_bias:
-            y = y + operand.offset * layer.weight_sum
-        return y
-
-    def product(self, left: Operand, right: Operand, factor: float | Tensor = 1.0) -> Tensor:
-        """The product (..., N, M) of two activations, scales constant along the summed axis, times `factor`."""
-        y = self.matmul(left, right, factor)
-        if right.offset is not None:
-            y = y + self.total(left, -1) * left.scale * (right.offset * factor)
-        if left.offset is not None:
-            y = y + self.total(right, -2) * right.scale * (left.offset * factor)
-            if right.offset is not None:
-                y = y + left.offset * right.offset * (factor * left.codes.shape[-1])
-        return y
-
-
-def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of integers, whatever their dtype, rounded once to float32."""
-    unit = torch.float64 if left.is_cuda else torch.int32
-    return (left.to(unit) @ right.to(unit)).float()
 
 
 class IntegerLinear(nn.Module):
@@ -322,7 +185,10 @@ def integer_form(
             cls = _integer_class(type(module))
             new: Any = cls.__new__(cls)
             new.__dict__ = module.__dict__
-            new.arithmetic, new.simulated = arithmetic, _simulated_products(module)
+            new.arithmetic, new.simulated = (
+                arithmetic,
+                simulated_products(module, projects=isinstance(module.proj, IntegerLinear)),
+            )
             found = {
                 name: getattr(module, f"{name}_quantizer", None)
                 for name in ("query", "key", "probs", "value", "output")
@@ -367,80 +233,6 @@ def arithmetic_in_words(model: nn.Module) -> str:
         return f"all {len(report)} products in integers"
     counted = ", ".join(f"{reasons.count(reason)}: {reason}" for reason in dict.fromkeys(reasons))
     return f"{len(report) - len(reasons)} of {len(report)} products in integers, {len(reasons)} simulated ({counted})"
-
-
-def why_simulated(module: nn.Module, quantizer: Quantizer | None) -> str | None:
-    """Why a layer cannot be computed on integers; None if it can."""
-    own: Any = module
-    if isinstance(module, QuantQKV):
-        thirds = zip(("query", "key", "value"), module.weight.chunk(3), strict=True)
-        weights = [(getattr(module, f"{name}_weight_quantizer", None), part) for name, part in thirds]
-    else:
-        weights = [(getattr(module, "weight_quantizer", None), own.weight)]
-    if isinstance(module, QuantConv2d) and not _is_patches(module):
-        return "a convolution of overlapping or padded patches"
-    for each, weight in ((quantizer, None), *weights):
-        if (reason := _no_integers(each, weight)) is not None:
-            return reason
-    assert quantizer is not None
-    scale = quantizer.grid()[0]
-    heads = quantizer.layout.num_heads if quantizer.layout.heads is not None else 1
-    if quantizer.spec.token_bit_width is None and scale.numel() not in (1, heads):
-        return "activations with a scale per channel"
-    if scale.numel() > 1 and quantizer.spec.token_bit_width is None and quantizer.grid()[1] is not None:
-        return "activations with an offset per head"
-    return None
-
-
-def _no_integers(quantizer: Quantizer | None, weight: Tensor | None = None) -> str | None:
-    if quantizer is None:
-        return "an operand in float"
-    if not quantizer.enabled:  # a packed model's weights lie on their grids already
-        if weight is None or not torch.equal(quantizer.from_int(quantizer.to_int(weight)), weight):
-            return "an operand in float"
-    if not quantizer.uniform:
-        return "a logarithmic grid"
-    if max(quantizer.spec.widths) > WIDEST:
-        return f"more than {WIDEST} bits"
-    return None
-
-
-def _simulated_products(attention: nn.Module) -> dict[str, str]:
-    """Which products of an attention module stay simulated, and why."""
-    found: dict[str, str] = {}
-    for product, names in (("scores", ("query", "key")), ("weigh", ("probs", "value"))):
-        for name in names:
-            own = getattr(attention, f"{name}_quantizer", None)
-            reason = _no_integers(own)
-            if reason is None and own is not None:
-                reason = _varying(own, name, getattr(attention, "num_heads", 1))
-            if reason is not None:
-                found[product] = reason
-                break
-    if not isinstance(attention.get_submodule("proj"), IntegerLinear):
-        found["proj"] = "its layer"
-    return found
-
-
-def _varying(quantizer: Quantizer, name: str, heads: int) -> str | None:
-    """Why scales are in the way of a product of heads."""
-    scale, offset = quantizer.grid()
-    if scale.dim() > 1 and scale.shape[-1] > 1 and name in ("query", "key"):
-        return "activations with a scale per channel"
-    if scale.numel() > 1 and scale.shape[0] != heads:
-        return "groups of heads with scales of their own"
-    if quantizer.spec.token_bit_width is not None and offset is not None:
-        return "token groups with an offset"
-    return None
-
-
-def _is_patches(conv: nn.Conv2d) -> bool:
-    return (
-        tuple(conv.stride) == tuple(conv.kernel_size)
-        and conv.padding in (0, (0, 0), "valid")
-        and conv.groups == 1
-        and tuple(conv.dilation) == (1, 1)
-    )
 
 
 def _layer(

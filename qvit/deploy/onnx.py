@@ -26,7 +26,6 @@ does not define for equal scores.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import os
@@ -40,8 +39,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvit.deploy.arithmetic import Arithmetic, Grid, Operand
 from qvit.deploy.artifact import Artifact
-from qvit.deploy.integer import Arithmetic, Grid, IntegerLinear, Operand, integer_form
+from qvit.deploy.integer import IntegerLinear, arithmetic_in_words, integer_form
+from qvit.deploy.packages import require
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
 from qvit.quantizers import quantizers_of
@@ -50,6 +51,8 @@ OPSET, OPSET_OF_2_BITS = 21, 25
 #: Largest |w| whose products with uint8 cannot overflow a pair of 16-bit sums: 2·255·64 < 2^15.
 SAFE_WITHOUT_VNNI = 64
 FLOAT = "float32"
+#: Key of what a graph computes on integers, in words.
+ARITHMETIC = "qvit.arithmetic"
 _UINT8, _INT8 = 2, 3  # ONNX's numbers for its types
 
 
@@ -130,7 +133,6 @@ class GraphArithmetic(Arithmetic):
 class OnnxRuntimeArithmetic(GraphArithmetic):
     """uint8 everywhere: exact on every processor, and the pair of types with kernels on all of them."""
 
-    name = "onnxruntime"
     signed_type, zero = torch.uint8, 128
 
     def project(self, operand: Operand, layer: IntegerLinear) -> Tensor:
@@ -150,7 +152,6 @@ class OpenVinoArithmetic(GraphArithmetic):
     is taken for one with a scale per channel by its CPU plugin, which then fails; with (H, N, 1) it is left alone.
     """
 
-    name = "openvino"
     signed_type, zero = torch.int8, 0
 
     def kept(self, operand: Operand) -> Operand:
@@ -158,9 +159,6 @@ class OpenVinoArithmetic(GraphArithmetic):
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         return values if values.dim() < 3 else values.expand(-1, x.shape[-2], -1).contiguous()
-
-
-DIALECTS: dict[str, type[GraphArithmetic]] = {"onnxruntime": OnnxRuntimeArithmetic, "openvino": OpenVinoArithmetic}
 
 
 def _node(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
@@ -201,7 +199,7 @@ def onnx_model(
         integers: See `integer_form`.
         small: Stores weights in the smallest container.
         batch: Images in a call; None for any number.
-        metadata: Texts to keep in the file.
+        metadata: Texts to keep in the file, beside what is computed on integers.
 
     Raises:
         UsageError: A model that is not frozen, or whose widths follow the image; a package is missing.
@@ -233,7 +231,7 @@ def onnx_model(
         _use_small_containers(program.model)
     for node in program.model.graph:
         node.metadata_props.clear()  # stack traces of the export: more bytes than the weights of a small model
-    program.model.metadata_props.update(metadata or {})
+    program.model.metadata_props.update({ARITHMETIC: arithmetic_in_words(form), **(metadata or {})})
     program.model.producer_name = "qvit"
     return program.model_proto
 
@@ -270,14 +268,25 @@ def _use_small_containers(graph_model: Any) -> None:
                 break
 
 
-def metadata_of(artifact: Artifact) -> dict[str, str]:
-    """What an exported file says of its origin: model, preprocessing, classes, plan."""
-    return {
+def artifact_graph(
+    artifact: Artifact, arithmetic: GraphArithmetic, *, small: bool = False, batch: int | None = None
+) -> Any:
+    """The graph of a packed model, which says where it comes from; see `onnx_model`."""
+    origin = {
         "qvit.model": artifact.model_name,
         "qvit.data_config": json.dumps(artifact.data_config),
         "qvit.class_names": json.dumps(list(artifact.class_names)),
         "qvit.plan": artifact.plan.name,
     }
+    return onnx_model(
+        artifact.model(), arithmetic, image_size(artifact),
+        integers=artifact.integers, small=small, batch=batch, metadata=origin,
+    )  # fmt: skip
+
+
+def metadata_of(graph: Any) -> dict[str, str]:
+    """The texts that a graph keeps: model, preprocessing, classes, plan, and what it computes on integers."""
+    return {entry.key: entry.value for entry in graph.metadata_props}
 
 
 def export_onnx(artifact: Artifact, path: str | Path, *, small: bool = True, batch: int | None = None) -> Path:
@@ -293,11 +302,8 @@ def export_onnx(artifact: Artifact, path: str | Path, *, small: bool = True, bat
     Raises:
         UsageError, QvitError: See `onnx_model`; or the file cannot be written.
     """
-    model = onnx_model(
-        artifact.model(), OnnxRuntimeArithmetic(), image_size(artifact),
-        integers=artifact.integers, small=small, batch=batch, metadata=metadata_of(artifact),
-    )  # fmt: skip
-    write_atomically(Path(path), lambda file: file.write(model.SerializeToString()))
+    graph = artifact_graph(artifact, OnnxRuntimeArithmetic(), small=small, batch=batch)
+    write_atomically(Path(path), lambda file: file.write(graph.SerializeToString()))
     return Path(path)
 
 
@@ -323,8 +329,9 @@ def export_openvino(
     target = Path(path)
     if target.suffix != ".xml":
         raise UsageError(f"OpenVINO's files end with .xml, unlike {target}")
-    model = openvino_model(artifact, batch=batch, exact_pairs=exact_pairs)
-    for key, text in metadata_of(artifact).items():
+    graph = artifact_graph(artifact, OpenVinoArithmetic(exact_pairs=exact_pairs), batch=batch)
+    model = openvino_model(graph)
+    for key, text in metadata_of(graph).items():
         model.set_rt_info(text, key.split("."))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -348,24 +355,8 @@ def image_size(artifact: Artifact) -> tuple[int, int, int]:
     return size
 
 
-def missing(*packages: str) -> list[str]:
-    """Those of some packages that are not installed."""
-    return [package for package in packages if importlib.util.find_spec(package) is None]
-
-
-def require(*packages: str) -> None:
-    """Raises UsageError naming the packages that are missing."""
-    if found := missing(*packages):
-        extras = "onnx,openvino" if "openvino" in packages else "onnx"
-        raise UsageError(f'this needs {", ".join(found)}: pip install "qvit[{extras}]"')
-
-
-def openvino_model(artifact: Artifact, *, batch: int | None = None, exact_pairs: bool = True) -> Any:
-    """The model as an `openvino.Model`, in OpenVINO's dialect."""
+def openvino_model(graph: Any) -> Any:
+    """A graph as an `openvino.Model`."""
     import openvino
 
-    graph = onnx_model(
-        artifact.model(), OpenVinoArithmetic(exact_pairs=exact_pairs), image_size(artifact),
-        integers=artifact.integers, batch=batch,
-    )  # fmt: skip
     return openvino.Core().read_model(io.BytesIO(graph.SerializeToString()))

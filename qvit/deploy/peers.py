@@ -20,12 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import io
 import logging
 import os
-import shutil
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvit.deploy.packages import cxx, has_compiler, missing
 from qvit.errors import QvitError
 
 Runner = Callable[[Tensor], Tensor]
@@ -107,10 +105,9 @@ class Peer:
 
     def obstacle(self) -> str | None:
         """Why it cannot run here, and what to do; None if it can."""
-        missing = [package for package in self.needs if importlib.util.find_spec(package) is None]
-        if missing:
-            return f'{" and ".join(missing)} not installed: pip install "qvit[bench]"'
-        if self.compiler and shutil.which(cxx()) is None:
+        if lacking := missing(*self.needs):
+            return f'{" and ".join(lacking)} not installed: pip install "qvit[bench]"'
+        if self.compiler and not has_compiler():
             return f"torch.compile needs a C++ compiler, and there is no {cxx()}: install one, or name it in CXX"
         return None
 
@@ -129,11 +126,6 @@ def peer(
         return prepare
 
     return register
-
-
-def cxx() -> str:
-    """The C++ compiler that torch.compile calls."""
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 @contextlib.contextmanager

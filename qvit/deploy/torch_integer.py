@@ -23,7 +23,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qvit.deploy.integer import Arithmetic, Grid, Operand
+from qvit.deploy.arithmetic import Arithmetic, Grid, Operand
 
 EXACT_BELOW = 2**24
 UNITS = {"int8": torch.int8, "float32": torch.float32, "float64": torch.float64}
@@ -35,8 +35,6 @@ class TorchArithmetic(Arithmetic):
     Args:
         int8: Whether linear layers use `torch._int_mm`; None: where the processor has 8-bit dot products.
     """
-
-    name = "torch"
 
     def __init__(self, int8: bool | None = None) -> None:
         self.int8 = has_int8_dot_products() if int8 is None else int8
