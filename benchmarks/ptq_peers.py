@@ -24,6 +24,7 @@ import ptq as ours
 import torch
 from torch import Tensor, nn
 
+from qvit.deploy.packages import openvino_core
 from qvit.methods.ptq import post_training_quantize
 from qvit.training.data import calibration_batches, data_config_of, eval_loader, open_source
 from qvit.training.models import create_model
@@ -50,7 +51,7 @@ def nncf_int8(model: nn.Module, images: list[Tensor], _: Path) -> Answer:
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(singles),
     )
-    compiled = openvino.compile_model(quantized, "CPU")
+    compiled = openvino_core().compile_model(quantized, "CPU")
     return lambda batch: torch.from_numpy(compiled(batch.numpy())[0])
 
 

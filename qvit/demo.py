@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qvit.deploy.summary import describe
 from qvit.errors import UsageError
 from qvit.files import write_json
 from qvit.jobs import Job, run_jobs
@@ -110,9 +111,12 @@ def run_demo(
     listed = jobs(folder, list(range(seeds)), short=short)
     ran = run_jobs(folder / "runs", listed, workers=workers, overwrite=overwrite, console=console)
     results = summarize(folder, listed)
-    console.print("packing every model, and running it on integers", highlight=False)
-    results["packed"] = pack(folder, listed)
-    results["seconds"] = round(time.perf_counter() - started, 1) if ran else _previous_seconds(folder)
+    before = {} if ran else _previous(folder)
+    results["packed"] = before.get("packed") or []
+    if not results["packed"] or not all((folder / row["file"]).is_file() for row in results["packed"]):
+        console.print("packing every model, and running it on integers", highlight=False)
+        results["packed"] = pack(folder, listed)
+    results["seconds"] = round(time.perf_counter() - started, 1) if ran else before.get("seconds")
     write_json(folder / RESULTS, results)
     from qvit.report import load_runs, write_page
 
@@ -173,7 +177,7 @@ def pack(folder: Path, listed: list[Job]) -> list[dict[str, Any]]:
                 "seed": job.config.seed,
                 "file_bytes": file.stat().st_size,
                 "float_bytes": of_float,
-                "weight_bytes": sum(part.numel() for part in artifact.packed().values()),
+                "weight_bytes": describe(artifact, file.stat().st_size)["payload_bytes"],
                 **compare_packed(file, test),
             }
         )
@@ -216,11 +220,12 @@ def verdict(results: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def _previous_seconds(folder: Path) -> float | None:
+def _previous(folder: Path) -> dict[str, Any]:
+    """What a complete demo has written already."""
     try:
-        return json.loads((folder / RESULTS).read_text(encoding="utf-8")).get("seconds")
-    except (OSError, json.JSONDecodeError):
-        return None
+        return dict(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def _final_loss(runs: list[Path]) -> float | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,27 @@ def test_what_is_simulated_is_said() -> None:
     assert engine.arithmetic == "12 of 14 products in integers, 2 simulated (2: a logarithmic grid)"
     with torch.no_grad():
         torch.testing.assert_close(engine(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+SIGNAL_AFTER_OPENVINO = """
+import gc, signal, subprocess, numpy
+from qvit.deploy.packages import openvino_core
+signal.signal(signal.SIGCHLD, lambda *_: None)
+from qvit.deploy.engines import openvino_int8_is_exact
+import openvino
+from openvino import opset15 as ops
+x = ops.parameter([1, 4], numpy.float32)
+first, second = (openvino_core().compile_model(openvino.Model([ops.relu(x)], [x]), "CPU") for _ in range(2))
+openvino_int8_is_exact()
+del first; gc.collect()
+del second; gc.collect()
+subprocess.run(["true"], check=True)
+print("alive")
+"""
+
+
+def test_a_signal_finds_the_process_alive_when_openvino_s_models_are_gone() -> None:
+    """Several `openvino.Core` leave a freed signal stack behind: with a handler, the next child that ends kills."""
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", SIGNAL_AFTER_OPENVINO], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "alive\n", done.stderr

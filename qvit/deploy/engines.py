@@ -36,7 +36,7 @@ from qvit.deploy.onnx import (
     metadata_of,
     openvino_model,
 )
-from qvit.deploy.packages import has_compiler, missing
+from qvit.deploy.packages import has_compiler, missing, openvino_core
 from qvit.deploy.torch_integer import TorchArithmetic
 from qvit.errors import UsageError, nearest
 
@@ -138,11 +138,9 @@ class OpenVinoEngine:
         return torch.from_numpy(self._requests[len(images)].infer([images.float().cpu().numpy()])[0].copy())
 
     def _compiled(self, batch: int) -> Any:
-        import openvino
-
         model = self.model.clone()
         model.reshape([batch, *image_size(self.artifact)])
-        return openvino.compile_model(model, "CPU", self.settings).create_infer_request()
+        return openvino_core().compile_model(model, "CPU", self.settings).create_infer_request()
 
 
 ENGINES: dict[str, tuple[Callable[..., Engine], tuple[str, ...]]] = {
@@ -217,6 +215,6 @@ def openvino_int8_is_exact() -> bool:
     weight = ops.multiply(ops.convert(ops.constant(np.full((length, outputs), 127, np.int8)), "f32"), np.float32(0.5))
     product = ops.matmul(codes, weight, False, False)
     model: Any = openvino.Model
-    compiled = openvino.compile_model(model([product], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(model([product], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = compiled([np.full((16, length), 127, np.float32)])[0]
     return bool((np.asarray(found) == length * 127 * 127 / 2).all())

@@ -17,7 +17,7 @@ from torch import Tensor
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.engines import ReferenceEngine, openvino_int8_is_exact
 from qvit.deploy.onnx import export_onnx, export_openvino, image_size
-from qvit.deploy.packages import missing
+from qvit.deploy.packages import missing, openvino_core
 from qvit.errors import UsageError, nearest
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
@@ -101,9 +101,7 @@ def exported_runner(path: Path, to: str) -> Callable[[Tensor], Tensor]:
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
         return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-    import openvino
-
-    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0].copy())
 
 

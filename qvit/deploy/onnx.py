@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from qvit.deploy.arithmetic import Arithmetic, Grid, Operand
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.integer import IntegerLinear, arithmetic_in_words, integer_form
-from qvit.deploy.packages import require
+from qvit.deploy.packages import openvino_core, require
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
 from qvit.quantizers import quantizers_of
@@ -357,6 +357,4 @@ def image_size(artifact: Artifact) -> tuple[int, int, int]:
 
 def openvino_model(graph: Any) -> Any:
     """A graph as an `openvino.Model`."""
-    import openvino
-
-    return openvino.Core().read_model(io.BytesIO(graph.SerializeToString()))
+    return openvino_core().read_model(io.BytesIO(graph.SerializeToString()))

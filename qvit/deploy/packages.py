@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import os
 import shutil
-import sys
+from typing import Any
 
 from qvit.errors import UsageError
+from qvit.kernels.cpu import cxx
 
 
 def missing(*packages: str) -> list[str]:
@@ -22,11 +23,19 @@ def require(*packages: str) -> None:
         raise UsageError(f'this needs {", ".join(found)}: pip install "qvit[{extras}]"')
 
 
-def cxx() -> str:
-    """The C++ compiler that torch.compile calls."""
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-
-
 def has_compiler() -> bool:
     """Whether that compiler is there."""
     return shutil.which(cxx()) is not None
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """The one `openvino.Core` of this process.
+
+    Each of them replaces the stack on which the process handles signals, and puts the previous one back when it goes:
+    where two went in the order in which they came, that is a stack already freed, and the next signal (the end of a
+    child process, say) kills the process.
+    """
+    import openvino
+
+    return openvino.Core()

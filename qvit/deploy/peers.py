@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.deploy.packages import cxx, has_compiler, missing
+from qvit.deploy.packages import cxx, has_compiler, missing, openvino_core
 from qvit.errors import QvitError
 
 Runner = Callable[[Tensor], Tensor]
@@ -302,7 +302,6 @@ def openvino_int8(material: Material) -> Prepared:
     What is not quantized is computed in what OpenVINO chooses for this CPU: bf16 on those with AMX, fp32 on others.
     """
     import nncf
-    import openvino
 
     singles = [image.numpy() for image in material.singles()]
     quantized = nncf.quantize(
@@ -312,7 +311,7 @@ def openvino_int8(material: Material) -> Prepared:
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(singles),
     )
-    rest = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    rest = openvino_core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
     size = _saved_bytes(quantized, material.folder / "openvino-int8.xml")
     arithmetic = f"int8 where NNCF put it, the rest in {rest}"
     return Prepared(lambda batch: _request(quantized, material, batch, {}), arithmetic, size)
@@ -335,12 +334,10 @@ def _saved_bytes(model: Any, file: Path) -> int:
 
 
 def _request(model: Any, material: Material, batch: int, more: dict[str, Any]) -> Runner:
-    import openvino
-
     fixed = model.clone()
     fixed.reshape([batch, *material.example.shape[1:]])
     properties = {"INFERENCE_NUM_THREADS": material.threads, "NUM_STREAMS": 1, "PERFORMANCE_HINT": "LATENCY", **more}
-    compiled = openvino.compile_model(fixed, "CPU", properties)
+    compiled = openvino_core().compile_model(fixed, "CPU", properties)
     if compiled.get_property("INFERENCE_NUM_THREADS") != material.threads:
         raise QvitError(f"OpenVINO does not take {material.threads} threads here")
     request = compiled.create_infer_request()

@@ -1,0 +1,270 @@
+// Quantization in one pass over memory, for `qvit/kernels/cpu.py`, which compiles this file on first use.
+//
+// The arithmetic is that of `functional.py`, in the same order and without contraction, so values are equal bit for bit:
+//
+//     u = (x - offset) / scale      c = min(max(u, low), high)      q = round(c)      x^ = q*scale + offset
+//
+// A tensor comes as four sizes with strides; the last stride is 1. Scales, offsets and limits come as flat arrays with
+// one entry per group, and the four strides with which the group of an element is found. Where a group is constant over
+// the last two sizes (per tensor, per head), they form a tile that one accumulator serves; else (per channel) sums are
+// kept for each entry. Sums run over blocks in float, from block to block in double, and are added up in the order of
+// the threads: the same numbers on every run with as many threads.
+//
+// Float and bfloat16 are read and written; arithmetic is in float. No header of PyTorch is needed.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int64_t BLOCK = 16384;    // elements that one float accumulator may sum up
+constexpr int64_t SERIAL = 32768;   // below this, threads cost more than they bring
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
+
+struct BFloat16 { uint16_t bits; };
+
+inline Vec to_float(Vec v) { return v; }
+inline Vec to_float(Halves v) { return (Vec)(__builtin_convertvector(v, Bits) << 16); }
+
+inline void from_float(Vec v, Vec& out) { out = v; }
+inline void from_float(Vec v, Halves& out) {
+    const Bits bits = (Bits)v;
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits nan = (Bits)(v != v);
+    out = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
+}
+inline void from_float(Vec v, Bytes& out) { out = __builtin_convertvector(__builtin_convertvector(v, Ints), Bytes); }
+
+template <class T> struct Packed;
+template <> struct Packed<float> { typedef Vec type; };
+template <> struct Packed<BFloat16> { typedef Halves type; };
+template <> struct Packed<int8_t> { typedef Bytes type; };
+
+// The first `count` of LANES elements; the rest is zero.
+template <class T> inline Vec load(const T* from, int64_t count) {
+    typename Packed<T>::type raw = {};
+    if (count >= LANES) std::memcpy(&raw, from, sizeof raw);
+    else std::memcpy(&raw, from, count * sizeof(T));
+    return to_float(raw);
+}
+template <class T> inline void store(T* to, Vec values, int64_t count) {
+    typename Packed<T>::type raw;
+    from_float(values, raw);
+    if (count >= LANES) std::memcpy(to, &raw, sizeof raw);
+    else std::memcpy(to, &raw, count * sizeof(T));
+}
+
+// Half to even, exact for |c| < 2^22; NaN stays NaN.
+inline Vec round_even(Vec c) {
+    const float magic = 12582912.0f;
+    return (c + magic) - magic;
+}
+inline Vec clamp(Vec u, Vec low, Vec high) {
+    Vec c = low > u ? low : u;
+    return high < c ? high : c;
+}
+inline Vec splat(float value) { return Vec{} + value; }
+inline float total(Vec v) {
+    float sum = 0;
+    for (int i = 0; i < LANES; ++i) sum += v[i];
+    return sum;
+}
+
+struct Shape {
+    int64_t size[4], x[4], group[4], out[4];
+    bool tiled() const { return group[2] == 0 && group[3] == 0; }
+    int64_t elements() const { return size[0] * size[1] * size[2] * size[3]; }
+};
+
+struct Grids {
+    const float *scale, *offset, *low, *high;  // offset may be null
+};
+
+// Where a piece of work begins, and how large it is: rows × columns elements that share the first two indices.
+struct Piece { int64_t x, group, out, rows, columns; };
+
+// All work, cut into pieces of at most BLOCK elements (or one row's worth of columns where groups differ by row).
+struct Work {
+    const Shape& shape;
+    int64_t rows_per_piece, columns_per_piece, row_pieces, column_pieces, count;
+
+    explicit Work(const Shape& s) : shape(s) {
+        columns_per_piece = s.size[3] < BLOCK ? s.size[3] : BLOCK;
+        rows_per_piece = s.tiled() ? (columns_per_piece ? BLOCK / columns_per_piece : 1) : 1;
+        if (rows_per_piece > s.size[2]) rows_per_piece = s.size[2];
+        if (rows_per_piece < 1) rows_per_piece = 1;
+        row_pieces = (s.size[2] + rows_per_piece - 1) / rows_per_piece;
+        column_pieces = columns_per_piece ? (s.size[3] + columns_per_piece - 1) / columns_per_piece : 0;
+        count = s.size[0] * s.size[1] * row_pieces * column_pieces;
+    }
+    Piece piece(int64_t index) const {
+        const int64_t column = index % column_pieces * columns_per_piece;
+        index /= column_pieces;
+        const int64_t row = index % row_pieces * rows_per_piece;
+        index /= row_pieces;
+        const int64_t b = index % shape.size[1], a = index / shape.size[1];
+        const auto at = [&](const int64_t* s) { return a * s[0] + b * s[1] + row * s[2] + column * s[3]; };
+        const int64_t rows = shape.size[2] - row, columns = shape.size[3] - column;
+        return {at(shape.x), at(shape.group), at(shape.out),
+                rows < rows_per_piece ? rows : rows_per_piece,
+                columns < columns_per_piece ? columns : columns_per_piece};
+    }
+};
+
+template <class Do> void for_all(const Work& work, int threads, Do&& act) {
+    if (work.shape.elements() < SERIAL) threads = 1;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int thread = 0; thread < threads; ++thread) {
+        const int64_t end = work.count * (thread + 1) / threads;
+        for (int64_t i = work.count * thread / threads; i < end; ++i) act(work.piece(i), thread);
+    }
+}
+
+// The grid of LANES elements: the same for all, or entry by entry.
+struct Lanes {
+    Vec scale, offset, low, high;
+    bool shifted;
+    Lanes(const Grids& g, int64_t at) :
+        scale(splat(g.scale[at])), offset(splat(g.offset ? g.offset[at] : 0.0f)),
+        low(splat(g.low[at])), high(splat(g.high[at])), shifted(g.offset != nullptr) {}
+    Lanes(const Grids& g, int64_t at, int64_t count) :
+        scale(load(g.scale + at, count)), offset(g.offset ? load(g.offset + at, count) : Vec{}),
+        low(load(g.low + at, count)), high(load(g.high + at, count)), shifted(g.offset != nullptr) {}
+    Vec steps(Vec x) const { return (shifted ? x - offset : x) / scale; }
+    Vec value(Vec q) const { return shifted ? q * scale + offset : q * scale; }
+};
+
+template <bool CODES, class X, class O>
+void forward(const X* x, O* out, const Grids& grids, const Shape& shape, float zero, int threads) {
+    const bool tiled = shape.group[3] == 0;
+    for_all(Work(shape), threads, [&](const Piece& p, int) {
+        const Lanes shared(grids, p.group);
+        for (int64_t r = 0; r < p.rows; ++r) {
+            const X* from = x + p.x + r * shape.x[2];
+            O* to = out + p.out + r * shape.out[2];
+            for (int64_t i = 0; i < p.columns; i += LANES) {
+                const int64_t n = p.columns - i;
+                const Lanes own = tiled ? shared : Lanes(grids, p.group + i, n);
+                const Vec q = round_even(clamp(own.steps(load(from + i, n)), own.low, own.high));
+                store(to + i, CODES ? q - zero : own.value(q), n);
+            }
+        }
+    });
+}
+
+// grad_x, and for each group: sum g*(q - c), sum g'*c, sum g', with g' = g where u != c.
+template <class X, class G>
+void backward(const G* grad, const X* x, X* grad_x, double* sums, const Grids& grids, const Shape& shape,
+              const int64_t* grad_strides, int64_t groups, int threads) {
+    if (shape.elements() < SERIAL) threads = 1;
+    std::vector<double> partial(threads * 3 * groups, 0.0);
+    const bool tiled = shape.group[3] == 0;
+    // Offsets of the gradient's elements are found by a second list of pieces, cut alike.
+    Shape other = shape;
+    std::memcpy(other.x, grad_strides, sizeof other.x);
+    const Work work(shape), of_grad(other);
+    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int thread = 0; thread < threads; ++thread) {
+        double* own_sums = partial.data() + thread * 3 * groups;
+        const int64_t end = work.count * (thread + 1) / threads;
+        for (int64_t k = work.count * thread / threads; k < end; ++k) {
+            const Piece p = work.piece(k);
+            const int64_t g_at = of_grad.piece(k).x;
+            const Lanes shared(grids, p.group);
+            Vec rounding = {}, clipped = {}, outside = {};
+            for (int64_t r = 0; r < p.rows; ++r) {
+                const X* from = x + p.x + r * shape.x[2];
+                const G* g_from = grad + g_at + r * grad_strides[2];
+                X* to = grad_x + p.out + r * shape.out[2];
+                for (int64_t i = 0; i < p.columns; i += LANES) {
+                    const int64_t n = p.columns - i;
+                    const Lanes own = tiled ? shared : Lanes(grids, p.group + i, n);
+                    const Vec g = load(g_from + i, n), u = own.steps(load(from + i, n));
+                    const Vec c = clamp(u, own.low, own.high), cut = u != c ? g : Vec{};
+                    store(to + i, g - cut, n);
+                    const Vec first = (round_even(c) - c) * g, second = cut * c;
+                    if (tiled) {
+                        // Lanes beyond the end have no gradient, but 0/scale may be NaN for a scale that is.
+                        rounding += first; clipped += second; outside += cut;
+                    } else {
+                        for (int64_t j = 0; j < (n < LANES ? n : LANES); ++j) {
+                            double* to_sum = own_sums + 3 * (p.group + i + j);
+                            to_sum[0] += first[j]; to_sum[1] += second[j]; to_sum[2] += cut[j];
+                        }
+                    }
+                }
+            }
+            if (tiled) {
+                double* to_sum = own_sums + 3 * p.group;
+                to_sum[0] += total(rounding); to_sum[1] += total(clipped); to_sum[2] += total(outside);
+            }
+        }
+    }
+    for (int64_t i = 0; i < 3 * groups; ++i) {
+        double sum = 0;
+        for (int thread = 0; thread < threads; ++thread) sum += partial[thread * 3 * groups + i];
+        sums[i] = sum;
+    }
+}
+
+}  // namespace
+
+// Element types: 0 float, 1 bfloat16; of an output also 2, integers less `zero`.
+extern "C" {
+
+int qvit_forward(const void* x, int x_type, void* out, int out_type, const float* scale, const float* offset,
+                 const float* low, const float* high, const int64_t* shape_numbers, float zero, int threads) {
+    Shape shape;
+    std::memcpy(&shape, shape_numbers, sizeof shape);
+    const Grids grids{scale, offset, low, high};
+    const auto of = [&](const auto* from) {
+        if (out_type == 0) forward<false>(from, (float*)out, grids, shape, 0, threads);
+        else if (out_type == 1) forward<false>(from, (BFloat16*)out, grids, shape, 0, threads);
+        else forward<true>(from, (int8_t*)out, grids, shape, zero, threads);
+    };
+    if (x_type == 0) of((const float*)x);
+    else of((const BFloat16*)x);
+    return 0;
+}
+
+int qvit_backward(const void* grad, int grad_type, const void* x, int x_type, void* grad_x, double* sums,
+                  const float* scale, const float* offset, const float* low, const float* high,
+                  const int64_t* shape_numbers, const int64_t* grad_strides, int64_t groups, int threads) {
+    Shape shape;
+    std::memcpy(&shape, shape_numbers, sizeof shape);
+    const Grids grids{scale, offset, low, high};
+    const auto of = [&](const auto* from, auto* to) {
+        if (grad_type == 0) backward((const float*)grad, from, to, sums, grids, shape, grad_strides, groups, threads);
+        else backward((const BFloat16*)grad, from, to, sums, grids, shape, grad_strides, groups, threads);
+    };
+    if (x_type == 0) of((const float*)x, (float*)grad_x);
+    else of((const BFloat16*)x, (BFloat16*)grad_x);
+    return 0;
+}
+
+// out[i, j] = sums[i, j]*factor[j] + bias[j]
+int qvit_scale_sums(const int32_t* sums, void* out, int out_type, const float* factor, const float* bias, int64_t rows,
+                    int64_t columns, int threads) {
+    if (rows * columns < SERIAL) threads = 1;
+    #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < columns; i += LANES) {
+            const int64_t n = columns - i;
+            Ints raw = {};
+            std::memcpy(&raw, sums + r * columns + i, (n < LANES ? n : LANES) * sizeof(int32_t));
+            const Vec value = __builtin_convertvector(raw, Vec) * load(factor + i, n) + load(bias + i, n);
+            if (out_type == 0) store((float*)out + r * columns + i, value, n);
+            else store((BFloat16*)out + r * columns + i, value, n);
+        }
+    }
+    return 0;
+}
+
+}  // extern "C"

@@ -1,0 +1,215 @@
+"""`cpu.cpp`, compiled on first use for this very processor, and its calls.
+
+The library has no dependency but the C++ compiler that torch.compile needs, too: a second of work, kept in the user's
+cache (`$XDG_CACHE_HOME/qvit`) by the hash of source, compiler and processor. Where there is no compiler, or
+`QVIT_KERNELS=0` is set, `available` is false and the plain formulas of `functional.py` run.
+
+Tensors are described by four sizes and strides; neighbouring axes that lie together in every tensor become one. What
+cannot be described so is copied into order first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+#: Tried in this order: threads need OpenMP, and not every compiler knows every processor by `native`.
+CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_DIMS = 4
+
+
+def cxx() -> str:
+    """The C++ compiler that torch.compile calls."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+def available() -> bool:
+    """Whether the kernels can run here; the first call compiles them."""
+    return os.environ.get("QVIT_KERNELS") != "0" and _library() is not None
+
+
+def handles(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take these tensors: on the CPU, in float32 or bfloat16."""
+    return available() and all(
+        tensor is None or (tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16))
+        for tensor in tensors
+    )
+
+
+def forward(x: Tensor, grid: tuple[Tensor | None, ...], dtype: torch.dtype, zero: int = 0) -> Tensor:
+    """x̂ in the dtype float32 or bfloat16, or codes less `zero` in int8; contiguous.
+
+    Args:
+        x: float32 or bfloat16.
+        grid: (scale, offset, quant_min, quant_max) in float32, broadcasting against `x`; offset None for zero.
+        dtype: Of the result.
+        zero: What is subtracted from codes.
+    """
+    pointers, kept, groups = _flat(grid)
+    x, numbers, _ = _in_order(x, groups)
+    out = torch.empty(x.shape, dtype=dtype)
+    _call("qvit_forward", x.data_ptr(), _TYPES[x.dtype], out.data_ptr(), _TYPES[dtype], *pointers, numbers,
+          ctypes.c_float(zero), torch.get_num_threads())  # fmt: skip
+    del kept
+    return out
+
+
+def backward(grad: Tensor, x: Tensor, grid: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    """The gradient of `x`, contiguous, and (3, groups) sums: see `fake_quantize.py`. Arguments as for `forward`."""
+    pointers, kept, groups = _flat(grid)
+    x, numbers, strides = _in_order(x, groups, grad)
+    if strides is None:
+        grad = grad.contiguous()
+        x, numbers, strides = _in_order(x.contiguous(), groups, grad)
+    count = _numel(groups)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    sums = torch.empty(count, 3, dtype=torch.float64)
+    _call("qvit_backward", grad.data_ptr(), _TYPES[grad.dtype], x.data_ptr(), _TYPES[x.dtype], out.data_ptr(),
+          sums.data_ptr(), *pointers, numbers, strides, ctypes.c_int64(count), torch.get_num_threads())  # fmt: skip
+    del kept
+    shape = (1,) * (x.dim() - len(groups)) + groups
+    return out, sums.t().float().reshape(3, *shape)
+
+
+def scale_sums(sums: Tensor, factor: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """sums·factor + bias in `dtype`, for int32 sums (rows, columns) and float32 vectors (columns)."""
+    out = torch.empty(sums.shape, dtype=dtype)
+    sums, factor, bias = sums.contiguous(), factor.contiguous(), bias.contiguous()
+    rows, columns = sums.shape
+    _call("qvit_scale_sums", sums.data_ptr(), out.data_ptr(), _TYPES[dtype], factor.data_ptr(), bias.data_ptr(),
+          ctypes.c_int64(rows), ctypes.c_int64(columns), torch.get_num_threads())  # fmt: skip
+    return out
+
+
+def _call(name: str, *arguments: object) -> None:
+    wrapped = (ctypes.c_void_p(value) if type(value) is int and value > 2**31 else value for value in arguments)
+    getattr(_library(), name)(*wrapped)
+
+
+def _flat(grid: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[Tensor], tuple[int, ...]]:
+    """Pointers to the numbers of every group, the tensors that hold them, and the shape of the groups."""
+    groups = tuple(torch.broadcast_shapes(*(part.shape for part in grid if part is not None)))
+    kept = [None if part is None else part.expand(groups).contiguous().float() for part in grid]
+    return [None if part is None else part.data_ptr() for part in kept], [p for p in kept if p is not None], groups
+
+
+def _in_order(x: Tensor, groups: tuple[int, ...], grad: Tensor | None = None):  # type: ignore[no-untyped-def]
+    """`x` (a copy where its strides are too many), the numbers of `Shape` in cpu.cpp, and the strides of `grad`."""
+    strides = (x.stride(),) if grad is None else (x.stride(), grad.stride())
+    found = _shape_numbers(tuple(x.shape), strides, groups)
+    if found is None and grad is not None:
+        return x, None, None
+    if found is None:
+        x = x.contiguous()
+        found = _shape_numbers(tuple(x.shape), (x.stride(),), groups)
+    assert found is not None, "a contiguous tensor of more than four separate axes"
+    return x, *found
+
+
+@functools.lru_cache(maxsize=4096)
+def _shape_numbers(
+    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], groups: tuple[int, ...]
+) -> tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_int64] | None] | None:
+    """Sizes and strides of x, groups and output in four axes; None where four do not do, or the last one has gaps."""
+    group_strides, step = [], 1
+    for count in (*reversed(groups), *(1,) * (len(shape) - len(groups))):
+        group_strides.append(step if count > 1 else 0)
+        step *= count if count > 1 else 1
+    out_strides, step = [], 1
+    for size in reversed(shape):
+        out_strides.append(step)
+        step *= size
+    table = [tuple(reversed(group_strides)), tuple(reversed(out_strides)), *strides]
+    axes: list[list[int]] = []  # size, group, out, x[, grad]; the innermost first
+    for axis in reversed(range(len(shape))):
+        own = [shape[axis], *(row[axis] for row in table)]
+        if own[0] == 1:
+            continue
+        if axes and all(own[i] == axes[-1][i] * axes[-1][0] for i in range(1, len(own))):
+            axes[-1][0] *= own[0]
+        else:
+            axes.append(own)
+    if not axes:
+        axes.append([1, 0, 1, *(1 for _ in strides)])
+    if len(axes) > _DIMS or any(stride != 1 for stride in axes[0][2:]):
+        return None
+    axes += [[1, *(0 for _ in table)]] * (_DIMS - len(axes))
+    columns = list(zip(*reversed(axes), strict=True))
+    size, group, out, x, *rest = columns
+    numbers = (ctypes.c_int64 * (4 * _DIMS))(*size, *x, *group, *out)
+    return numbers, (ctypes.c_int64 * _DIMS)(*rest[0]) if rest else None
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+@functools.lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels; None, and one line in the log, where they cannot be made."""
+    try:
+        source = SOURCE.read_bytes()
+        about = f"{source!r} {FLAGS} {CHOICES} {cxx()} {platform.machine()} {_processor()}"
+        path = _folder() / f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:20]}.so"
+        if not path.is_file():
+            _compile(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("no compiled kernels, so quantization is slower: %s", error)
+        return None
+
+
+def _compile(path: Path) -> None:
+    """Writes the library to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for choice in CHOICES:
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
+            made = Path(file.name)
+        try:
+            done = subprocess.run(
+                [cxx(), *FLAGS, *choice, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=120
+            )
+            if done.returncode == 0:
+                ctypes.CDLL(str(made))
+                os.replace(made, path)
+                return
+        except OSError as error:
+            reason = str(error)
+        else:
+            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
+        finally:
+            made.unlink(missing_ok=True)
+    raise OSError(f"{cxx()} cannot compile {SOURCE.name}: {reason}")
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvit"
+
+
+def _processor() -> str:
+    """What `-march=native` depends on, as far as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor()
+    lines = (line for line in text.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part")))
+    return " ".join(sorted(set(lines)))
