@@ -1,16 +1,18 @@
-"""What quantization-aware training costs: time and peak memory of a training step over the float step.
+r"""What quantization-aware training costs: time and peak memory of a training step over the float step.
 
-Same model, batch and precision, in one run. Time: the steps of all methods are interleaved, so that a busy machine
-slows all of them; the ratio is that of the medians. Memory: one process per method measures the growth of its resident
-set from before the model is made to the peak of three steps (on CUDA: the peak that the allocator reports).
+Same model, batch, precision and mode (eager or compiled), in one run. Time: the steps of all methods are interleaved,
+so that a busy machine slows all of them; the ratio is that of the medians. Memory: one process per row measures the
+growth of its resident set from before the model is made to the peak of three steps (on CUDA: the peak that the
+allocator reports). Rows called `method, integers` compute the outputs of linear layers from integers. The row `plain`
+is lsq+ without the fused operators: the formulas of `functional.py`, differentiated by hand.
 
-    python benchmarks/train_step.py                               DeiT-T, batch 16, 224 px, fp32, eager
-    python benchmarks/train_step.py --model vit_digits --batch 100 --json
+    python benchmarks/train_step.py                        DeiT-T, batch 16, 224 px; every method, mode, precision
+    python benchmarks/train_step.py --modes eager --precisions fp32 --methods lsq+ qvit --json
 
-On a CUDA GPU, once for each of DeiT-T and DeiT-S in fp32 and bf16, into a file of its own:
+On a CUDA GPU, once for each of DeiT-T and DeiT-S, into a file of its own:
 
-    python benchmarks/train_step.py --device cuda --model deit_small_patch16_224 --batch 128 --precision bf16
-    ... --out benchmarks/results/train_step_cuda_deit_small_bf16.json
+    python benchmarks/train_step.py --device cuda --model deit_small_patch16_224 --batch 128 \
+        --out benchmarks/results/train_step_cuda_deit_small.json
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -33,26 +34,33 @@ import torch
 
 from qvit.calibration import calibrate
 from qvit.convert import quantize
+from qvit.deploy.hardware import cpu_instructions, hardware
 from qvit.families import inspect_model
+from qvit.kernels.cpu import has_int8_dot_products
 from qvit.methods import create_method
 from qvit.training.config import TrainConfig
 from qvit.training.data import data_config_of
+from qvit.training.loop import run_on_integers
 from qvit.training.models import create_model
 from qvit.training.optimizer import create_optimizer
 from qvit.version import __version__
 
-METHODS = ("float", "lsq+", "qvit")
+FLOAT, INTEGERS, PLAIN = "float", ", integers", "plain"
+METHODS = ("lsq", "lsq+", "qvit", "vvtq", "qvit+vvtq", "ofq", "irm")
+ON_INTEGERS = ("lsq+", "qvit")
 
 
-def make_step(method_name: str, options: argparse.Namespace) -> Callable[[], None]:
+def make_step(row: str, mode: str, precision: str, options: argparse.Namespace) -> Callable[[], None]:
     """One whole training step - forward, loss, penalty, backward, optimizer - as a function without arguments."""
     torch.manual_seed(0)
+    torch._dynamo.reset()
     device = options.device
+    method_name = "lsq+" if row == PLAIN else row.removesuffix(INTEGERS)
     model = create_model(options.model).to(device)
     shape = data_config_of(model)["input_size"]
     images = torch.randn(options.batch, *shape, device=device)
     targets = torch.randint(model.num_classes, (options.batch,), device=device)  # type: ignore[arg-type]
-    budget = None if method_name == "float" else "4bit"
+    budget = None if method_name == FLOAT else "4bit"
     config = TrainConfig.create(model=options.model, method=method_name, budget=budget)
     method = create_method(config)
     cost = inspect_model(model)
@@ -60,13 +68,15 @@ def make_step(method_name: str, options: argparse.Namespace) -> Callable[[], Non
     if plan is not None:
         model = calibrate(quantize(model, plan, in_place=True), [images[:4]])
         method.attach(model, cost, 100)
+        if row.endswith(INTEGERS):
+            run_on_integers(model, config)
     model.train()
     optimizer = create_optimizer(model, opt="adamw", lr=1e-4, weight_decay=0.05, width_lr=1e-3)
-    compiled = torch.compile(model) if options.mode == "compiled" else model
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    compiled = torch.compile(model) if mode == "compiled" else model
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def step() -> None:
-        with torch.autocast(torch.device(device).type, dtype=dtype, enabled=options.precision == "bf16"):
+        with torch.autocast(torch.device(device).type, dtype=dtype, enabled=precision == "bf16"):
             loss = torch.nn.functional.cross_entropy(compiled(images).float(), targets)
         penalty = method.penalty()
         (loss if penalty is None else loss + penalty.float()).backward()
@@ -75,13 +85,30 @@ def make_step(method_name: str, options: argparse.Namespace) -> Callable[[], Non
         if device.startswith("cuda"):
             torch.cuda.synchronize()
 
-    return step
+    def plain_step() -> None:
+        """Environment variables are read at each use of the kernels."""
+        os.environ["QVIT_KERNELS"] = "0"
+        try:
+            step()
+        finally:
+            del os.environ["QVIT_KERNELS"]
+
+    return plain_step if row == PLAIN else step
 
 
-def measure_times(options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds per step and method, steps interleaved."""
-    steps = {name: make_step(name, options) for name in METHODS}
-    times: dict[str, list[float]] = {name: [] for name in METHODS}
+def rows_of(mode: str, options: argparse.Namespace) -> list[str]:
+    """What is measured in a mode: a compiled model has neither fused operators nor integers."""
+    rows = [FLOAT, *options.methods]
+    if mode == "eager" and options.device == "cpu":
+        rows += [PLAIN] if "lsq+" in options.methods else []
+        rows += [name + INTEGERS for name in ON_INTEGERS if name in options.methods and has_int8_dot_products()]
+    return rows
+
+
+def measure_times(mode: str, precision: str, options: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds per step of each row, steps interleaved."""
+    steps = {row: make_step(row, mode, precision, options) for row in rows_of(mode, options)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(options.rounds + 2):
         for name, step in steps.items():
             start = time.perf_counter()
@@ -91,18 +118,18 @@ def measure_times(options: argparse.Namespace) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure_memory(name: str, options: argparse.Namespace) -> float:
-    """Mebibytes that a method's training adds to a process at its peak; runs in a process of its own."""
+def measure_memory(row: str, mode: str, precision: str, options: argparse.Namespace) -> float:
+    """Mebibytes that a row's training adds to a process at its peak; runs in a process of its own."""
     if options.device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-        step = make_step(name, options)
+        step = make_step(row, mode, precision, options)
         for _ in range(3):
             step()
         return torch.cuda.max_memory_allocated() / 2**20
     warm = torch.randn(64, 64, requires_grad=True)
     (warm @ warm).sum().backward()
     before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    step = make_step(name, options)
+    step = make_step(row, mode, precision, options)
     for _ in range(3):
         step()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
@@ -112,57 +139,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="deit_tiny_patch16_224")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--mode", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
     parser.add_argument("--json", action="store_true", help="print the result instead of a table")
-    parser.add_argument("--memory-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory_of:
-        sys.stdout.write(f"{measure_memory(options.memory_of, options)}\n")
+        sys.stdout.write(f"{measure_memory(*options.memory_of, options)}\n")
         return
     arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
-    memory = {}
-    for name in METHODS:
-        command = [sys.executable, __file__, *arguments, "--memory-of", name]
-        memory[name] = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
-    times = measure_times(options)
-    cpu = f"CPU, {options.threads} threads, {platform.machine()}"
+    rows = []
+    for mode in options.modes:
+        for precision in options.precisions:
+            memory = {}
+            for name in rows_of(mode, options):
+                command = [sys.executable, __file__, *arguments, "--memory-of", name, mode, precision]
+                memory[name] = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            times = measure_times(mode, precision, options)
+            for name in times:
+                row = {
+                    "method": name,
+                    "mode": mode,
+                    "precision": precision,
+                    "time_ratio": round(times[name] / times[FLOAT], 3),
+                    "memory_ratio": round(memory[name] / memory[FLOAT], 3),
+                    "milliseconds": round(times[name], 1),
+                    "images_per_second": round(1000 * options.batch / times[name], 1),
+                    "memory_mib": round(memory[name], 1),
+                }
+                rows.append(row)
+                sys.stderr.write(
+                    f"{mode:<8} {precision} {name:<16} {row['milliseconds']:9.1f} ms  x {row['time_ratio']:.2f}"
+                    f"   {row['memory_mib']:8.0f} MiB  x {row['memory_ratio']:.2f}\n"
+                )
     result = {
-        "command": "python benchmarks/train_step.py " + " ".join(arguments),
+        "command": " ".join(["python benchmarks/train_step.py", *arguments]),
         "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if options.device.startswith("cuda") else cpu,
+        "hardware": torch.cuda.get_device_name() if options.device.startswith("cuda") else hardware(),
+        "instructions": cpu_instructions(),
+        "threads": options.threads,
         "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "model": options.model,
         "batch": options.batch,
-        "rows": [
-            {
-                "method": name,
-                "mode": options.mode,
-                "precision": options.precision,
-                "time_ratio": round(times[name] / times["float"], 3),
-                "memory_ratio": round(memory[name] / memory["float"], 3),
-                "milliseconds": round(times[name], 1),
-                "images_per_second": round(1000 * options.batch / times[name], 1),
-                "memory_mib": round(memory[name], 1),
-            }
-            for name in METHODS
-        ],
+        "rows": rows,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     if options.json:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
-        return
-    for row in result["rows"]:
-        sys.stdout.write(
-            f"{row['method']:<6} {row['milliseconds']:9.1f} ms  × {row['time_ratio']:.2f}"
-            f"   {row['memory_mib']:8.0f} MiB  × {row['memory_ratio']:.2f}\n"
-        )
 
 
 if __name__ == "__main__":

@@ -16,14 +16,12 @@ so a bit-width feels the task only through clipped elements. LSQ multiplies the 
 1/sqrt(n·quant_max), n being the number of elements that share the scale.
 
 `fake_quantize` spells this out and lets autograd differentiate it, `switchable_fake_quantize` adds the choice of the
-scale by the width: the reference. `FakeQuantize` is the same with the derivatives above written by hand: it launches
-about a third of the operations. Every scale, offset and width broadcasts against `x`; arithmetic is at least float32,
-the result has the dtype of `x`.
+scale by the width: the reference of the fast forms in `kernels/`. Every scale, offset and width broadcasts against `x`;
+arithmetic is at least float32, the result has the dtype of `x`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -91,11 +89,11 @@ class _ClampInward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        return _inward(x, grads[0], ctx.low, ctx.high), None, None
+        return inward(x, grads[0], ctx.low, ctx.high), None, None
 
 
-def _inward(x: Tensor, grad: Tensor, low: float, high: float) -> Tensor:
-    """The gradient without what would push `x` further beyond a limit that it has reached."""
+def inward(x: Tensor, grad: Tensor, low: float, high: float) -> Tensor:
+    """`grad` without what would push `x` further beyond a limit that it has reached."""
     outward = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
     return grad.masked_fill(outward, 0.0)
 
@@ -126,7 +124,7 @@ def integer_range(bit_width: Tensor | int, signed: bool) -> tuple[Any, Any]:
     return (-levels // 2, levels // 2 - 1) if signed else (0, levels - 1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     """At least float32: half-precision types cannot hold the grid of 8 bits and a scale."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -140,8 +138,8 @@ def quantize(
 ) -> Int[Tensor, "..."]:
     """The integers q of `x`, int32, in [quant_min, quant_max]. Not differentiable."""
     quant_min, quant_max = integer_range(bit_width, signed)
-    wide = _wide(x) if offset is None else _wide(x) - offset
-    return torch.round(torch.clamp(wide / scale, quant_min, quant_max)).to(torch.int32)
+    shifted = wide(x) if offset is None else wide(x) - offset
+    return torch.round(torch.clamp(shifted / scale, quant_min, quant_max)).to(torch.int32)
 
 
 def dequantize(
@@ -177,8 +175,8 @@ def fake_quantize(
         factor = torch.rsqrt(elements_per_scale * quant_max.detach())
         scale = scale_gradient(scale.expand(torch.broadcast_shapes(scale.shape, factor.shape)), factor)
     scale = scale.clamp_min(SMALLEST_SCALE)
-    wide = _wide(x) if offset is None else _wide(x) - offset
-    u = wide / scale
+    shifted = wide(x) if offset is None else wide(x) - offset
+    u = shifted / scale
     clamped = torch.where(u > quant_max, quant_max, torch.where(u < quant_min, quant_min, u))
     rounded = round_ste(clamped)
     values = rounded * scale
@@ -199,7 +197,7 @@ def log_quantize(
         steps: Codes per factor of two.
     """
     quant_min, quant_max = integer_range(bit_width, signed=False)
-    u = torch.log2(_wide(x) / scale) * -steps
+    u = torch.log2(wide(x) / scale) * -steps
     return torch.round(torch.clamp(u, quant_min, quant_max)), u
 
 
@@ -231,7 +229,7 @@ class LogFakeQuantize(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         above, inside = ctx.saved_tensors
-        grad_scale = (_wide(grads[0]) * above).sum_to_size(ctx.scale_shape)
+        grad_scale = (wide(grads[0]) * above).sum_to_size(ctx.scale_shape)
         return grads[0] * inside, grad_scale, None, None
 
 
@@ -262,7 +260,9 @@ def switchable_fake_quantize(
     signed: bool,
     elements_per_scale: Tensor | int | None,
 ) -> Float[Tensor, "..."]:
-    """`fake_quantize` with the scale of the current width (Q-ViT section 3.3): the plain reference of `FakeQuantize`.
+    """`fake_quantize` with the scale of the current width (Q-ViT section 3.3).
+
+    The plain reference of `kernels.fake_quantize.FakeQuantize`.
 
     Args:
         x: What is quantized.
@@ -275,91 +275,3 @@ def switchable_fake_quantize(
     width = bit_width if limits is None else round_ste(clamp_inward(bit_width, *limits))
     offset = None if offsets is None else pick_column(offsets, width, candidates)
     return fake_quantize(x, pick_column(scales, width, candidates), width, signed, offset, elements_per_scale)
-
-
-class FakeQuantize(torch.autograd.Function):
-    """`switchable_fake_quantize` with its derivatives written by hand: saves `x` and a few small tensors.
-
-    Arguments as there, all positional. Every gradient but that of x is a combination of three sums over the elements
-    that share a scale, g being the incoming gradient, c = clamp(u), and g' = g·1[u ≠ c] its clipped part:
-
-        A = Σ g·(q - c)        B = Σ g'        C = Σ g'·c = quant_max·H + quant_min·L        with B = H + L
-
-        ∂s: A + C        ∂β: B        ∂b: s·ln2·2^(b-1)·(H - L), or s·ln2·2^b·H unsigned
-
-    On CPU, comparisons that yield booleans and clamps between tensors cost several times an addition: here are none.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scales: Tensor,
-        offsets: Tensor | None,
-        bit_width: Tensor,
-        candidates: Tensor,
-        limits: tuple[int, int] | None,
-        signed: bool,
-        elements_per_scale: Tensor | int | None,
-    ) -> Tensor:
-        width = bit_width if limits is None else bit_width.clamp(*limits).round()
-        scale = pick_column(scales, width, candidates).clamp_min(SMALLEST_SCALE)
-        offset = None if offsets is None else pick_column(offsets, width, candidates)
-        shares = elements_per_scale if isinstance(elements_per_scale, Tensor) else None
-        ctx.save_for_backward(x, scale, offset, width, scales, bit_width, candidates, shares)
-        ctx.limits, ctx.signed, ctx.count = limits, signed, elements_per_scale if shares is None else None
-        quant_min, quant_max = integer_range(width, signed)
-        u = _in_steps(x, scale, offset)
-        values = torch.minimum(torch.maximum(u, quant_min), quant_max).round_().mul_(scale)
-        return (values if offset is None else values.add_(offset)).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset, width, scales, bit_width, candidates, shares = ctx.saved_tensors
-        grad = _wide(grads[0])
-        quant_min, quant_max = integer_range(width, ctx.signed)
-        u = _in_steps(x, scale, offset)
-        clamped = torch.minimum(torch.maximum(u, quant_min), quant_max)
-        grad_clipped = u.ne_(clamped).mul_(grad)
-        grad_x = grad - grad_clipped
-        shape = _shape_of(grad, scale, quant_max)
-        clipped = (grad_clipped * clamped).sum_to_size(shape)
-        grad_scale = clamped.round().sub_(clamped).mul_(grad).sum_to_size(shape) + clipped
-        elements = ctx.count if shares is None else shares
-        if elements is not None:
-            grad_scale = grad_scale * torch.rsqrt(elements * quant_max)
-        grad_scales = _to_bank(grad_scale, scales, width, candidates)
-        grad_offsets = grad_width = None
-        if offset is not None or ctx.limits is not None:
-            total = grad_clipped.sum_to_size(shape)
-            if offset is not None:
-                grad_offsets = _to_bank(total, scales, width, candidates)
-            if ctx.limits is not None:
-                above = (clipped - quant_min * total) / (quant_max - quant_min)
-                outward = 2 * above - total if ctx.signed else above
-                grad_width = (outward * (scale * (quant_max + 1) * math.log(2.0))).sum_to_size(bit_width.shape)
-                grad_width = _inward(bit_width, grad_width, *ctx.limits)
-        return grad_x.to(x.dtype), grad_scales, grad_offsets, grad_width, None, None, None, None
-
-
-def _in_steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
-    """(x - β)/s, a new tensor of at least float32."""
-    return _wide(x) / scale if offset is None else (_wide(x) - offset).div_(scale)
-
-
-def _to_bank(grad: Tensor, bank: Tensor, width: Tensor, candidates: Tensor) -> Tensor:
-    """The gradient of a bank from that of the picked entries: zero in every other column."""
-    column = grad.unsqueeze(-1)
-    if bank.shape[-1] > 1:
-        column = column * (width.unsqueeze(-1) == candidates)
-    return column.sum_to_size(bank.shape)
-
-
-def _shape_of(full: Tensor, *parts: Tensor) -> tuple[int, ...]:
-    """The broadcast shape of `parts`, with as many dimensions as `full`.
-
-    It is what a sum over shared elements is reduced to.
-    """
-    shape = torch.broadcast_shapes(*(part.shape for part in parts))
-    return (1,) * (full.dim() - len(shape)) + tuple(shape)

@@ -25,7 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qvit.kernels.attention import quantized_attention
+from qvit.kernels.fake_quantize import Grid, Learned, codes_on
+from qvit.kernels.linear import Codes, quantized_linear
 from qvit.quantizers import Quantizer, create_quantizer
+from qvit.quantizers.lsq import LSQQuantizer
 from qvit.spec import Layout, PerHead, Position, Site, TensorSpec
 
 M = TypeVar("M", bound=nn.Module)
@@ -68,6 +72,12 @@ def apply_quantizer(module: nn.Module, leaf: str, x: Tensor, rank: Tensor | None
     return quantizer(x) if rank is None else quantizer(x, rank)
 
 
+def fused(module: nn.Module, leaf: str, x: Tensor) -> Learned | None:
+    """The quantizer of site `leaf` for a fused form of its product with `x`; None where there is no such form."""
+    quantizer = module._modules.get(leaf + Quantizer.SUFFIX)
+    return quantizer.learned(x.numel(), x) if isinstance(quantizer, Quantizer) else None
+
+
 def weight_of(model: nn.Module, site: str) -> Tensor:
     """The weight that the quantizer of `site` quantizes; a third of it, as a view, for a part of a fused projection."""
     path, _, leaf = site.rpartition(".")
@@ -79,27 +89,80 @@ def weight_of(model: nn.Module, site: str) -> Tensor:
 class QuantLinear(nn.Linear):
     """`nn.Linear` with sites `input` and `weight`."""
 
+    #: Whether products run on integers in training, too, where they can.
+    integer_forward: bool = False
+
     def forward(self, input: Tensor, rank: Tensor | None = None) -> Tensor:
-        input = apply_quantizer(self, "input", input, rank)
-        return F.linear(input, apply_quantizer(self, "weight", self.weight), self.bias)
+        return linear(self, input, apply_quantizer(self, "weight", self.weight), rank)
+
+    def codes(self) -> Codes | None:
+        """The integers of the weight, with one scale for each row; None where scales differ within a row."""
+        return row_codes(self._modules.get("weight" + Quantizer.SUFFIX), self.weight)
 
 
 class QuantConv2d(nn.Conv2d):
     """`nn.Conv2d` with sites `input` and `weight`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(
-            apply_quantizer(self, "input", input), apply_quantizer(self, "weight", self.weight), self.bias
+        weight = apply_quantizer(self, "weight", self.weight)
+        learned = fused(self, "input", input) if self._sees_patches(input) else None
+        if learned is None or learned.scales.dim() > 1 or learned.bit_width.dim():
+            return self._conv_forward(apply_quantizer(self, "input", input), weight, self.bias)
+        size, (rows, columns) = (
+            self.kernel_size,
+            (side // p for side, p in zip(input.shape[2:], self.kernel_size, strict=True)),
         )
+        patches = input.unflatten(3, (columns, size[1])).unflatten(2, (rows, size[0])).permute(0, 2, 4, 1, 3, 5)
+        tokens = quantized_linear(patches.flatten(3).flatten(1, 2), weight.flatten(1), self.bias, learned)
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+
+    def _sees_patches(self, x: Tensor) -> bool:
+        """Whether this is a linear layer on the patches of an image, which is faster, its backward by far."""
+        plain = self.kernel_size == self.stride and self.groups == 1 and self.padding in ((0, 0), 0, "valid")
+        whole = x.dim() == 4 and all(side % p == 0 for side, p in zip(x.shape[2:], self.kernel_size, strict=True))
+        return plain and whole and self.dilation == (1, 1)
 
 
 class QuantQKV(nn.Linear):
     """A fused q|k|v projection with sites `input`, `query_weight`, `key_weight`, `value_weight`."""
 
+    integer_forward: bool = False
+
     def forward(self, input: Tensor, rank: Tensor | None = None) -> Tensor:
         thirds = zip(QKV, self.weight.chunk(3), strict=True)
         weight = torch.cat([apply_quantizer(self, f"{name}_weight", part) for name, part in thirds])
-        return F.linear(apply_quantizer(self, "input", input, rank), weight, self.bias)
+        return linear(self, input, weight, rank)
+
+    def codes(self) -> Codes | None:
+        """See `QuantLinear.codes`."""
+        thirds = zip(QKV, self.weight.chunk(3), strict=True)
+        parts = [row_codes(self._modules.get(f"{name}_weight" + Quantizer.SUFFIX), part) for name, part in thirds]
+        if any(part is None for part in parts):
+            return None
+        codes, scales = zip(*(part for part in parts if part is not None), strict=True)
+        return torch.cat(codes), torch.cat(scales)
+
+
+def linear(module: QuantLinear | QuantQKV, x: Tensor, weight: Tensor, rank: Tensor | None) -> Tensor:
+    """`module` with the quantized `weight`, applied to the quantized `x`."""
+    learned = fused(module, "input", x) if rank is None else None
+    if learned is None:
+        return F.linear(apply_quantizer(module, "input", x, rank), weight, module.bias)
+    on_integers = module.integer_forward and learned.scales.shape[:-1].numel() == learned.bit_width.numel() == 1
+    return quantized_linear(x, weight, module.bias, learned, module.codes() if on_integers else None)
+
+
+@torch.no_grad()
+def row_codes(quantizer: nn.Module | None, weight: Tensor) -> Codes | None:
+    """The integers of a weight (out, in), int8, and their scales (out,); None unless a row has one scale."""
+    if type(quantizer) is not LSQQuantizer or not (quantizer.enabled and quantizer.calibrated):
+        return None
+    scale, offset = quantizer.grid()
+    view = quantizer.view(weight)
+    if offset is not None or (view.shape[-1] != weight.shape[-1] and quantizer.num_groups > 1):
+        return None
+    codes = codes_on(view, Grid(scale, None, *quantizer.quant_range()))
+    return codes.view(weight.shape), scale.expand(*view.shape[:-1], 1).reshape(len(weight))
 
 
 class AttentionSites(nn.Module):
@@ -142,7 +205,30 @@ class AttentionSites(nn.Module):
         Returns:
             (B, H, N, d), not yet quantized.
         """
+        learned = self._fused(q, k, v, scale, dropout) if rank is None else None
+        if learned is not None:
+            return quantized_attention(q, k, v, scale, bias, learned)
         return self.attend_and_tell(q, k, v, scale, bias, dropout, rank)[0]
+
+    def _fused(
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, dropout: nn.Module
+    ) -> list[Learned | None] | None:
+        """The quantizers of q, k, v and the probabilities, for the fused form; None where the plain one has to run."""
+        own = type(self)
+        drops = dropout.training and getattr(dropout, "p", 0.0) > 0
+        changed = own.scores is not AttentionSites.scores or own.weigh is not AttentionSites.weigh
+        learns_factor = isinstance(scale, Tensor) and scale.requires_grad
+        if drops or changed or learns_factor or k.shape[1] != q.shape[1]:
+            return None
+        counts = {"query": q.numel(), "key": k.numel(), "value": v.numel()}
+        counts["probs"] = q.shape[:-1].numel() * k.shape[2]
+        learned: list[Learned | None] = []
+        for name, count in counts.items():
+            quantizer = self._modules.get(name + Quantizer.SUFFIX)
+            learned.append(quantizer.learned(count) if isinstance(quantizer, Quantizer) else None)
+            if quantizer is not None and learned[-1] is None:
+                return None
+        return learned if any(one is not None for one in learned) else None
 
     def attend_and_tell(
         self,
@@ -173,12 +259,29 @@ class AttentionSites(nn.Module):
         """The heads' outputs (B, H, N, d), normalised if the module does so, quantized, concatenated to (B, N, C)."""
         return apply_quantizer(self, "output", self.normalize_heads(x)).transpose(1, 2).flatten(2)
 
+    def project(self, x: Tensor) -> Tensor:
+        """The module's projection of the heads' outputs (B, H, N, d), with quantized operands: (B, N, C)."""
+        module: Any = self
+        proj = module.proj
+        plain = type(self).merge is AttentionSites.merge and type(proj) is QuantLinear and not has_hooks(proj)
+        learned = fused(self, "output", x) if plain and self.normalize_heads(x) is x else None
+        if learned is None or x.shape[-1] == proj.in_features:
+            return proj(self.merge(x))
+        return quantized_linear(x, apply_quantizer(proj, "weight", proj.weight), proj.bias, learned)
+
     def normalize_heads(self, x: Tensor) -> Tensor:
         """The heads' outputs (B, H, N, d) behind the module's norm over all channels, where it has one."""
         norm = getattr(self, "norm", None)
         if norm is None or isinstance(norm, nn.Identity):
             return x
         return norm(x.transpose(1, 2).flatten(2)).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes through a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def for_all_heads(x: Tensor, heads: int) -> Tensor:

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from qvit.functional import (
     SMALLEST_SCALE,
-    FakeQuantize,
     clamp_inward,
     dequantize,
     fake_quantize,
@@ -25,6 +24,7 @@ from qvit.functional import (
     scale_gradient,
     switchable_fake_quantize,
 )
+from qvit.kernels.fake_quantize import FakeQuantize
 
 WIDTHS = range(2, 9)
 CANDIDATES = torch.arange(2.0, 9.0)

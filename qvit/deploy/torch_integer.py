@@ -17,13 +17,13 @@ GELU, scaling, rounding) is left to `torch.compile` to fuse.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qvit.deploy.arithmetic import Arithmetic, Grid, Operand
+from qvit.kernels.cpu import has_int8_dot_products
 
 EXACT_BELOW = 2**24
 UNITS = {"int8": torch.int8, "float32": torch.float32, "float64": torch.float64}
@@ -81,14 +81,3 @@ class TorchArithmetic(Arithmetic):
         if x.shape[-1] * left.largest * right.largest >= EXACT_BELOW:
             x, y = x.double(), y.double()
         return (x @ y).float() * (left.scale * factor * right.scale)
-
-
-@functools.cache
-def has_int8_dot_products() -> bool:
-    """Whether 8-bit products are both fast and exact on this processor: VNNI on x86.
-
-    Without VNNI an 8-bit product is no faster than one in float32, and some libraries saturate. Where the processor
-    says nothing, 8-bit kernels are not used.
-    """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))

@@ -29,7 +29,7 @@ class QuantBeitAttention(AttentionSites, Attention):
             own = self._get_rel_pos_bias()
             bias = own if bias is None else own + bias
         x = self.attend(q, k, v, self.scale, bias, self.attn_drop)
-        return self.proj_drop(self.proj(self.merge(x)))
+        return self.proj_drop(self.project(x))
 
 
 @register_family(Beit)

@@ -51,7 +51,7 @@ class QuantTalkingHeadAttention(AttentionSites, TalkingHeadAttn):
         q, k, v = self.fused_projection(x)
         scores = _heads_first(self.proj_l(_heads_last(self.scores(q, k, self.scale))))
         probs = _heads_first(self.proj_w(_heads_last(scores.softmax(dim=-1))))
-        return self.proj_drop(self.proj(self.merge(self.weigh(self.attn_drop(probs), v))))
+        return self.proj_drop(self.project(self.weigh(self.attn_drop(probs), v)))
 
 
 class QuantClassAttention(AttentionSites, ClassAttn):
@@ -63,7 +63,7 @@ class QuantClassAttention(AttentionSites, ClassAttn):
             for layer, tokens in ((self.q, x[:, :1]), (self.k, x), (self.v, x))
         )
         x = self.attend(q, k, v, self.scale, None, self.attn_drop)
-        return self.proj_drop(self.proj(self.merge(x)))
+        return self.proj_drop(self.project(x))
 
 
 def _heads_last(x: Tensor) -> Tensor:

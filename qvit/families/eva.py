@@ -59,7 +59,7 @@ class RotaryAttention(AttentionSites):
         if rope is not None:
             q, k = self.rotate(q, rope).type_as(v), self.rotate(k, rope).type_as(v)
         x = self.attend(q, k, v, module.scale, additive_mask(attn_mask, is_causal, q), module.attn_drop)
-        return module.proj_drop(module.proj(self.merge(x)))
+        return module.proj_drop(self.project(x))
 
     def rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         """Queries or keys (B, H, N, d), patches rotated by their position; prefix tokens have none."""

@@ -48,7 +48,7 @@ class QuantWindowAttention(AttentionSites, WindowAttention):
         q, k, v = self.fused_projection(x)
         bias = windows_bias(self._get_rel_pos_bias(), mask, x.shape[0])
         x = self.attend(q, k, v, self.scale, bias, self.attn_drop)
-        return self.proj_drop(self.proj(self.merge(x)))
+        return self.proj_drop(self.project(x))
 
 
 class RankedWindowAttention(QuantWindowAttention):
@@ -59,7 +59,7 @@ class RankedWindowAttention(QuantWindowAttention):
         q, k, v = self.fused_projection(x, rank)
         bias = windows_bias(self._get_rel_pos_bias(), mask, x.shape[0])
         x = self.attend(q, k, v, self.scale, bias, self.attn_drop, rank)
-        return self.proj_drop(self.proj(self.merge(x)))
+        return self.proj_drop(self.project(x))
 
 
 def windows_bias(bias: Tensor, mask: Tensor | None, batch: int) -> Tensor:

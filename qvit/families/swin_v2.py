@@ -38,7 +38,7 @@ class QuantCosineWindowAttention(AttentionSites, WindowAttention):
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         scale = self.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp()
         x = self.attend(q, k, v, scale, windows_bias(self.position_bias(), mask, x.shape[0]), self.attn_drop)
-        return self.proj_drop(self.proj(self.merge(x)))
+        return self.proj_drop(self.project(x))
 
     def position_bias(self) -> Tensor:
         """The continuous relative position bias (1, H, M, M), between 0 and 16."""

@@ -76,7 +76,7 @@ class RankedAttention(AttentionSites, Attention):
         q, k = self.q_norm(q), self.k_norm(k)
         mask = additive_mask(attn_mask, is_causal, q)
         x, probs = self.attend_and_tell(q, k, v, self.scale, mask, self.attn_drop, rank)
-        return self.proj_drop(self.proj(self.merge(x))), probs[:, :, 0].detach().mean(1)
+        return self.proj_drop(self.project(x)), probs[:, :, 0].detach().mean(1)
 
 
 class RankedBlock(Block):

@@ -42,7 +42,7 @@ class QuantAttention(AttentionSites, Attention):
         q, k, v = self.fused_projection(x)
         q, k = self.q_norm(q), self.k_norm(k)
         x = self.attend(q, k, v, self.scale, additive_mask(attn_mask, is_causal, q), self.attn_drop)
-        return self.proj_drop(self.proj(self.merge(x)))
+        return self.proj_drop(self.project(x))
 
 
 @register_family(VisionTransformer, VisionTransformerDistilled)

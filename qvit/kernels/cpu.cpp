@@ -5,7 +5,7 @@
 //     u = (x - offset) / scale      c = min(max(u, low), high)      q = round(c)      x^ = q*scale + offset
 //
 // A tensor comes as four sizes with strides; the last stride is 1. Scales, offsets and limits come as flat arrays with
-// one entry per group, and the four strides with which the group of an element is found. Where a group is constant over
+// one entry per group (or a single one), and the four strides with which the group of an element is found. Where a group is constant over
 // the last two sizes (per tensor, per head), they form a tile that one accumulator serves; else (per channel) sums are
 // kept for each entry. Sums run over blocks in float, from block to block in double, and are added up in the order of
 // the threads: the same numbers on every run with as many threads.
@@ -61,6 +61,8 @@ template <class T> inline void store(T* to, Vec values, int64_t count) {
     else std::memcpy(to, &raw, count * sizeof(T));
 }
 
+inline Vec splat(float value) { return Vec{} + value; }
+
 // Half to even, exact for |c| < 2^22; NaN stays NaN.
 inline Vec round_even(Vec c) {
     const float magic = 12582912.0f;
@@ -70,7 +72,6 @@ inline Vec clamp(Vec u, Vec low, Vec high) {
     Vec c = low > u ? low : u;
     return high < c ? high : c;
 }
-inline Vec splat(float value) { return Vec{} + value; }
 inline float total(Vec v) {
     float sum = 0;
     for (int i = 0; i < LANES; ++i) sum += v[i];
@@ -83,8 +84,19 @@ struct Shape {
     int64_t elements() const { return size[0] * size[1] * size[2] * size[3]; }
 };
 
+// `stride` is 0 for a number that all groups share, else 1; offset may be null.
+struct Numbers {
+    const float* values;
+    int64_t stride;
+    float at(int64_t group) const { return values[group * stride]; }
+    Vec lanes(int64_t group, int64_t count) const {
+        return stride ? load(values + group, count) : splat(*values);
+    }
+};
 struct Grids {
-    const float *scale, *offset, *low, *high;  // offset may be null
+    Numbers scale, offset, low, high;
+    Grids(const float* s, const float* o, const float* l, const float* h, int single) :
+        scale{s, !(single & 1)}, offset{o, !(single & 2)}, low{l, !(single & 4)}, high{h, !(single & 8)} {}
 };
 
 // Where a piece of work begins, and how large it is: rows × columns elements that share the first two indices.
@@ -132,11 +144,11 @@ struct Lanes {
     Vec scale, offset, low, high;
     bool shifted;
     Lanes(const Grids& g, int64_t at) :
-        scale(splat(g.scale[at])), offset(splat(g.offset ? g.offset[at] : 0.0f)),
-        low(splat(g.low[at])), high(splat(g.high[at])), shifted(g.offset != nullptr) {}
+        scale(splat(g.scale.at(at))), offset(splat(g.offset.values ? g.offset.at(at) : 0.0f)),
+        low(splat(g.low.at(at))), high(splat(g.high.at(at))), shifted(g.offset.values != nullptr) {}
     Lanes(const Grids& g, int64_t at, int64_t count) :
-        scale(load(g.scale + at, count)), offset(g.offset ? load(g.offset + at, count) : Vec{}),
-        low(load(g.low + at, count)), high(load(g.high + at, count)), shifted(g.offset != nullptr) {}
+        scale(g.scale.lanes(at, count)), offset(g.offset.values ? g.offset.lanes(at, count) : Vec{}),
+        low(g.low.lanes(at, count)), high(g.high.lanes(at, count)), shifted(g.offset.values != nullptr) {}
     Vec steps(Vec x) const { return (shifted ? x - offset : x) / scale; }
     Vec value(Vec q) const { return shifted ? q * scale + offset : q * scale; }
 };
@@ -220,10 +232,11 @@ void backward(const G* grad, const X* x, X* grad_x, double* sums, const Grids& g
 extern "C" {
 
 int qvit_forward(const void* x, int x_type, void* out, int out_type, const float* scale, const float* offset,
-                 const float* low, const float* high, const int64_t* shape_numbers, float zero, int threads) {
+                 const float* low, const float* high, int single, const int64_t* shape_numbers, float zero,
+                 int threads) {
     Shape shape;
     std::memcpy(&shape, shape_numbers, sizeof shape);
-    const Grids grids{scale, offset, low, high};
+    const Grids grids(scale, offset, low, high, single);
     const auto of = [&](const auto* from) {
         if (out_type == 0) forward<false>(from, (float*)out, grids, shape, 0, threads);
         else if (out_type == 1) forward<false>(from, (BFloat16*)out, grids, shape, 0, threads);
@@ -235,11 +248,11 @@ int qvit_forward(const void* x, int x_type, void* out, int out_type, const float
 }
 
 int qvit_backward(const void* grad, int grad_type, const void* x, int x_type, void* grad_x, double* sums,
-                  const float* scale, const float* offset, const float* low, const float* high,
+                  const float* scale, const float* offset, const float* low, const float* high, int single,
                   const int64_t* shape_numbers, const int64_t* grad_strides, int64_t groups, int threads) {
     Shape shape;
     std::memcpy(&shape, shape_numbers, sizeof shape);
-    const Grids grids{scale, offset, low, high};
+    const Grids grids(scale, offset, low, high, single);
     const auto of = [&](const auto* from, auto* to) {
         if (grad_type == 0) backward((const float*)grad, from, to, sums, grids, shape, grad_strides, groups, threads);
         else backward((const BFloat16*)grad, from, to, sums, grids, shape, grad_strides, groups, threads);

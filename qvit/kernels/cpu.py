@@ -19,10 +19,13 @@ import platform
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,15 @@ FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trap
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _DIMS = 4
+#: Elements beyond which memory is given back at once.
+LARGEST_SCRATCH = 2**24
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_GRID = (_POINTER,) * 4 + (_INT, _POINTER)
+_SIGNATURES = {
+    "qvit_forward": (_POINTER, _INT, _POINTER, _INT, *_GRID, ctypes.c_float, _INT),
+    "qvit_backward": (_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, *_GRID, _POINTER, _LONG, _INT),
+    "qvit_scale_sums": (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
+}
 
 
 def cxx() -> str:
@@ -44,47 +56,78 @@ def available() -> bool:
     return os.environ.get("QVIT_KERNELS") != "0" and _library() is not None
 
 
-def handles(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these tensors: on the CPU, in float32 or bfloat16."""
+def would_handle(*tensors: Tensor | None) -> bool:
+    """Whether the kernels take tensors like these: on the CPU, in float32 or bfloat16."""
     return available() and all(
         tensor is None or (tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16))
         for tensor in tensors
     )
 
 
-def forward(x: Tensor, grid: tuple[Tensor | None, ...], dtype: torch.dtype, zero: int = 0) -> Tensor:
+def handles(*tensors: Tensor | None) -> bool:
+    """The same for these very tensors, which may be fake: without numbers."""
+    return would_handle(*tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+
+
+def forward(
+    x: Tensor, grid: tuple[Tensor | None, ...], dtype: torch.dtype, zero: int = 0, out: Tensor | None = None
+) -> Tensor:
     """x̂ in the dtype float32 or bfloat16, or codes less `zero` in int8; contiguous.
 
     Args:
         x: float32 or bfloat16.
-        grid: (scale, offset, quant_min, quant_max) in float32, broadcasting against `x`; offset None for zero.
+        grid: (scale, offset, quant_min, quant_max), broadcasting against `x`; offset None for zero.
         dtype: Of the result.
         zero: What is subtracted from codes.
+        out: Where to write: contiguous, of this dtype.
     """
     pointers, kept, groups = _flat(grid)
     x, numbers, _ = _in_order(x, groups)
-    out = torch.empty(x.shape, dtype=dtype)
+    out = torch.empty(x.shape, dtype=dtype) if out is None else out
     _call("qvit_forward", x.data_ptr(), _TYPES[x.dtype], out.data_ptr(), _TYPES[dtype], *pointers, numbers,
-          ctypes.c_float(zero), torch.get_num_threads())  # fmt: skip
+          zero, torch.get_num_threads())  # fmt: skip
     del kept
     return out
 
 
-def backward(grad: Tensor, x: Tensor, grid: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
-    """The gradient of `x`, contiguous, and (3, groups) sums: see `fake_quantize.py`. Arguments as for `forward`."""
+def backward(
+    grad: Tensor, x: Tensor, grid: tuple[Tensor | None, ...], out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The gradient of `x`, contiguous, and (3, groups) sums: see `fake_quantize.py`.
+
+    Arguments as for `forward`; `out` may be `grad`.
+    """
     pointers, kept, groups = _flat(grid)
     x, numbers, strides = _in_order(x, groups, grad)
     if strides is None:
         grad = grad.contiguous()
         x, numbers, strides = _in_order(x.contiguous(), groups, grad)
     count = _numel(groups)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     sums = torch.empty(count, 3, dtype=torch.float64)
     _call("qvit_backward", grad.data_ptr(), _TYPES[grad.dtype], x.data_ptr(), _TYPES[x.dtype], out.data_ptr(),
-          sums.data_ptr(), *pointers, numbers, strides, ctypes.c_int64(count), torch.get_num_threads())  # fmt: skip
+          sums.data_ptr(), *pointers, numbers, strides, count, torch.get_num_threads())  # fmt: skip
     del kept
     shape = (1,) * (x.dim() - len(groups)) + groups
     return out, sums.t().float().reshape(3, *shape)
+
+
+_SCRATCH = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Memory for a result that is used up before the next call with the same name, in the same thread; beside `like`.
+
+    New memory costs more than what these loops write into it: the system clears it page by page.
+    """
+    count = _numel(shape)
+    if count > LARGEST_SCRATCH or not handles(like):
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    kept: dict[Any, Tensor] = _SCRATCH.__dict__.setdefault("kept", {})
+    found = kept.get((name, dtype))
+    if found is None or found.numel() < count:
+        found = kept[name, dtype] = torch.empty(count, dtype=dtype)
+    return found[:count].view(shape)
 
 
 def scale_sums(sums: Tensor, factor: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,20 +136,31 @@ def scale_sums(sums: Tensor, factor: Tensor, bias: Tensor, dtype: torch.dtype) -
     sums, factor, bias = sums.contiguous(), factor.contiguous(), bias.contiguous()
     rows, columns = sums.shape
     _call("qvit_scale_sums", sums.data_ptr(), out.data_ptr(), _TYPES[dtype], factor.data_ptr(), bias.data_ptr(),
-          ctypes.c_int64(rows), ctypes.c_int64(columns), torch.get_num_threads())  # fmt: skip
+          rows, columns, torch.get_num_threads())  # fmt: skip
     return out
 
 
 def _call(name: str, *arguments: object) -> None:
-    wrapped = (ctypes.c_void_p(value) if type(value) is int and value > 2**31 else value for value in arguments)
-    getattr(_library(), name)(*wrapped)
+    getattr(_library(), name)(*arguments)
 
 
 def _flat(grid: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[Tensor], tuple[int, ...]]:
-    """Pointers to the numbers of every group, the tensors that hold them, and the shape of the groups."""
-    groups = tuple(torch.broadcast_shapes(*(part.shape for part in grid if part is not None)))
-    kept = [None if part is None else part.expand(groups).contiguous().float() for part in grid]
-    return [None if part is None else part.data_ptr() for part in kept], [p for p in kept if p is not None], groups
+    """Pointers to the numbers, which of them are one for all groups; the tensors that hold them; the groups' shape."""
+    shapes = {part.shape for part in grid if part is not None}
+    groups = tuple(torch.broadcast_shapes(*shapes)) if len(shapes) > 1 else tuple(shapes.pop())
+    kept, pointers, single = [], [], 0
+    for i, part in enumerate(grid):
+        if part is None:
+            pointers.append(None)
+            continue
+        if part.numel() == 1:
+            single |= 1 << i
+        elif part.shape != groups:
+            part = part.expand(groups)
+        part = part.detach().float().contiguous()
+        kept.append(part)
+        pointers.append(part.data_ptr())
+    return [*pointers, single], kept, groups
 
 
 def _in_order(x: Tensor, groups: tuple[int, ...], grad: Tensor | None = None):  # type: ignore[no-untyped-def]
@@ -172,7 +226,10 @@ def _library() -> ctypes.CDLL | None:
         path = _folder() / f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:20]}.so"
         if not path.is_file():
             _compile(path)
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
+        for name, types in _SIGNATURES.items():
+            getattr(library, name).argtypes = types
+        return library
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("no compiled kernels, so quantization is slower: %s", error)
         return None
@@ -213,3 +270,14 @@ def _processor() -> str:
         return platform.processor()
     lines = (line for line in text.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part")))
     return " ".join(sorted(set(lines)))
+
+
+@functools.cache
+def has_int8_dot_products() -> bool:
+    """Whether 8-bit products are both fast and exact on this processor: VNNI on x86.
+
+    Without VNNI an 8-bit product is no faster than one in float32, and some libraries saturate. Where the processor
+    says nothing, 8-bit kernels are not used.
+    """
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))

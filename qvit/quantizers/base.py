@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qvit.errors import UsageError, nearest
 from qvit.functional import clamp_inward, dequantize, integer_range, quantize, round_ste
+from qvit.kernels.fake_quantize import Learned
 from qvit.quantizers.observers import HistogramObserver
 from qvit.quantizers.ranges import observer_class
 from qvit.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
@@ -88,6 +89,8 @@ class Quantizer(nn.Module):
         #: How many processes and micro-batches see a part of each training step's batch (activations only).
         self.batch_parts = 1
         self.observer: HistogramObserver | None = None
+        #: x̂ of a weight that several micro-batches share (`training/held_weights.py`).
+        self.held: Tensor | None = None
         self.register_load_state_dict_post_hook(_recognise_calibration)
 
     @property
@@ -123,6 +126,8 @@ class Quantizer(nn.Module):
         return torch.where(important, self.bit_width, float(split.low))
 
     def forward(self, x: Tensor, rank: Tensor | None = None) -> Tensor:
+        if self.held is not None:
+            return self.held
         if self.observer is not None:
             self.observer.observe(self.view(x))
             return x
@@ -142,6 +147,15 @@ class Quantizer(nn.Module):
         `bit_width` are other widths than the quantizer's own, broadcasting against `x`; only where tokens may differ.
         """
         raise NotImplementedError
+
+    def learned(self, count: int, x: Tensor | None = None) -> Learned | None:
+        """What a fused form of this quantizer and its product needs; None where `forward` itself has to be called.
+
+        Args:
+            count: Elements of the tensor.
+            x: The tensor, if it is there already.
+        """
+        return None
 
     def rectify(self, x: Tensor) -> Tensor:
         """What is laid on the grid: `x`, unless the quantizer makes its distribution regular first."""

@@ -33,10 +33,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from qvit.functional import SMALLEST_SCALE, FakeQuantize, integer_range, pick_column
+from qvit.functional import SMALLEST_SCALE, integer_range, pick_column
+from qvit.kernels.fake_quantize import FakeQuantize, Learned, Meta, fuses
 from qvit.quantizers.base import Quantizer, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
 from qvit.spec import Layout, TensorSpec
+
+#: Forms of `TensorSpec.scale_gradient` that need the tensor itself.
+NORMS = ("norm", "norm-squared")
 
 
 @register_quantizer("lsq")
@@ -63,30 +67,47 @@ class LSQQuantizer(Quantizer):
         self.offset = None if spec.symmetric else nn.Parameter(torch.zeros(shape))
 
     def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
+        elements = self._elements_per_scale(x.numel(), x, bit_width, limits)
         return FakeQuantize.apply(
-            x,
-            self.scale,
-            self.offset,
-            bit_width,
-            self.candidates,
-            limits,
-            self.spec.signed,
-            self._elements_per_scale(x, bit_width, limits),
+            x, self.scale, self.offset, bit_width, self.candidates, limits, self.spec.signed, elements
         )
 
     @torch.no_grad()
-    def _elements_per_scale(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None) -> Tensor | int:
+    def _elements_per_scale(
+        self, count: int, x: Tensor | None, bit_width: Tensor, limits: tuple[int, int] | None
+    ) -> Tensor | int:
         """n of the gradient's factor; activations are counted over the parts of the step's batch."""
         form = self.spec.scale_gradient
-        if form in ("norm", "norm-squared"):
+        if form in NORMS:
+            assert x is not None
             norm = x.abs().sum_to_size(self.groups).to(self.scale.dtype) * self.batch_parts
             norm = norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.25)
             return norm.square() if form == "norm-squared" else norm
-        count = x.numel() * self.batch_parts // self.num_groups
+        count = count * self.batch_parts // self.num_groups
         if form == "count":
             return count
         width = bit_width if limits is None else bit_width.clamp(*limits).round()
         return count * integer_range(width, self.spec.signed)[1]
+
+    def learned(self, count: int, x: Tensor | None = None) -> Learned | None:
+        looked_at = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        if (
+            type(self) is not LSQQuantizer
+            or not self.enabled
+            or not self.calibrated
+            or self.observer is not None
+            or looked_at
+            or self.spec.token_bit_width is not None
+            or self.layout.view is not None
+            or (x is None and self.spec.scale_gradient in NORMS)
+            or (self.learns_width and self.spec.width_gradient != "clipping")
+            or not fuses(self.scale, x)
+        ):
+            return None
+        limits = self.spec.bit_width_range if self.learns_width else None
+        elements = self._elements_per_scale(count, x, self.bit_width, limits)
+        meta = Meta(self.candidates, limits, self.spec.signed, elements)
+        return Learned(self.scale, self.offset, self.bit_width, meta)
 
     def active_scale(self) -> Tensor:
         """The scale of the current width."""

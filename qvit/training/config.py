@@ -78,6 +78,7 @@ class TrainConfig(BaseModel):
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    integer_forward: bool = False
     threads: int | None = Field(None, ge=1)
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1, ge=1)

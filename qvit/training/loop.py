@@ -38,11 +38,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
+from qvit.kernels import cpu
+from qvit.layers import QuantLinear, QuantQKV
 from qvit.oscillation import Diagnostics, quantized_weights
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
 from qvit.training.distill import distillation_loss
+from qvit.training.held_weights import HeldWeights
 from qvit.training.hooks import Hooks
 from qvit.training.labels.recovery import SoftLabelLoss, first_classes
 from qvit.training.loading import LoaderLike
@@ -99,6 +102,8 @@ class Trainer:
         self.steps_per_epoch = len(loader) // config.accumulate
         if self.steps_per_epoch == 0:
             raise QvitError(f"too few training images for one batch of {config.batch_size}: use a smaller --batch-size")
+        if config.integer_forward:
+            run_on_integers(model, config)
         self.optimizer = create_optimizer(
             model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, width_lr=width_lr
         )
@@ -216,6 +221,7 @@ class Trainer:
             self.compiled, self.wrapped = self.model, None  # ends the hooks of the old wrapper first
             self.wrapped = self.processes.wrap(self.model)
             self.compiled = torch.compile(self.wrapped) if self.config.compile else self.wrapped
+            self.held = HeldWeights(self.model)
             self.trained = trained
 
     def _train_epoch(self, progress: TrainingProgress, stop: StopRequest) -> None:
@@ -285,11 +291,18 @@ class Trainer:
 
     def _step(self, batches: list[tuple[Tensor, Tensor]], step: int) -> Tensor:
         """One optimizer step; returns [loss, task loss, penalty, correct] on the device, the last one a sum."""
-        parts: Tensor | None = None
-        for index, (batch, targets) in enumerate(batches):
-            own = self._backward(batch, targets, 1 / len(batches), last=index + 1 == len(batches))
-            parts = own if parts is None else parts + own
-        assert parts is not None
+        *others, (batch, targets) = batches
+        share = 1 / len(batches)
+        if others and not self.config.compile:
+            with self.held.first():
+                before = [self._backward(*other, share, last=False) for other in others]
+            with self.held.last():
+                parts = self._backward(batch, targets, share, last=True)
+        else:
+            before = [self._backward(*other, share, last=False) for other in others]
+            parts = self._backward(batch, targets, share, last=True)
+        for own in before:
+            parts = parts + own
         self.hooks.before_step(self)
         if self.config.clip_grad:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
@@ -392,6 +405,21 @@ class Trainer:
             f"{reason} at step {step} (epoch {max(0, step - 1) // self.steps_per_epoch}); {kept}. "
             "Try a smaller --lr, or --precision fp32"
         )
+
+
+def run_on_integers(model: nn.Module, config: TrainConfig) -> None:
+    """Lets the linear layers of a quantized model compute their outputs from integers. Raises UsageError."""
+    if config.compile:
+        raise UsageError("integer_forward and compile exclude each other: a compiled model computes in float")
+    place = next(model.parameters()).device.type
+    if place != "cpu":
+        raise UsageError(f"integer_forward is for CPUs, and this run is on {place}")
+    if not cpu.available() or not cpu.has_int8_dot_products():
+        lacks = "has no 8-bit dot products (VNNI, AMX)" if cpu.available() else "has no compiled kernels"
+        raise UsageError(f"integer_forward would not be faster here, or not exact: this machine {lacks}")
+    for module in model.modules():
+        if isinstance(module, (QuantLinear, QuantQKV)):
+            module.integer_forward = True
 
 
 def micro_batch(config: TrainConfig, world_size: int) -> int:

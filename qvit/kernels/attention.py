@@ -1,0 +1,179 @@
+"""Attention with quantized q, k, v and probabilities as one function: only the raw q, k, v are kept for backward.
+
+    p = softmax(q̂·k̂ᵀ·factor + bias)        out = p̂·v̂
+
+Scores and probabilities are (heads, tokens, tokens) per image, more than all else in a block; made one after another
+for a few images at a time they stay in the processor's cache, and backward makes them again. Softmax runs on whole
+rows before its result is quantized, so values are those of the plain form (`layers.AttentionSites`), up to the rounding
+of products over batches of another size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qvit.kernels import cpu
+from qvit.kernels.fake_quantize import Grid, Learned, Meta, backward_on, parameter_gradients, quantize_on, resolve
+from qvit.kernels.linear import working_type
+
+#: Scores that are made at a time: 4 MiB in float32.
+SCORES = 2**20
+_NONE = (None, None, None, None)
+
+
+def quantized_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    factor: float | Tensor,
+    bias: Tensor | None,
+    learned: Sequence[Learned | None],
+) -> Tensor:
+    """softmax(q̂·k̂ᵀ·factor + bias)·v̂, (B, H, N, d).
+
+    Args:
+        q: (B, H, N, d).
+        k, v: (B, H, M, d).
+        factor: A number, or one per head (H, 1, 1) without a gradient.
+        bias: Broadcasts to (B, H, N, M), or None.
+        learned: The quantizers of q, k, v and the probabilities; None for an operand in float.
+    """
+    flat = [part for one in learned for part in (_NONE[:3] if one is None else one[:3])]
+    metas = tuple(None if one is None else one.meta for one in learned)
+    return _QuantizedAttention.apply(q, k, v, bias, factor, metas, *flat)
+
+
+class _QuantizedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        factor: float | Tensor,
+        metas: tuple[Meta | None, ...],
+        *learned: Tensor | None,
+    ) -> Tensor:
+        grids = [
+            None if meta is None else resolve(*learned[3 * i : 3 * i + 3], meta)  # type: ignore[arg-type]
+            for i, meta in enumerate(metas)
+        ]
+        ctx.metas, ctx.factor, ctx.dtype = metas, factor, working_type(q)
+        ctx.has_grid = tuple(grid is not None for grid in grids)
+        kept = [part for one in grids if one is not None for part in (*one[0], one[1])]
+        ctx.save_for_backward(q, k, v, bias, *learned, *kept)
+        own = [None if one is None else one[0] for one in grids]
+        out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=ctx.dtype, device=q.device)
+        ctx.softmax = None
+        for images in _chunks(q, k):
+            *_, values, probs = _operands(q, k, v, bias, factor, own, images, ctx.dtype, ctx.softmax)
+            ctx.softmax = probs.dtype
+            torch.matmul(_on("scores", probs, own[3], ctx.dtype), values, out=out[images])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        q, k, v, bias, *rest = ctx.saved_tensors
+        learned, kept = rest[:12], rest[12:]
+        own: list[Grid | None] = []
+        widths: list[Tensor | None] = []
+        for has_grid in ctx.has_grid:
+            own.append(Grid(*kept[:4]) if has_grid else None)
+            widths.append(kept[4] if has_grid else None)
+            kept = kept[5:] if has_grid else kept
+        outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        sums: list[Any] = [0, 0, 0, 0]
+        grad_bias: Any = 0
+
+        def through(i: int, grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+            """Writes the gradient of operand `i`, from that of its quantized values, to `out`."""
+            grid = own[i]
+            if grid is None:
+                return out.copy_(grad)
+            _, more = backward_on(grad, x, grid, out)
+            sums[i] = sums[i] + more
+            return out
+
+        for images in _chunks(q, k):
+            left, right, values, probs = _operands(q, k, v, bias, ctx.factor, own, images, ctx.dtype, ctx.softmax)
+            grad = grads[0][images].to(ctx.dtype)
+            rows = _product("tokens", _on("scores", probs, own[3], ctx.dtype).transpose(-2, -1), grad)
+            through(2, rows, v[images], outputs[2][images])
+            towards = _product("scores", grad, values.transpose(-2, -1))
+            towards = through(3, towards, probs, towards if towards.dtype == probs.dtype else torch.empty_like(probs))
+            scores = torch._softmax_backward_data(towards, probs, -1, probs.dtype)
+            if bias is not None and ctx.needs_input_grad[3]:
+                grad_bias = _add_bias(grad_bias, scores, bias, images)
+            scores = scores.to(ctx.dtype)
+            rows = _product("tokens", scores, right).mul_(ctx.factor)
+            through(0, rows, q[images], outputs[0][images])
+            rows = _product("tokens", scores.transpose(-2, -1), left)
+            through(1, rows, k[images], outputs[1][images])
+        of_grids: list[Tensor | None] = []
+        for i, (meta, grid, width) in enumerate(zip(ctx.metas, own, widths, strict=True)):
+            if meta is None or grid is None or width is None:
+                of_grids += _NONE[:3]
+            else:
+                of_grids += parameter_gradients(sums[i], grid, width, *learned[3 * i : 3 * i + 3], meta)
+        bias_result = grad_bias if bias is not None and ctx.needs_input_grad[3] else None
+        return *outputs, bias_result, None, None, *of_grids
+
+
+def _chunks(q: Tensor, k: Tensor) -> list[slice]:
+    """The images of a batch, a few at a time."""
+    count = max(1, SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
+    return [slice(start, min(start + count, len(q))) for start in range(0, len(q), count)]
+
+
+def _on(name: str, x: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if grid is None else quantize_on(x, grid, out=cpu.scratch(name, x.shape, dtype, x))
+
+
+def _product(name: str, left: Tensor, right: Tensor) -> Tensor:
+    """left·right in the memory of that name."""
+    shape = (*left.shape[:-1], right.shape[-1])
+    return torch.matmul(left, right, out=cpu.scratch(name, shape, left.dtype, left))
+
+
+def _operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    factor: float | Tensor,
+    grids: list[Grid | None],
+    images: slice,
+    dtype: torch.dtype,
+    softmax: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q̂·factor, k̂, v̂, and the probabilities before they are quantized, of some images."""
+    own = q[images]
+    if grids[0] is None:
+        left = (own * factor).to(dtype)
+    else:
+        left = quantize_on(own, grids[0], out=cpu.scratch("left", own.shape, own.dtype, own)).mul_(factor).to(dtype)
+    right, values = _on("right", k[images], grids[1], dtype), _on("values", v[images], grids[2], dtype)
+    scores = _product("scores", left, right.transpose(-2, -1))
+    if bias is not None:
+        scores = scores + (bias[images] if bias.dim() == 4 and len(bias) > 1 else bias)
+    if softmax is None:
+        return left, right, values, scores.softmax(dim=-1)
+    out = cpu.scratch("probs", scores.shape, softmax, scores)
+    return left, right, values, torch.softmax(scores, -1, softmax, out=out)
+
+
+def _add_bias(so_far: Any, scores: Tensor, bias: Tensor, images: slice) -> Tensor:
+    """The gradient of the bias with that of some images' scores added."""
+    if bias.dim() == 4 and len(bias) > 1:
+        if not isinstance(so_far, Tensor):
+            so_far = torch.zeros_like(bias)
+        so_far[images] = scores.sum_to_size(bias[images].shape)
+        return so_far
+    return so_far + scores.sum_to_size(bias.shape).to(bias.dtype)

@@ -1,0 +1,245 @@
+"""The fake-quantize operator: one pass forward, one pass backward with the gradients of scale, offset and width.
+
+`torch.ops.qvit.fake_quantize` and `.fake_quantize_backward` work on a *grid*: scale, offset, quant_min and quant_max of
+each group of elements. Backward returns the gradient of x, and three sums over the elements of every group, g being the
+incoming gradient, c = clamp(u) and g' = g·1[u ≠ c] its clipped part:
+
+    A = Σ g·(q - c)        C = Σ g'·c = quant_max·H + quant_min·L        B = Σ g' = H + L
+
+All other gradients are combinations of them (`parameter_gradients`):
+
+    ∂s: A + C        ∂β: B        ∂b: s·ln2·2^(b-1)·(H - L), or s·ln2·2^b·H unsigned
+
+`FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators: it saves `x` and a
+few numbers per group. On CPUs the operators are compiled loops (`cpu.py`), elsewhere the formulas below; a model that
+torch.compile or torch.export traces gets the formulas, to be fused with what is around them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qvit.functional import SMALLEST_SCALE, integer_range, inward, pick_column, wide
+from qvit.kernels import cpu
+
+_LIBRARY = torch.library.Library("qvit", "DEF")
+_GRID = "Tensor scale, Tensor? offset, Tensor quant_min, Tensor quant_max"
+_LIBRARY.define(f"fake_quantize(Tensor x, {_GRID}, ScalarType? dtype=None) -> Tensor")
+_LIBRARY.define(f"fake_quantize_backward(Tensor grad, Tensor x, {_GRID}) -> (Tensor, Tensor)")
+
+
+class Grid(NamedTuple):
+    """Numbers of each group, all of which broadcast against x."""
+
+    scale: Tensor
+    offset: Tensor | None
+    quant_min: Tensor
+    quant_max: Tensor
+
+    def heads_last(self) -> Grid:
+        """The grid for `x.transpose(-3, -2)`."""
+        return Grid(*(part if part is None or part.dim() < 2 else part.transpose(-3, -2) for part in self))
+
+
+class Meta(NamedTuple):
+    """What a quantizer's tensors mean; see `functional.switchable_fake_quantize`."""
+
+    candidates: Tensor
+    limits: tuple[int, int] | None
+    signed: bool
+    elements_per_scale: Tensor | int | None
+
+
+class Learned(NamedTuple):
+    """The tensors of a quantizer, and what they mean."""
+
+    scales: Tensor
+    offsets: Tensor | None
+    bit_width: Tensor
+    meta: Meta
+
+
+def fuses(*tensors: Tensor | None) -> bool:
+    """Whether layers call the fused functions for these tensors; a model that is traced is left to the compiler."""
+    return not torch.compiler.is_compiling() and cpu.would_handle(*tensors)
+
+
+def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid, Tensor]:
+    """The grid of the current widths, and these widths as integers."""
+    width = bit_width if meta.limits is None else bit_width.clamp(*meta.limits).round()
+    scale = pick_column(scales, width, meta.candidates).clamp_min(SMALLEST_SCALE)
+    offset = None if offsets is None else pick_column(offsets, width, meta.candidates)
+    return Grid(scale, offset, *integer_range(width, meta.signed)), width
+
+
+def parameter_gradients(
+    sums: Tensor, grid: Grid, width: Tensor, scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of the banks of scales and offsets and of the width, from A, C and B."""
+    rounding, clipped, total = sums
+    quant_min, quant_max = grid.quant_min, grid.quant_max
+    grad_scale = rounding + clipped
+    if meta.elements_per_scale is not None:
+        grad_scale = grad_scale * torch.rsqrt(meta.elements_per_scale * quant_max)
+    grad_scales = _to_bank(grad_scale, scales, width, meta.candidates)
+    grad_offsets = None if offsets is None else _to_bank(total, offsets, width, meta.candidates)
+    grad_width = None
+    if meta.limits is not None:
+        above = (clipped - quant_min * total) / (quant_max - quant_min)
+        outward = 2 * above - total if meta.signed else above
+        grad_width = (outward * (grid.scale * (quant_max + 1) * math.log(2.0))).sum_to_size(bit_width.shape)
+        grad_width = inward(bit_width, grad_width, *meta.limits)
+    return grad_scales, grad_offsets, grad_width
+
+
+def quantize_on(x: Tensor, grid: Grid, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+    """x̂ on a grid, in `dtype` (of x by default), written to `out` if that is given. Not differentiable."""
+    if torch.compiler.is_compiling():
+        return _forward(x, *grid, dtype=dtype)
+    if out is None:
+        return torch.ops.qvit.fake_quantize(x, *grid, dtype)
+    if cpu.handles(x):
+        return cpu.forward(x, grid, out.dtype, out=out)
+    return out.copy_(_forward(x, *grid, dtype=dtype))
+
+
+def codes_on(x: Tensor, grid: Grid, zero: int = 0) -> Tensor:
+    """q - zero in int8. Not differentiable."""
+    if cpu.handles(x) and not torch.compiler.is_compiling():
+        return cpu.forward(x, grid, torch.int8, zero)
+    u = _in_steps(x, grid.scale, grid.offset)
+    return (torch.minimum(torch.maximum(u, grid.quant_min), grid.quant_max).round_() - zero).to(torch.int8)
+
+
+def backward_on(grad: Tensor, x: Tensor, grid: Grid, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and A, C, B as (3, *groups) with as many axes as x.
+
+    The gradient is written to `out` if that is given; it may be `grad` itself.
+    """
+    if torch.compiler.is_compiling():
+        return _backward(grad, x, *grid)
+    if out is None:
+        return torch.ops.qvit.fake_quantize_backward(grad, x, *grid)
+    if cpu.handles(grad, x):
+        return cpu.backward(grad, x, grid, out)
+    grad_x, sums = _backward(grad, x, *grid)
+    return out.copy_(grad_x), sums
+
+
+class FakeQuantize(torch.autograd.Function):
+    """`functional.switchable_fake_quantize`; the same arguments, all positional."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scales: Tensor,
+        offsets: Tensor | None,
+        bit_width: Tensor,
+        candidates: Tensor,
+        limits: tuple[int, int] | None,
+        signed: bool,
+        elements_per_scale: Tensor | int | None,
+    ) -> Tensor:
+        meta = Meta(candidates, limits, signed, elements_per_scale)
+        grid, width = resolve(scales, offsets, bit_width, meta)
+        shares = elements_per_scale if isinstance(elements_per_scale, Tensor) else None
+        ctx.save_for_backward(x, *grid, width, scales, offsets, bit_width, candidates, shares)
+        ctx.limits, ctx.signed, ctx.count = limits, signed, elements_per_scale if shares is None else None
+        return quantize_on(x, grid)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, offset, low, high, width, scales, offsets, bit_width, candidates, shares = ctx.saved_tensors
+        grid = Grid(scale, offset, low, high)
+        grad_x, sums = backward_on(grads[0], x, grid)
+        meta = Meta(candidates, ctx.limits, ctx.signed, ctx.count if shares is None else shares)
+        return grad_x, *parameter_gradients(sums, grid, width, scales, offsets, bit_width, meta), *(None,) * 4
+
+
+def _forward(
+    x: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    quant_min: Tensor,
+    quant_max: Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    u = _in_steps(x, scale, offset)
+    values = torch.minimum(torch.maximum(u, quant_min), quant_max).round_().mul_(scale)
+    return (values if offset is None else values.add_(offset)).to(dtype or x.dtype)
+
+
+def _backward(
+    grad: Tensor, x: Tensor, scale: Tensor, offset: Tensor | None, quant_min: Tensor, quant_max: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad = wide(grad)
+    u = _in_steps(x, scale, offset)
+    clamped = torch.minimum(torch.maximum(u, quant_min), quant_max)
+    # On CPU, comparisons that yield booleans and clamps between tensors cost several times an addition: here are none.
+    cut = u.ne_(clamped).mul_(grad)
+    shape = _shape_of(grad, scale, quant_max)
+    parts = (clamped.round().sub_(clamped).mul_(grad), cut * clamped, cut)
+    sums = torch.stack([part.sum_to_size(shape) for part in parts])
+    return (grad - cut).to(x.dtype), sums
+
+
+def _forward_on_cpu(x: Tensor, *grid: Any) -> Tensor:
+    *parts, dtype = grid if len(grid) == 5 else (*grid, None)
+    dtype = dtype or x.dtype
+    if cpu.handles(x) and dtype in (torch.float32, torch.bfloat16):
+        return cpu.forward(x, tuple(parts), dtype)
+    return _forward(x, *parts, dtype=dtype)
+
+
+def _backward_on_cpu(grad: Tensor, x: Tensor, *grid: Any) -> tuple[Tensor, Tensor]:
+    if cpu.handles(grad, x):
+        return cpu.backward(grad, x, grid)
+    return _backward(grad, x, *grid)
+
+
+def _fake_forward(x: Tensor, *grid: Any) -> Tensor:
+    dtype = grid[4] if len(grid) == 5 else None
+    return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _fake_backward(grad: Tensor, x: Tensor, *grid: Any) -> tuple[Tensor, Tensor]:
+    sums = torch.empty(3, *_shape_of(x, grid[0], grid[3]), dtype=wide(x).dtype, device=x.device)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), sums
+
+
+for _name, _plain, _on_cpu, _fake in (
+    ("fake_quantize", _forward, _forward_on_cpu, _fake_forward),
+    ("fake_quantize_backward", _backward, _backward_on_cpu, _fake_backward),
+):
+    _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _on_cpu, "CPU")
+    torch.library.register_fake(f"qvit::{_name}", _fake, lib=_LIBRARY)
+
+
+def _in_steps(x: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
+    """(x - β)/s, a new tensor of at least float32."""
+    return wide(x) / scale if offset is None else (wide(x) - offset).div_(scale)
+
+
+def _to_bank(grad: Tensor, bank: Tensor, width: Tensor, candidates: Tensor) -> Tensor:
+    """The gradient of a bank from that of the picked entries: zero in every other column."""
+    column = grad.unsqueeze(-1)
+    if bank.shape[-1] > 1:
+        column = column * (width.unsqueeze(-1) == candidates)
+    return column.sum_to_size(bank.shape)
+
+
+def _shape_of(full: Tensor, *parts: Tensor) -> tuple[int, ...]:
+    """The broadcast shape of `parts`, with as many dimensions as `full`.
+
+    It is what a sum over shared elements is reduced to.
+    """
+    shape = torch.broadcast_shapes(*(part.shape for part in parts))
+    return (1,) * (full.dim() - len(shape)) + tuple(shape)

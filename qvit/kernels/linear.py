@@ -1,0 +1,133 @@
+"""A linear layer and the quantizer of its input as one function: only the raw input is kept for backward.
+
+Alone, the quantizer would keep x and the layer x̂. Here x̂ is made again in backward, a pass over memory beside two
+products. The weight comes quantized already, so it may have any quantizer.
+
+    y = x̂·Ŵᵀ + bias
+
+*On integers*: given the codes r of Ŵ = t·r, the product is one of codes in int8 with 32-bit sums, exact, and three to
+nine times as fast as in float32 on processors with VNNI. With stored codes c = q - z (z = 128 for unsigned grids),
+
+    y_j = s·t_j·Σ_k c_k·r_jk + t_j·(s·z + β)·Σ_k r_jk + bias_j
+
+differs from the simulated product by the rounding of float sums alone. Backward is the same for both, in float.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from qvit.kernels import cpu
+from qvit.kernels.fake_quantize import (
+    Grid,
+    Learned,
+    Meta,
+    backward_on,
+    codes_on,
+    parameter_gradients,
+    quantize_on,
+    resolve,
+)
+
+Codes = tuple[Tensor, Tensor]
+
+
+def quantized_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, learned: Learned, codes: Codes | None = None
+) -> Tensor:
+    """x̂·Ŵᵀ + bias, differentiable in everything.
+
+    Args:
+        x: (..., in), or (B, H, N, d) with H·d = in: heads that are concatenated to (B, N, in) once they are quantized.
+        weight: Ŵ, (out, in).
+        bias: (out,) or None.
+        learned: The quantizer of `x`.
+        codes: r of Ŵ, int8 (out, in), and t, (out,): the product runs on integers. Then `x` has one scale.
+    """
+    return _QuantizedLinear.apply(x, weight, bias, *learned, codes)
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scales: Tensor,
+        offsets: Tensor | None,
+        bit_width: Tensor,
+        meta: Meta,
+        codes: Codes | None,
+    ) -> Tensor:
+        grid, width = resolve(scales, offsets, bit_width, meta)
+        dtype = working_type(x)
+        weight = weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        ctx.meta, ctx.heads, ctx.has_bias = meta, x.shape[-1] != weight.shape[-1], bias is not None
+        ctx.save_for_backward(x, weight, *grid, width, scales, offsets, bit_width)
+        if codes is not None:
+            return _on_integers(x, bias, grid, codes, meta.signed, dtype)
+        return F.linear(_tokens(x, grid, weight.shape[-1], dtype), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight, scale, offset, low, high, width, scales, offsets, bit_width = ctx.saved_tensors
+        grid = Grid(scale, offset, low, high)
+        grad = grads[0].to(weight.dtype).flatten(0, -2)
+        needs_x, needs_weight, needs_bias, needs_scales = ctx.needs_input_grad[:4]
+        grad_x = grad_weight = None
+        of_grid: tuple[Tensor | None, ...] = (None, None, None)
+        if needs_weight:
+            grad_weight = grad.t() @ _tokens(x, grid, weight.shape[-1], weight.dtype).flatten(0, -2)
+        if needs_x or needs_scales:
+            towards = grad @ weight
+            if ctx.heads:
+                batch, heads, tokens, dim = x.shape
+                towards = towards.view(batch, tokens, heads, dim).transpose(1, 2)
+            else:
+                towards = towards.view(x.shape)
+            in_place = not ctx.heads and towards.dtype == x.dtype
+            grad_x, sums = backward_on(towards, x, grid, towards if in_place else None)
+            of_grid = parameter_gradients(sums, grid, width, scales, offsets, bit_width, ctx.meta)
+        grad_bias = grad.sum(0) if needs_bias and ctx.has_bias else None
+        return grad_x, grad_weight, grad_bias, *of_grid, None, None
+
+
+def working_type(x: Tensor) -> torch.dtype:
+    """The type in which autocast lets a product of `x` run."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _tokens(x: Tensor, grid: Grid, inputs: int, dtype: torch.dtype) -> Tensor:
+    """x̂ as tokens of `inputs` numbers; used up before the next call."""
+    heads = x.shape[-1] != inputs
+    source = x.transpose(1, 2) if heads else x
+    values = quantize_on(
+        source, grid.heads_last() if heads else grid, out=cpu.scratch("tokens", source.shape, dtype, x)
+    )
+    return values.flatten(2) if heads else values
+
+
+def _on_integers(x: Tensor, bias: Tensor | None, grid: Grid, codes: Codes, signed: bool, dtype: torch.dtype) -> Tensor:
+    """The layer's output from integers."""
+    weight, weight_scale = codes
+    zero = 0 if signed else 128
+    own = codes_on(x, grid, zero)
+    sums = torch._int_mm(own.flatten(0, -2), weight.t())
+    factor = (grid.scale.flatten() * weight_scale).float()
+    shift = grid.scale.flatten() * zero if grid.offset is None else grid.scale.flatten() * zero + grid.offset.flatten()
+    rest = shift * weight_scale * weight.sum(1, dtype=torch.int32)
+    rest = rest if bias is None else rest + bias.float()
+    if cpu.handles(x):
+        out = cpu.scale_sums(sums, factor, rest, dtype)
+    else:
+        out = torch.addcmul(rest, sums.float(), factor).to(dtype)
+    return out.unflatten(0, x.shape[:-1])
