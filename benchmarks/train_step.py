@@ -36,6 +36,7 @@ from qvit.calibration import calibrate
 from qvit.convert import quantize
 from qvit.deploy.hardware import cpu_instructions, hardware
 from qvit.families import inspect_model
+from qvit.kernels import cpu
 from qvit.kernels.cpu import has_int8_dot_products
 from qvit.methods import create_method
 from qvit.training.config import TrainConfig
@@ -86,12 +87,11 @@ def make_step(row: str, mode: str, precision: str, options: argparse.Namespace) 
             torch.cuda.synchronize()
 
     def plain_step() -> None:
-        """Environment variables are read at each use of the kernels."""
-        os.environ["QVIT_KERNELS"] = "0"
+        cpu.ENABLED = False
         try:
             step()
         finally:
-            del os.environ["QVIT_KERNELS"]
+            cpu.ENABLED = True
 
     return plain_step if row == PLAIN else step
 

@@ -94,8 +94,7 @@ class _ClampInward(torch.autograd.Function):
 
 def inward(x: Tensor, grad: Tensor, low: float, high: float) -> Tensor:
     """`grad` without what would push `x` further beyond a limit that it has reached."""
-    outward = ((x >= high) & (grad < 0)) | ((x <= low) & (grad > 0))
-    return grad.masked_fill(outward, 0.0)
+    return torch.where(torch.where(grad < 0, x < high, x > low), grad, 0.0)
 
 
 def clamp_inward(x: Float[Tensor, "..."], low: float, high: float) -> Float[Tensor, "..."]:

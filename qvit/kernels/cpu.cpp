@@ -47,18 +47,32 @@ template <> struct Packed<float> { typedef Vec type; };
 template <> struct Packed<BFloat16> { typedef Halves type; };
 template <> struct Packed<int8_t> { typedef Bytes type; };
 
+// Copies `count` < LANES elements in at most four moves of known sizes, which cost far less than a call.
+template <class T> inline void copy_some(T* to, const T* from, int64_t count) {
+    if (count & 8) { std::memcpy(to, from, 8 * sizeof(T)); to += 8; from += 8; }
+    if (count & 4) { std::memcpy(to, from, 4 * sizeof(T)); to += 4; from += 4; }
+    if (count & 2) { std::memcpy(to, from, 2 * sizeof(T)); to += 2; from += 2; }
+    if (count & 1) std::memcpy(to, from, sizeof(T));
+}
+
 // The first `count` of LANES elements; the rest is zero.
 template <class T> inline Vec load(const T* from, int64_t count) {
     typename Packed<T>::type raw = {};
     if (count >= LANES) std::memcpy(&raw, from, sizeof raw);
-    else std::memcpy(&raw, from, count * sizeof(T));
+    else copy_some((T*)&raw, from, count);
     return to_float(raw);
+}
+inline Ints load_ints(const int32_t* from, int64_t count) {
+    Ints raw = {};
+    if (count >= LANES) std::memcpy(&raw, from, sizeof raw);
+    else copy_some((int32_t*)&raw, from, count);
+    return raw;
 }
 template <class T> inline void store(T* to, Vec values, int64_t count) {
     typename Packed<T>::type raw;
     from_float(values, raw);
     if (count >= LANES) std::memcpy(to, &raw, sizeof raw);
-    else std::memcpy(to, &raw, count * sizeof(T));
+    else copy_some(to, (const T*)&raw, count);
 }
 
 inline Vec splat(float value) { return Vec{} + value; }
@@ -173,7 +187,7 @@ void forward(const X* x, O* out, const Grids& grids, const Shape& shape, float z
 
 // grad_x, and for each group: sum g*(q - c), sum g'*c, sum g', with g' = g where u != c.
 template <class X, class G>
-void backward(const G* grad, const X* x, X* grad_x, double* sums, const Grids& grids, const Shape& shape,
+void backward(const G* grad, const X* x, X* grad_x, float* sums, const Grids& grids, const Shape& shape,
               const int64_t* grad_strides, int64_t groups, int threads) {
     if (shape.elements() < SERIAL) threads = 1;
     std::vector<double> partial(threads * 3 * groups, 0.0);
@@ -222,7 +236,7 @@ void backward(const G* grad, const X* x, X* grad_x, double* sums, const Grids& g
     for (int64_t i = 0; i < 3 * groups; ++i) {
         double sum = 0;
         for (int thread = 0; thread < threads; ++thread) sum += partial[thread * 3 * groups + i];
-        sums[i] = sum;
+        sums[i % 3 * groups + i / 3] = (float)sum;
     }
 }
 
@@ -247,7 +261,7 @@ int qvit_forward(const void* x, int x_type, void* out, int out_type, const float
     return 0;
 }
 
-int qvit_backward(const void* grad, int grad_type, const void* x, int x_type, void* grad_x, double* sums,
+int qvit_backward(const void* grad, int grad_type, const void* x, int x_type, void* grad_x, float* sums,
                   const float* scale, const float* offset, const float* low, const float* high, int single,
                   const int64_t* shape_numbers, const int64_t* grad_strides, int64_t groups, int threads) {
     Shape shape;
@@ -262,17 +276,16 @@ int qvit_backward(const void* grad, int grad_type, const void* x, int x_type, vo
     return 0;
 }
 
-// out[i, j] = sums[i, j]*factor[j] + bias[j]
-int qvit_scale_sums(const int32_t* sums, void* out, int out_type, const float* factor, const float* bias, int64_t rows,
-                    int64_t columns, int threads) {
+// out[i, j] = (sums[i, j] + more[j])*factor[j] + bias[j]
+int qvit_scale_sums(const int32_t* sums, const int32_t* more, void* out, int out_type, const float* factor,
+                    const float* bias, int64_t rows, int64_t columns, int threads) {
     if (rows * columns < SERIAL) threads = 1;
     #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t r = 0; r < rows; ++r) {
         for (int64_t i = 0; i < columns; i += LANES) {
             const int64_t n = columns - i;
-            Ints raw = {};
-            std::memcpy(&raw, sums + r * columns + i, (n < LANES ? n : LANES) * sizeof(int32_t));
-            const Vec value = __builtin_convertvector(raw, Vec) * load(factor + i, n) + load(bias + i, n);
+            const Ints sum = load_ints(sums + r * columns + i, n) + load_ints(more + i, n);
+            const Vec value = __builtin_convertvector(sum, Vec) * load(factor + i, n) + load(bias + i, n);
             if (out_type == 0) store((float*)out + r * columns + i, value, n);
             else store((BFloat16*)out + r * columns + i, value, n);
         }

@@ -33,7 +33,10 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 #: Tried in this order: threads need OpenMP, and not every compiler knows every processor by `native`.
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
+#: Whether the kernels are used where they can be.
+ENABLED = os.environ.get("QVIT_KERNELS") != "0"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_READ = (torch.float32, torch.bfloat16)
 _DIMS = 4
 #: Elements beyond which memory is given back at once.
 LARGEST_SCRATCH = 2**24
@@ -42,7 +45,7 @@ _GRID = (_POINTER,) * 4 + (_INT, _POINTER)
 _SIGNATURES = {
     "qvit_forward": (_POINTER, _INT, _POINTER, _INT, *_GRID, ctypes.c_float, _INT),
     "qvit_backward": (_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, *_GRID, _POINTER, _LONG, _INT),
-    "qvit_scale_sums": (_POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
+    "qvit_scale_sums": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
 }
 
 
@@ -53,20 +56,22 @@ def cxx() -> str:
 
 def available() -> bool:
     """Whether the kernels can run here; the first call compiles them."""
-    return os.environ.get("QVIT_KERNELS") != "0" and _library() is not None
+    return ENABLED and _library() is not None
 
 
 def would_handle(*tensors: Tensor | None) -> bool:
     """Whether the kernels take tensors like these: on the CPU, in float32 or bfloat16."""
-    return available() and all(
-        tensor is None or (tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16))
-        for tensor in tensors
-    )
+    if not available():
+        return False
+    for tensor in tensors:
+        if tensor is not None and (not tensor.is_cpu or tensor.dtype not in _READ):
+            return False
+    return True
 
 
 def handles(*tensors: Tensor | None) -> bool:
     """The same for these very tensors, which may be fake: without numbers."""
-    return would_handle(*tensors) and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+    return would_handle(*tensors) and FakeTensor not in map(type, tensors)
 
 
 def forward(
@@ -104,12 +109,11 @@ def backward(
         x, numbers, strides = _in_order(x.contiguous(), groups, grad)
     count = _numel(groups)
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    sums = torch.empty(count, 3, dtype=torch.float64)
+    sums = torch.empty((3, *(1,) * (x.dim() - len(groups)), *groups), dtype=torch.float32)
     _call("qvit_backward", grad.data_ptr(), _TYPES[grad.dtype], x.data_ptr(), _TYPES[x.dtype], out.data_ptr(),
           sums.data_ptr(), *pointers, numbers, strides, count, torch.get_num_threads())  # fmt: skip
     del kept
-    shape = (1,) * (x.dim() - len(groups)) + groups
-    return out, sums.t().float().reshape(3, *shape)
+    return out, sums
 
 
 _SCRATCH = threading.local()
@@ -130,12 +134,12 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor)
     return found[:count].view(shape)
 
 
-def scale_sums(sums: Tensor, factor: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """sums·factor + bias in `dtype`, for int32 sums (rows, columns) and float32 vectors (columns)."""
+def scale_sums(sums: Tensor, more: Tensor, factor: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """(sums + more)·factor + bias in `dtype`: int32 sums (rows, columns) and vector, float32 vectors (columns)."""
     out = torch.empty(sums.shape, dtype=dtype)
-    sums, factor, bias = sums.contiguous(), factor.contiguous(), bias.contiguous()
+    sums, more, factor, bias = (part.contiguous() for part in (sums, more, factor, bias))
     rows, columns = sums.shape
-    _call("qvit_scale_sums", sums.data_ptr(), out.data_ptr(), _TYPES[dtype], factor.data_ptr(), bias.data_ptr(),
+    _call("qvit_scale_sums", sums.data_ptr(), more.data_ptr(), out.data_ptr(), _TYPES[dtype], factor.data_ptr(), bias.data_ptr(),
           rows, columns, torch.get_num_threads())  # fmt: skip
     return out
 
@@ -146,8 +150,7 @@ def _call(name: str, *arguments: object) -> None:
 
 def _flat(grid: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[Tensor], tuple[int, ...]]:
     """Pointers to the numbers, which of them are one for all groups; the tensors that hold them; the groups' shape."""
-    shapes = {part.shape for part in grid if part is not None}
-    groups = tuple(torch.broadcast_shapes(*shapes)) if len(shapes) > 1 else tuple(shapes.pop())
+    groups = _together(*(part.shape for part in grid if part is not None))
     kept, pointers, single = [], [], 0
     for i, part in enumerate(grid):
         if part is None:
@@ -157,7 +160,8 @@ def _flat(grid: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[Tenso
             single |= 1 << i
         elif part.shape != groups:
             part = part.expand(groups)
-        part = part.detach().float().contiguous()
+        if part.dtype is not torch.float32 or not part.is_contiguous():
+            part = part.detach().float().contiguous()
         kept.append(part)
         pointers.append(part.data_ptr())
     return [*pointers, single], kept, groups
@@ -208,6 +212,11 @@ def _shape_numbers(
     size, group, out, x, *rest = columns
     numbers = (ctypes.c_int64 * (4 * _DIMS))(*size, *x, *group, *out)
     return numbers, (ctypes.c_int64 * _DIMS)(*rest[0]) if rest else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _together(*shapes: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(*shapes))
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -53,6 +53,8 @@ class Meta(NamedTuple):
     limits: tuple[int, int] | None
     signed: bool
     elements_per_scale: Tensor | int | None
+    #: (quant_min, quant_max) where somebody has them already.
+    known_range: tuple[Tensor, Tensor] | None = None
 
 
 class Learned(NamedTuple):
@@ -74,7 +76,7 @@ def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Met
     width = bit_width if meta.limits is None else bit_width.clamp(*meta.limits).round()
     scale = pick_column(scales, width, meta.candidates).clamp_min(SMALLEST_SCALE)
     offset = None if offsets is None else pick_column(offsets, width, meta.candidates)
-    return Grid(scale, offset, *integer_range(width, meta.signed)), width
+    return Grid(scale, offset, *(meta.known_range or integer_range(width, meta.signed))), width
 
 
 def parameter_gradients(

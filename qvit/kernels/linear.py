@@ -8,7 +8,7 @@ products. The weight comes quantized already, so it may have any quantizer.
 *On integers*: given the codes r of Ŵ = t·r, the product is one of codes in int8 with 32-bit sums, exact, and three to
 nine times as fast as in float32 on processors with VNNI. With stored codes c = q - z (z = 128 for unsigned grids),
 
-    y_j = s·t_j·Σ_k c_k·r_jk + t_j·(s·z + β)·Σ_k r_jk + bias_j
+    y_j = s·t_j·(Σ_k c_k·r_jk + z·R_j) + β·t_j·R_j + bias_j        R_j = Σ_k r_jk
 
 differs from the simulated product by the rounding of float sums alone. Backward is the same for both, in float.
 """
@@ -122,12 +122,12 @@ def _on_integers(x: Tensor, bias: Tensor | None, grid: Grid, codes: Codes, signe
     zero = 0 if signed else 128
     own = codes_on(x, grid, zero)
     sums = torch._int_mm(own.flatten(0, -2), weight.t())
+    of_rows = weight.sum(1, dtype=torch.int32)
     factor = (grid.scale.flatten() * weight_scale).float()
-    shift = grid.scale.flatten() * zero if grid.offset is None else grid.scale.flatten() * zero + grid.offset.flatten()
-    rest = shift * weight_scale * weight.sum(1, dtype=torch.int32)
+    rest = torch.zeros_like(factor) if grid.offset is None else grid.offset.flatten() * weight_scale * of_rows
     rest = rest if bias is None else rest + bias.float()
     if cpu.handles(x):
-        out = cpu.scale_sums(sums, factor, rest, dtype)
+        out = cpu.scale_sums(sums, of_rows * zero, factor, rest, dtype)
     else:
-        out = torch.addcmul(rest, sums.float(), factor).to(dtype)
+        out = torch.addcmul(rest, (sums + of_rows * zero).float(), factor).to(dtype)
     return out.unflatten(0, x.shape[:-1])

@@ -1,0 +1,476 @@
+"""The fused forms beside what they stand for: values, every gradient, both dtypes, all granularities, odd shapes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import calibrated_model, digits_model
+from torch import Tensor, nn
+
+from qvit.errors import UsageError
+from qvit.functional import switchable_fake_quantize
+from qvit.kernels import cpu
+from qvit.kernels.fake_quantize import FakeQuantize, Grid, _backward, _forward, backward_on, codes_on, quantize_on
+from qvit.layers import AttentionSites, QuantConv2d, QuantLinear, QuantQKV, add_quantizers, adopt, linear_sites
+from qvit.quantizers import create_quantizer, quantizers_of
+from qvit.spec import Layout, PerChannel, PerHead, TensorSpec
+from qvit.training.config import TrainConfig
+from qvit.training.held_weights import HeldWeights
+from qvit.training.loop import run_on_integers
+
+needs_kernels = pytest.mark.skipif(not cpu.available(), reason="no C++ compiler on this machine")
+needs_int8 = pytest.mark.skipif(not cpu.has_int8_dot_products(), reason="no 8-bit dot products on this processor")
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that runs another one without compiled kernels."""
+
+    def run(function: Any, *arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "ENABLED", False)
+            return function(*arguments, **options)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------- the two operators
+
+SHAPES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+    ((5, 7), ()),
+    ((1,), ()),
+    ((3, 1, 17), ()),
+    ((0, 4), ()),
+    ((2, 3, 5, 7), (3, 1, 1)),
+    ((2, 3, 5, 7), (3, 1, 7)),
+    ((2, 3, 5, 7), (3, 5, 7)),
+    ((2, 5, 33), (33,)),
+    ((4, 6, 50), (4, 6, 1)),
+    ((6, 4, 5), (4, 1)),
+    ((2, 4, 6, 6), (4, 1, 1)),
+    ((3, 40000), ()),
+    ((2, 3, 200, 100), (3, 1, 1)),
+    ((300, 129), (129,)),
+]
+TYPES = (torch.float32, torch.bfloat16)
+
+
+def make_grid(shape: tuple[int, ...], *, signed: bool, offset: bool) -> Grid:
+    """Scales of all sizes, so that a good part of the elements is clipped; widths per group."""
+    widths = torch.randint(1, 9, shape).float()
+    scale = torch.rand(shape) * 2 / torch.exp2(widths) + 0.01
+    low = -torch.exp2(widths - 1) if signed else torch.zeros(shape)
+    high = torch.exp2(widths - 1) - 1 if signed else torch.exp2(widths) - 1
+    return Grid(scale, torch.randn(shape) * 0.3 if offset else None, low, high)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+@pytest.mark.parametrize("x_type", TYPES, ids=str)
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_operators_are_their_formulas(
+    shape: tuple[int, ...], groups: tuple[int, ...], x_type: torch.dtype, signed: bool, offset: bool, threads: int
+) -> None:
+    grid = make_grid(groups, signed=signed, offset=offset)
+    x = torch.randn(shape).to(x_type)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for out_type in TYPES:
+            assert torch.equal(quantize_on(x, grid, out_type), _forward(x, *grid, dtype=out_type))
+        for grad_type in TYPES:
+            grad = torch.randn(shape).to(grad_type)
+            grad_x, sums = backward_on(grad, x, grid)
+            expected_x, expected_sums = _backward(grad, x, *grid)
+            assert torch.equal(grad_x, expected_x) and grad_x.dtype == x_type
+            tolerance = 2e-6 * max(1, x.numel() // max(1, sums[0].numel())) ** 0.5 * 256
+            torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=tolerance)
+            again = backward_on(grad, x, grid)[1]
+            assert torch.equal(again, sums), "the same numbers on every run"
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[1::5], ids=str)
+def test_any_order_of_axes(order: tuple[int, ...]) -> None:
+    """q, k, v are views of one tensor; gradients come in yet another order."""
+    grid = make_grid((3, 1, 1), signed=True, offset=True)
+    sizes = (2, 3, 5, 24)
+    x = torch.empty([sizes[i] for i in order]).normal_().permute([order.index(i) for i in range(4)])
+    grad = torch.randn(2, 5, 3, 24).transpose(1, 2)
+    assert x.shape == sizes == grad.shape
+    for view in (x, x[..., ::2], x[:, :, 1:]):
+        own = grad[..., : view.shape[3]][:, :, : view.shape[2]]
+        assert torch.equal(quantize_on(view, grid), _forward(view, *grid))
+        torch.testing.assert_close(backward_on(own, view, grid), _backward(own, view, *grid), rtol=1e-4, atol=1e-3)
+    expanded = torch.randn(2, 1, 1, 24).expand(sizes)
+    assert torch.equal(quantize_on(expanded, grid), _forward(expanded, *grid))
+
+
+@needs_kernels
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("groups", [(), (3, 1, 1)])
+def test_codes(signed: bool, groups: tuple[int, ...]) -> None:
+    grid = make_grid(groups, signed=signed, offset=True)
+    x, zero = torch.randn(2, 3, 5, 21), 0 if signed else 128
+    codes = codes_on(x, grid, zero)
+    assert codes.dtype is torch.int8
+    values = (codes.float() + zero) * grid.scale + grid.offset
+    assert torch.equal(values, quantize_on(x, grid))
+
+
+@needs_kernels
+def test_numbers_that_are_none() -> None:
+    """NaN stays NaN, infinities go to the ends of the grid, halves to the even neighbour, in both forms."""
+    grid = Grid(torch.tensor(0.5), None, torch.tensor(-4.0), torch.tensor(3.0))
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.25, 0.75, -0.25, 1.25, -0.0, 1e30])
+    expected = [float("nan"), 1.5, -2.0, 0.0, 1.0, -0.0, 1.0, -0.0, 1.5]
+    for form in (quantize_on, lambda x, grid: _forward(x, *grid)):
+        torch.testing.assert_close(form(x, grid), torch.tensor(expected), rtol=0, atol=0, equal_nan=True)
+    assert torch.isnan(quantize_on(x.bfloat16(), grid)[0])
+    grad = torch.ones_like(x)
+    torch.testing.assert_close(backward_on(grad, x, grid), _backward(grad, x, *grid), equal_nan=True)
+
+
+@needs_kernels
+def test_a_gradient_may_be_overwritten_by_the_result() -> None:
+    grid = make_grid((3, 1, 1), signed=True, offset=False)
+    x, grad = torch.randn(2, 3, 50, 40), torch.randn(2, 3, 50, 40)
+    expected, expected_sums = backward_on(grad, x, grid)
+    found, sums = backward_on(grad, x, grid, grad)
+    assert found is grad and torch.equal(found, expected) and torch.equal(sums, expected_sums)
+
+
+def test_operators_are_known_to_torch() -> None:
+    grid = make_grid((3, 1, 1), signed=True, offset=True)
+    x = torch.randn(2, 3, 5, 7)
+    torch.library.opcheck(torch.ops.qvit.fake_quantize.default, (x, *grid))
+    torch.library.opcheck(torch.ops.qvit.fake_quantize_backward.default, (x, x, *grid))
+
+
+@needs_kernels
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("bank", [True, False])
+def test_autograd_in_float32(learned: bool, bank: bool) -> None:
+    """`FakeQuantize` on compiled kernels beside autograd's own derivatives of the reference."""
+    candidates = torch.arange(2.0, 9.0) if bank else torch.zeros(0)
+    widths = torch.tensor([2.2, 3.6, 8.0]).view(3, 1, 1) if learned else torch.tensor([2.0, 4.0, 8.0]).view(3, 1, 1)
+    leaves = [
+        torch.randn(2, 3, 50, 40, requires_grad=True),
+        torch.rand(3, 1, 1, 7 if bank else 1).add_(0.02).requires_grad_(),
+        torch.randn(3, 1, 1, 7 if bank else 1).mul_(0.2).requires_grad_(),
+        widths.requires_grad_(learned),
+    ]
+    constants = (candidates, (2, 8) if learned else None, False, 1000)
+    upstream = torch.randn(2, 3, 50, 40)
+    asked = [leaf for leaf in leaves if leaf.requires_grad]
+    found = torch.autograd.grad((FakeQuantize.apply(*leaves, *constants) * upstream).sum(), asked)
+    expected = torch.autograd.grad((switchable_fake_quantize(*leaves, *constants) * upstream).sum(), asked)
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- layers and attention
+
+
+def gradients_of(model: nn.Module, images: Tensor, upstream: Tensor, *, bf16: bool = False) -> dict[str, Tensor]:
+    """The output and the gradient of every parameter and of the images."""
+    model.zero_grad()
+    images = images.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        out = model(images)
+    (out.float() * upstream).sum().backward()
+    own = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert images.grad is not None
+    return {"output": out.detach().float(), "images": images.grad, **own}
+
+
+def close(found: dict[str, Tensor], expected: dict[str, Tensor], share: float) -> None:
+    """Every tensor within `share` of the norm of the expected one."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        distance = (found[name].float() - value.float()).norm()
+        assert distance <= share * value.float().norm() + 1e-7, (name, float(distance / value.float().norm()))
+
+
+def layer(kind: str, inputs: TensorSpec, weights: TensorSpec) -> nn.Module:
+    """A calibrated linear layer, or a convolution over patches."""
+    if kind == "conv":
+        module: Any = adopt(QuantConv2d, nn.Conv2d(3, 10, 4, stride=4))
+        example = torch.randn(2, 3, 8, 12)
+    else:
+        module = adopt(QuantLinear, nn.Linear(24, 10, bias=kind == "bias"))
+        example = torch.randn(2, 9, 24)
+    sites = {site.name: site for site in linear_sites("layer", module, TensorSpec())}
+    add_quantizers(module, "layer", sites, {"layer.input": inputs, "layer.weight": weights})
+    for name, value in (("input", example), ("weight", module.weight)):
+        quantizer = getattr(module, f"{name}_quantizer")
+        observer = quantizer.create_observer()
+        observer.observe(value.detach())
+        quantizer.initialize(observer)
+    return module
+
+
+SPECS = {
+    "per tensor": TensorSpec(bit_width=3),
+    "offset": TensorSpec(bit_width=4, signed=False, symmetric=False),
+    "8 bits, unsigned": TensorSpec(bit_width=8, signed=False),
+    "per channel": TensorSpec(bit_width=3, granularity=PerChannel()),
+    "switchable": TensorSpec(bit_width=4, learn_bit_width=True, switchable_scale=True),
+    "norm": TensorSpec(bit_width=3, scale_gradient="norm"),
+}
+
+
+@needs_kernels
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", ["bias", "no bias", "conv"])
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_layer_with_its_input_s_quantizer(plain: Any, kind: str, spec: str, bf16: bool) -> None:
+    if kind == "conv" and spec == "per channel":
+        pytest.skip("a convolution with a scale per channel has no fused form")
+    module = layer(kind, SPECS[spec], TensorSpec(bit_width=4, granularity=PerChannel()))
+    images = torch.randn(5, 3, 8, 12) if kind == "conv" else torch.randn(5, 7, 24)
+    upstream = torch.randn(5, 10, 2, 3) if kind == "conv" else torch.randn(5, 7, 10)
+    found = gradients_of(module, images, upstream, bf16=bf16)
+    expected = plain(gradients_of, module, images, upstream, bf16=bf16)
+    close(found, expected, 0.02 if bf16 else 1e-5)
+    assert "input_quantizer.scale" in found
+
+
+class Attention(AttentionSites):
+    """Nothing but the products, with a bias."""
+
+    def __init__(self, bias: Tensor | None) -> None:
+        super().__init__()
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = x.unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.attend(q, k, v, 8**-0.5, self.bias, nn.Identity())
+
+
+def attention(bias: Tensor | None, sites: tuple[str, ...], spec: TensorSpec) -> nn.Module:
+    module = Attention(bias)
+    for site in sites:
+        own = spec.changed({"signed": False}) if site == "probs" else spec
+        layout = Layout(heads=(3, 1, 1), channels=(3, 1, 8))
+        quantizer = create_quantizer(own, layout)
+        observer = quantizer.create_observer()
+        example = torch.rand(4, 3, 11, 11).softmax(-1) if site == "probs" else torch.randn(4, 3, 11, 8)
+        observer.observe(example)
+        quantizer.initialize(observer)
+        module.add_module(f"{site}_quantizer", quantizer)
+    return module
+
+
+ALL = ("query", "key", "value", "probs")
+PER_HEAD = TensorSpec(bit_width=(2, 3, 5), granularity=PerHead())
+
+
+@needs_kernels
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bias", [None, (1, 3, 11, 11), (7, 3, 11, 11), (11, 11)], ids=str)
+@pytest.mark.parametrize("sites", [ALL, ("query",), ("probs",), ("key", "value")], ids=str)
+def test_attention_beside_its_plain_form(
+    plain: Any, monkeypatch: pytest.MonkeyPatch, bias: tuple[int, ...] | None, sites: tuple[str, ...], bf16: bool
+) -> None:
+    """Several chunks, the last one shorter; a bias for all images or one for each."""
+    monkeypatch.setattr("qvit.kernels.attention.SCORES", 3 * 3 * 11 * 11)
+    module = attention(None if bias is None else torch.randn(bias), sites, PER_HEAD)
+    x, upstream = torch.randn(7, 11, 72), torch.randn(7, 3, 11, 8)
+    found = gradients_of(module, x, upstream, bf16=bf16)
+    expected = plain(gradients_of, module, x, upstream, bf16=bf16)
+    close(found, expected, 0.05 if bf16 else 2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("learn", [True, False])
+def test_attention_with_learned_widths_and_switchable_scales(plain: Any, learn: bool) -> None:
+    spec = TensorSpec(
+        bit_width=(3, 4, 6),
+        granularity=PerHead(),
+        learn_bit_width=learn,
+        switchable_scale=True,
+        signed=False,
+        symmetric=False,
+    )
+    module = attention(None, ALL, spec)
+    x, upstream = 2 * torch.randn(7, 11, 72), torch.randn(7, 3, 11, 8)
+    close(gradients_of(module, x, upstream), plain(gradients_of, module, x, upstream), 2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("plan", ["w3a3", "w4a8", "w2a2"])
+def test_a_whole_model(plain: Any, plan: str) -> None:
+    model = calibrated_model(plan)
+    images, upstream = torch.randn(9, 1, 8, 8), torch.randn(9, 10)
+    close(gradients_of(model, images, upstream), plain(gradients_of, model, images, upstream), 2e-4)
+
+
+@needs_kernels
+def test_who_looks_at_a_quantizer_still_sees_what_passes() -> None:
+    model = calibrated_model("w3a3")
+    seen: list[str] = []
+    for name, quantizer in quantizers_of(model):
+        quantizer.register_forward_hook(lambda module, inputs, out, name=name: seen.append(name))
+    model(torch.randn(2, 1, 8, 8))
+    assert sorted(seen) == sorted(name for name, _ in quantizers_of(model))
+
+
+@needs_kernels
+def test_only_raw_inputs_are_kept() -> None:
+    """A linear layer keeps x and the weights, attention keeps q, k, v: nothing of the size of the scores."""
+    module = attention(None, ALL, PER_HEAD)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        module(torch.randn(7, 11, 72, requires_grad=True))
+    assert sorted(size for size in kept if size > 3) == [7 * 3 * 11 * 8] * 3
+
+
+# ------------------------------------------------------------------------------------------------------------- integers
+
+
+@needs_kernels
+@needs_int8
+@pytest.mark.parametrize("weights", ["per tensor", "per channel"])
+@pytest.mark.parametrize("inputs", ["per tensor", "offset", "8 bits, unsigned", "switchable"])
+@pytest.mark.parametrize("kind", ["bias", "no bias"])
+def test_integer_products_are_the_simulated_ones(kind: str, inputs: str, weights: str) -> None:
+    """To the rounding of the float sums; gradients are the same computation."""
+    module: Any = layer(kind, SPECS[inputs], SPECS[weights].changed({"bit_width": 8}))
+    x, upstream = torch.randn(5, 7, 24), torch.randn(5, 7, 10)
+    simulated = gradients_of(module, x, upstream)
+    module.integer_forward = True
+    codes, scale = module.codes()
+    assert torch.equal(codes.float() * scale[:, None], module.weight_quantizer(module.weight))
+    integers = gradients_of(module, x, upstream)
+    assert not torch.equal(integers["output"], simulated["output"]), "another order of operations"
+    close(integers, simulated, 1e-6)
+    exact = module.input_quantizer(x).double() @ module.weight_quantizer(module.weight).double().t()
+    exact = exact if module.bias is None else exact + module.bias
+    assert (integers["output"] - exact).norm() <= (simulated["output"] - exact).norm() * 3
+
+
+@needs_kernels
+@needs_int8
+def test_integers_in_a_whole_model_and_where_they_cannot_be() -> None:
+    model = calibrated_model("w4a4")
+    images = torch.randn(9, 1, 8, 8)
+    simulated = model(images)
+    config = TrainConfig.create(model="vit_digits", method="lsq+", budget="4bit", integer_forward=True)
+    run_on_integers(model, config)
+    on_integers = [m for m in model.modules() if isinstance(m, (QuantLinear, QuantQKV)) and m.integer_forward]
+    assert len(on_integers) == sum(isinstance(m, (QuantLinear, QuantQKV)) for m in model.modules())
+    close({"x": model(images).detach()}, {"x": simulated.detach()}, 0.05)
+    columns = layer("bias", SPECS["per tensor"], SPECS["per channel"])
+    columns.integer_forward = True  # type: ignore[assignment]
+    shared = layer("bias", SPECS["per channel"], SPECS["per tensor"])
+    shared.integer_forward = True  # type: ignore[assignment]
+    shared(torch.randn(2, 3, 24))  # a scale per input channel: simulated, without a complaint
+
+
+def test_what_excludes_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = digits_model()
+    settings = {"model": "vit_digits", "method": "lsq+", "budget": "4bit", "integer_forward": True}
+    with pytest.raises(UsageError, match="compile exclude each other"):
+        run_on_integers(model, TrainConfig.create(**settings, compile=True))
+    monkeypatch.setattr(cpu, "ENABLED", False)
+    with pytest.raises(UsageError, match="has no compiled kernels"):
+        run_on_integers(model, TrainConfig.create(**settings))
+    monkeypatch.undo()
+    monkeypatch.setattr("qvit.kernels.cpu.has_int8_dot_products", lambda: False)
+    if cpu.available():
+        with pytest.raises(UsageError, match="no 8-bit dot products"):
+            run_on_integers(model, TrainConfig.create(**settings))
+
+
+# ------------------------------------------------------------------------------------------- once per step, compilation
+
+
+@pytest.mark.parametrize("plan", ["w3a3", "w4a4"])
+def test_weights_quantized_once_have_the_gradients_of_each_time(plan: str) -> None:
+    model = calibrated_model(plan)
+    batches = torch.randn(4, 3, 1, 8, 8)
+    model.zero_grad()
+    for batch in batches:
+        model(batch).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    held, calls = HeldWeights(model), dict.fromkeys(HeldWeights(model).quantizers, 0)
+    for name, quantizer in held.quantizers.items():
+        original = quantizer.fake_quantize
+
+        def counted(x: Tensor, *more: Any, name: str = name, original: Any = original) -> Tensor:
+            calls[name] += 1
+            return original(x, *more)
+
+        quantizer.fake_quantize = counted  # type: ignore[method-assign]
+    with held.first():
+        for batch in batches[:-1]:
+            model(batch).square().sum().backward()
+        weights = [p for name, p in model.named_parameters() if name.endswith("fc1.weight")]
+        assert weights and all(weight.grad is None for weight in weights)
+    with held.last():
+        model(batches[-1]).square().sum().backward()
+    assert calls and set(calls.values()) == {1}
+    close({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, expected, 1e-5)
+    assert all(quantizer.held is None for quantizer in held.quantizers.values())
+
+
+def test_no_number_is_asked_for_in_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that would make the host wait."""
+    model = calibrated_model("w3a3")
+    images = torch.randn(4, 1, 8, 8)
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a tensor's content was asked for")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    model(images).sum().backward()
+
+
+WITHOUT_COMPILER = """
+import logging, sys
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+import torch
+from qvit.kernels import cpu
+from qvit.kernels.fake_quantize import Grid, quantize_on
+grid = Grid(torch.tensor(0.5), None, torch.tensor(-4.0), torch.tensor(3.0))
+print(quantize_on(torch.tensor([0.3, 9.0]), grid).tolist(), cpu.available())
+"""
+
+
+@pytest.mark.parametrize("case", ["no compiler", "a broken one", "nowhere to write", "switched off"])
+def test_without_compiled_kernels_the_formulas_run(case: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("#!/bin/sh\necho 'internal compiler error' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment |= {
+        "no compiler": {"CXX": str(tmp_path / "none")},
+        "a broken one": {"CXX": str(broken)},
+        "nowhere to write": {"XDG_CACHE_HOME": str(broken)},
+        "switched off": {"QVIT_KERNELS": "0"},
+    }[case]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *messages, result = done.stdout.strip().splitlines()
+    assert result == "[0.5, 1.5] False"
+    if case == "switched off":
+        assert not messages
+    else:
+        assert len(messages) == 1 and "no compiled kernels, so quantization is slower" in messages[0]
+        assert "internal compiler error" in messages[0] or case != "a broken one"
