@@ -21,7 +21,6 @@ import argparse
 import datetime
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -97,9 +96,11 @@ def make_step(row: str, mode: str, precision: str, options: argparse.Namespace) 
 
 
 def rows_of(mode: str, options: argparse.Namespace) -> list[str]:
-    """What is measured in a mode: a compiled model has neither fused operators nor integers."""
+    """What is measured in a mode: a compiled model has neither fused operators nor integers, and takes minutes."""
+    if mode == "compiled":
+        return [FLOAT, *(name for name in options.compiled_methods if name in options.methods)]
     rows = [FLOAT, *options.methods]
-    if mode == "eager" and options.device == "cpu":
+    if options.device == "cpu":
         rows += [PLAIN] if "lsq+" in options.methods else []
         rows += [name + INTEGERS for name in ON_INTEGERS if name in options.methods and has_int8_dot_products()]
     return rows
@@ -128,11 +129,17 @@ def measure_memory(row: str, mode: str, precision: str, options: argparse.Namesp
         return torch.cuda.max_memory_allocated() / 2**20
     warm = torch.randn(64, 64, requires_grad=True)
     (warm @ warm).sum().backward()
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    before = resident("VmRSS")
     step = make_step(row, mode, precision, options)
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    return resident("VmHWM") - before
+
+
+def resident(key: str) -> float:
+    """Mebibytes in memory, now (VmRSS) or at the peak (VmHWM); `ru_maxrss` would include the peak of the parent."""
+    text = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1]) / 1024
 
 
 def main() -> None:
@@ -141,6 +148,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
+    parser.add_argument("--compiled-methods", nargs="+", choices=METHODS, default=ON_INTEGERS)
     parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

@@ -168,6 +168,11 @@ def row_codes(quantizer: nn.Module | None, weight: Tensor) -> Codes | None:
 class AttentionSites(nn.Module):
     """The quantized part of multi-head attention; an attention class of a family inherits it beside its float class."""
 
+    @property
+    def projects_directly(self) -> bool:
+        """Whether q, k, v reach their quantizers as `qkv` gives them, without norm, rotation or another bias."""
+        return False
+
     def fused_projection(self, x: Tensor, rank: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v of `self.qkv`, each (B, H, N, d), from tokens (B, N, C) and their ranking, if there is one.
 

@@ -17,7 +17,14 @@ from torch import Tensor
 
 import qvit
 from qvit.deploy.artifact import Artifact
-from qvit.deploy.engines import ENGINES, available_engines, create_engine, load, openvino_int8_is_exact
+from qvit.deploy.engines import (
+    ENGINES,
+    available_engines,
+    create_engine,
+    load,
+    onnxruntime_int8_is_exact,
+    openvino_int8_is_exact,
+)
 from qvit.errors import QvitError, UsageError
 
 
@@ -113,7 +120,13 @@ def test_runtimes_agree_with_the_reference(name: str) -> None:
         assert int((apart > 1e-5).sum()) <= 1 and float(apart.max()) < 0.2, apart
     first, second = engine(images[:2]), engine(images[2:4])
     assert not torch.equal(first, second) and torch.equal(first, engine(images[:2])), "answers are no shared memory"
-    unit = "uint8" if name == "onnxruntime" else "int8" if openvino_int8_is_exact() else "exact float32 elsewhere"
+    unit = (
+        ("uint8 and int8" if onnxruntime_int8_is_exact() else "uint8")
+        if name == "onnxruntime"
+        else "int8"
+        if openvino_int8_is_exact()
+        else "exact float32 elsewhere"
+    )
     assert engine.name == name and engine.arithmetic.startswith("all 14 products in integers")
     assert engine.arithmetic.endswith(unit)
 

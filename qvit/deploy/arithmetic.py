@@ -33,6 +33,7 @@ class Grid(nn.Module):
         limits: Smallest and largest code as numbers, where all heads have the same.
         largest: The largest |code|.
         unit: What its codes are multiplied in, as the arithmetic decided in `prepare`.
+        is_right: Whether it is the right operand of a product of two activations.
     """
 
     scale: Tensor
@@ -43,6 +44,7 @@ class Grid(nn.Module):
     def __init__(self, quantizer: Quantizer) -> None:
         super().__init__()
         self.quantizer, self.signed, self.unit = quantizer, quantizer.spec.signed, "int32"
+        self.is_right = False
         scale, offset = quantizer.grid()
         low, high = quantizer.quant_range()
         self.register_buffer("scale", scale.detach().clone())
@@ -82,6 +84,13 @@ class Arithmetic:
     Others override how codes are kept (`encode`, `encode_tokens`, `weight_form`) and multiplied (`linear`,
     `matmul`), or whole products (`project`, `product`).
     """
+
+    #: Whether `project_codes` is there, so that the quantization of q, k, v becomes part of their projection.
+    projects_codes = False
+
+    def project_codes(self, operand: Operand, layer: IntegerLinear, grids: tuple[Grid, ...]) -> tuple[Tensor, int]:
+        """The codes of a layer's output (..., out), equal parts of which have a grid each, and their zero point."""
+        raise NotImplementedError
 
     def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
         """The integers of an activation, with scale and offset; `rank` where tokens differ in width."""

@@ -38,8 +38,9 @@ from qvit.convert import Stage, stage_of
 from qvit.deploy.arithmetic import Arithmetic, Grid, Operand
 from qvit.deploy.simulated import simulated_products, why_simulated
 from qvit.errors import UsageError
-from qvit.layers import AttentionSites, QuantConv2d, QuantLinear, QuantQKV, for_all_heads
+from qvit.layers import QKV, AttentionSites, QuantConv2d, QuantLinear, QuantQKV, for_all_heads
 from qvit.quantizers import Quantizer
+from qvit.quantizers.lsq import LSQQuantizer
 
 
 class IntegerLinear(nn.Module):
@@ -114,13 +115,27 @@ class IntegerAttention:
     arithmetic: Arithmetic
     #: Which of `scores`, `weigh` and `proj` stay simulated.
     simulated: Mapping[str, str]
+    #: Whether q, k, v leave their projection as codes.
+    projects_codes: bool
+
+    def fused_projection(self, x: Tensor, rank: Tensor | None = None) -> Any:
+        module: Any = self
+        if not self.projects_codes:
+            return super().fused_projection(x, rank)  # type: ignore[misc]
+        grids = tuple(module.grids[name] for name in QKV)
+        codes, zero = self.arithmetic.project_codes(self.arithmetic.encode(module.qkv.grid, x), module.qkv, grids)
+        parts = codes.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return tuple(Operand(part, own.scale, own.offset, zero) for part, own in zip(parts, grids, strict=True))
 
     def scores(self, q: Tensor, k: Tensor, scale: float | Tensor, rank: Tensor | None = None) -> Tensor:
         module: Any = self
         if "scores" in self.simulated:
             return super().scores(q, k, scale, rank)  # type: ignore[misc]
-        left = self.arithmetic.encode(module.grids["query"], q, rank)
-        right = self.arithmetic.encode(module.grids["key"], for_all_heads(k, q.shape[1]), rank)
+        if isinstance(q, Operand) and isinstance(k, Operand):
+            left, right = q, k
+        else:
+            left = self.arithmetic.encode(module.grids["query"], q, rank)
+            right = self.arithmetic.encode(module.grids["key"], for_all_heads(k, q.shape[1]), rank)
         codes, own, offset = (
             t if t is None or t.dim() < 2 else t.transpose(-2, -1) for t in (right.codes, right.scale, right.offset)
         )
@@ -131,6 +146,8 @@ class IntegerAttention:
         if "weigh" in self.simulated:
             return super().weigh(probs, v, rank)  # type: ignore[misc]
         left, grid = self.arithmetic.encode(module.grids["probs"], probs), module.grids["value"]
+        if isinstance(v, Operand):
+            return self.arithmetic.product(left, v)
         v = for_all_heads(v, probs.shape[1])
         if not grid.splits_tokens:
             return self.arithmetic.product(left, self.arithmetic.encode(grid, v))
@@ -200,8 +217,24 @@ def integer_form(
             if "proj" not in new.simulated:
                 grids["output"] = new.proj.grid
             new.grids = nn.ModuleDict(grids)
+            new.projects_codes = arithmetic.projects_codes and _can_project_codes(new)
             target.set_submodule(path, new)
     return target
+
+
+def _can_project_codes(module: Any) -> bool:
+    """Whether q, k, v can leave a projection on integers as codes of one type, by rounding alone."""
+    if (
+        not module.projects_directly
+        or not isinstance(module.qkv, IntegerLinear)
+        or {"scores", "weigh"} & set(module.simulated)
+    ):
+        return False
+    layer, grids = module.qkv, [module.grids[name] for name in QKV]
+    plain = all(
+        type(own.quantizer) is LSQQuantizer and not own.splits_tokens and own.unit != "float32" for own in grids
+    )
+    return plain and len({own.signed for own in grids}) == 1 and layer.segments == 1 and layer.weight_offset is None
 
 
 @functools.cache

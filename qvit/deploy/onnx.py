@@ -14,7 +14,8 @@ Widths are those of the plan: below 8 bits a Clip precedes the Q node, with a ve
 What runs on which integers is decided by the *dialect*, because runtimes differ:
 
     onnxruntime    uint8 × uint8, zero point 128 for signed grids. x86 processors without VNNI multiply uint8 × int8 in
-                   16-bit pairs that saturate: ONNX Runtime's own int8 models are wrong there, silently.
+                   16-bit pairs that saturate: ONNX Runtime's own int8 models are wrong there, silently. Where a probe
+                   finds them exact, uint8 × int8: the pair with VNNI kernels.
     openvino       int8 × int8, zero points nowhere: the only form in which all its layers take the int8 path.
                    Saturates likewise; where a probe finds that (`engines.py`), products that could overflow stay codes
                    in float32, exact up to 2^24.
@@ -63,13 +64,18 @@ class GraphArithmetic(Arithmetic):
         exact_pairs: Whether the runtime's 8-bit products are exact whatever the operands.
     """
 
-    signed_type: torch.dtype
-    zero: int
+    #: Type and zero point of the codes of signed grids: of the left operand, and of the right one.
+    left: tuple[torch.dtype, int]
+    right: tuple[torch.dtype, int]
+    #: The same of q, k and v that leave their projection as codes.
+    projected: tuple[torch.dtype, int]
 
     def __init__(self, *, exact_pairs: bool = True) -> None:
         self.exact_pairs = exact_pairs
 
     def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
+        if weight is None:
+            grids[1].is_right = True
         if self.exact_pairs:
             return
         largest = max(abs(int(weight.min())), int(weight.max())) if weight is not None else grids[-1].largest
@@ -89,24 +95,53 @@ class GraphArithmetic(Arithmetic):
             x = x.clamp(limits[0] * step, limits[1] * step)
         if grid.unit == FLOAT:
             return Operand(torch.round(x), grid.scale, grid.offset)
-        kind, zero = (self.signed_type, self.zero) if grid.signed else (torch.uint8, 0)
+        kind, zero = (self.right if grid.is_right else self.left) if grid.signed else (torch.uint8, 0)
         return self.kept(Operand(_quantize(x, step, zero, kind), grid.scale, grid.offset, zero))
 
     def kept(self, operand: Operand) -> Operand:
         """What comes of codes before their product: here they stay integers, to be dequantized right before it."""
         return operand
 
+    projects_codes = True
+
+    def project_codes(self, operand: Operand, layer: IntegerLinear, grids: tuple[Grid, ...]) -> tuple[Tensor, int]:
+        """The weight's scales are divided by those of the grids, so the output is in steps: one Q node of scale 1."""
+        count = len(layer.bias) // len(grids)
+
+        def of_outputs(values: list[Tensor]) -> Tensor:
+            """(out,) from numbers for all heads, (H, 1, 1), or all channels of a part, (H, 1, d)."""
+            parts = [value.flatten() for value in values]
+            return torch.cat([part.repeat_interleave(count // len(part)) for part in parts])
+
+        steps = of_outputs([grid.scale for grid in grids])
+        offsets = of_outputs([grid.scale.new_zeros(()) if grid.offset is None else grid.offset for grid in grids])
+        x = self.linear(operand, layer.weight_0, layer.weight_scale[0] / steps)
+        x = x + self.bias_form((layer.bias - offsets) / steps)
+        limits = grids[0].limits
+        if limits is None or any(grid.limits != limits for grid in grids):
+            low, high = ([getattr(grid, name) for grid in grids] for name in ("low", "high"))
+            x = torch.minimum(torch.maximum(x, of_outputs(low)), of_outputs(high))
+        elif limits[1] - limits[0] < 255:
+            x = x.clamp(*limits)
+        signed = grids[0].signed
+        kind, zero = self.projected if signed else (torch.uint8, 0)
+        made = self.kept(Operand(_quantize(x, 1.0, zero, kind), steps, zero=zero))
+        return made.codes, made.zero
+
     def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
         if grid.unit == FLOAT:
             return codes.t().float().contiguous()
-        return (codes.t().to(torch.int16) + self.zero).to(self.signed_type).contiguous()
+        kind, zero = self.right
+        return (codes.t().to(torch.int16) + zero).to(kind).contiguous()
 
     def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
         if operand.codes.is_floating_point():
-            values = weight if weight.is_floating_point() else _dequantize(weight, self.zero)
+            values = weight if weight.is_floating_point() else _dequantize(weight, self.right[1])
             return (operand.codes @ values) * (operand.scale * weight_scale)
         # With the scales in the DQ nodes, runtimes multiply by them inside the product.
-        return _dequantize(operand.codes, operand.zero, operand.scale) @ _dequantize(weight, self.zero, weight_scale)
+        return _dequantize(operand.codes, operand.zero, operand.scale) @ _dequantize(
+            weight, self.right[1], weight_scale
+        )
 
     def matmul(self, left: Operand, right: Operand, factor: float | Tensor) -> Tensor:
         if left.codes.is_floating_point():
@@ -131,9 +166,14 @@ class GraphArithmetic(Arithmetic):
 
 
 class OnnxRuntimeArithmetic(GraphArithmetic):
-    """uint8 everywhere: exact on every processor, and the pair of types with kernels on all of them."""
+    """uint8 × int8 where that is exact, and several times faster; else uint8 everywhere: exact on every processor."""
 
-    signed_type, zero = torch.uint8, 128
+    left = (torch.uint8, 128)
+
+    def __init__(self, *, exact_pairs: bool = False) -> None:
+        super().__init__()
+        self.right = (torch.int8, 0) if exact_pairs else self.left
+        self.projected = self.left
 
     def project(self, operand: Operand, layer: IntegerLinear) -> Tensor:
         if operand.codes.dim() > 2:
@@ -152,7 +192,7 @@ class OpenVinoArithmetic(GraphArithmetic):
     is taken for one with a scale per channel by its CPU plugin, which then fails; with (H, N, 1) it is left alone.
     """
 
-    signed_type, zero = torch.int8, 0
+    left = right = projected = (torch.int8, 0)
 
     def kept(self, operand: Operand) -> Operand:
         return replace(operand, codes=_dequantize(operand.codes, operand.zero), zero=0)

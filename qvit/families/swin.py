@@ -44,6 +44,8 @@ from qvit.spec import Site
 class QuantWindowAttention(AttentionSites, WindowAttention):
     """timm's WindowAttention with quantized operands; same parameters, same signature."""
 
+    projects_directly = True
+
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.fused_projection(x)
         bias = windows_bias(self._get_rel_pos_bias(), mask, x.shape[0])

@@ -38,6 +38,10 @@ from qvit.spec import Site
 class QuantAttention(AttentionSites, Attention):
     """timm's Attention with quantized operands; same parameters, same signature."""
 
+    @property
+    def projects_directly(self) -> bool:
+        return isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity)
+
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         q, k, v = self.fused_projection(x)
         q, k = self.q_norm(q), self.k_norm(k)

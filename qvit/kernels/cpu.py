@@ -139,8 +139,8 @@ def scale_sums(sums: Tensor, more: Tensor, factor: Tensor, bias: Tensor, dtype: 
     out = torch.empty(sums.shape, dtype=dtype)
     sums, more, factor, bias = (part.contiguous() for part in (sums, more, factor, bias))
     rows, columns = sums.shape
-    _call("qvit_scale_sums", sums.data_ptr(), more.data_ptr(), out.data_ptr(), _TYPES[dtype], factor.data_ptr(), bias.data_ptr(),
-          rows, columns, torch.get_num_threads())  # fmt: skip
+    _call("qvit_scale_sums", sums.data_ptr(), more.data_ptr(), out.data_ptr(), _TYPES[dtype], factor.data_ptr(),
+          bias.data_ptr(), rows, columns, torch.get_num_threads())  # fmt: skip
     return out
 
 
