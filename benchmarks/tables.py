@@ -111,21 +111,24 @@ def _packed_cells(data: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 @table_of("train_step*.json", "`python benchmarks/train_step.py`")
 def train_step_tables(data: dict[str, Any]) -> str:
-    """Time and memory of a training step over the float step, a table for each file."""
-    rows = [
-        [
-            row["method"],
-            f"{row['milliseconds']:.1f}",
-            f"{row['time_ratio']:.2f}",
-            f"{row['memory_mib']:.0f}",
-            f"{row['memory_ratio']:.2f}",
-        ]
-        for row in data["rows"]
-    ]
+    """Time and memory of a training step over the float step, a table for each precision and mode of a file."""
     header = ["method", "time (ms)", "time / float", "memory (MiB)", "memory / float"]
-    kinds = dict.fromkeys(f"{row['precision']}, {row['mode']}" for row in data["rows"])
-    title = f"`{data['model']}`, batch {data['batch']}, {'; '.join(kinds)}:"
-    return "\n\n".join([title, _table(header, rows, left=1), _origin(data)])
+    parts = []
+    for precision, mode in dict.fromkeys((row["precision"], row["mode"]) for row in data["rows"]):
+        rows = [
+            [
+                row["method"],
+                f"{row['milliseconds']:.1f}",
+                f"{row['time_ratio']:.2f}",
+                f"{row['memory_mib']:.0f}",
+                f"{row['memory_ratio']:.2f}",
+            ]
+            for row in data["rows"]
+            if (row["precision"], row["mode"]) == (precision, mode)
+        ]
+        title = f"`{data['model']}`, batch {data['batch']}, {precision}, {mode}:"
+        parts += [title, _table(header, rows, left=1)]
+    return "\n\n".join([*parts, _origin(data)])
 
 
 @table_of("ptq.json", "`python benchmarks/ptq.py`, see its `--help`")

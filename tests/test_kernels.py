@@ -474,3 +474,52 @@ def test_without_compiled_kernels_the_formulas_run(case: str, tmp_path: Path) ->
     else:
         assert len(messages) == 1 and "no compiled kernels, so quantization is slower" in messages[0]
         assert "internal compiler error" in messages[0] or case != "a broken one"
+
+
+IN_TRITONS_INTERPRETER = """
+import torch
+from qvit.kernels import gpu
+from qvit.kernels.fake_quantize import _backward, _forward
+from test_kernels import SHAPES, TYPES, make_grid
+reduced = 0
+for shape, groups in SHAPES[:11]:
+    for offset in (True, False):
+        for dtype in TYPES:
+            grid = make_grid(groups, signed=True, offset=offset)
+            x, grad = torch.randn(shape).to(dtype), torch.randn(shape)
+            assert torch.equal(gpu.forward(x, grid, torch.float32), _forward(x, *grid, dtype=torch.float32)), shape
+            found, expected = gpu.backward(grad, x, grid), _backward(grad, x, *grid)
+            if found is not None:
+                reduced += 1
+                # The interpreter cuts bfloat16 off instead of rounding.
+                torch.testing.assert_close(found[0], expected[0], rtol=0 if dtype is TYPES[0] else 0.01, atol=0)
+                torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-3)
+q = torch.randn(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4)[0]
+grid, grad = make_grid((3, 1, 1), signed=True, offset=True), torch.randn(2, 5, 3, 8).transpose(1, 2)
+assert torch.equal(gpu.forward(q, grid, q.dtype), _forward(q, *grid))
+torch.testing.assert_close(gpu.backward(grad, q, grid), _backward(grad, q, *grid), rtol=1e-4, atol=1e-3)
+print(reduced)
+"""
+
+
+def test_triton_kernels_in_its_interpreter() -> None:
+    """Values equal, sums close; per channel, backward is left to the formulas."""
+    pytest.importorskip("triton")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, "-c", IN_TRITONS_INTERPRETER]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) >= 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+def test_operators_on_a_gpu_are_their_formulas(shape: tuple[int, ...], groups: tuple[int, ...]) -> None:
+    grid = Grid(*(None if part is None else part.cuda() for part in make_grid(groups, signed=True, offset=False)))
+    x, grad = torch.randn(shape).cuda(), torch.randn(shape).cuda()
+    assert torch.equal(quantize_on(x, grid), _forward(x, *grid))
+    grad_x, sums = backward_on(grad, x, grid)
+    expected_x, expected = _backward(grad, x, *grid)
+    assert torch.equal(grad_x, expected_x)
+    torch.testing.assert_close(sums, expected, rtol=1e-3, atol=1e-2)

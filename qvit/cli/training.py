@@ -66,6 +66,14 @@ def train(
     ] = None,
     augment: Annotated[str | None, typer.Option(help="none, light or deit.")] = None,
     precision: Annotated[str | None, typer.Option(help="fp32 or bf16.")] = None,
+    integer_forward: Annotated[
+        bool | None,
+        typer.Option(
+            "--integer-forward/--no-integer-forward",
+            help="Linear layers compute from integers: CPUs with VNNI or AMX.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda ...")] = None,
     workers: Workers = None,
     tensorboard: Annotated[
@@ -129,7 +137,7 @@ def train(
         "data": data, "eval_data": eval_data, "class_map": class_map, "on_bad_image": on_bad_image,
         "augment": augment, "epochs": epochs, "batch_size": batch_size, "accumulate": accumulate, "lr": lr,
         "seed": seed, "distill": distill, "teacher": teacher, "precision": precision, "device": device,
-        "workers": workers, "tensorboard": tensorboard,
+        "integer_forward": integer_forward, "workers": workers, "tensorboard": tensorboard,
     }  # fmt: skip
     given = {key: value for key, value in flags.items() if value is not None}
     given |= {f"model_kwargs.{key}": value for key, value in pairs(model_arg).items()}

@@ -4,8 +4,7 @@ The library has no dependency but the C++ compiler that torch.compile needs, too
 cache (`$XDG_CACHE_HOME/qvit`) by the hash of source, compiler and processor. Where there is no compiler, or
 `QVIT_KERNELS=0` is set, `available` is false and the plain formulas of `functional.py` run.
 
-Tensors are described by four sizes and strides; neighbouring axes that lie together in every tensor become one. What
-cannot be described so is copied into order first.
+Tensors are described by four sizes and strides (`shapes.py`); what cannot be described so is copied into order first.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qvit.kernels.shapes import DIMS, axes_of, groups_of
+
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
@@ -37,7 +39,6 @@ CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
 ENABLED = os.environ.get("QVIT_KERNELS") != "0"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _READ = (torch.float32, torch.bfloat16)
-_DIMS = 4
 #: Elements beyond which memory is given back at once.
 LARGEST_SCRATCH = 2**24
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
@@ -87,7 +88,7 @@ def forward(
         out: Where to write: contiguous, of this dtype.
     """
     pointers, kept, groups = _flat(grid)
-    x, numbers, _ = _in_order(x, groups)
+    x, _, numbers, _ = _in_order(x, groups)
     out = torch.empty(x.shape, dtype=dtype) if out is None else out
     _call("qvit_forward", x.data_ptr(), _TYPES[x.dtype], out.data_ptr(), _TYPES[dtype], *pointers, numbers,
           zero, torch.get_num_threads())  # fmt: skip
@@ -103,11 +104,9 @@ def backward(
     Arguments as for `forward`; `out` may be `grad`.
     """
     pointers, kept, groups = _flat(grid)
-    x, numbers, strides = _in_order(x, groups, grad)
-    if strides is None:
-        grad = grad.contiguous()
-        x, numbers, strides = _in_order(x.contiguous(), groups, grad)
-    count = _numel(groups)
+    x, ordered, numbers, strides = _in_order(x, groups, grad)
+    assert ordered is not None
+    grad, count = ordered, math.prod(groups)
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
     sums = torch.empty((3, *(1,) * (x.dim() - len(groups)), *groups), dtype=torch.float32)
     _call("qvit_backward", grad.data_ptr(), _TYPES[grad.dtype], x.data_ptr(), _TYPES[x.dtype], out.data_ptr(),
@@ -124,7 +123,7 @@ def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor)
 
     New memory costs more than what these loops write into it: the system clears it page by page.
     """
-    count = _numel(shape)
+    count = math.prod(shape)
     if count > LARGEST_SCRATCH or not handles(like):
         return torch.empty(shape, dtype=dtype, device=like.device)
     kept: dict[Any, Tensor] = _SCRATCH.__dict__.setdefault("kept", {})
@@ -150,7 +149,7 @@ def _call(name: str, *arguments: object) -> None:
 
 def _flat(grid: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[Tensor], tuple[int, ...]]:
     """Pointers to the numbers, which of them are one for all groups; the tensors that hold them; the groups' shape."""
-    groups = _together(*(part.shape for part in grid if part is not None))
+    groups = groups_of(*(part.shape for part in grid if part is not None))
     kept, pointers, single = [], [], 0
     for i, part in enumerate(grid):
         if part is None:
@@ -167,63 +166,26 @@ def _flat(grid: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[Tenso
     return [*pointers, single], kept, groups
 
 
-def _in_order(x: Tensor, groups: tuple[int, ...], grad: Tensor | None = None):  # type: ignore[no-untyped-def]
-    """`x` (a copy where its strides are too many), the numbers of `Shape` in cpu.cpp, and the strides of `grad`."""
-    strides = (x.stride(),) if grad is None else (x.stride(), grad.stride())
-    found = _shape_numbers(tuple(x.shape), strides, groups)
-    if found is None and grad is not None:
-        return x, None, None
-    if found is None:
-        x = x.contiguous()
-        found = _shape_numbers(tuple(x.shape), (x.stride(),), groups)
-    assert found is not None, "a contiguous tensor of more than four separate axes"
-    return x, *found
+def _in_order(x: Tensor, groups: tuple[int, ...], grad: Tensor | None = None) -> tuple[Tensor, Tensor | None, Any, Any]:
+    """`x` and `grad`, copied where their axes are too many, the numbers of `Shape` in cpu.cpp, and grad's strides."""
+    for copied in (False, True):
+        if copied:
+            x, grad = x.contiguous(), None if grad is None else grad.contiguous()
+        strides = (x.stride(),) if grad is None else (x.stride(), grad.stride())
+        found = _shape_numbers(tuple(x.shape), strides, groups)
+        if found is not None:
+            return x, grad, *found
+    raise ValueError(f"a tensor of shape {tuple(x.shape)} with groups {groups} has more than four separate axes")
 
 
 @functools.lru_cache(maxsize=4096)
-def _shape_numbers(
-    shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], groups: tuple[int, ...]
-) -> tuple[ctypes.Array[ctypes.c_int64], ctypes.Array[ctypes.c_int64] | None] | None:
-    """Sizes and strides of x, groups and output in four axes; None where four do not do, or the last one has gaps."""
-    group_strides, step = [], 1
-    for count in (*reversed(groups), *(1,) * (len(shape) - len(groups))):
-        group_strides.append(step if count > 1 else 0)
-        step *= count if count > 1 else 1
-    out_strides, step = [], 1
-    for size in reversed(shape):
-        out_strides.append(step)
-        step *= size
-    table = [tuple(reversed(group_strides)), tuple(reversed(out_strides)), *strides]
-    axes: list[list[int]] = []  # size, group, out, x[, grad]; the innermost first
-    for axis in reversed(range(len(shape))):
-        own = [shape[axis], *(row[axis] for row in table)]
-        if own[0] == 1:
-            continue
-        if axes and all(own[i] == axes[-1][i] * axes[-1][0] for i in range(1, len(own))):
-            axes[-1][0] *= own[0]
-        else:
-            axes.append(own)
-    if not axes:
-        axes.append([1, 0, 1, *(1 for _ in strides)])
-    if len(axes) > _DIMS or any(stride != 1 for stride in axes[0][2:]):
+def _shape_numbers(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], groups: tuple[int, ...]) -> Any:
+    """`axes_of` as C arrays: all but the strides of a gradient, and these."""
+    axes = axes_of(shape, strides, groups)
+    if axes is None:
         return None
-    axes += [[1, *(0 for _ in table)]] * (_DIMS - len(axes))
-    columns = list(zip(*reversed(axes), strict=True))
-    size, group, out, x, *rest = columns
-    numbers = (ctypes.c_int64 * (4 * _DIMS))(*size, *x, *group, *out)
-    return numbers, (ctypes.c_int64 * _DIMS)(*rest[0]) if rest else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _together(*shapes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(*shapes))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    numbers = (ctypes.c_int64 * (4 * DIMS))(*axes.size, *axes.strides[0], *axes.group, *axes.out)
+    return numbers, (ctypes.c_int64 * DIMS)(*axes.strides[1]) if len(strides) > 1 else None
 
 
 @functools.lru_cache(maxsize=1)

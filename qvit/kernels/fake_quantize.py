@@ -11,8 +11,8 @@ All other gradients are combinations of them (`parameter_gradients`):
     ∂s: A + C        ∂β: B        ∂b: s·ln2·2^(b-1)·(H - L), or s·ln2·2^b·H unsigned
 
 `FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators: it saves `x` and a
-few numbers per group. On CPUs the operators are compiled loops (`cpu.py`), elsewhere the formulas below; a model that
-torch.compile or torch.export traces gets the formulas, to be fused with what is around them.
+few numbers per group. On CPUs the operators are compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere
+the formulas below; a model that torch.compile or torch.export traces gets these, to be fused with what is around them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qvit.functional import SMALLEST_SCALE, integer_range, inward, pick_column, wide
-from qvit.kernels import cpu
+from qvit.kernels import cpu, gpu
 
 _LIBRARY = torch.library.Library("qvit", "DEF")
 _GRID = "Tensor scale, Tensor? offset, Tensor quant_min, Tensor quant_max"
@@ -206,6 +206,17 @@ def _backward_on_cpu(grad: Tensor, x: Tensor, *grid: Any) -> tuple[Tensor, Tenso
     return _backward(grad, x, *grid)
 
 
+def _forward_on_cuda(x: Tensor, *grid: Any) -> Tensor:
+    *parts, dtype = grid if len(grid) == 5 else (*grid, None)
+    found = gpu.forward(x, tuple(parts), dtype or x.dtype) if gpu.handles(x) else None
+    return _forward(x, *parts, dtype=dtype) if found is None else found
+
+
+def _backward_on_cuda(grad: Tensor, x: Tensor, *grid: Any) -> tuple[Tensor, Tensor]:
+    found = gpu.backward(grad, x, grid) if gpu.handles(grad, x) else None
+    return _backward(grad, x, *grid) if found is None else found
+
+
 def _fake_forward(x: Tensor, *grid: Any) -> Tensor:
     dtype = grid[4] if len(grid) == 5 else None
     return torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
@@ -216,12 +227,13 @@ def _fake_backward(grad: Tensor, x: Tensor, *grid: Any) -> tuple[Tensor, Tensor]
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), sums
 
 
-for _name, _plain, _on_cpu, _fake in (
-    ("fake_quantize", _forward, _forward_on_cpu, _fake_forward),
-    ("fake_quantize_backward", _backward, _backward_on_cpu, _fake_backward),
+for _name, _plain, _on_cpu, _on_cuda, _fake in (
+    ("fake_quantize", _forward, _forward_on_cpu, _forward_on_cuda, _fake_forward),
+    ("fake_quantize_backward", _backward, _backward_on_cpu, _backward_on_cuda, _fake_backward),
 ):
     _LIBRARY.impl(_name, _plain, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _on_cpu, "CPU")
+    _LIBRARY.impl(_name, _on_cuda, "CUDA")
     torch.library.register_fake(f"qvit::{_name}", _fake, lib=_LIBRARY)
 
 
