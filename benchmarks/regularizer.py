@@ -35,7 +35,6 @@ from qvit.version import __version__
 
 def make_parts(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """What is timed, each as a function without arguments."""
-    options.mode, options.precision = "eager", "fp32"
     model = create_model(options.model).to(options.device)
     images = torch.randn(2, *data_config_of(model)["input_size"], device=options.device)
     model = calibrate(quantize(model, f"w{options.bits}a{options.bits}", in_place=True), [images])
@@ -48,7 +47,7 @@ def make_parts(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
         penalty.backward()
         model.zero_grad(set_to_none=True)
 
-    steps = {name: make_step(name, options) for name in ("float", "lsq+")}
+    steps = {name: make_step(name, "eager", "fp32", options) for name in ("float", "lsq+")}
     return steps | {
         "regularizer": regularize,
         "diagnostics": diagnostics.observe,

@@ -329,6 +329,22 @@ def test_who_looks_at_a_quantizer_still_sees_what_passes() -> None:
 
 
 @needs_kernels
+def test_widths_that_change_are_noticed(plain: Any) -> None:
+    """Ranges of fixed widths are kept: not across a change in place, and not as tensors that cannot be trained with."""
+    model = calibrated_model("w3a3")
+    images = torch.randn(2, 1, 8, 8)
+    with torch.inference_mode():
+        model(images)
+    model(images).sum().backward()
+    for _, quantizer in quantizers_of(model):
+        quantizer.bit_width.fill_(2)
+    torch.testing.assert_close(model(images), plain(model, images), rtol=1e-4, atol=1e-4)
+    for _, quantizer in quantizers_of(model):
+        quantizer.freeze(4)
+    torch.testing.assert_close(model(images), plain(model, images), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
 def test_only_raw_inputs_are_kept() -> None:
     """A linear layer keeps x and the weights, attention keeps q, k, v: nothing of the size of the scores."""
     module = attention(None, ALL, PER_HEAD)

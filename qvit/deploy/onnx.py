@@ -115,7 +115,7 @@ class GraphArithmetic(Arithmetic):
 
         steps = of_outputs([grid.scale for grid in grids])
         offsets = of_outputs([grid.scale.new_zeros(()) if grid.offset is None else grid.offset for grid in grids])
-        x = self.linear(operand, layer.weight_0, layer.weight_scale[0] / steps)
+        x = self.linear(operand, layer.get_buffer("weight_0"), layer.weight_scale[0] / steps)
         x = x + self.bias_form((layer.bias - offsets) / steps)
         limits = grids[0].limits
         if limits is None or any(grid.limits != limits for grid in grids):

@@ -44,7 +44,9 @@ from qvit.spec import Site
 class QuantWindowAttention(AttentionSites, WindowAttention):
     """timm's WindowAttention with quantized operands; same parameters, same signature."""
 
-    projects_directly = True
+    @property
+    def projects_directly(self) -> bool:
+        return True
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.fused_projection(x)

@@ -121,7 +121,8 @@ class _QuantizedAttention(torch.autograd.Function):
             if meta is None or grid is None or width is None:
                 of_grids += _NONE[:3]
             else:
-                of_grids += parameter_gradients(sums[i], grid, width, *learned[3 * i : 3 * i + 3], meta)
+                scales, offsets, bit_width = learned[3 * i : 3 * i + 3]
+                of_grids += parameter_gradients(sums[i], grid, width, scales, offsets, bit_width, meta)
         bias_result = grad_bias if bias is not None and ctx.needs_input_grad[3] else None
         return *outputs, bias_result, None, None, *of_grids
 

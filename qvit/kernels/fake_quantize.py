@@ -43,7 +43,12 @@ class Grid(NamedTuple):
 
     def heads_last(self) -> Grid:
         """The grid for `x.transpose(-3, -2)`."""
-        return Grid(*(part if part is None or part.dim() < 2 else part.transpose(-3, -2) for part in self))
+
+        def turned(part: Tensor) -> Tensor:
+            return part if part.dim() < 2 else part.transpose(-3, -2)
+
+        offset = None if self.offset is None else turned(self.offset)
+        return Grid(turned(self.scale), offset, turned(self.quant_min), turned(self.quant_max))
 
 
 class Meta(NamedTuple):

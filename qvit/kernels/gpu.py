@@ -107,7 +107,8 @@ def forward(x: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor | None:
         return out
     scale, offset, low, high = flat
     blocks = (math.ceil(x.numel() / _BLOCK),)
-    _forward_kernel[blocks](
+    launch: Any = _forward_kernel
+    launch[blocks](
         x, out, scale, scale if offset is None else offset, low, high, axes.size[3], axes.size[2], axes.size[1],
         *axes.strides[0], *axes.group, x.numel(), SHIFTED=offset is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
@@ -124,7 +125,8 @@ def backward(grad: Tensor, x: Tensor, grid: _Grid) -> tuple[Tensor, Tensor] | No
     if axes is None or axes.group[3] or not x.numel():
         return None
     if axes.group[2] and axes.size[0] == 1:
-        axes = Axes(*(_one_row(numbers, i) for i, numbers in enumerate(axes[:3])), tuple(map(_one_row, axes.strides)))
+        size, group, out, strides = axes
+        axes = Axes(_one_row(size, 1), _one_row(group), _one_row(out), tuple(map(_one_row, strides)))
     if axes.group[2]:
         return None
     a, b, rows, columns = axes.size
@@ -132,7 +134,8 @@ def backward(grad: Tensor, x: Tensor, grid: _Grid) -> tuple[Tensor, Tensor] | No
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = torch.empty(a, b, chunks, 3, dtype=torch.float32, device=x.device)
     scale, offset, low, high = flat
-    _backward_kernel[(a * b * chunks,)](
+    launch: Any = _backward_kernel
+    launch[(a * b * chunks,)](
         grad, x, out, partial, scale, scale if offset is None else offset, low, high, columns, rows, b,
         *axes.strides[0], *axes.strides[1], axes.group[0], axes.group[1], chunks,
         SHIFTED=offset is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
@@ -143,9 +146,9 @@ def backward(grad: Tensor, x: Tensor, grid: _Grid) -> tuple[Tensor, Tensor] | No
     return out, sums.permute(2, 0, 1).reshape(3, *(1,) * (x.dim() - len(groups)), *groups)
 
 
-def _one_row(numbers: tuple[int, ...], kind: int = 1) -> tuple[int, ...]:
-    """The axes after a first one of size 1, as (a, b, one row, columns); `kind` 0 for sizes."""
-    return *numbers[1:3], 1 if kind == 0 else 0, numbers[3]
+def _one_row(numbers: tuple[int, ...], row: int = 0) -> tuple[int, ...]:
+    """The axes after a first one of size 1, with one row before the columns; `row` is its size or stride."""
+    return *numbers[1:3], row, numbers[3]
 
 
 @functools.cache

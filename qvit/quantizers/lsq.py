@@ -28,7 +28,7 @@ of LSQ's 2·mean|x|/sqrt(quant_max).
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class LSQQuantizer(Quantizer):
         shape = (*self.scale_shape, max(1, len(self.bank_widths)))
         self.scale = nn.Parameter(torch.full(shape, math.nan))
         self.offset = None if spec.symmetric else nn.Parameter(torch.zeros(shape))
-        self._range: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._range: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
         elements = self._elements_per_scale(x.numel(), x, bit_width, limits)
@@ -113,10 +113,12 @@ class LSQQuantizer(Quantizer):
 
     def _fixed_range(self) -> tuple[Tensor, Tensor]:
         """`quant_range` of a width that is no parameter, computed once."""
-        key = (self.bit_width.data_ptr(), None if self.bit_width.is_inference() else self.bit_width._version)
-        if self._range is None or self._range[0] != key or key[1] is None:
-            self._range = (key, integer_range(self.bit_width, self.spec.signed))
-        return self._range[1]
+        if torch.is_inference_mode_enabled() or self.bit_width.is_inference():  # such tensors are of no use in training
+            return integer_range(self.bit_width, self.spec.signed)
+        version = self.bit_width._version
+        if self._range is None or self._range[0] is not self.bit_width or self._range[1] != version:
+            self._range = (self.bit_width, version, integer_range(self.bit_width, self.spec.signed))
+        return self._range[2]
 
     def active_scale(self) -> Tensor:
         """The scale of the current width."""
