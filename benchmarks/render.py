@@ -25,6 +25,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md",
     "docs/results.md",
+    "docs/training-speed.md",
     "docs/patchwise.md",
     "docs/two-bits.md",
     "docs/soft-labels.md",

@@ -7,6 +7,7 @@
     patchwise     patchwise*.json     what `benchmarks/patchwise.py` measured, one table per budget
     sensitivity   sensitivity.json    what `benchmarks/sensitivity.py` measured: search times and rank correlations
     two_bits      two_bits*.json      what `benchmarks/accuracy/two_bits.py` measured, one table per file
+    evidence      evidence*.json      what `benchmarks/accuracy/evidence.py` measured: three tables per file
     regularizer   regularizer.json    what `benchmarks/regularizer.py` measured
     labels        labels.json         what `benchmarks/labels.py` measured
     deploy        deploy.json         what `benchmarks/deploy.py` measured: a table for each model and batch size
@@ -236,6 +237,65 @@ def two_bits_tables(data: dict[str, Any]) -> str:
         "the middle of the training and at its end."
     )
     return "\n\n".join([_table(header, rows, left=3), f"{note} {_origin(data)}"])
+
+
+KINDS = {
+    "attn.query": "q",
+    "attn.key": "k",
+    "attn.value": "v",
+    "attn.probs": "probabilities",
+    "attn.output": "heads' outputs",
+    "mlp.fc1.input": "input of fc1",
+    "mlp.fc2.input": "GELU's output",
+    "attn.qkv.query_weight": "W_q",
+    "attn.qkv.key_weight": "W_k",
+    "attn.qkv.value_weight": "W_v",
+    "attn.proj.weight": "W_o",
+    "mlp.fc1.weight": "W of fc1",
+    "mlp.fc2.weight": "W of fc2",
+}
+
+
+@table_of("evidence*.json", "`python benchmarks/accuracy/evidence.py --help`")
+def evidence_tables(data: dict[str, Any]) -> str:
+    """Tables 1 and 3 and Figure 5 of the Q-ViT paper in small, for each file."""
+    first = data["rows"][0]
+    floats, seeds = first["float_accuracies"], len(first["seeds"])
+    starts = {row["budget"]: row for row in data["rows"] if row["row"] == "lsq+"}
+
+    def lines(rows: list[dict[str, Any]], reference: Callable[[dict[str, Any]], dict[str, Any]]) -> list[list[str]]:
+        found = []
+        for row in rows:
+            pairs = zip(row["accuracies"], reference(row)["accuracies"], strict=True)
+            gains = [own - other for own, other in pairs]
+            gain = "" if row is reference(row) else _spread(statistics.mean(gains), statistics.stdev(gains), seeds)
+            accuracy = _spread(row["accuracy_mean"], row["accuracy_std"], seeds)
+            cost = f"{row['bit_operations'] / 1e9:.4f}"
+            found.append([row["budget"], row["row"], accuracy, gain, cost, f"{row['weight_bytes'] / 1e3:.1f}"])
+        return found
+
+    header = ["budget", "method", "top-1 (%)", "less that of {}", "bit operations (G)", "weights (kB)"]
+    budgets = [row for row in data["rows"] if row["part"] == "budgets"]
+    ablations = [row for row in data["rows"] if row["part"] == "ablations"]
+    parts = [
+        f"`{data['set']}`: {data['train_images']} training and {first['images']} test images, float "
+        f"{sum(floats) / len(floats):.2f} %; mean ± standard deviation over seeds "
+        f"{', '.join(map(str, first['seeds']))}, differences seed by seed.",
+        _table([name.format("lsq+") for name in header], lines(budgets, lambda row: starts[row["budget"]]), left=2),
+    ]
+    if ablations:
+        full = next(row for row in budgets if row["row"] == "qvit" and row["budget"] == ablations[0]["budget"])
+        rows = lines([full, *ablations], lambda row: full)
+        parts.append(_table([name.format("qvit") for name in header], rows, left=2))
+    learned = [row for row in budgets if row["method"] == "qvit"]
+    widths = [
+        [title, *(f"{row['mean_widths'][kind]:.2f}" for row in learned)]
+        for kind, title in KINDS.items()
+        if kind in learned[0]["mean_widths"]
+    ]
+    parts.append("Mean width that `qvit` learned in the blocks:")
+    parts.append(_table(["tensor", *(row["budget"] for row in learned)], widths, left=1))
+    return "\n\n".join([*parts, _origin(data)])
 
 
 @table_of("regularizer.json", "`python benchmarks/regularizer.py`")

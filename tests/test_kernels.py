@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import calibrated_model, digits_model
+from tiny_models import calibrated_model, digits_model, small_config
 from torch import Tensor, nn
 
 from qvit.errors import UsageError
@@ -21,6 +22,7 @@ from qvit.kernels import cpu
 from qvit.kernels.fake_quantize import FakeQuantize, Grid, _backward, _forward, backward_on, codes_on, quantize_on
 from qvit.layers import AttentionSites, QuantConv2d, QuantLinear, QuantQKV, add_quantizers, adopt, linear_sites
 from qvit.quantizers import create_quantizer, quantizers_of
+from qvit.run import train
 from qvit.spec import Layout, PerChannel, PerHead, TensorSpec
 from qvit.training.config import TrainConfig
 from qvit.training.held_weights import HeldWeights
@@ -539,3 +541,13 @@ def test_operators_on_a_gpu_are_their_formulas(shape: tuple[int, ...], groups: t
     expected_x, expected = _backward(grad, x, *grid)
     assert torch.equal(grad_x, expected_x)
     torch.testing.assert_close(sums, expected, rtol=1e-3, atol=1e-2)
+
+
+@needs_kernels
+@needs_int8
+def test_a_run_on_integers(tmp_path: Path) -> None:
+    """The whole of a training, with widths that are learned and frozen, and in micro-batches."""
+    config = small_config(method="qvit", budget="3bit", epochs=2, integer_forward=True, accumulate=2)
+    train(config, tmp_path / "run", quiet=True)
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert 0 <= result["accuracy"] <= 100 and result["bit_operations"] > 0

@@ -7,9 +7,7 @@ and all rows start from the same float weights with the same schedule, learning 
     + labels        soft labels of several crops       + regularizer   bin regularizer
     vvtq            all three                          and, with soft labels: other remedies, rivals, learned widths
 
-Two sets: `digits` (scikit-learn's, 1,200 training and 597 test images), and `cifar10` from a folder with
-cifar10-train.tar.gz and cifar10-test.tar.gz, of which the first images of each class are taken. Test images are opened
-for the last line of each run alone; nothing here was chosen by them. Finished runs are not run again.
+Sets of images: `sets.py`. Nothing here was chosen by test images. Finished runs are not run again.
 
     python benchmarks/accuracy/two_bits.py --set digits --runs DIR
     python benchmarks/accuracy/two_bits.py --set cifar10 --data FOLDER --rows parts --budgets 2bit --runs DIR
@@ -18,27 +16,20 @@ for the last line of each run alone; nothing here was chosen by them. Finished r
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import sys
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from rich.console import Console
+from sets import SETS, SMALL, add_arguments, common_of, float_jobs, parsed, record_of, spread
 
 from qvit.files import write_json
 from qvit.jobs import Job, run_jobs
 from qvit.labels_run import LabelRequest, write_labels
 from qvit.rundir import LOG, RESULT
 from qvit.training.config import TrainConfig
-from qvit.version import __version__
 
 Row = tuple[str, dict[str, Any], bool]
 SOFT, HARD = True, False
@@ -59,20 +50,14 @@ OTHERS: dict[str, Row] = {
     "ofq": ("ofq", {}, SOFT),
     "irm": ("irm", {}, SOFT),
 }
-SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}
-SETS: dict[str, dict[str, Any]] = {
+#: What the sets add to their settings (`sets.py`): a teacher, and how many crops of what size it labels.
+TEACHERS: dict[str, dict[str, Any]] = {
     "digits": {
-        "common": {"model": "vit_digits", "data": "digits", "batch_size": 50},
-        "float": {"epochs": 80, "lr": 3e-3, "warmup_epochs": 10},
         "teacher": {"model_kwargs": {"embed_dim": 64}, "epochs": 80, "lr": 2e-3, "warmup_epochs": 10},
-        "quantized": {"epochs": 40, "lr": 2e-3, "calibration_images": 512},
         "labels": {"crops": 40, "scale": (0.5, 1.0)},
     },
     "cifar10": {
-        "common": {"model": "vit_tiny_patch16_224", "model_kwargs": SMALL, "batch_size": 100},
-        "float": {"epochs": 20, "lr": 2e-3, "warmup_epochs": 2},
         "teacher": {"model_kwargs": {**SMALL, "embed_dim": 96}, "epochs": 30, "lr": 2e-3, "warmup_epochs": 2},
-        "quantized": {"epochs": 6, "lr": 1e-3},
         "labels": {"crops": 12, "scale": (0.35, 1.0)},
     },
 }
@@ -81,14 +66,12 @@ SETS: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = parse()
     console, started = Console(stderr=True), time.perf_counter()
-    settings = SETS[options.set]
-    common = {**settings["common"], "device": "cpu", "threads": 1, "checkpoint_every": 10, **images_of(options)}
+    settings, common = SETS[options.set] | TEACHERS[options.set], common_of(options)
     cut = {"epochs": 1, "warmup_epochs": 0} if options.short else {}
-    listed: list[Job] = []
+    listed = float_jobs(options, cut)
     for seed in options.seeds:
-        for kind in ("float", "teacher"):
-            values = {**common, **settings[kind], **cut, "method": "float", "seed": seed}
-            listed.append(Job(f"{kind}-seed{seed}", TrainConfig.create(**values)))
+        values = {**common, **settings["teacher"], **cut, "method": "float", "seed": seed}
+        listed.append(Job(f"teacher-seed{seed}", TrainConfig.create(**values)))
     run_jobs(options.runs, listed, workers=options.workers, console=console)
     if any(row[2] for row in options.rows.values()):
         for seed in options.seeds:
@@ -113,33 +96,6 @@ def main() -> None:
     )
     rows = [summary(runs, budget, name, options.rows[name], jobs) for (budget, name), jobs in students.items()]
     write(options, common, rows, time.perf_counter() - started)
-
-
-def images_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the images of the set are; of CIFAR-10 smaller archives are made first."""
-    if options.set == "digits":
-        return {}
-    paths = {}
-    for part, count in (("train", options.train_images), ("test", options.test_images)):
-        source, target = options.data / f"cifar10-{part}.tar.gz", options.runs / f"cifar10-{part}-{count}.tar"
-        if not target.is_file():
-            options.runs.mkdir(parents=True, exist_ok=True)
-            take_first(source, target, count // 10)
-        paths["data" if part == "train" else "eval_data"] = str(target.absolute())
-    return paths
-
-
-def take_first(source: Path, target: Path, per_class: int) -> None:
-    """Copies the first images of each class folder of an archive."""
-    taken: dict[str, int] = {}
-    half = target.with_suffix(".part")
-    with tarfile.open(source) as archive, tarfile.open(half, "w") as out:
-        for member in archive:
-            folder = member.name.split("/")[-2] if member.isfile() and "/" in member.name else None
-            if folder is not None and taken.get(folder, 0) < per_class:
-                taken[folder] = taken.get(folder, 0) + 1
-                out.addfile(member, archive.extractfile(member))
-    half.replace(target)
 
 
 def label(options: argparse.Namespace, common: dict[str, Any], labels: dict[str, Any], seed: int, out: Console) -> None:
@@ -172,11 +128,6 @@ def summary(runs: Path, budget: str, name: str, row: Row, jobs: list[Job]) -> di
     }
 
 
-def spread(name: str, values: list[float]) -> dict[str, float]:
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {f"{name}_mean": statistics.mean(values), f"{name}_std": deviation}
-
-
 def oscillating(run: Path) -> tuple[float, float]:
     """The share of oscillating weights in percent, mean of the inner sites: in the middle of training, at its end."""
     lines = [json.loads(line) for line in (run / LOG).read_text(encoding="utf-8").splitlines()]
@@ -189,11 +140,9 @@ def oscillating(run: Path) -> tuple[float, float]:
 
 
 def write(options: argparse.Namespace, common: dict[str, Any], rows: list[dict[str, Any]], seconds: float) -> None:
-    words = iter(sys.argv[1:])
-    shown = [word for word in words if word not in ("--data", "--runs", "--out") or next(words) is None]
     data = {
         "set": options.set,
-        "settings": SETS[options.set],
+        "settings": SETS[options.set] | TEACHERS[options.set],
         "teacher_accuracies": [
             json.loads((options.runs / f"teacher-seed{seed}" / RESULT).read_text(encoding="utf-8"))["accuracy"]
             for seed in options.seeds
@@ -201,33 +150,19 @@ def write(options: argparse.Namespace, common: dict[str, Any], rows: list[dict[s
         "train_images": 1200 if options.set == "digits" else options.train_images,
         "rows": rows,
         "seconds": round(seconds, 1),
-        "command": " ".join(["python", "benchmarks/accuracy/two_bits.py", *shown]),
-        "hardware": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
-        "date": datetime.date.today().isoformat(),
-        "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        **record_of("two_bits.py"),
     }
-    data["versions"]["python"] = platform.python_version()
     write_json(options.out or Path(__file__).parents[1] / "results" / f"two_bits_{options.set}.json", data)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--set", choices=list(SETS), default="digits")
-    parser.add_argument("--data", type=Path, help="folder of the CIFAR-10 archives")
+    add_arguments(parser)
     parser.add_argument("--rows", choices=["parts", "all"], default="all", help="the parts of vvtq, or others, too")
     parser.add_argument("--budgets", nargs="+", default=["3bit", "2bit"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--train-images", type=int, default=8000, help="of CIFAR-10")
-    parser.add_argument("--test-images", type=int, default=4000, help="of CIFAR-10")
-    parser.add_argument("--workers", type=int, help="processes; default: one per core")
-    parser.add_argument("--short", action="store_true", help="one epoch a run, to try the machinery")
     parser.add_argument("--runs", type=Path, default=Path("runs/two-bits"))
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parsed(parser)
     options.rows = PARTS if options.rows == "parts" else PARTS | OTHERS
-    options.runs = options.runs / options.set
-    if options.set == "cifar10" and options.data is None:
-        parser.error("--set cifar10 needs --data, a folder with cifar10-train.tar.gz and cifar10-test.tar.gz")
     return options
 
 
