@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qvit.kernels.attention import quantized_attention
-from qvit.kernels.fake_quantize import Grid, Learned, codes_on
+from qvit.kernels.attention import quantized_attention, split_heads
+from qvit.kernels.fake_quantize import Grid, Learned, codes_on, fuses
 from qvit.kernels.linear import Codes, quantized_linear
 from qvit.quantizers import Quantizer, create_quantizer
 from qvit.quantizers.lsq import LSQQuantizer
@@ -183,6 +183,8 @@ class AttentionSites(nn.Module):
         qkv = module.qkv(x) if rank is None else module.qkv(x, rank)
         if getattr(self, "q_bias", None) is not None:
             qkv = qkv + torch.cat((module.q_bias, module.k_bias, module.v_bias))
+        if fuses(qkv):
+            return split_heads(qkv, module.num_heads)
         q, k, v = qkv.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qvit.errors import UsageError
 from qvit.functional import switchable_fake_quantize
 from qvit.kernels import cpu
+from qvit.kernels.attention import split_heads
 from qvit.kernels.fake_quantize import FakeQuantize, Grid, _backward, _forward, backward_on, codes_on, quantize_on
 from qvit.layers import AttentionSites, QuantConv2d, QuantLinear, QuantQKV, add_quantizers, adopt, linear_sites
 from qvit.quantizers import create_quantizer, quantizers_of
@@ -310,6 +311,23 @@ def test_attention_with_learned_widths_and_switchable_scales(plain: Any, learn: 
     module = attention(None, ALL, spec)
     x, upstream = 2 * torch.randn(7, 11, 72), torch.randn(7, 3, 11, 8)
     close(gradients_of(module, x, upstream), plain(gradients_of, module, x, upstream), 2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("beside", [True, False])
+def test_gradients_of_q_k_v_that_lie_side_by_side_are_not_copied(beside: bool) -> None:
+    qkv = torch.randn(2, 5, 3 * 4 * 6, requires_grad=True)
+    parts = split_heads(qkv, 4)
+    memory = torch.randn(2, 5, 3, 4, 6)
+    grads = memory.permute(2, 0, 3, 1, 4).unbind(0)
+    given = grads if beside else [grads[0], grads[1].contiguous(), grads[2]]
+    seen: list[Tensor] = []
+    qkv.register_hook(seen.append)
+    torch.autograd.backward(list(parts), list(given))
+    assert torch.equal(seen[0], memory.flatten(2))
+    assert (seen[0].data_ptr() == memory.data_ptr()) is beside
+    expected = qkv.detach().unflatten(2, (3, 4, 6)).permute(2, 0, 3, 1, 4)
+    assert all(torch.equal(part, other) for part, other in zip(parts, expected, strict=True))
 
 
 @needs_kernels

@@ -88,7 +88,7 @@ class _QuantizedAttention(torch.autograd.Function):
             own.append(Grid(*kept[:4]) if has_grid else None)
             widths.append(kept[4] if has_grid else None)
             kept = kept[5:] if has_grid else kept
-        outputs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+        outputs = _gradients_of(q, k, v)
         sums: list[Any] = [0, 0, 0, 0]
         grad_bias: Any = 0
 
@@ -125,6 +125,47 @@ class _QuantizedAttention(torch.autograd.Function):
                 of_grids += parameter_gradients(sums[i], grid, width, scales, offsets, bit_width, meta)
         bias_result = grad_bias if bias is not None and ctx.needs_input_grad[3] else None
         return *outputs, bias_result, None, None, *of_grids
+
+
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v, each (B, H, N, d), as views of a projection (B, N, 3·H·d).
+
+    Its backward takes the gradients that attention has written side by side as they are, where others are stacked.
+    """
+    return _SplitHeads.apply(qkv, heads)
+
+
+class _SplitHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.shape = qkv.shape
+        q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        first, (_, tokens, width) = grads[0], ctx.shape
+        heads, dim = first.shape[1], first.shape[3]
+        beside = (tokens * width, dim, width, 1)
+        together = all(
+            grad.stride() == beside
+            and grad.storage_offset() == i * heads * dim
+            and grad.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            for i, grad in enumerate(grads)
+        )
+        if together and first.untyped_storage().nbytes() == ctx.shape.numel() * first.element_size():
+            return first.as_strided(ctx.shape, (tokens * width, width, 1), 0), None
+        return torch.stack(grads).permute(1, 3, 0, 2, 4).reshape(ctx.shape), None
+
+
+def _gradients_of(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """Memory for the gradients, side by side as q, k, v are in a projection if they have the same shape."""
+    if not q.shape == k.shape == v.shape:
+        return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v)]
+    batch, heads, tokens, dim = q.shape
+    memory = torch.empty(batch, tokens, 3, heads, dim, dtype=q.dtype, device=q.device)
+    return list(memory.permute(2, 0, 3, 1, 4).unbind(0))
 
 
 def _chunks(q: Tensor, k: Tensor) -> list[slice]:

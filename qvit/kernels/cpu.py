@@ -78,17 +78,17 @@ def handles(*tensors: Tensor | None) -> bool:
 def forward(
     x: Tensor, grid: tuple[Tensor | None, ...], dtype: torch.dtype, zero: int = 0, out: Tensor | None = None
 ) -> Tensor:
-    """x̂ in the dtype float32 or bfloat16, or codes less `zero` in int8; contiguous.
+    """x̂ in the dtype float32 or bfloat16, or codes less `zero` in int8; contiguous unless `out` is not.
 
     Args:
         x: float32 or bfloat16.
         grid: (scale, offset, quant_min, quant_max), broadcasting against `x`; offset None for zero.
         dtype: Of the result.
         zero: What is subtracted from codes.
-        out: Where to write: contiguous, of this dtype.
+        out: Where to write: of this dtype, and with strides for which four axes do.
     """
     pointers, kept, groups = _flat(grid)
-    x, _, numbers, _ = _in_order(x, groups)
+    x, _, numbers, _ = _in_order(x, groups, None, out)
     out = torch.empty(x.shape, dtype=dtype) if out is None else out
     _call("qvit_forward", x.data_ptr(), _TYPES[x.dtype], out.data_ptr(), _TYPES[dtype], *pointers, numbers,
           zero, torch.get_num_threads())  # fmt: skip
@@ -99,12 +99,12 @@ def forward(
 def backward(
     grad: Tensor, x: Tensor, grid: tuple[Tensor | None, ...], out: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of `x`, contiguous, and (3, groups) sums: see `fake_quantize.py`.
+    """The gradient of `x` and (3, groups) sums: see `fake_quantize.py`.
 
     Arguments as for `forward`; `out` may be `grad`.
     """
     pointers, kept, groups = _flat(grid)
-    x, ordered, numbers, strides = _in_order(x, groups, grad)
+    x, ordered, numbers, strides = _in_order(x, groups, grad, out)
     assert ordered is not None
     grad, count = ordered, math.prod(groups)
     out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
@@ -166,22 +166,29 @@ def _flat(grid: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[Tenso
     return [*pointers, single], kept, groups
 
 
-def _in_order(x: Tensor, groups: tuple[int, ...], grad: Tensor | None = None) -> tuple[Tensor, Tensor | None, Any, Any]:
+def _in_order(
+    x: Tensor, groups: tuple[int, ...], grad: Tensor | None, out: Tensor | None
+) -> tuple[Tensor, Tensor | None, Any, Any]:
     """`x` and `grad`, copied where their axes are too many, the numbers of `Shape` in cpu.cpp, and grad's strides."""
     for copied in (False, True):
         if copied:
             x, grad = x.contiguous(), None if grad is None else grad.contiguous()
         strides = (x.stride(),) if grad is None else (x.stride(), grad.stride())
-        found = _shape_numbers(tuple(x.shape), strides, groups)
+        found = _shape_numbers(tuple(x.shape), strides, groups, None if out is None else out.stride())
         if found is not None:
             return x, grad, *found
     raise ValueError(f"a tensor of shape {tuple(x.shape)} with groups {groups} has more than four separate axes")
 
 
 @functools.lru_cache(maxsize=4096)
-def _shape_numbers(shape: tuple[int, ...], strides: tuple[tuple[int, ...], ...], groups: tuple[int, ...]) -> Any:
+def _shape_numbers(
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    groups: tuple[int, ...],
+    out: tuple[int, ...] | None,
+) -> Any:
     """`axes_of` as C arrays: all but the strides of a gradient, and these."""
-    axes = axes_of(shape, strides, groups)
+    axes = axes_of(shape, strides, groups, out)
     if axes is None:
         return None
     numbers = (ctypes.c_int64 * (4 * DIMS))(*axes.size, *axes.strides[0], *axes.group, *axes.out)

@@ -16,7 +16,7 @@ Numbers = tuple[int, ...]
 
 
 class Axes(NamedTuple):
-    """Four sizes, the outermost first, with the strides of groups, of a contiguous output and of every input."""
+    """Four sizes, the outermost first, with the strides of groups, of the output and of every input."""
 
     size: Numbers
     group: Numbers
@@ -31,13 +31,14 @@ def groups_of(*shapes: Numbers) -> Numbers:
 
 
 @functools.lru_cache(maxsize=4096)
-def axes_of(shape: Numbers, strides: tuple[Numbers, ...], groups: Numbers) -> Axes | None:
+def axes_of(shape: Numbers, strides: tuple[Numbers, ...], groups: Numbers, out: Numbers | None = None) -> Axes | None:
     """The axes of tensors of one shape; None where four do not do, or elements of the last one lie apart.
 
     Args:
         shape: Of all of them.
         strides: Of each.
         groups: Broadcasts to the shape.
+        out: Strides of the output; None for a contiguous one.
     """
     group_strides, step = [], 1
     for count in (*reversed(groups), *(1,) * (len(shape) - len(groups))):
@@ -47,7 +48,7 @@ def axes_of(shape: Numbers, strides: tuple[Numbers, ...], groups: Numbers) -> Ax
     for size in reversed(shape):
         out_strides.append(step)
         step *= size
-    table = [tuple(reversed(group_strides)), tuple(reversed(out_strides)), *strides]
+    table = [tuple(reversed(group_strides)), out or tuple(reversed(out_strides)), *strides]
     axes: list[list[int]] = []  # size, group, out, strides; the innermost first
     for axis in reversed(range(len(shape))):
         own = [shape[axis], *(row[axis] for row in table)]
