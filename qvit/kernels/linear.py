@@ -5,8 +5,8 @@ products. The weight comes quantized already, so it may have any quantizer.
 
     y = x̂·Ŵᵀ + bias
 
-*On integers*: given the codes r of Ŵ = t·r, the product is one of codes in int8 with 32-bit sums, exact, and three to
-nine times as fast as in float32 on processors with VNNI. With stored codes c = q - z (z = 128 for unsigned grids),
+*On integers*: given the codes r of Ŵ = t·r, the product is one of codes in int8 with 32-bit sums, exact, and several
+times as fast as in float32 on processors with VNNI. With stored codes c = q - z (z = 128 for unsigned grids),
 
     y_j = s·t_j·(Σ_k c_k·r_jk + z·R_j) + β·t_j·R_j + bias_j        R_j = Σ_k r_jk
 
