@@ -538,15 +538,46 @@ print(reduced)
 """
 
 
-def test_triton_kernels_in_its_interpreter() -> None:
+ATTENTION_IN_TRITONS_INTERPRETER = """
+import torch
+from qvit.kernels import gpu_attention
+from qvit.kernels.attention import plain_attention
+from qvit.kernels.fake_quantize import Grid
+from test_kernels import ALL, PER_HEAD, attention, close, gradients_of
+for batch, heads, queries, keys, dim in [(2, 3, 11, 11, 8), (1, 2, 37, 20, 24), (2, 1, 33, 50, 16)]:
+    for shift in (None, 0.01):
+        for groups in ((), (heads, 1, 1)):
+            offset = None if shift is None else torch.full(groups, shift)
+            grid = Grid(torch.rand(groups) * 0.1 + 0.02, offset, torch.zeros(groups), torch.full(groups, 7.0))
+            left, grad = torch.randn(batch, heads, queries, dim), torch.randn(batch, heads, queries, dim)
+            right, values = torch.randn(batch, heads, keys, dim), torch.randn(batch, heads, keys, dim)
+            expected = plain_attention(grad, left, right, values, grid)
+            found = gpu_attention.forward(left, right, values, grid)
+            found = (found, *gpu_attention.backward(grad, left, right, values, grid))
+            for own, other in zip(found, expected, strict=True):
+                assert own.shape == other.shape and (own - other).norm() <= 1e-5 * other.norm()
+module, x, upstream = attention(None, ALL, PER_HEAD), torch.randn(4, 11, 72), torch.randn(4, 3, 11, 8)
+plain = gradients_of(module, x, upstream)
+calls = []
+gpu_attention.handles = lambda *_: calls.append(1) or True
+close(gradients_of(module, x, upstream), plain, 1e-4)
+print(len(calls))
+"""
+
+
+@pytest.mark.parametrize("part", ["operator", "attention"])
+def test_triton_kernels_in_its_interpreter(part: str) -> None:
     """Values equal, sums close; per channel, backward is left to the formulas."""
     pytest.importorskip("triton")
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    command = [sys.executable, "-c", IN_TRITONS_INTERPRETER]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    script = IN_TRITONS_INTERPRETER if part == "operator" else ATTENTION_IN_TRITONS_INTERPRETER
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= 20
+    if part == "operator":
+        assert int(done.stdout) >= 20
+    else:
+        assert int(done.stdout) == (1 if cpu.available() else 0)
 
 
 @pytest.mark.gpu
@@ -569,3 +600,28 @@ def test_a_run_on_integers(tmp_path: Path) -> None:
     train(config, tmp_path / "run", quiet=True)
     result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
     assert 0 <= result["accuracy"] <= 100 and result["bit_operations"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["operator forward", "operator backward", "attention forward", "attention backward"])
+@pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
+@pytest.mark.parametrize("shifted", [True, False])
+def test_triton_kernels_compile_for_a_gpu_that_is_not_there(kernel: str, dtype: str, shifted: bool) -> None:
+    triton = pytest.importorskip("triton")
+    compiler, backends = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
+    from qvit.kernels import gpu, gpu_attention
+
+    module = gpu if kernel.startswith("operator") else gpu_attention
+    function: Any = getattr(module, f"_{kernel.split()[1]}_kernel")
+    blocks = {"BLOCK": 1024} if module is gpu else {"ROWS": 16, "KEYS": 256, "DIM": 64}
+    constants = {"SHIFTED": shifted, **blocks}
+    data = {"x", "out", "grad", "grad_x", "left", "right", "values", "d_left", "d_right", "d_values"}
+    numbers = {"scale", "offset", "low", "high", "partial"}
+
+    def kind(name: str) -> str:
+        return "constexpr" if name in constants else dtype if name in data else "*fp32" if name in numbers else "i32"
+
+    source = compiler.ASTSource(function, {name: kind(name) for name in function.arg_names}, constants)
+    target = backends.GPUTarget("cuda", 90, 32)
+    made = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    assert made.asm["cubin"] and made.metadata.shared <= 227 * 1024

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qvit.kernels import cpu
+from qvit.kernels import cpu, gpu_attention
 from qvit.kernels.fake_quantize import Grid, Learned, Meta, backward_on, parameter_gradients, quantize_on, resolve
 from qvit.kernels.linear import working_type
 
@@ -69,10 +69,14 @@ class _QuantizedAttention(torch.autograd.Function):
         kept = [part for one in grids if one is not None for part in (*one[0], one[1])]
         ctx.save_for_backward(q, k, v, bias, *learned, *kept)
         own = [None if one is None else one[0] for one in grids]
+        ctx.softmax, ctx.on_chip, of_probs = None, False, own[3]
+        if of_probs is not None and gpu_attention.handles(q, k, bias, of_probs, ctx.dtype):
+            ctx.on_chip = True
+            return gpu_attention.forward(*_operands(q, k, v, factor, own, slice(None), ctx.dtype), of_probs)
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=ctx.dtype, device=q.device)
-        ctx.softmax = None
         for images in _chunks(q, k):
-            *_, values, probs = _operands(q, k, v, bias, factor, own, images, ctx.dtype, ctx.softmax)
+            left, right, values = _operands(q, k, v, factor, own, images, ctx.dtype)
+            probs = _probabilities(left, right, bias, images, ctx.softmax)
             ctx.softmax = probs.dtype
             torch.matmul(_on("scores", probs, own[3], ctx.dtype), values, out=out[images])
         return out
@@ -101,8 +105,17 @@ class _QuantizedAttention(torch.autograd.Function):
             sums[i] = sums[i] + more
             return out
 
-        for images in _chunks(q, k):
-            left, right, values, probs = _operands(q, k, v, bias, ctx.factor, own, images, ctx.dtype, ctx.softmax)
+        of_probs = own[3]
+        if ctx.on_chip and of_probs is not None:
+            operands = _operands(q, k, v, ctx.factor, own, slice(None), ctx.dtype)
+            found = gpu_attention.backward(grads[0].to(ctx.dtype), *operands, of_probs)
+            through(0, found[0] * ctx.factor, q, outputs[0])
+            through(1, found[1], k, outputs[1])
+            through(2, found[2], v, outputs[2])
+            sums[3] = found[3]
+        for images in [] if ctx.on_chip else _chunks(q, k):
+            left, right, values = _operands(q, k, v, ctx.factor, own, images, ctx.dtype)
+            probs = _probabilities(left, right, bias, images, ctx.softmax)
             grad = grads[0][images].to(ctx.dtype)
             rows = _product("tokens", _on("scores", probs, own[3], ctx.dtype).transpose(-2, -1), grad)
             through(2, rows, v[images], outputs[2][images])
@@ -169,7 +182,9 @@ def _gradients_of(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
 
 
 def _chunks(q: Tensor, k: Tensor) -> list[slice]:
-    """The images of a batch, a few at a time."""
+    """The images of a batch, a few at a time; on CUDA, whose caches are small beside its memory, all at once."""
+    if q.is_cuda:
+        return [slice(None)]
     count = max(1, SCORES // max(1, q.shape[1] * q.shape[2] * k.shape[2]))
     return [slice(start, min(start + count, len(q))) for start in range(0, len(q), count)]
 
@@ -188,27 +203,43 @@ def _operands(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None,
     factor: float | Tensor,
     grids: list[Grid | None],
     images: slice,
     dtype: torch.dtype,
-    softmax: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q̂·factor, k̂, v̂, and the probabilities before they are quantized, of some images."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q̂·factor, k̂ and v̂ of some images."""
     own = q[images]
     if grids[0] is None:
         left = (own * factor).to(dtype)
     else:
         left = quantize_on(own, grids[0], out=cpu.scratch("left", own.shape, own.dtype, own)).mul_(factor).to(dtype)
-    right, values = _on("right", k[images], grids[1], dtype), _on("values", v[images], grids[2], dtype)
+    return left, _on("right", k[images], grids[1], dtype), _on("values", v[images], grids[2], dtype)
+
+
+def _probabilities(
+    left: Tensor, right: Tensor, bias: Tensor | None, images: slice, softmax: torch.dtype | None
+) -> Tensor:
+    """The probabilities of some images before they are quantized."""
     scores = _product("scores", left, right.transpose(-2, -1))
     if bias is not None:
         scores = scores + (bias[images] if bias.dim() == 4 and len(bias) > 1 else bias)
     if softmax is None:
-        return left, right, values, scores.softmax(dim=-1)
-    out = cpu.scratch("probs", scores.shape, softmax, scores)
-    return left, right, values, torch.softmax(scores, -1, softmax, out=out)
+        return scores.softmax(dim=-1)
+    return torch.softmax(scores, -1, softmax, out=cpu.scratch("probs", scores.shape, softmax, scores))
+
+
+def plain_attention(grad: Tensor, left: Tensor, right: Tensor, values: Tensor, grid: Grid) -> tuple[Tensor, ...]:
+    """out, its gradients in left, right and values, and the sums of the probabilities' grid, step by step.
+
+    What kernels are compared with; `grad` is the gradient of out.
+    """
+    probs = (left @ right.transpose(-2, -1)).softmax(-1)
+    quantized = quantize_on(probs, grid)
+    towards, sums = backward_on(grad @ values.transpose(-2, -1), probs, grid)
+    scores = probs * (towards - (towards * probs).sum(-1, keepdim=True))
+    gradients = scores @ right, scores.transpose(-2, -1) @ left, quantized.transpose(-2, -1) @ grad
+    return quantized @ values, *gradients, sums
 
 
 def _add_bias(so_far: Any, scores: Tensor, bias: Tensor, images: slice) -> Tensor:

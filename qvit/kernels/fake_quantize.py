@@ -73,7 +73,10 @@ class Learned(NamedTuple):
 
 def fuses(*tensors: Tensor | None) -> bool:
     """Whether layers call the fused functions for these tensors; a model that is traced is left to the compiler."""
-    return not torch.compiler.is_compiling() and cpu.would_handle(*tensors)
+    if torch.compiler.is_compiling():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    return gpu.handles(*given) if given and given[0].is_cuda else cpu.would_handle(*given)
 
 
 def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid, Tensor]:
@@ -105,11 +108,14 @@ def parameter_gradients(
 
 
 def quantize_on(x: Tensor, grid: Grid, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
-    """x̂ on a grid, in `dtype` (of x by default), written to `out` if that is given. Not differentiable."""
+    """x̂ on a grid, in `dtype` (of x by default). Not differentiable.
+
+    `out` is memory for the result, of its own dtype, which is used on the CPU.
+    """
     if torch.compiler.is_compiling():
         return _forward(x, *grid, dtype=dtype)
-    if out is None:
-        return torch.ops.qvit.fake_quantize(x, *grid, dtype)
+    if out is None or x.is_cuda:
+        return torch.ops.qvit.fake_quantize(x, *grid, dtype if out is None else out.dtype)
     if cpu.handles(x):
         return cpu.forward(x, grid, out.dtype, out=out)
     return out.copy_(_forward(x, *grid, dtype=dtype))
@@ -134,7 +140,7 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid, out: Tensor | None = None) 
         return torch.ops.qvit.fake_quantize_backward(grad, x, *grid)
     if cpu.handles(grad, x):
         return cpu.backward(grad, x, grid, out)
-    grad_x, sums = _backward(grad, x, *grid)
+    grad_x, sums = torch.ops.qvit.fake_quantize_backward(grad, x, *grid)
     return out.copy_(grad_x), sums
 
 

@@ -8,7 +8,7 @@ formulas in backward.
 Division is the rounded one, and products and sums are not contracted: an approximate quotient would put values on the
 edge between two integers on the wrong side. What a GPU computes is tried beside the formulas before the first use;
 where it differs, or Triton is not there, the formulas run and the log says so. The kernels have been tested in Triton's
-interpreter; no GPU was at hand.
+interpreter and compiled for compute capability 9.0; no GPU was at hand.
 """
 
 from __future__ import annotations
@@ -171,9 +171,10 @@ def _works(device: torch.device) -> bool:
                 return True
         log.warning("the Triton kernels do not compute what they should on %s: formulas take their place", device)
     except Exception as error:  # a compiler of another version, a driver, a device that Triton does not know
-        log.warning("no Triton kernels on %s, so quantization takes many passes: %s", device, _first_line(error))
+        log.warning("no Triton kernels on %s, so quantization takes many passes: %s", device, first_line(error))
     return False
 
 
-def _first_line(error: Any) -> str:
+def first_line(error: Exception) -> str:
+    """What went wrong, in a line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
