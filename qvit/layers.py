@@ -105,22 +105,24 @@ class QuantConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = apply_quantizer(self, "weight", self.weight)
-        learned = fused(self, "input", input) if self._sees_patches(input) else None
-        if learned is None or learned.scales.dim() > 1 or learned.bit_width.dim():
+        learned = fused(self, "input", input)
+        if learned is None or not has_one_grid(learned) or not self._sees_patches(input):
             return self._conv_forward(apply_quantizer(self, "input", input), weight, self.bias)
-        size, (rows, columns) = (
-            self.kernel_size,
-            (side // p for side, p in zip(input.shape[2:], self.kernel_size, strict=True)),
-        )
-        patches = input.unflatten(3, (columns, size[1])).unflatten(2, (rows, size[0])).permute(0, 2, 4, 1, 3, 5)
+        (height, width), (rows, columns) = self.kernel_size, self._count_patches(input)
+        patches = input.unflatten(3, (columns, width)).unflatten(2, (rows, height)).permute(0, 2, 4, 1, 3, 5)
         tokens = quantized_linear(patches.flatten(3).flatten(1, 2), weight.flatten(1), self.bias, learned)
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
     def _sees_patches(self, x: Tensor) -> bool:
         """Whether this is a linear layer on the patches of an image, which is faster, its backward by far."""
         plain = self.kernel_size == self.stride and self.groups == 1 and self.padding in ((0, 0), 0, "valid")
-        whole = x.dim() == 4 and all(side % p == 0 for side, p in zip(x.shape[2:], self.kernel_size, strict=True))
-        return plain and whole and self.dilation == (1, 1)
+        if x.dim() != 4 or not plain or self.dilation != (1, 1):
+            return False
+        (height, width), (rows, columns) = self.kernel_size, self._count_patches(x)
+        return (rows * height, columns * width) == tuple(x.shape[2:])
+
+    def _count_patches(self, x: Tensor) -> tuple[int, int]:
+        return x.shape[2] // self.kernel_size[0], x.shape[3] // self.kernel_size[1]
 
 
 class QuantQKV(nn.Linear):
@@ -148,8 +150,20 @@ def linear(module: QuantLinear | QuantQKV, x: Tensor, weight: Tensor, rank: Tens
     learned = fused(module, "input", x) if rank is None else None
     if learned is None:
         return F.linear(apply_quantizer(module, "input", x, rank), weight, module.bias)
-    on_integers = module.integer_forward and learned.scales.shape[:-1].numel() == learned.bit_width.numel() == 1
+    own: Any = module._modules["input" + Quantizer.SUFFIX]
+    on_integers = module.integer_forward and has_one_grid(learned) and fits_int8(own)
     return quantized_linear(x, weight, module.bias, learned, module.codes() if on_integers else None)
+
+
+def has_one_grid(learned: Learned) -> bool:
+    """Whether all elements share a scale and a width."""
+    return learned.scales.shape[:-1].numel() == learned.bit_width.numel() == 1
+
+
+def fits_int8(quantizer: Quantizer) -> bool:
+    """Whether codes have at most 8 bits, wherever a learned width goes."""
+    spec = quantizer.spec
+    return max(spec.bit_width_range if quantizer.learns_width else spec.widths) <= 8
 
 
 @torch.no_grad()
@@ -159,7 +173,8 @@ def row_codes(quantizer: nn.Module | None, weight: Tensor) -> Codes | None:
         return None
     scale, offset = quantizer.grid()
     view = quantizer.view(weight)
-    if offset is not None or (view.shape[-1] != weight.shape[-1] and quantizer.num_groups > 1):
+    in_rows = view.shape[-1] == weight.shape[-1] or quantizer.num_groups == 1
+    if offset is not None or not in_rows or not quantizer.spec.signed or not fits_int8(quantizer):
         return None
     codes = codes_on(view, Grid(scale, None, *quantizer.quant_range()))
     return codes.view(weight.shape), scale.expand(*view.shape[:-1], 1).reshape(len(weight))

@@ -414,6 +414,11 @@ def test_integers_in_a_whole_model_and_where_they_cannot_be() -> None:
     shared = layer("bias", SPECS["per channel"], SPECS["per tensor"])
     shared.integer_forward = True  # type: ignore[assignment]
     shared(torch.randn(2, 3, 24))  # a scale per input channel: simulated, without a complaint
+    for inputs, weights in ((8, 12), (12, 8)):
+        wide: Any = layer("bias", TensorSpec(bit_width=inputs), TensorSpec(bit_width=weights))
+        simulated = wide(images := torch.randn(2, 3, 24))
+        wide.integer_forward = True
+        assert torch.equal(wide(images), simulated)
 
 
 def test_what_excludes_integers(monkeypatch: pytest.MonkeyPatch) -> None:
