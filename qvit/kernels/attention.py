@@ -190,7 +190,7 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
 
 
 def _on(name: str, x: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensor:
-    return x.to(dtype) if grid is None else quantize_on(x, grid, out=cpu.scratch(name, x.shape, dtype, x))
+    return x.to(dtype) if grid is None else quantize_on(x, grid, dtype, scratch=name)
 
 
 def _product(name: str, left: Tensor, right: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ def _operands(
     if grids[0] is None:
         left = (own * factor).to(dtype)
     else:
-        left = quantize_on(own, grids[0], out=cpu.scratch("left", own.shape, own.dtype, own)).mul_(factor).to(dtype)
+        left = quantize_on(own, grids[0], scratch="left").mul_(factor).to(dtype)
     return left, _on("right", k[images], grids[1], dtype), _on("values", v[images], grids[2], dtype)
 
 

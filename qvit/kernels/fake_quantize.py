@@ -107,18 +107,17 @@ def parameter_gradients(
     return grad_scales, grad_offsets, grad_width
 
 
-def quantize_on(x: Tensor, grid: Grid, dtype: torch.dtype | None = None, out: Tensor | None = None) -> Tensor:
+def quantize_on(x: Tensor, grid: Grid, dtype: torch.dtype | None = None, *, scratch: str | None = None) -> Tensor:
     """x̂ on a grid, in `dtype` (of x by default). Not differentiable.
 
-    `out` is memory for the result, of its own dtype, which is used on the CPU.
+    `scratch` names memory that is used again on the CPU (`cpu.scratch`): the result is used up before the next call.
     """
     if torch.compiler.is_compiling():
         return _forward(x, *grid, dtype=dtype)
-    if out is None or x.is_cuda:
-        return torch.ops.qvit.fake_quantize(x, *grid, dtype if out is None else out.dtype)
-    if cpu.handles(x):
-        return cpu.forward(x, grid, out.dtype, out=out)
-    return out.copy_(_forward(x, *grid, dtype=dtype))
+    if scratch is None or not cpu.handles(x):
+        return torch.ops.qvit.fake_quantize(x, *grid, dtype)
+    dtype = dtype or x.dtype
+    return cpu.forward(x, grid, dtype, out=cpu.scratch(scratch, x.shape, dtype, x))
 
 
 def codes_on(x: Tensor, grid: Grid, zero: int = 0) -> Tensor:

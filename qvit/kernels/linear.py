@@ -110,9 +110,7 @@ def _tokens(x: Tensor, grid: Grid, inputs: int, dtype: torch.dtype) -> Tensor:
     """x̂ as tokens of `inputs` numbers; used up before the next call."""
     heads = x.shape[-1] != inputs
     source = x.transpose(1, 2) if heads else x
-    values = quantize_on(
-        source, grid.heads_last() if heads else grid, out=cpu.scratch("tokens", source.shape, dtype, x)
-    )
+    values = quantize_on(source, grid.heads_last() if heads else grid, dtype, scratch="tokens")
     return values.flatten(2) if heads else values
 
 
