@@ -29,6 +29,7 @@ from qvit.kernels.attention import quantized_attention, split_heads
 from qvit.kernels.fake_quantize import Grid, Learned, codes_on, fuses
 from qvit.kernels.linear import Codes, quantized_linear
 from qvit.quantizers import Quantizer, create_quantizer
+from qvit.quantizers.base import has_hooks
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.spec import Layout, PerHead, Position, Site, TensorSpec
 
@@ -286,24 +287,21 @@ class AttentionSites(nn.Module):
         module: Any = self
         proj = module.proj
         plain = type(self).merge is AttentionSites.merge and type(proj) is QuantLinear and not has_hooks(proj)
-        learned = fused(self, "output", x) if plain and self.normalize_heads(x) is x else None
+        learned = fused(self, "output", x) if plain and self._head_norm() is None else None
         if learned is None or x.shape[-1] == proj.in_features:
             return proj(self.merge(x))
         return quantized_linear(x, apply_quantizer(proj, "weight", proj.weight), proj.bias, learned)
 
+    def _head_norm(self) -> nn.Module | None:
+        norm = getattr(self, "norm", None)
+        return None if isinstance(norm, nn.Identity) else norm
+
     def normalize_heads(self, x: Tensor) -> Tensor:
         """The heads' outputs (B, H, N, d) behind the module's norm over all channels, where it has one."""
-        norm = getattr(self, "norm", None)
-        if norm is None or isinstance(norm, nn.Identity):
+        norm = self._head_norm()
+        if norm is None:
             return x
         return norm(x.transpose(1, 2).flatten(2)).unflatten(2, (x.shape[1], -1)).transpose(1, 2)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks at what goes through a module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def for_all_heads(x: Tensor, heads: int) -> Tensor:

@@ -230,6 +230,13 @@ class Quantizer(nn.Module):
         return ", ".join(parts)
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks at what goes through a module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def quantizers_of(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
     """Every `(site, quantizer)` of a model, in the order of its modules."""
     for path, module in model.named_modules():

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from qvit.functional import SMALLEST_SCALE, integer_range, pick_column
 from qvit.kernels.fake_quantize import FakeQuantize, Learned, Meta, fuses
-from qvit.quantizers.base import Quantizer, register_quantizer
+from qvit.quantizers.base import Quantizer, has_hooks, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
 from qvit.spec import Layout, TensorSpec
 
@@ -91,13 +91,12 @@ class LSQQuantizer(Quantizer):
         return count * integer_range(width, self.spec.signed)[1]
 
     def learned(self, count: int, x: Tensor | None = None) -> Learned | None:
-        looked_at = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
         if (
             type(self) is not LSQQuantizer
             or not self.enabled
             or not self.calibrated
             or self.observer is not None
-            or looked_at
+            or has_hooks(self)
             or self.spec.token_bit_width is not None
             or self.layout.view is not None
             or (x is None and self.spec.scale_gradient in NORMS)
