@@ -2,8 +2,8 @@ r"""What quantization-aware training costs: time and peak memory of a training s
 
 Same model, batch, precision and mode (eager or compiled), in one run. Time: the steps of all methods are interleaved,
 so that a busy machine slows all of them; the ratio is that of the medians. Memory: one process per row measures the
-growth of its resident set from before the model is made to the peak of three steps (on CUDA: the peak that the
-allocator reports). Rows called `method, integers` compute the outputs of linear layers from integers. The row `plain`
+growth of its resident set from before the model is made to the peak of three steps (on CUDA, in this process: the peak
+that the allocator reports, one model at a time). Rows called `method, integers` compute the outputs of linear layers from integers. The row `plain`
 is lsq+ without the fused operators: the formulas of `functional.py`, differentiated by hand.
 
     python benchmarks/train_step.py                        DeiT-T, batch 16, 224 px; every method, mode, precision
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import statistics
@@ -120,13 +121,15 @@ def measure_times(mode: str, precision: str, options: argparse.Namespace) -> dic
 
 
 def measure_memory(row: str, mode: str, precision: str, options: argparse.Namespace) -> float:
-    """Mebibytes that a row's training adds to a process at its peak; runs in a process of its own."""
+    """Mebibytes that a row's training adds to a process at its peak; on a CPU it needs a process of its own."""
     if options.device.startswith("cuda"):
+        gc.collect()  # models are cycles
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         step = make_step(row, mode, precision, options)
         for _ in range(3):
             step()
-        return torch.cuda.max_memory_allocated() / 2**20
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     warm = torch.randn(64, 64, requires_grad=True)
     (warm @ warm).sum().backward()
     before = resident("VmRSS")
@@ -167,6 +170,9 @@ def main() -> None:
         for precision in options.precisions:
             memory = {}
             for name in rows_of(mode, options):
+                if options.device.startswith("cuda"):
+                    memory[name] = measure_memory(name, mode, precision, options)
+                    continue
                 command = [sys.executable, __file__, *arguments, "--memory-of", name, mode, precision]
                 memory[name] = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             times = measure_times(mode, precision, options)

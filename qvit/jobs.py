@@ -1,8 +1,8 @@
 """Many runs in several processes, each a run directory under one folder; what is finished there is not run again.
 
-The demo and the accuracy benchmarks are lists of such jobs. One job is one config; it may start from the weights of
-another. A list that was stopped goes on where it was, and a job whose config has changed is run anew, together with
-those that started from it.
+The demo and the accuracy benchmarks are lists of such jobs. One job is one config; it may start from the weights or the
+plan of another. A list that was stopped goes on where it was, and a job whose config has changed is run anew, together
+with those that started from it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,21 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qvit.ptq_run import ptq
 from qvit.run import resume, train
 from qvit.rundir import CONFIG, LOG, RESULT, forget_progress
 from qvit.training.checkpoint import last_checkpoint
 from qvit.training.config import TrainConfig
+
+
+def work(run: str, values: dict[str, Any]) -> dict[str, Any]:
+    """One run, in a process of the pool: resumed if it can be."""
+    folder, config = Path(run), TrainConfig.create(**values)
+    if config.method == "ptq":
+        return ptq(config, folder, overwrite=True)
+    if last_checkpoint(folder) and not (folder / RESULT).is_file():
+        return resume(folder, quiet=True)
+    return train(config, folder, overwrite=True, quiet=True)
 
 
 @dataclass(frozen=True)
@@ -30,13 +42,15 @@ class Job:
 
     Attributes:
         name: Its directory's name.
-        config: Its options.
+        config: Its options; with method `ptq` it is a post-training quantization.
         after: The job that it starts from; None for none.
+        work: What runs it, given its directory and its options; a function that other processes can import.
     """
 
     name: str
     config: TrainConfig
     after: str | None = None
+    work: Callable[[str, dict[str, Any]], dict[str, Any]] = work
 
 
 def run_jobs(
@@ -70,17 +84,10 @@ def _same_config(run: Path, config: TrainConfig) -> bool:
     except (OSError, json.JSONDecodeError):
         return False
     wanted = config.model_dump(mode="json")
-    for values in (record, wanted):
-        values["weights"] = values.get("weights") and Path(values["weights"]).name  # the folder may have been moved
+    for values in (record, wanted):  # the folder may have been moved
+        values["weights"] = values.get("weights") and Path(values["weights"]).name
+        values["plan"] = values.get("plan") and Path(values["plan"]).parts[-2:]
     return all(record.get(key) == value for key, value in wanted.items())
-
-
-def _work(run: str, values: dict[str, Any]) -> dict[str, Any]:
-    """One run, in a process of the pool: resumed if it can be."""
-    folder, config = Path(run), TrainConfig.create(**values)
-    if last_checkpoint(folder) and not (folder / RESULT).is_file():
-        return resume(folder, quiet=True)
-    return train(config, folder, overwrite=True, quiet=True)
 
 
 def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> None:
@@ -104,7 +111,7 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
             while waiting or active:
                 unfinished = set(waiting) | {job.name for job in active.values()}
                 for job in [job for job in waiting.values() if job.after not in unfinished]:
-                    active[pool.submit(_work, str(runs / job.name), job.config.model_dump())] = waiting.pop(job.name)
+                    active[pool.submit(job.work, str(runs / job.name), job.config.model_dump())] = waiting.pop(job.name)
                 done, _ = wait(active, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     _announce(active.pop(future), future.result(), console)
@@ -118,8 +125,13 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
             raise
 
 
+def seconds_of(result: dict[str, Any]) -> float:
+    """What a run took, training or not."""
+    return result.get("seconds_total", result["seconds"])
+
+
 def _announce(job: Job, result: dict[str, Any], console: Console) -> None:
-    console.print(f"{job.name:<18} {result['accuracy']:6.2f} %   {result['seconds']:5.1f} s", highlight=False)
+    console.print(f"{job.name:<18} {result['accuracy']:6.2f} %   {seconds_of(result):5.1f} s", highlight=False)
 
 
 def _epochs_done(run: Path) -> int:

@@ -1,17 +1,23 @@
-"""Tables 1 and 3 and Figure 5 of the Q-ViT paper in small: do the methods do what it says?
+"""Tables 1 and 3 and Figure 5 of the Q-ViT paper in small, and rivals: do the methods do what is said of them?
 
-Every row starts from the same float weights per seed, with the same images, schedule and learning rate.
+Every row starts from the same float weights per seed, with the same images, schedule and learning rate. A part is a
+table:
 
-    budgets      LSQ+ and Q-ViT at the bit operations of w4a4, w3a3, w2a2                              (Table 1)
-    ablations    at one budget: widths per head, switchable scales, the length of the search, and what the paper leaves
-                 open: shared scales, width gradient by interpolation (FracBits)                       (Table 3)
-    widths       the mean width that Q-ViT learns for each kind of tensor                              (Figure 5)
+    budgets         LSQ+, Q-ViT, VVTQ without soft labels, and the last two together, at the bit operations of w4a4,
+                    w3a3, w2a2                                                                              (Table 1)
+    post-training   widths from a sensitivity and an integer program: as they are, and as the start of Q-ViT
+    rivals          other ways to find widths: FracBits, DQ, EdMIPS; sensitivities (Fisher in one pass, KL of one tensor
+                    at a time) with an integer program, trained as LSQ+; other ways to train: OFQ, IRM
+    ablations       at one budget: widths per head, on the right and on the wrong axis, switchable scales, the length of
+                    the search, shared scales, width gradient by interpolation                              (Table 3)
 
-Sets of images: `sets.py`. Nothing here was chosen by test images. Finished runs are not run again, so a run that was
-stopped goes on.
+and all rows tell the mean width that they learned for each kind of tensor (Figure 5). Sets of images: `sets.py`.
+Nothing here was chosen by test images. Finished runs are not run again, so a run that was stopped goes on.
 
     python benchmarks/accuracy/evidence.py --set digits --runs DIR
     python benchmarks/accuracy/evidence.py --set cifar10 --data FOLDER --train-images 2500 --test-images 2000 --runs DIR
+    python benchmarks/accuracy/evidence.py --set tiny-imagenet --data FOLDER --device cuda --precision bf16 \
+        --workers 14 --parts budgets ablations
 """
 
 from __future__ import annotations
@@ -21,68 +27,156 @@ import json
 import re
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from sets import SETS, add_arguments, common_of, float_jobs, parsed, record_of, spread
+from sets import SETS, add_arguments, common_of, float_jobs, float_of, parsed, record_of, spread
+from wrong_axis import work_on_wrong_axis
 
 from qvit.files import write_json
-from qvit.jobs import Job, run_jobs
+from qvit.jobs import Job, run_jobs, seconds_of, work
 from qvit.plan import QuantPlan
-from qvit.rundir import RESULT
+from qvit.rundir import PLAN, RESULT
 from qvit.training.config import TrainConfig
 
-#: name: (method, options)
-BUDGETS: dict[str, tuple[str, dict[str, Any]]] = {"lsq+": ("lsq+", {}), "qvit": ("qvit", {})}
-ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "one width for all heads": ("qvit", {"head_wise": False}),
-    "one scale for all widths": ("qvit", {"switchable_scale": False}),
-    "σ = 0.5": ("qvit", {"searching_ratio": 0.5}),
-    "σ = 0.7": ("qvit", {"searching_ratio": 0.7}),
-    "σ = 0.9": ("qvit", {"searching_ratio": 0.9}),
-    "one scale for all heads": ("qvit", {"scales": "shared"}),
-    "width gradient by interpolation": ("qvit", {"width_gradient": "interpolation"}),
+#: A post-training plan on the grids of trained rows: uniform, one scale per head.
+GRIDS = {"weights": "per-head", "probs": "uniform", "heads": "per-head", "reparameterize": False, "min_width": 2}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Attributes:
+        name: What it is called.
+        method, options: What it trains with; `ptq` does not train.
+        start: The metric of the post-training plan that gives its widths, or those that it starts from.
+        work: What runs it.
+    """
+
+    name: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    start: str | None = None
+    work: Callable[[str, dict[str, Any]], dict[str, Any]] = work
+
+
+PARTS: dict[str, list[Row]] = {
+    "budgets": [Row("lsq+", "lsq+"), Row("qvit", "qvit"), Row("vvtq", "vvtq"), Row("qvit+vvtq", "qvit+vvtq")],
+    "post-training": [
+        Row("Fisher plan, not trained", "ptq", {**GRIDS, "metric": "fisher"}),
+        Row("qvit from the Fisher plan", "qvit", start="fisher"),
+    ],
+    "rivals": [
+        Row("FracBits", "qvit", {"width_gradient": "interpolation", "head_wise": False, "switchable_scale": False}),
+        Row("DQ", "dq"),
+        Row("EdMIPS", "edmips"),
+        Row("Fisher + integer program", "lsq+", start="fisher"),
+        Row("KL one by one + integer program", "lsq+", start="kl"),
+        Row("OFQ", "ofq"),
+        Row("IRM", "irm"),
+    ],
+    "ablations": [
+        Row("one width for all heads", "qvit", {"head_wise": False}),
+        Row("heads of weights on the wrong axis", "qvit", work=work_on_wrong_axis),
+        Row("one scale for all widths", "qvit", {"switchable_scale": False}),
+        Row("σ = 0.5", "qvit", {"searching_ratio": 0.5}),
+        Row("σ = 0.7", "qvit", {"searching_ratio": 0.7}),
+        Row("σ = 0.9", "qvit", {"searching_ratio": 0.9}),
+        Row("σ = 1.0", "qvit", {"searching_ratio": 1.0}),
+        Row("one scale for all heads", "qvit", {"scales": "shared"}),
+        Row("width gradient by interpolation", "qvit", {"width_gradient": "interpolation"}),
+    ],
 }
+PLANS = {metric: {**GRIDS, "metric": metric} for metric in ("fisher", "kl")}
 
 
 def main() -> None:
     options = parse()
     console, started = Console(stderr=True), time.perf_counter()
-    cut = {"epochs": 1, "warmup_epochs": 0} if options.short else {}
-    settings, common, runs = SETS[options.set], common_of(options), options.runs.absolute()
-    run_jobs(runs, float_jobs(options, cut), workers=options.workers, console=console)
-    wanted = [(budget, name, row) for budget in options.budgets for name, row in BUDGETS.items()]
-    if options.ablations:
-        wanted += [(options.ablations, name, row) for name, row in ABLATIONS.items()]
-    listed: dict[tuple[str, str], list[Job]] = {}
+    runs = options.runs.absolute()
+    wanted = [
+        (part, budget, row)
+        for part in options.parts
+        for budget in (options.ablations if part == "ablations" else options.budgets)
+        for row in PARTS[part]
+        if options.rows is None or row.name in options.rows
+    ]
+    jobs = Jobs(options)
+    floats = float_jobs(options, jobs.cut)
     for seed in options.seeds:
-        for budget, name, (method, own) in wanted:
-            values = {**common, **settings["quantized"], **cut, "method": method, "method_options": own, "seed": seed}
-            values |= {"budget": budget, "weights": str(runs / f"float-seed{seed}")}
-            place = f"{budget}-{'-'.join(''.join(c if c.isalnum() else ' ' for c in name).split())}-seed{seed}"
-            listed.setdefault((budget, name), []).append(Job(place, TrainConfig.create(**values), f"float-seed{seed}"))
-    run_jobs(runs, [job for jobs in listed.values() for job in jobs], workers=options.workers, console=console)
+        for part, budget, row in wanted:
+            jobs.add(part, budget, row, seed)
+    if not options.table_only:
+        run_jobs(runs, [*floats, *jobs.all.values()], workers=options.workers, console=console)
     rows = []
-    for budget, name, (method, own) in wanted:
-        part = "budgets" if name in BUDGETS else "ablations"
-        rows.append({"part": part, "budget": budget, "row": name, "method": method, "method_options": own})
-        rows[-1] |= summary(runs, listed[budget, name])
+    for part, budget, row in wanted:
+        found = [runs / jobs.place(budget, row, seed) for seed in options.seeds]
+        found = [run for run in found if (run / RESULT).is_file()]
+        if found:
+            about = {"part": part, "budget": budget, "row": row.name, "method": row.method, "start": row.start}
+            rows.append({**about, "method_options": row.options, **summary(found)})
+    everything = [runs / name for name in [job.name for job in floats] + list(jobs.all)]
     data = {
         "set": options.set,
-        "settings": settings,
-        "train_images": 1200 if options.set == "digits" else options.train_images,
+        "settings": SETS[options.set],
+        "precision": options.precision,
+        "train_images": images_of_training(options),
         "rows": rows,
+        "hours": round(sum(seconds_of(read(run)) for run in everything if (run / RESULT).is_file()) / 3600, 2),
         "seconds": round(time.perf_counter() - started, 1),
-        **record_of("evidence.py"),
+        **record_of("evidence.py", options.device),
     }
     write_json(options.out or Path(__file__).parents[1] / "results" / f"evidence_{options.set}.json", data)
 
 
-def summary(runs: Path, jobs: list[Job]) -> dict[str, Any]:
+class Jobs:
+    """The runs of all rows, without repetition: rows that start from one plan share the run that makes it."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.runs = options, options.runs.absolute()
+        self.cut = {"epochs": 1, "warmup_epochs": 0} if options.short else {}
+        self.common = {**common_of(options), **SETS[options.set]["quantized"], **self.cut}
+        self.all: dict[str, Job] = {}
+
+    def place(self, budget: str, row: Row, seed: int) -> str:
+        """The directory of a row's run."""
+        if row.method == "ptq":
+            return f"plan-{row.options['metric']}-{budget}-seed{seed}"
+        words = "".join(c if c.isalnum() else " " for c in row.name).split()
+        return f"{budget}-{'-'.join(words)}-seed{seed}"
+
+    def add(self, part: str, budget: str, row: Row, seed: int) -> None:
+        """Adds the run of a row, and before it the run of the plan that it starts from."""
+        own = {**self.common, "seed": seed, "budget": budget, "method": row.method, "method_options": row.options}
+        after = float_of(self.options, seed)
+        own["weights"] = str(self.runs / after)
+        if row.start is not None:
+            plan = Row(row.start, "ptq", PLANS[row.start])
+            self.add(part, budget, plan, seed)
+            after = self.place(budget, plan, seed)
+            own["plan"] = str(self.runs / after / PLAN)
+            if row.method == "lsq+":
+                del own["budget"]
+        name = self.place(budget, row, seed)
+        self.all.setdefault(name, Job(name, TrainConfig.create(**own), after, row.work))
+
+
+def images_of_training(options: argparse.Namespace) -> int:
+    return {"digits": 1200, "tiny-imagenet": 10_000 * options.shards}.get(options.set, options.train_images)
+
+
+def read(run: Path) -> dict[str, Any]:
+    return json.loads((run / RESULT).read_text(encoding="utf-8"))
+
+
+def summary(runs: list[Path]) -> dict[str, Any]:
     """Accuracies in percent with their deviation over seeds (n - 1), costs, and the mean width by kind of tensor."""
-    results = [json.loads((runs / job.name / RESULT).read_text(encoding="utf-8")) for job in jobs]
-    widths = [mean_widths(QuantPlan.load(runs / job.name / "plan.json")) for job in jobs]
+    results = [read(run) for run in runs]
+    widths = [mean_widths(QuantPlan.load(run / PLAN)) for run in runs]
     return {
         **spread("accuracy", [result["accuracy"] for result in results]),
         "accuracies": [result["accuracy"] for result in results],
@@ -91,7 +185,7 @@ def summary(runs: Path, jobs: list[Job]) -> dict[str, Any]:
         "weight_bytes": statistics.mean(result["weight_bytes"] for result in results),
         "mean_widths": {kind: statistics.mean(own[kind] for own in widths) for kind in widths[0]},
         "images": results[0]["images"],
-        "seconds_mean": statistics.mean(result["seconds"] for result in results),
+        "seconds_mean": statistics.mean(seconds_of(result) for result in results),
         "seeds": [result["seed"] for result in results],
     }
 
@@ -109,8 +203,11 @@ def mean_widths(plan: QuantPlan) -> dict[str, float]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--budgets", nargs="+", default=["4bit", "3bit", "2bit"])
-    parser.add_argument("--ablations", default="3bit", help="the budget of the ablations; an empty text for none")
+    parser.add_argument("--ablations", nargs="+", default=["3bit"], help="the budgets of the ablations")
+    parser.add_argument("--rows", nargs="+", help="only these rows")
+    parser.add_argument("--table-only", action="store_true", help="run nothing: sum up what is there")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     return parsed(parser)
 

@@ -1,7 +1,10 @@
 """What the accuracy benchmarks share: sets of images, float models to start from, and how seeds are summed up.
 
-`digits` are scikit-learn's, 1,200 training and 597 test images; `cifar10` are the first images of each class of
-cifar10-train.tar.gz and cifar10-test.tar.gz in a folder. Test images are opened for the last line of each run alone.
+`digits` are scikit-learn's, 1,200 training and 597 test images. `cifar10` are the first images of each class of
+cifar10-train.tar.gz and cifar10-test.tar.gz in a folder. `tiny-imagenet` are the first shards
+tiny-imagenet-train-N.tar and all of tiny-imagenet-val.tar there; its float model is DeiT-T with the weights of
+deit_tiny_patch16_224.safetensors, patches resampled from 16 to 8 pixels and trained on at 64 pixels, the same one for
+all seeds. Test images are opened for the last line of each run alone.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from qvit.training.config import TrainConfig
 from qvit.version import __version__
 
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}
+LARGER = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
 SETS: dict[str, dict[str, Any]] = {
     "digits": {
         "common": {"model": "vit_digits", "data": "digits", "batch_size": 50},
@@ -35,32 +39,76 @@ SETS: dict[str, dict[str, Any]] = {
         "float": {"epochs": 20, "lr": 2e-3, "warmup_epochs": 2},
         "quantized": {"epochs": 6, "lr": 1e-3},
     },
+    "cifar10-larger": {
+        "common": {"model": "vit_tiny_patch16_224", "model_kwargs": LARGER, "batch_size": 200},
+        "float": {"epochs": 20, "lr": 2e-3, "warmup_epochs": 2},
+        "quantized": {"epochs": 5, "lr": 1e-3},
+    },
+    "tiny-imagenet": {
+        "common": {
+            "model": "deit_tiny_patch16_224",
+            "model_kwargs": {"img_size": 64, "patch_size": 8, "num_classes": 1000},
+            "batch_size": 250,
+        },
+        "float": {"epochs": 8, "lr": 3e-4, "warmup_epochs": 1},
+        "quantized": {"epochs": 10, "lr": 5e-4},
+        "one_float_model": True,
+    },
 }
 
 
 def common_of(options: argparse.Namespace) -> dict[str, Any]:
     """Settings of every run of a set: its model and images, one thread."""
-    return {**SETS[options.set]["common"], "device": "cpu", "threads": 1, "checkpoint_every": 10, **images_of(options)}
+    place = {"device": options.device, "precision": options.precision, "threads": 1, "checkpoint_every": 10**6}
+    return {**SETS[options.set]["common"], **place, "diagnostics": options.diagnostics, **images_of(options)}
 
 
 def float_jobs(options: argparse.Namespace, cut: dict[str, Any]) -> list[Job]:
-    """One float model per seed, `float-seedN`."""
-    values = {**common_of(options), **SETS[options.set]["float"], **cut, "method": "float"}
-    return [Job(f"float-seed{seed}", TrainConfig.create(**values, seed=seed)) for seed in options.seeds]
+    """The float models, `float-seedN`: one per seed, or one for all."""
+    own = SETS[options.set]
+    values = {**common_of(options), **own["float"], **cut, "method": "float", "workers": options.float_workers}
+    if own.get("one_float_model"):
+        values["weights"] = str(options.data / "deit_tiny_patch16_224.safetensors")
+    seeds = options.seeds[:1] if own.get("one_float_model") else options.seeds
+    return [Job(f"float-seed{seed}", TrainConfig.create(**values, seed=seed)) for seed in seeds]
+
+
+def float_of(options: argparse.Namespace, seed: int) -> str:
+    """The float job that a seed's runs start from."""
+    return f"float-seed{options.seeds[0] if SETS[options.set].get('one_float_model') else seed}"
 
 
 def images_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the images of the set are; of CIFAR-10 smaller archives are made first."""
+    """Where the images of the set are; smaller archives of CIFAR-10, one of several shards, are made first."""
     if options.set == "digits":
         return {}
+    options.runs.mkdir(parents=True, exist_ok=True)
+    if options.set == "tiny-imagenet":
+        shards = [options.data / f"tiny-imagenet-train-{index}.tar" for index in range(options.shards)]
+        target = options.runs / f"tiny-imagenet-train-{options.shards}-shards.tar"
+        if not target.is_file():
+            join(shards, target)
+        names = {"data": target, "eval_data": options.data / "tiny-imagenet-val.tar"}
+        names["class_map"] = options.data / "imagenet-classes.txt"
+        return {name: str(path.absolute()) for name, path in names.items()}
     paths = {}
     for part, count in (("train", options.train_images), ("test", options.test_images)):
         source, target = options.data / f"cifar10-{part}.tar.gz", options.runs / f"cifar10-{part}-{count}.tar"
         if not target.is_file():
-            options.runs.mkdir(parents=True, exist_ok=True)
             take_first(source, target, count // 10)
         paths["data" if part == "train" else "eval_data"] = str(target.absolute())
     return paths
+
+
+def join(sources: list[Path], target: Path) -> None:
+    """One archive of the files of several."""
+    half = target.with_suffix(".part")
+    with tarfile.open(half, "w") as out:
+        for source in sources:
+            with tarfile.open(source) as archive:
+                for member in archive:
+                    out.addfile(member, archive.extractfile(member) if member.isfile() else None)
+    half.replace(target)
 
 
 def take_first(source: Path, target: Path, per_class: int) -> None:
@@ -81,14 +129,16 @@ def spread(name: str, values: list[float]) -> dict[str, float]:
     return {f"{name}_mean": statistics.mean(values), f"{name}_std": deviation}
 
 
-def record_of(script: str) -> dict[str, Any]:
+def record_of(script: str, device: str = "cpu") -> dict[str, Any]:
     """Command, hardware, date and versions, for a file of results; paths of this machine are left out."""
     words = iter(sys.argv[1:])
     shown = [word for word in words if word not in ("--data", "--runs", "--out") or next(words) is None]
     versions = {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
+    cores = f"{os.cpu_count()} cores, {platform.machine()}"
+    cuda = device.startswith("cuda")
     return {
         "command": " ".join(["python", f"benchmarks/accuracy/{script}", *shown]),
-        "hardware": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
+        "hardware": f"{torch.cuda.get_device_name()}, {cores}" if cuda else f"CPU, {cores}",
         "date": datetime.date.today().isoformat(),
         "versions": {**versions, "python": platform.python_version()},
     }
@@ -97,11 +147,16 @@ def record_of(script: str) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of every accuracy benchmark."""
     parser.add_argument("--set", choices=list(SETS), default="digits")
-    parser.add_argument("--data", type=Path, help="folder of the CIFAR-10 archives")
+    parser.add_argument("--data", type=Path, help="folder of the archives")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--train-images", type=int, default=8000, help="of CIFAR-10")
     parser.add_argument("--test-images", type=int, default=4000, help="of CIFAR-10")
-    parser.add_argument("--workers", type=int, help="processes; default: one per core")
+    parser.add_argument("--shards", type=int, default=2, help="of Tiny-ImageNet, 10,000 images each")
+    parser.add_argument("--workers", type=int, help="runs at a time; default: one per core")
+    parser.add_argument("--float-workers", type=int, default=0, help="processes that read images for a float run")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--diagnostics", action="store_true", help="record oscillations")
     parser.add_argument("--short", action="store_true", help="one epoch a run, to try the machinery")
     parser.add_argument("--out", type=Path)
 
@@ -110,6 +165,6 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The options, with one folder of runs per set."""
     options = parser.parse_args()
     options.runs = options.runs / options.set
-    if options.set == "cifar10" and options.data is None:
-        parser.error("--set cifar10 needs --data, a folder with cifar10-train.tar.gz and cifar10-test.tar.gz")
+    if options.set != "digits" and options.data is None:
+        parser.error(f"--set {options.set} needs --data, the folder of its archives")
     return options

@@ -7,13 +7,15 @@ class token. Registered with timm, so that `timm.create_model("vit_digits")` wor
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import VisionTransformer, generate_default_cfgs, load_state_dict, register_model
-from torch import nn
+from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError, nearest
 
@@ -104,9 +106,10 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
 
 
 def load_weights(model: nn.Module, source: str | Path) -> None:
-    """Loads weights into a float model, in place; a classifier of another size is left as it is, with a warning.
+    """Loads weights into a float model, in place.
 
-    Raises QvitError if they do not fit.
+    Weights of a model for images or patches of another size are resampled as timm does it for its own, with a notice; a
+    classifier of another size is left as it is, with a warning. Raises QvitError if they do not fit.
     """
     path = Path(source)
     if path.is_dir():
@@ -132,11 +135,9 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
         _log.warning(
             "the weights have another number of classes: the classifier (%s) starts untrained", ", ".join(heads)
         )
-    wrong = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in state
-        if key in own and state[key].shape != own[key].shape
-    ]
+    if _wrong_shapes(state, own):
+        state = _resampled(state, model)
+    wrong = _wrong_shapes(state, own)
     missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
     for what, keys in (("wrong shape", wrong), ("missing", missing), ("unknown", unknown)):
         if keys:
@@ -144,6 +145,41 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     if not all(bool(torch.isfinite(value).all()) for value in state.values() if value.is_floating_point()):
         raise QvitError(f"the weights {path} hold NaN or infinite values")
     model.load_state_dict(state)
+
+
+def _wrong_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in state
+        if key in own and state[key].shape != own[key].shape
+    ]
+
+
+def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Position embeddings and patch kernels at the sizes of `model`, by the function that timm's model file has for it.
+
+    `state` itself where there is none, or where it cannot help.
+    """
+    resample: Any = next(
+        (
+            function
+            for cls in type(model).__mro__
+            if (function := getattr(sys.modules.get(cls.__module__), "checkpoint_filter_fn", None)) is not None
+        ),
+        None,
+    )
+    if resample is None:
+        return state
+    try:
+        found = dict(resample(dict(state), model))
+    except Exception:  # written for the weights that timm publishes, it may stumble over any others
+        return state
+    own = model.state_dict()
+    changed = [key for key in found if key in state and key in own and found[key].shape != state[key].shape]
+    if _wrong_shapes(found, own) or found.keys() != state.keys():
+        return state
+    _log.info("resampled for images or patches of another size: %s", ", ".join(changed))
+    return found
 
 
 def _classifiers(model: nn.Module) -> set[str]:

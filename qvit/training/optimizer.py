@@ -100,18 +100,24 @@ class _ScaleRules:
 
     @torch.no_grad()
     def _remember(self, *_: Any) -> None:
-        self.before = [parameter.detach().clone() for parameter in self.parameters]
+        self.before = list(torch._foreach_mul([parameter.detach() for parameter in self.parameters], 1.0))
 
     @torch.no_grad()
     def _apply(self, *_: Any) -> None:
-        bounded = [(p, old) for p, old in zip(self.parameters, self.before, strict=True) if id(p) in self.scales]
+        pairs = list(zip(self.parameters, self.before, strict=True))
+        bounded = [(p, old) for p, old in pairs if id(p) in self.scales]
         if bounded:
             now, old = ([pair[i] for pair in bounded] for i in (0, 1))
             torch._foreach_maximum_(now, torch._foreach_mul(old, 1.0 - LARGEST_RELATIVE_STEP))
             torch._foreach_minimum_(now, torch._foreach_mul(old, 1.0 + LARGEST_RELATIVE_STEP))
-        for parameter, old in zip(self.parameters, self.before, strict=True):
-            if parameter.shape[-1:] != (1,) and parameter.grad is not None:
-                parameter.copy_(torch.where(parameter.grad == 0, old, parameter))
+        banks = [(p, old) for p, old in pairs if p.shape[-1:] != (1,) and p.grad is not None]
+        if banks:  # all at once: they are hundreds of small tensors
+            gradients = torch.cat([p.grad.flatten() for p, _ in banks])  # type: ignore[union-attr]
+            old, now = (torch.cat([pair[i].flatten() for pair in banks]) for i in (1, 0))
+            kept = torch.where(gradients == 0, old, now).split([p.numel() for p, _ in banks])
+            torch._foreach_copy_(
+                [p for p, _ in banks], [part.view_as(p) for part, (p, _) in zip(kept, banks, strict=True)]
+            )
         self.before = []
 
 
