@@ -3,8 +3,9 @@ r"""What quantization-aware training costs: time and peak memory of a training s
 Same model, batch, precision and mode (eager or compiled), in one run. Time: the steps of all methods are interleaved,
 so that a busy machine slows all of them; the ratio is that of the medians. Memory: one process per row measures the
 growth of its resident set from before the model is made to the peak of three steps (on CUDA, in this process: the peak
-that the allocator reports, one model at a time). Rows called `method, integers` compute the outputs of linear layers from integers. The row `plain`
-is lsq+ without the fused operators: the formulas of `functional.py`, differentiated by hand.
+that the allocator reports, one model at a time). Rows called `method, integers` compute the outputs of linear layers
+from integers. The row `plain` is lsq+ without the fused operators: the formulas of `functional.py`, differentiated by
+hand.
 
     python benchmarks/train_step.py                        DeiT-T, batch 16, 224 px; every method, mode, precision
     python benchmarks/train_step.py --modes eager --precisions fp32 --methods lsq+ qvit --json

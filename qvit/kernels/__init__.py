@@ -4,7 +4,6 @@ fake_quantize.py     the operator with its derivatives: `torch.ops.qvit.fake_qua
 linear.py            a linear layer and the quantizer of its input, simulated or on integers
 attention.py         attention and the quantizers of q, k, v and the probabilities
 cpu.py, cpu.cpp      compiled loops for CPUs
-gpu.py               the operator in Triton
-gpu_attention.py     attention in Triton
+gpu.py               the operator, and a quantizer's numbers, in Triton
 shapes.py            any tensor as four axes
 """

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qvit.kernels import cpu, gpu_attention
+from qvit.kernels import cpu
 from qvit.kernels.fake_quantize import Grid, Learned, Meta, backward_on, parameter_gradients, quantize_on, resolve
 from qvit.kernels.linear import working_type
 
@@ -69,10 +69,7 @@ class _QuantizedAttention(torch.autograd.Function):
         kept = [part for one in grids if one is not None for part in (*one[0], one[1])]
         ctx.save_for_backward(q, k, v, bias, *learned, *kept)
         own = [None if one is None else one[0] for one in grids]
-        ctx.softmax, ctx.on_chip, of_probs = None, False, own[3]
-        if of_probs is not None and gpu_attention.handles(q, k, bias, of_probs, ctx.dtype):
-            ctx.on_chip = True
-            return gpu_attention.forward(*_operands(q, k, v, factor, own, slice(None), ctx.dtype), of_probs)
+        ctx.softmax = None
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=ctx.dtype, device=q.device)
         for images in _chunks(q, k):
             left, right, values = _operands(q, k, v, factor, own, images, ctx.dtype)
@@ -105,15 +102,7 @@ class _QuantizedAttention(torch.autograd.Function):
             sums[i] = sums[i] + more
             return out
 
-        of_probs = own[3]
-        if ctx.on_chip and of_probs is not None:
-            operands = _operands(q, k, v, ctx.factor, own, slice(None), ctx.dtype)
-            found = gpu_attention.backward(grads[0].to(ctx.dtype), *operands, of_probs)
-            through(0, found[0] * ctx.factor, q, outputs[0])
-            through(1, found[1], k, outputs[1])
-            through(2, found[2], v, outputs[2])
-            sums[3] = found[3]
-        for images in [] if ctx.on_chip else _chunks(q, k):
+        for images in _chunks(q, k):
             left, right, values = _operands(q, k, v, ctx.factor, own, images, ctx.dtype)
             probs = _probabilities(left, right, bias, images, ctx.softmax)
             grad = grads[0][images].to(ctx.dtype)
@@ -227,19 +216,6 @@ def _probabilities(
     if softmax is None:
         return scores.softmax(dim=-1)
     return torch.softmax(scores, -1, softmax, out=cpu.scratch("probs", scores.shape, softmax, scores))
-
-
-def plain_attention(grad: Tensor, left: Tensor, right: Tensor, values: Tensor, grid: Grid) -> tuple[Tensor, ...]:
-    """out, its gradients in left, right and values, and the sums of the probabilities' grid, step by step.
-
-    What kernels are compared with; `grad` is the gradient of out.
-    """
-    probs = (left @ right.transpose(-2, -1)).softmax(-1)
-    quantized = quantize_on(probs, grid)
-    towards, sums = backward_on(grad @ values.transpose(-2, -1), probs, grid)
-    scores = probs * (towards - (towards * probs).sum(-1, keepdim=True))
-    gradients = scores @ right, scores.transpose(-2, -1) @ left, quantized.transpose(-2, -1) @ grad
-    return quantized @ values, *gradients, sums
 
 
 def _add_bias(so_far: Any, scores: Tensor, bias: Tensor, images: slice) -> Tensor:

@@ -21,7 +21,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qvit.functional import SMALLEST_SCALE, integer_range, inward, pick_column, wide
@@ -60,6 +60,8 @@ class Meta(NamedTuple):
     elements_per_scale: Tensor | int | None
     #: (quant_min, quant_max) where somebody has them already.
     known_range: tuple[Tensor, Tensor] | None = None
+    #: The first of the candidates, which follow one another; None if it is not known without asking the device.
+    first: int | None = None
 
 
 class Learned(NamedTuple):
@@ -81,6 +83,21 @@ def fuses(*tensors: Tensor | None) -> bool:
 
 def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid, Tensor]:
     """The grid of the current widths, and these widths as integers."""
+    if _at_once(scales, meta):
+        assert meta.first is not None
+        found = gpu.resolve(scales, offsets, bit_width, meta.first, meta.limits, meta.signed, SMALLEST_SCALE)
+        if found is not None:
+            return Grid(*found[:4]), found[4]
+    return formula_resolve(scales, offsets, bit_width, meta)
+
+
+def _at_once(scales: Tensor, meta: Meta) -> bool:
+    """Whether a kernel makes all numbers of a quantizer."""
+    return scales.is_cuda and meta.first is not None and not torch.compiler.is_compiling() and gpu.handles(scales)
+
+
+def formula_resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid, Tensor]:
+    """`resolve`, operation by operation."""
     width = bit_width if meta.limits is None else bit_width.clamp(*meta.limits).round()
     scale = pick_column(scales, width, meta.candidates).clamp_min(SMALLEST_SCALE)
     offset = None if offsets is None else pick_column(offsets, width, meta.candidates)
@@ -91,6 +108,19 @@ def parameter_gradients(
     sums: Tensor, grid: Grid, width: Tensor, scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of the banks of scales and offsets and of the width, from A, C and B."""
+    if _at_once(scales, meta):
+        assert meta.first is not None
+        about = (meta.first, meta.limits, meta.signed, meta.elements_per_scale)
+        found = gpu.parameter_gradients(sums, grid.scale, scales, offsets, bit_width, *about)
+        if found is not None:
+            return found
+    return formula_gradients(sums, grid, width, scales, offsets, bit_width, meta)
+
+
+def formula_gradients(
+    sums: Tensor, grid: Grid, width: Tensor, scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`parameter_gradients`, operation by operation."""
     rounding, clipped, total = sums
     quant_min, quant_max = grid.quant_min, grid.quant_max
     grad_scale = rounding + clipped
@@ -114,10 +144,17 @@ def quantize_on(x: Tensor, grid: Grid, dtype: torch.dtype | None = None, *, scra
     """
     if torch.compiler.is_compiling():
         return _forward(x, *grid, dtype=dtype)
+    if _directly(x) and (found := gpu.forward(x, grid, dtype or x.dtype)) is not None:
+        return found
     if scratch is None or not cpu.handles(x):
         return torch.ops.qvit.fake_quantize(x, *grid, dtype)
     dtype = dtype or x.dtype
     return cpu.forward(x, grid, dtype, out=cpu.scratch(scratch, x.shape, dtype, x))
+
+
+def _directly(*tensors: Tensor) -> bool:
+    """Whether kernels are called without PyTorch's dispatcher, which takes longer than they do."""
+    return tensors[0].is_cuda and all(type(x) in (Tensor, nn.Parameter) for x in tensors) and gpu.handles(*tensors)
 
 
 def codes_on(x: Tensor, grid: Grid, zero: int = 0) -> Tensor:
@@ -135,6 +172,8 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid, out: Tensor | None = None) 
     """
     if torch.compiler.is_compiling():
         return _backward(grad, x, *grid)
+    if _directly(grad, x) and (found := gpu.backward(grad, x, grid, out)) is not None:
+        return found
     if out is None:
         return torch.ops.qvit.fake_quantize_backward(grad, x, *grid)
     if cpu.handles(grad, x):
@@ -144,7 +183,7 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid, out: Tensor | None = None) 
 
 
 class FakeQuantize(torch.autograd.Function):
-    """`functional.switchable_fake_quantize`; the same arguments, all positional."""
+    """`functional.switchable_fake_quantize`; the same arguments, all positional, and `Meta.first`."""
 
     @staticmethod
     def forward(
@@ -157,12 +196,14 @@ class FakeQuantize(torch.autograd.Function):
         limits: tuple[int, int] | None,
         signed: bool,
         elements_per_scale: Tensor | int | None,
+        first: int | None = None,
     ) -> Tensor:
-        meta = Meta(candidates, limits, signed, elements_per_scale)
+        meta = Meta(candidates, limits, signed, elements_per_scale, None, first)
         grid, width = resolve(scales, offsets, bit_width, meta)
         shares = elements_per_scale if isinstance(elements_per_scale, Tensor) else None
         ctx.save_for_backward(x, *grid, width, scales, offsets, bit_width, candidates, shares)
         ctx.limits, ctx.signed, ctx.count = limits, signed, elements_per_scale if shares is None else None
+        ctx.first = first
         return quantize_on(x, grid)
 
     @staticmethod
@@ -171,8 +212,9 @@ class FakeQuantize(torch.autograd.Function):
         x, scale, offset, low, high, width, scales, offsets, bit_width, candidates, shares = ctx.saved_tensors
         grid = Grid(scale, offset, low, high)
         grad_x, sums = backward_on(grads[0], x, grid)
-        meta = Meta(candidates, ctx.limits, ctx.signed, ctx.count if shares is None else shares)
-        return grad_x, *parameter_gradients(sums, grid, width, scales, offsets, bit_width, meta), *(None,) * 4
+        count = ctx.count if shares is None else shares
+        meta = Meta(candidates, ctx.limits, ctx.signed, count, None, ctx.first)
+        return grad_x, *parameter_gradients(sums, grid, width, scales, offsets, bit_width, meta), *(None,) * 5
 
 
 def _forward(

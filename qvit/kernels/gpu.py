@@ -1,14 +1,18 @@
-"""The operators of `fake_quantize.py` as Triton kernels, for CUDA: one pass forward, one backward.
+"""The operators of `fake_quantize.py` as Triton kernels, for CUDA: one pass forward, one backward, one for all numbers.
 
-Elements are numbered in the order of the output and found in x by four sizes and strides, as in `cpu.cpp`; a program
-takes a block of them that shares its group, so backward reduces in registers and writes one partial sum per program:
-no atomic additions, the same numbers on every run. Groups that change from element to element (per channel) have the
-formulas in backward.
+A tensor is four axes, as in `cpu.cpp`; a program takes a block of a *tile*, the last two of them, within which the grid
+is constant as a rule, and reads the numbers of its group once. Elements of a tile are numbered in 32 bits, and where a
+tile lies in one piece nothing is divided: dividing every element's number in 64 bits took five times as long as the
+quantization. Backward reduces in registers and writes one partial sum per program: no atomic additions, the same
+numbers on every run. Groups that change from element to element (per channel) have the formulas in backward.
+
+A model has hundreds of quantizers with a few numbers each, and a dozen small operations on them cost more than the pass
+over the tensor: `resolve` makes the grid of the current widths in one launch, `parameter_gradients` all gradients of
+scales, offsets and widths in another.
 
 Division is the rounded one, and products and sums are not contracted: an approximate quotient would put values on the
 edge between two integers on the wrong side. What a GPU computes is tried beside the formulas before the first use;
-where it differs, or Triton is not there, the formulas run and the log says so. The kernels have been tested in Triton's
-interpreter and compiled for compute capability 9.0; no GPU was at hand.
+where it differs, or Triton is not there, the formulas run and the log says so.
 """
 
 from __future__ import annotations
@@ -22,10 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvit.kernels.shapes import Axes, axes_of, numbers_of_groups
+from qvit.kernels.shapes import Axes, axes_of, groups_of, numbers_of_groups
 
 log = logging.getLogger(__name__)
 _BLOCK = 1024
+#: Numbers of a bank that one program can make.
+MOST_NUMBERS = 8192
 _Grid = tuple[Tensor | None, ...]
 
 if importlib.util.find_spec("triton") is not None:
@@ -34,57 +40,149 @@ if importlib.util.find_spec("triton") is not None:
 
     @triton.jit
     def _forward_kernel(  # type: ignore[no-untyped-def]
-        x, out, scale, offset, low, high, columns, s2, b_count, x0, x1, x2, x3, g0, g1, g2, g3, total,
-        SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+        x, out, scale, offset, low, high, chunks, b_count, size, x0, x1, x2, x3, g0, g1, g2, g3,
+        COLUMNS: tl.constexpr, VARIES: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < total
-        d = i % columns
-        c = (i // columns) % s2
-        b = (i // (columns * s2)) % b_count
-        a = i // (columns * s2 * b_count)
-        group = a * g0 + b * g1 + c * g2 + d * g3
-        value = tl.load(x + a * x0 + b * x1 + c * x2 + d * x3, mask=inside, other=0.0).to(tl.float32)
-        s = tl.load(scale + group, mask=inside, other=1.0)
-        shift = tl.load(offset + group, mask=inside, other=0.0) if SHIFTED else 0.0
+        program = tl.program_id(0)
+        tile = program // chunks
+        a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
+        i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < size
+        start = x + a * x0 + b * x1
+        group = a * g0 + b * g1
+        if COLUMNS > 0:
+            d, c = i % COLUMNS, i // COLUMNS
+            value = tl.load(start + c * x2 + d * x3, mask=inside, other=0.0).to(tl.float32)
+        else:  # in one piece
+            d, c = i, tl.zeros_like(i)
+            value = tl.load(start + i, mask=inside, other=0.0).to(tl.float32)
+        if VARIES:
+            own = group + c * g2 + d * g3
+            s = tl.load(scale + own, mask=inside, other=1.0)
+            shift = tl.load(offset + own, mask=inside, other=0.0) if SHIFTED else 0.0
+            lo, hi = tl.load(low + own, mask=inside, other=0.0), tl.load(high + own, mask=inside, other=0.0)
+        else:
+            s = tl.load(scale + group) + tl.zeros_like(value)
+            shift = tl.load(offset + group) if SHIFTED else 0.0
+            lo, hi = tl.load(low + group), tl.load(high + group)
         u = tl.div_rn(value - shift, s)
-        lo = tl.load(low + group, mask=inside, other=0.0)
-        hi = tl.load(high + group, mask=inside, other=0.0)
         u = tl.where(u < lo, lo, u)
         u = tl.where(u > hi, hi, u)
         q = (u + 12582912.0) - 12582912.0
         result = q * s + shift if SHIFTED else q * s
-        tl.store(out + i, result.to(out.dtype.element_ty), mask=inside)
+        tl.store(out + tile.to(tl.int64) * size + i, result.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _backward_kernel(  # type: ignore[no-untyped-def]
-        grad, x, grad_x, partial, scale, offset, low, high, columns, rows, b_count, x0, x1, x2, x3, y0, y1, y2, y3,
-        g0, g1, chunks, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+        grad, x, grad_x, partial, scale, offset, low, high, chunks, b_count, size, x0, x1, x2, x3, y0, y1, y2, y3,
+        o0, o1, o2, o3, g0, g1, programs, COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        program = tl.program_id(0).to(tl.int64)
-        chunk = program % chunks
+        program = tl.program_id(0)
         tile = program // chunks
-        b = tile % b_count
-        a = tile // b_count
-        i = chunk * BLOCK + tl.arange(0, BLOCK)
-        inside = i < rows * columns
-        d = i % columns
-        c = i // columns
+        a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
+        i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < size
         group = a * g0 + b * g1
-        s, lo, hi = tl.load(scale + group), tl.load(low + group), tl.load(high + group)
-        value = tl.load(x + a * x0 + b * x1 + c * x2 + d * x3, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(grad + a * y0 + b * y1 + c * y2 + d * y3, mask=inside, other=0.0).to(tl.float32)
+        lo, hi = tl.load(low + group), tl.load(high + group)
+        of_x, of_grad, of_out = x + a * x0 + b * x1, grad + a * y0 + b * y1, grad_x + a * o0 + b * o1
+        if COLUMNS > 0:
+            d, c = i % COLUMNS, i // COLUMNS
+            value = tl.load(of_x + c * x2 + d * x3, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(of_grad + c * y2 + d * y3, mask=inside, other=0.0).to(tl.float32)
+        else:
+            value = tl.load(of_x + i, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(of_grad + i, mask=inside, other=0.0).to(tl.float32)
         shift = tl.load(offset + group) if SHIFTED else 0.0
-        u = tl.div_rn(value - shift, s)
+        u = tl.div_rn(value - shift, tl.load(scale + group) + tl.zeros_like(value))
         clamped = tl.where(u < lo, lo, u)
         clamped = tl.where(clamped > hi, hi, clamped)
         cut = tl.where(u != clamped, g, 0.0)
         q = (clamped + 12582912.0) - 12582912.0
-        tl.store(grad_x + tile * rows * columns + i, (g - cut).to(grad_x.dtype.element_ty), mask=inside)
+        of_out += c * o2 + d * o3 if COLUMNS > 0 else i
+        tl.store(of_out, (g - cut).to(grad_x.dtype.element_ty), mask=inside)
         zero = tl.zeros_like(g)
-        tl.store(partial + program * 3, tl.sum(tl.where(inside, (q - clamped) * g, zero)))
-        tl.store(partial + program * 3 + 1, tl.sum(tl.where(inside, cut * clamped, zero)))
-        tl.store(partial + program * 3 + 2, tl.sum(tl.where(inside, cut, zero)))
+        tl.store(partial + program, tl.sum(tl.where(inside, (q - clamped) * g, zero)))
+        tl.store(partial + programs + program, tl.sum(tl.where(inside, cut * clamped, zero)))
+        tl.store(partial + 2 * programs + program, tl.sum(tl.where(inside, cut, zero)))
+
+    @triton.jit
+    def _resolve_kernel(  # type: ignore[no-untyped-def]
+        scales, offsets, widths, out, count, first, least, most, smallest, OF_SCALE: tl.constexpr,
+        OF_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SIGNED: tl.constexpr, SHIFTED: tl.constexpr,
+        LIMITED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        g = tl.arange(0, BLOCK)
+        inside = g < count
+        w = tl.load(widths + g * OF_WIDTH, mask=inside, other=2.0).to(tl.float32)
+        if LIMITED:
+            w = tl.where(w < least, least, w)
+            w = tl.where(w > most, most, w)
+            w = (w + 12582912.0) - 12582912.0
+        bits = w.to(tl.int32)
+        column = bits - first if COLUMNS > 1 else tl.zeros_like(bits)
+        known = inside & (column >= 0) & (column < COLUMNS)
+        s = tl.load(scales + g * OF_SCALE * COLUMNS + column, mask=known, other=0.0).to(tl.float32)
+        tl.store(out + g, tl.where(s < smallest, smallest, s), mask=inside)
+        if SHIFTED:
+            shift = tl.load(offsets + g * OF_SCALE * COLUMNS + column, mask=known, other=0.0).to(tl.float32)
+            tl.store(out + count + g, shift, mask=inside)
+        bits = tl.where(bits < 0, 0, tl.where(bits > 30, 30, bits))
+        levels = ((tl.zeros_like(bits) + 1) << bits).to(tl.float32) + (w - w)  # of a width that is no number: neither
+        tl.store(out + 2 * count + g, levels * -0.5 if SIGNED else levels * 0.0, mask=inside)
+        tl.store(out + 3 * count + g, levels * 0.5 - 1.0 if SIGNED else levels - 1.0, mask=inside)
+        tl.store(out + 4 * count + g, w, mask=inside)
+
+    @triton.jit
+    def _gradients_kernel(  # type: ignore[no-untyped-def]
+        sums, grid, widths, elements, to_scales, to_offsets, to_width, count, of_elements, number, first, least, most,
+        OF_SCALE: tl.constexpr, OF_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
+        SIGNED: tl.constexpr, SHIFTED: tl.constexpr, LIMITED: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        g = tl.arange(0, BLOCK)
+        inside = g < count
+        rounding = tl.load(sums + g, mask=inside, other=0.0)
+        clipped = tl.load(sums + count + g, mask=inside, other=0.0)
+        total = tl.load(sums + 2 * count + g, mask=inside, other=0.0)
+        lo = tl.load(grid + 2 * count + g, mask=inside, other=0.0)
+        hi = tl.load(grid + 3 * count + g, mask=inside, other=1.0)
+        for_scale = rounding + clipped
+        if SCALED == 1:
+            for_scale = tl.div_rn(for_scale, tl.sqrt_rn(hi * number))
+        if SCALED == 2:
+            own = tl.load(elements + g * of_elements, mask=inside, other=1.0).to(tl.float32)
+            for_scale = tl.div_rn(for_scale, tl.sqrt_rn(hi * own))
+        w = tl.load(grid + 4 * count + g, mask=inside, other=0.0)
+        column = w.to(tl.int32) - first if COLUMNS > 1 else tl.zeros_like(w).to(tl.int32)
+        c = tl.arange(0, PADDED)
+        here = (column[:, None] == c[None, :]) & inside[:, None]
+        place = g[:, None] * COLUMNS + c[None, :]
+        writes = inside[:, None] & (c < COLUMNS)[None, :]
+        zero = tl.zeros((BLOCK, PADDED), dtype=tl.float32)
+        of_bank = tl.where(here, zero + for_scale[:, None], 0.0)
+        if OF_SCALE == 0:
+            tl.store(to_scales + c, tl.sum(of_bank, 0), mask=c < COLUMNS)
+        else:
+            tl.store(to_scales + place, of_bank, mask=writes)
+        if SHIFTED:
+            of_bank = tl.where(here, zero + total[:, None], 0.0)
+            if OF_SCALE == 0:
+                tl.store(to_offsets + c, tl.sum(of_bank, 0), mask=c < COLUMNS)
+            else:
+                tl.store(to_offsets + place, of_bank, mask=writes)
+        if LIMITED:
+            above = tl.div_rn(clipped - lo * total, hi - lo)
+            outward = 2.0 * above - total if SIGNED else above
+            s = tl.load(grid + g, mask=inside, other=0.0)
+            for_width = tl.where(inside, outward * (s * (hi + 1.0) * 0.6931471805599453), 0.0)
+            if OF_WIDTH == 0:
+                summed = tl.sum(for_width, 0)
+                b = tl.load(widths).to(tl.float32)
+                passes = tl.where(summed < 0, b < most, b > least)  # type: ignore[operator]
+                tl.store(to_width, tl.where(passes, summed, 0.0))
+            else:
+                b = tl.load(widths + g, mask=inside, other=0.0).to(tl.float32)
+                passes = tl.where(tl.where(for_width < 0, b < most, b > least), for_width, 0.0)
+                tl.store(to_width + g, passes, mask=inside)
 
 
 def handles(*tensors: Tensor) -> bool:
@@ -100,50 +198,74 @@ def forward(x: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor | None:
     if axes is None:
         x = x.contiguous()
         axes = axes_of(tuple(x.shape), (x.stride(),), groups)
+    axes = _countable(axes)
     if axes is None:
         return None
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not x.numel():
         return out
     scale, offset, low, high = flat
-    blocks = (math.ceil(x.numel() / _BLOCK),)
+    (a, b, rows, columns), strides, of_group = axes.size, axes.strides[0], axes.group
+    varies = bool(of_group[2] or of_group[3])
+    chunks = math.ceil(rows * columns / _BLOCK)
     launch: Any = _forward_kernel
-    launch[blocks](
-        x, out, scale, scale if offset is None else offset, low, high, axes.size[3], axes.size[2], axes.size[1],
-        *axes.strides[0], *axes.group, x.numel(), SHIFTED=offset is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
+    launch[(a * b * chunks,)](
+        x, out, scale, scale if offset is None else offset, low, high, chunks, b, rows * columns, *strides, *of_group,
+        COLUMNS=columns if varies or not _in_one_piece(axes, 0) else 0, VARIES=varies, SHIFTED=offset is not None,
+        BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
-def backward(grad: Tensor, x: Tensor, grid: _Grid) -> tuple[Tensor, Tensor] | None:
-    """The gradient of `x` and (3, groups) sums; None where groups change within a row."""
+def backward(grad: Tensor, x: Tensor, grid: _Grid, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+    """The gradient of `x`, written to `out` if given, and (3, groups) sums; None to leave both to the formulas."""
     flat, groups = numbers_of_groups(grid)
-    axes = axes_of(tuple(x.shape), (x.stride(), grad.stride()), groups)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    axes = axes_of(tuple(x.shape), (x.stride(), grad.stride(), out.stride()), groups)
     if axes is None:
         x, grad = x.contiguous(), grad.contiguous()
-        axes = axes_of(tuple(x.shape), (x.stride(), grad.stride()), groups)
+        axes = axes_of(tuple(x.shape), (x.stride(), grad.stride(), out.stride()), groups)
     if axes is None or axes.group[3] or not x.numel():
         return None
     if axes.group[2] and axes.size[0] == 1:
-        size, group, out, strides = axes
-        axes = Axes(_one_row(size, 1), _one_row(group), _one_row(out), tuple(map(_one_row, strides)))
-    if axes.group[2]:
+        axes = _rows_as_tiles(axes)
+    axes = None if axes.group[2] else _countable(axes)
+    if axes is None:
         return None
     a, b, rows, columns = axes.size
     chunks = math.ceil(rows * columns / _BLOCK)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partial = torch.empty(a, b, chunks, 3, dtype=torch.float32, device=x.device)
+    partial = torch.empty(3, a, b, chunks, dtype=torch.float32, device=x.device)
     scale, offset, low, high = flat
     launch: Any = _backward_kernel
     launch[(a * b * chunks,)](
-        grad, x, out, partial, scale, scale if offset is None else offset, low, high, columns, rows, b,
-        *axes.strides[0], *axes.strides[1], axes.group[0], axes.group[1], chunks,
-        SHIFTED=offset is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
+        grad, x, out, partial, scale, scale if offset is None else offset, low, high, chunks, b, rows * columns,
+        *axes.strides[0], *axes.strides[1], *axes.strides[2], axes.group[0], axes.group[1], a * b * chunks,
+        COLUMNS=0 if _in_one_piece(axes, 0, 1, 2) else columns, SHIFTED=offset is not None, BLOCK=_BLOCK,
+        enable_fp_fusion=False,
     )  # fmt: skip
-    sums = partial.sum(2)
-    sums = sums if axes.group[0] else sums.sum(0, keepdim=True)
-    sums = sums if axes.group[1] else sums.sum(1, keepdim=True)
-    return out, sums.permute(2, 0, 1).reshape(3, *(1,) * (x.dim() - len(groups)), *groups)
+    summed = [axis for axis, of_group in ((1, axes.group[0]), (2, axes.group[1])) if not of_group]
+    sums = partial.sum((*summed, 3))
+    return out, sums.reshape(3, *(1,) * (x.dim() - len(groups)), *groups)
+
+
+def _in_one_piece(axes: Axes, *inputs: int) -> bool:
+    """Whether the elements of a tile follow one another in these inputs."""
+    rows, columns = axes.size[2:]
+    return all(rows == 1 or axes.strides[i][2] == columns for i in inputs)
+
+
+def _countable(axes: Axes | None) -> Axes | None:
+    """Axes whose tiles can be numbered in 32 bits: the same ones, or with rows as tiles; None if neither will do."""
+    if axes is None or axes.size[2] * axes.size[3] < 2**31 - _BLOCK:
+        return axes
+    return None if axes.size[0] > 1 or axes.size[3] >= 2**31 - _BLOCK else _rows_as_tiles(axes)
+
+
+def _rows_as_tiles(axes: Axes) -> Axes:
+    """Axes of which the first has size 1, with every row as a tile."""
+    size, group, out, strides = axes
+    return Axes(_one_row(size, 1), _one_row(group), _one_row(out), tuple(map(_one_row, strides)))
 
 
 def _one_row(numbers: tuple[int, ...], row: int = 0) -> tuple[int, ...]:
@@ -151,24 +273,121 @@ def _one_row(numbers: tuple[int, ...], row: int = 0) -> tuple[int, ...]:
     return *numbers[1:3], row, numbers[3]
 
 
+def resolve(
+    scales: Tensor, offsets: Tensor | None, bit_width: Tensor, first: int, limits: tuple[int, int] | None, signed: bool,
+    smallest: float,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    """Scale, offset, quant_min, quant_max and width of each group, side by side in one tensor; None to leave it.
+
+    Args:
+        scales, offsets: Banks, (..., W); columns are for widths from `first` on, or one for all.
+        bit_width: Learned if there are `limits`.
+        first: Width of the first column.
+        limits: Of the width.
+        signed: The grid.
+        smallest: Scale.
+    """
+    place = _places(scales, bit_width)
+    if place is None or not scales.is_contiguous() or (offsets is not None and not offsets.is_contiguous()):
+        return None
+    groups, count, of_scale, of_width = place
+    out = torch.empty(5, count, dtype=torch.float32, device=scales.device)
+    least, most = limits or (0, 0)
+    launch: Any = _resolve_kernel
+    launch[(1,)](
+        scales, scales if offsets is None else offsets, bit_width, out, count, first, float(least), float(most),
+        smallest, OF_SCALE=of_scale, OF_WIDTH=of_width, COLUMNS=scales.shape[-1], SIGNED=signed,
+        SHIFTED=offsets is not None, LIMITED=limits is not None, BLOCK=_power_of_two(count), enable_fp_fusion=False,
+    )  # fmt: skip
+    scale, offset, low, high, width = (part.view(groups) for part in out.unbind(0))
+    return scale, None if offsets is None else offset, low, high, width
+
+
+def parameter_gradients(
+    sums: Tensor, scale: Tensor, scales: Tensor, offsets: Tensor | None, bit_width: Tensor, first: int,
+    limits: tuple[int, int] | None, signed: bool, elements: Tensor | int | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
+    """Gradients of banks and width from A, C, B, for a grid that `resolve` has made: `scale` is its first part.
+
+    None where there is no such grid, or its numbers cannot be told from these shapes.
+    """
+    place = _places(scales, bit_width)
+    if place is None or not sums.is_contiguous():
+        return None
+    _, count, of_scale, of_width = place
+    whole = scale.untyped_storage().nbytes() == 20 * count and not scale.storage_offset()
+    if not whole or scale.dtype != torch.float32 or sums.numel() != 3 * count:
+        return None
+    numbers = scale.as_strided((5, count), (count, 1), 0)
+    of_elements, scaled = 0, 0
+    if isinstance(elements, Tensor):
+        if elements.numel() not in (1, count) or not elements.is_contiguous():
+            return None
+        of_elements, scaled = int(elements.numel() > 1), 2
+    elif elements is not None:
+        scaled = 1
+    to_scales = torch.empty_like(scales)
+    to_offsets = None if offsets is None else torch.empty_like(offsets)
+    to_width = None if limits is None else torch.empty_like(bit_width)
+    least, most = limits or (0, 0)
+    columns = scales.shape[-1]
+    launch: Any = _gradients_kernel
+    launch[(1,)](
+        sums, numbers, bit_width, elements if isinstance(elements, Tensor) else sums, to_scales,
+        to_scales if to_offsets is None else to_offsets, to_scales if to_width is None else to_width, count,
+        of_elements, float(elements) if isinstance(elements, int) else 0.0, first, float(least), float(most),
+        OF_SCALE=of_scale, OF_WIDTH=of_width, COLUMNS=columns, PADDED=1 << (columns - 1).bit_length(), SIGNED=signed,
+        SHIFTED=offsets is not None, LIMITED=limits is not None, SCALED=scaled, BLOCK=_power_of_two(count),
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return to_scales, to_offsets, to_width
+
+
+def _power_of_two(count: int) -> int:
+    return max(16, 1 << (count - 1).bit_length())
+
+
+def _places(scales: Tensor, bit_width: Tensor) -> tuple[tuple[int, ...], int, int, int] | None:
+    """Shape and number of the groups, and how far apart their scales and their widths are: 1, or 0 if shared.
+
+    None where that does not describe them.
+    """
+    rows, widths = tuple(scales.shape[:-1]), tuple(bit_width.shape)
+    groups = groups_of(rows, widths)
+    count = math.prod(groups)
+    if count * scales.shape[-1] > MOST_NUMBERS or {math.prod(rows), math.prod(widths)} - {1, count}:
+        return None
+    return groups, count, int(math.prod(rows) > 1), int(math.prod(widths) > 1)
+
+
 @functools.cache
 def _works(device: torch.device) -> bool:
     """Whether the kernels compute what the formulas do on this device."""
-    from qvit.kernels.fake_quantize import Grid, _backward, _forward
+    from qvit.kernels.fake_quantize import Grid, Meta, _backward, _forward, formula_gradients, formula_resolve
 
     if importlib.util.find_spec("triton") is None:
         log.warning("no Triton, so quantization on %s takes many passes", device)
         return False
     try:
         x = torch.linspace(-2, 2, 3 * 1200, device=device).view(1, 3, 40, 30)
-        scale = torch.tensor([0.11, 0.3, 0.07], device=device).view(3, 1, 1)
-        grid = Grid(scale, scale / 3, torch.full_like(scale, -8), torch.full_like(scale, 7))
+        banks = torch.tensor([[0.11, 0.2], [0.3, 0.1], [0.07, 0.5]], device=device).view(3, 1, 1, 2)
+        width = torch.tensor([3.2, 3.6, 9.0], device=device).view(3, 1, 1)
+        meta = Meta(torch.tensor([3.0, 4.0], device=device), (3, 4), True, 1200, None, 3)
+        grid, known = formula_resolve(banks, banks / 3, width, meta)
+        own = resolve(banks, banks / 3, width, 3, (3, 4), True, 1e-8)
+        assert own is not None
+        same = all(torch.equal(left, right) for left, right in zip(own, (*grid, known), strict=True))  # type: ignore[arg-type]
         values, found = forward(x, grid, x.dtype), backward(x, x, grid)
         expected, sums = _backward(x, x, *grid)
-        if values is not None and found is not None:
-            same = torch.equal(values, _forward(x, *grid)) and torch.equal(found[0], expected)
-            if same and torch.allclose(found[1], sums, rtol=1e-3, atol=1e-2):
-                return True
+        assert values is not None and found is not None
+        same = same and torch.equal(values, _forward(x, *grid)) and torch.equal(found[0], expected)
+        same = same and torch.allclose(found[1], sums, rtol=1e-3, atol=1e-2)
+        gradients = parameter_gradients(sums.contiguous(), own[0], banks, banks, width, 3, (3, 4), True, 1200)
+        assert gradients is not None
+        wanted = formula_gradients(sums, Grid(*own[:4]), own[4], banks, banks, width, meta)
+        pairs = zip(gradients, wanted, strict=True)
+        if same and all(torch.allclose(left, right, rtol=1e-4, atol=1e-4) for left, right in pairs):  # type: ignore[arg-type]
+            return True
         log.warning("the Triton kernels do not compute what they should on %s: formulas take their place", device)
     except Exception as error:  # a compiler of another version, a driver, a device that Triton does not know
         log.warning("no Triton kernels on %s, so quantization takes many passes: %s", device, first_line(error))

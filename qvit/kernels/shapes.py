@@ -69,5 +69,10 @@ def axes_of(shape: Numbers, strides: tuple[Numbers, ...], groups: Numbers, out: 
 
 def numbers_of_groups(grid: tuple[Tensor | None, ...]) -> tuple[list[Tensor | None], Numbers]:
     """Every part of a grid with one number per group, flat in memory, and the shape of the groups."""
-    groups = groups_of(*(part.shape for part in grid if part is not None))
-    return [None if part is None else part.detach().float().expand(groups).contiguous() for part in grid], groups
+    groups = groups_of(*(tuple(part.shape) for part in grid if part is not None))
+    return [None if part is None else _per_group(part.detach(), groups) for part in grid], groups
+
+
+def _per_group(part: Tensor, groups: Numbers) -> Tensor:
+    ready = part.dtype == torch.float32 and part.shape == groups and part.is_contiguous()
+    return part if ready else part.float().expand(groups).contiguous()

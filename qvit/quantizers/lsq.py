@@ -61,6 +61,7 @@ class LSQQuantizer(Quantizer):
         super().__init__(spec, layout)
         low, high = spec.bit_width_range
         self.bank_widths = tuple(range(low, high + 1)) if spec.switchable_scale else ()
+        self.first_width = self.bank_widths[0] if self.bank_widths else 0
         self.register_buffer("candidates", torch.tensor(self.bank_widths, dtype=torch.float32), persistent=False)
         shape = (*self.scale_shape, max(1, len(self.bank_widths)))
         self.scale = nn.Parameter(torch.full(shape, math.nan))
@@ -69,9 +70,8 @@ class LSQQuantizer(Quantizer):
 
     def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
         elements = self._elements_per_scale(x.numel(), x, bit_width, limits)
-        return FakeQuantize.apply(
-            x, self.scale, self.offset, bit_width, self.candidates, limits, self.spec.signed, elements
-        )
+        about = (limits, self.spec.signed, elements, self.first_width)
+        return FakeQuantize.apply(x, self.scale, self.offset, bit_width, self.candidates, *about)
 
     @torch.no_grad()
     def _elements_per_scale(
@@ -107,7 +107,7 @@ class LSQQuantizer(Quantizer):
         limits = self.spec.bit_width_range if self.learns_width else None
         elements = self._elements_per_scale(count, x, self.bit_width, limits)
         known = None if limits else self._fixed_range()
-        meta = Meta(self.candidates, limits, self.spec.signed, elements, known)
+        meta = Meta(self.candidates, limits, self.spec.signed, elements, known, self.first_width)
         return Learned(self.scale, self.offset, self.bit_width, meta)
 
     def _fixed_range(self) -> tuple[Tensor, Tensor]:
