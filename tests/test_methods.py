@@ -117,7 +117,8 @@ def test_contradictions_between_method_and_budget(
 
 
 def test_unknown_methods_and_options_show_the_nearest() -> None:
-    assert set(method_names()) == {"float", "lsq", "lsq+", "irm", "ofq", "ptq", "qvit", "vvtq", "qvit+vvtq"}
+    names = {"float", "lsq", "lsq+", "irm", "ofq", "ptq", "qvit", "vvtq", "qvit+vvtq", "dq", "edmips"}
+    assert set(method_names()) == names
     with pytest.raises(UsageError, match="unknown method 'qvitt'; did you mean 'qvit'"):
         create_method(small_config(method="qvitt"))
     with pytest.raises(UsageError, match="unknown option 'head_wize'; did you mean 'head_wise'"):

@@ -20,6 +20,8 @@ import pytest
 import typer.main
 
 from qvit.cli import app, main
+from qvit.methods.dq import DQOptions
+from qvit.methods.edmips import EdMIPSOptions
 from qvit.methods.irm import IRMOptions
 from qvit.methods.lsq import LSQOptions
 from qvit.methods.ofq import OFQOptions
@@ -162,6 +164,7 @@ def settings_in(text: str) -> set[tuple[str, str]]:
 
 def test_settings_in_command_lines_exist() -> None:
     known = set(TrainConfig.model_fields) | set(QViTOptions.model_fields) | set(LSQOptions.model_fields)
+    known |= set(DQOptions.model_fields) | set(EdMIPSOptions.model_fields)
     known |= set(VVTQOptions.model_fields) | set(OFQOptions.model_fields) | set(IRMOptions.model_fields)
     for document in DOCUMENTS:
         assert {key for key, _ in settings_in(document.read_text("utf-8"))} <= known, document
@@ -182,6 +185,8 @@ def rows_of(section: str) -> dict[str, str]:
     [
         ("Settings", TrainConfig),
         ("Options of `qvit`", QViTOptions),
+        ("Options of `dq`", DQOptions),
+        ("Options of `edmips`", EdMIPSOptions),
         ("Options of `lsq` and `lsq+`", LSQOptions),
         ("Options of `vvtq` and `qvit+vvtq`", VVTQOptions),
         ("Options of `irm`", IRMOptions),

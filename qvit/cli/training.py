@@ -17,7 +17,9 @@ def train(
     model: Annotated[
         str | None, typer.Argument(help="timm's name, vit_digits, or a recipe (a .toml file).", show_default=False)
     ] = None,
-    method: Annotated[str | None, typer.Option(help="float, lsq, lsq+, qvit, vvtq, qvit+vvtq, ofq or irm.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="float, lsq, lsq+, qvit, dq, edmips, vvtq, qvit+vvtq, ofq or irm.")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(help="4bit (= BOPs of the uniform model), 21.455G, or a share of the 8-bit model: 0.25."),

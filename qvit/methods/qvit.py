@@ -44,7 +44,7 @@ from qvit.functional import clamp_inward, round_ste
 from qvit.methods.base import Method, MethodOptions, register_method
 from qvit.methods.lsq import offset_rules, scale_rules
 from qvit.plan import QuantPlan, Rule, plan_from
-from qvit.quantizers import quantizers_of
+from qvit.quantizers import Quantizer, quantizers_of
 from qvit.training.config import TrainConfig
 from qvit.training.loop import Trainer
 from qvit.training.optimizer import drop_widths
@@ -55,35 +55,51 @@ LONG_RUN, LONG_SEARCH, SHORT_SEARCH = 200, 0.9, 0.4
 WIDTH_TRAVEL = 10.0
 
 
-class QViTOptions(MethodOptions):
-    """Options of `qvit`; each ablation of the paper's Table 3 is one of them.
+class SearchOptions(MethodOptions):
+    """Options of every method that learns widths within a budget.
 
     Attributes:
         head_wise: A width per head (Table 3a); off: one per tensor.
-        switchable_scale: A scale per candidate width (Table 3b); off: one for all.
         searching_ratio: σ (Table 3c); None: 0.9 from 200 epochs on, else 0.4.
-        scales: `per-head` (eq. 9) or `shared` by all heads, as in the public code.
-        width_gradient: Through the clipping limits (the paper) or by interpolation (FracBits).
         penalty: `relative` to the budget, or the paper's `absolute` in G bit operations.
-        penalty_widths: What the penalty counts: `real` widths, or `rounded` ones as in the paper.
         penalty_weight: η; None: 50 (relative), 0.1 (absolute).
         width_lr: Learning rate of the widths; None: ten bits of travel in the searching stage; `0` is refused, use
             `lsq+` for fixed widths.
-        initial_bits: Width of the blocks at the start; None: N + 1.
         asymmetric: Patterns of further activation sites that get an offset.
     """
 
     head_wise: bool = True
-    switchable_scale: bool = True
     searching_ratio: float | None = Field(None, ge=0, le=1)
-    scales: Literal["per-head", "shared"] = "per-head"
-    width_gradient: Literal["clipping", "interpolation"] = "clipping"
     penalty: Literal["relative", "absolute"] = "relative"
-    penalty_widths: Literal["real", "rounded"] = "real"
     penalty_weight: float | None = Field(None, gt=0)
     width_lr: float | None = Field(None, gt=0)
-    initial_bits: int | None = Field(None, ge=LOW, le=HIGH)
     asymmetric: tuple[str, ...] = ()
+
+
+class RealWidthOptions(SearchOptions):
+    """Options of methods whose widths are real numbers, started near the budget.
+
+    Attributes:
+        penalty_widths: What the penalty counts: `real` widths, or `rounded` ones as in the paper.
+        initial_bits: Width of the blocks at the start; None: N + 1.
+    """
+
+    penalty_widths: Literal["real", "rounded"] = "real"
+    initial_bits: int | None = Field(None, ge=LOW, le=HIGH)
+
+
+class QViTOptions(RealWidthOptions):
+    """Options of `qvit`; each ablation of the paper's Table 3 is one of them, or of `SearchOptions`.
+
+    Attributes:
+        switchable_scale: A scale per candidate width (Table 3b); off: one for all.
+        scales: `per-head` (eq. 9) or `shared` by all heads, as in the public code.
+        width_gradient: Through the clipping limits (the paper) or by interpolation (FracBits).
+    """
+
+    switchable_scale: bool = True
+    scales: Literal["per-head", "shared"] = "per-head"
+    width_gradient: Literal["clipping", "interpolation"] = "clipping"
 
 
 @register_method("qvit")
@@ -91,10 +107,10 @@ class QViTMethod(Method):
     """Learned widths within a budget."""
 
     Options = QViTOptions
+    options: Any
 
-    def __init__(self, config: TrainConfig, options: QViTOptions) -> None:
+    def __init__(self, config: TrainConfig, options: SearchOptions) -> None:
         super().__init__(config, options)
-        self.options: QViTOptions = options
         ratio = options.searching_ratio
         self.searching_ratio = (
             ratio if ratio is not None else LONG_SEARCH if config.epochs >= LONG_RUN else SHORT_SEARCH
@@ -116,16 +132,8 @@ class QViTMethod(Method):
         if self.config.plan is not None:
             start = plan_from(self.config.plan).resolve(cost.sites)
         else:
-            bits = self.options.initial_bits or next(
-                (n for n in range(LOW, HIGH) if cost.bit_operations(cost.uniform(n)) > budget), HIGH
-            )
-            start = QuantPlan.preset(f"w{bits}a{bits}").resolve(cost.sites)
-        changes = {
-            "learn_bit_width": True,
-            "bit_width_range": [LOW, HIGH],
-            "switchable_scale": self.options.switchable_scale,
-            "width_gradient": self.options.width_gradient,
-        }
+            start = self.start(cost, budget)
+        changes = {"learn_bit_width": True, "bit_width_range": [LOW, HIGH], **self.spec_changes()}
         rules = []
         for name, site in cost.sites.items():
             spec = start.sites[name]
@@ -146,8 +154,24 @@ class QViTMethod(Method):
                     },
                 )
             )
-        rules += [*offset_rules(self.options.asymmetric), *scale_rules(self.options.scales, cost.sites.values())]
+        rules += [*offset_rules(self.options.asymmetric), *scale_rules(self.scales, cost.sites.values())]
         return start.with_rules(*rules, name=f"{self.config.method}-{self.config.budget}").resolve(cost.sites)
+
+    def start(self, cost: CostModel, budget: int) -> QuantPlan:
+        """The widths to start from where no plan is given."""
+        bits = self.options.initial_bits or next(
+            (n for n in range(LOW, HIGH) if cost.bit_operations(cost.uniform(n)) > budget), HIGH
+        )
+        return QuantPlan.preset(f"w{bits}a{bits}").resolve(cost.sites)
+
+    def spec_changes(self) -> dict[str, Any]:
+        """What the specs of all sites say of how their widths are learned."""
+        return {"switchable_scale": self.options.switchable_scale, "width_gradient": self.options.width_gradient}
+
+    @property
+    def scales(self) -> str:
+        """What shares a scale, see `scale_rules`."""
+        return self.options.scales
 
     @property
     def width_lr(self) -> float:
@@ -177,8 +201,16 @@ class QViTMethod(Method):
         Widths enter real-valued, or rounded if so asked.
         """
         assert self.differentiable is not None
-        widths = clamp_inward(torch.cat([q.bit_width.flatten() for q in self.quantizers]), LOW, HIGH)
+        widths = self.widths()
         return self.differentiable(round_ste(widths) if self.options.penalty_widths == "rounded" else widths)
+
+    def widths(self) -> Tensor:
+        """The current widths of all sites as one vector, real-valued and differentiable while they are learned."""
+        return clamp_inward(torch.cat([q.bit_width.flatten() for q in self.quantizers]), LOW, HIGH)
+
+    def wish(self, quantizer: Quantizer) -> Tensor:
+        """What the search would have a site's widths be, at its end."""
+        return quantizer.clamped_bit_width()
 
     def penalty(self, step: int = 0) -> Tensor | None:
         if not self.quantizers[0].learns_width:
@@ -204,9 +236,7 @@ class QViTMethod(Method):
     @torch.no_grad()
     def end_search(self, trainer: Trainer) -> None:
         """Freezes the widths within the budget and logs what that changed."""
-        learned = {
-            name: q.clamped_bit_width().flatten().tolist() for name, q in zip(self.order, self.quantizers, strict=True)
-        }
+        learned = {name: self.wish(q).flatten().tolist() for name, q in zip(self.order, self.quantizers, strict=True)}
         rounded = {name: tuple(round(width) for width in own) for name, own in learned.items()}
         final = round_to_budget(self.cost, learned, self.limit, low=LOW, high=HIGH)
         changes = [
@@ -250,6 +280,7 @@ class QViTMethod(Method):
             figures: dict[str, Any] = {"bit_operations": float(self.bit_operations())}
             if every_width:
                 figures["bit_widths"] = {
-                    name: q.bit_width.flatten().tolist() for name, q in zip(self.order, self.quantizers, strict=True)
+                    name: q.clamped_bit_width().flatten().tolist()
+                    for name, q in zip(self.order, self.quantizers, strict=True)
                 }
             return figures

@@ -65,6 +65,8 @@ class Quantizer(nn.Module):
     splits_tokens: ClassVar[bool] = False
     #: Whether its values are scale·q + offset.
     uniform: ClassVar[bool] = True
+    #: Names of the parameters that decide a learned width: they have a learning rate of their own, and end with it.
+    width_parameters: ClassVar[tuple[str, ...]] = ("bit_width",)
     bit_width: Tensor
 
     def __init__(self, spec: TensorSpec, layout: Layout) -> None:
@@ -201,10 +203,7 @@ class Quantizer(nn.Module):
 
         The spec then says so, too.
         """
-        widths = self.integer_bit_width().flatten().tolist() if bit_width is None else bit_width
-        final = tuple(int(width) for width in (widths if isinstance(widths, (tuple, list)) else (widths,)))
-        if len(final) != self.bit_width.numel():
-            raise UsageError(f"{len(final)} bit-widths given for a quantizer with {self.bit_width.numel()}")
+        final = self.final_widths(bit_width)
         changes = {"bit_width": final if len(self.spec.widths) > 1 else final[0], "learn_bit_width": False}
         self.spec = self.spec.changed(changes)
         frozen = torch.tensor(final, dtype=self.bit_width.dtype, device=self.bit_width.device).view_as(self.bit_width)
@@ -214,12 +213,20 @@ class Quantizer(nn.Module):
         else:
             self.bit_width.copy_(frozen)
 
+    def final_widths(self, bit_width: tuple[int, ...] | int | None) -> tuple[int, ...]:
+        """What `freeze` makes of its argument: one width, or one per head."""
+        widths = self.integer_bit_width().flatten().tolist() if bit_width is None else bit_width
+        final = tuple(int(width) for width in (widths if isinstance(widths, (tuple, list)) else (widths,)))
+        if len(final) != self.bit_width.numel():
+            raise UsageError(f"{len(final)} bit-widths given for a quantizer with {self.bit_width.numel()}")
+        return final
+
     def quant_range(self) -> tuple[Tensor, Tensor]:
         """`(quant_min, quant_max)` of the current widths, detached."""
         return integer_range(self.integer_bit_width().detach(), self.spec.signed)
 
     def extra_repr(self) -> str:
-        widths = [round(float(width), 2) for width in self.bit_width.detach().flatten()]
+        widths = [round(float(width), 2) for width in self.clamped_bit_width().detach().flatten()]
         shown = "(" + ", ".join(f"{width:g}" for width in widths) + ")" if len(widths) > 1 else f"{widths[0]:g}"
         granularity = next(name for name, value in GRANULARITIES.items() if value == self.spec.granularity)
         parts = [f"bit_width={shown}", granularity, "learned" if self.learns_width else "fixed"]

@@ -5,7 +5,7 @@
     others     biases, norms, tokens, LayerScale, and what    no             lr
                the model's `no_weight_decay()` names
     scales     scales and offsets of quantizers               no             lr
-    widths     learned bit-widths b̃                           no             width_lr
+    widths     learned bit-widths b̃, or what decides them     no             width_lr
 
 Three rules apply around every step, as hooks of the optimizer, without asking the GPU anything:
 
@@ -48,13 +48,17 @@ def create_optimizer(
     """
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "others": [], "scales": [], "widths": []}
     exempt = _without_decay(model)
-    in_quantizer = {id(p): leaf for _, quantizer in quantizers_of(model) for leaf, p in quantizer.named_parameters()}
+    in_quantizer = {
+        id(p): "widths" if leaf in quantizer.width_parameters else "scales"
+        for _, quantizer in quantizers_of(model)
+        for leaf, p in quantizer.named_parameters()
+    }
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        leaf = in_quantizer.get(id(parameter))
-        if leaf is not None:
-            groups["widths" if leaf == "bit_width" else "scales"].append(parameter)
+        own = in_quantizer.get(id(parameter))
+        if own is not None:
+            groups[own].append(parameter)
         else:
             groups["others" if parameter.dim() <= 1 or name in exempt else "weights"].append(parameter)
     settings: list[dict[str, Any]] = []
@@ -72,8 +76,8 @@ def create_optimizer(
             group["betas"] = (group["betas"][0], WIDTH_BETA2)
     scales = {id(q.scale) for _, q in quantizers_of(model) if isinstance(q.scale, Tensor)}
     _ScaleRules(groups["scales"], scales).install(optimizer)
-    widths = [(q.bit_width, q.spec.bit_width_range) for _, q in quantizers_of(model) if q.learns_width]
-    _WidthRule(widths).install(optimizer)
+    learned = [q for _, q in quantizers_of(model) if isinstance(q.bit_width, nn.Parameter)]
+    _WidthRule([(q.bit_width, q.spec.bit_width_range) for q in learned]).install(optimizer)
     return optimizer
 
 

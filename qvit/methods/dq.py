@@ -1,0 +1,80 @@
+"""DQ: step sizes and ranges are learned, widths follow (Uhlich et al., ICLR 2020, arXiv 1905.11452).
+
+"Mixed Precision DNNs: All you need is a good parametrization": of the three numbers step size d, range x_max and width
+b, two determine the third. With d and x_max learned, and b̃ = log2(x_max/d + 1) + 1, gradients are of bounded size and
+do not depend on each other; parametrizations with an explicit width, which Q-ViT has, did worse in the paper.
+`quantizers/dq.py` has the quantizer.
+
+As in `qvit`, and for comparison's sake: sites, calibration, start at N + 1 bits, two stages, and the penalty
+η·max(0, C(B)/c - 1)², whose gradient reaches d and x_max through b̃. (The paper has the same form of penalty, on the
+bytes of weights and of activations.) At the end of the search b̃ is rounded within the budget; ranges are kept, scales
+are made to fit the new widths, and what the optimizer remembers of them is forgotten: the penalty is gone. From then on
+the quantizers are LSQ's.
+
+Ranges have the learning rate of widths, in log2; scales that of scales. Left out: step sizes that are powers of two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.cost import CostModel
+from qvit.functional import integer_range
+from qvit.methods.base import register_method
+from qvit.methods.qvit import HIGH, LOW, QViTMethod, RealWidthOptions
+from qvit.quantizers.dq import derived_width
+from qvit.training.loop import Trainer
+
+
+class DQOptions(RealWidthOptions):
+    """Options of `dq`: those that it shares with `qvit`. `head_wise` decides on scales and ranges, too."""
+
+
+@register_method("dq")
+class DQMethod(QViTMethod):
+    """Learned step sizes and ranges within a budget."""
+
+    Options = DQOptions
+
+    def spec_changes(self) -> dict[str, Any]:
+        return {"quantizer": "dq", "switchable_scale": False}
+
+    @property
+    def scales(self) -> str:
+        return "per-head" if self.options.head_wise else "shared"
+
+    def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
+        super().attach(model, cost, steps_per_epoch)
+        signed = [float(q.spec.signed) for q in self.quantizers for _ in range(q.bit_width.numel())]
+        self.signed = torch.tensor(signed, device=self.quantizers[0].bit_width.device)
+        limits = [[integer_range(width, q.spec.signed)[1] for q in self.quantizers] for width in (LOW, HIGH)]
+        self.smallest, self.largest = limits
+
+    def widths(self) -> Tensor:
+        if not self.quantizers[0].learns_width:
+            return super().widths()
+        scales, ranges = (torch.cat([part.flatten() for part in parts]) for parts in self._learned())
+        return derived_width(scales, ranges, self.signed, LOW, HIGH)
+
+    def _learned(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Scales and log2 of the ranges of all sites."""
+        quantizers: list[Any] = self.quantizers
+        return [q.scale[..., 0] for q in quantizers], [q.log2_range for q in quantizers]
+
+    @torch.no_grad()
+    def after_step(self, trainer: Trainer) -> None:
+        """Puts ranges back to where widths are within their limits, as it is done with widths that are parameters."""
+        if not self.quantizers[0].learns_width:
+            return
+        scales, ranges = self._learned()
+        torch._foreach_maximum_(ranges, torch._foreach_log2(torch._foreach_mul(scales, self.smallest)))
+        torch._foreach_minimum_(ranges, torch._foreach_log2(torch._foreach_mul(scales, self.largest)))
+
+    def end_search(self, trainer: Trainer) -> None:
+        super().end_search(trainer)
+        quantizers: list[Any] = self.quantizers
+        for quantizer in quantizers:
+            trainer.optimizer.state.pop(quantizer.scale, None)

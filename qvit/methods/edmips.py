@@ -1,0 +1,76 @@
+"""EdMIPS: a softmax over candidate widths is learned (Cai and Vasconcelos, CVPR 2020, arXiv 2004.05795).
+
+Every width from 2 to 8 is a branch of every site, with its own scale; x̂ is the mixture of the branches, and costs are
+expected ones, MACs · E[b_weight] · E[b_activation] (`quantizers/edmips.py`). All branches start alike: the search
+begins at 5 bits on average, whatever the budget, in the first and the last layer, too.
+
+As in `qvit`, and for comparison's sake: sites, calibration, two stages, and the penalty η·max(0, C/c - 1)² in place of
+the paper's λ·complexity, which has no budget: it is found by trying values of λ. At the end of the search the wish of
+each site is its likeliest width, as in the paper; what that exceeds the budget by, or leaves of it, is repaired by the
+integer program that rounds Q-ViT's widths. Then a column of each bank is left, an LSQ quantizer, and training goes on.
+
+In a short search the shares stay nearly equal: the penalty then tilts all of them alike, and the likeliest width is 2
+nearly everywhere while the expected one is at the budget. `wish="expected"` (ours) rounds expected widths instead.
+
+Logits have the learning rate of widths, and ordinary training images; the paper has no other either.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qvit.cost import CostModel
+from qvit.errors import UsageError
+from qvit.methods.base import register_method
+from qvit.methods.qvit import HIGH, LOW, QViTMethod, SearchOptions
+from qvit.plan import QuantPlan
+from qvit.quantizers import Quantizer
+
+
+class EdMIPSOptions(SearchOptions):
+    """Options of `edmips`, beside those that it shares with `qvit`.
+
+    Attributes:
+        scales: `per-head`, or `shared` by all heads of a tensor.
+        wish: What is rounded within the budget at the end: the `likeliest` width of each site, or the `expected` one.
+    """
+
+    scales: Literal["per-head", "shared"] = "per-head"
+    wish: Literal["likeliest", "expected"] = "likeliest"
+
+
+@register_method("edmips")
+class EdMIPSMethod(QViTMethod):
+    """A learned distribution over widths, within a budget."""
+
+    Options = EdMIPSOptions
+
+    def start(self, cost: CostModel, budget: int) -> QuantPlan:
+        bits = (LOW + HIGH) // 2
+        return QuantPlan.preset(f"w{bits}a{bits}", boundary_bits=bits).resolve(cost.sites)
+
+    def plan(self, cost: CostModel) -> QuantPlan | None:
+        if self.config.plan is not None:
+            raise UsageError("method 'edmips' starts with all widths alike: it takes no --plan to start from")
+        return super().plan(cost)
+
+    def spec_changes(self) -> dict[str, Any]:
+        return {"quantizer": "edmips", "switchable_scale": True}
+
+    def bit_operations(self) -> Tensor:
+        assert self.differentiable is not None
+        return self.differentiable(self.widths())
+
+    def widths(self) -> Tensor:
+        if not self.quantizers[0].learns_width:
+            return super().widths()
+        quantizers: list[Any] = self.quantizers
+        logits = torch.cat([q.logits.view(-1, q.logits.shape[-1]) for q in quantizers])
+        return logits.softmax(-1) @ quantizers[0].candidates
+
+    def wish(self, quantizer: Quantizer) -> Tensor:
+        likeliest = self.options.wish == "likeliest"
+        return quantizer.integer_bit_width() if likeliest else quantizer.clamped_bit_width()
