@@ -15,9 +15,9 @@ and all rows tell the mean width that they learned for each kind of tensor (Figu
 Nothing here was chosen by test images. Finished runs are not run again, so a run that was stopped goes on.
 
     python benchmarks/accuracy/evidence.py --set digits --runs DIR
-    python benchmarks/accuracy/evidence.py --set cifar10 --data FOLDER --train-images 2500 --test-images 2000 --runs DIR
-    python benchmarks/accuracy/evidence.py --set tiny-imagenet --data FOLDER --device cuda --precision bf16 \
-        --workers 14 --parts budgets ablations
+    python benchmarks/accuracy/evidence.py --set cifar10 --data FOLDER --float-images 20000 --train-images 3000 \
+        --test-images 5000 --runs DIR
+    python benchmarks/accuracy/evidence.py --set tiny-imagenet --data FOLDER --device cuda --precision bf16 --workers 15
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ def main() -> None:
     wanted = [
         (part, budget, row)
         for part in options.parts
-        for budget in (options.ablations if part == "ablations" else options.budgets)
+        for budget in {"budgets": options.budgets, "ablations": options.ablations}.get(part, options.rivals)
         for row in PARTS[part]
         if options.rows is None or row.name in options.rows
     ]
     jobs = Jobs(options)
     floats = float_jobs(options, jobs.cut)
-    for seed in options.seeds:
-        for part, budget, row in wanted:
+    for part, budget, row in wanted:  # a list that is cut short has rows with all seeds
+        for seed in options.seeds:
             jobs.add(part, budget, row, seed)
     if not options.table_only:
         run_jobs(runs, [*floats, *jobs.all.values()], workers=options.workers, console=console)
@@ -205,6 +205,7 @@ def parse() -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--budgets", nargs="+", default=["4bit", "3bit", "2bit"])
+    parser.add_argument("--rivals", nargs="+", default=["3bit", "2bit"], help="the budgets of rivals and plans")
     parser.add_argument("--ablations", nargs="+", default=["3bit"], help="the budgets of the ablations")
     parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--table-only", action="store_true", help="run nothing: sum up what is there")

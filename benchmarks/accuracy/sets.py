@@ -27,7 +27,6 @@ from qvit.training.config import TrainConfig
 from qvit.version import __version__
 
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}
-LARGER = {"img_size": 32, "patch_size": 4, "embed_dim": 128, "depth": 6, "num_heads": 4}
 SETS: dict[str, dict[str, Any]] = {
     "digits": {
         "common": {"model": "vit_digits", "data": "digits", "batch_size": 50},
@@ -35,13 +34,8 @@ SETS: dict[str, dict[str, Any]] = {
         "quantized": {"epochs": 40, "lr": 2e-3, "calibration_images": 512},
     },
     "cifar10": {
-        "common": {"model": "vit_tiny_patch16_224", "model_kwargs": SMALL, "batch_size": 100},
-        "float": {"epochs": 20, "lr": 2e-3, "warmup_epochs": 2},
-        "quantized": {"epochs": 6, "lr": 1e-3},
-    },
-    "cifar10-larger": {
-        "common": {"model": "vit_tiny_patch16_224", "model_kwargs": LARGER, "batch_size": 200},
-        "float": {"epochs": 20, "lr": 2e-3, "warmup_epochs": 2},
+        "common": {"model": "vit_tiny_patch16_224", "model_kwargs": SMALL, "batch_size": 50},
+        "float": {"epochs": 15, "lr": 1e-3, "warmup_epochs": 1},
         "quantized": {"epochs": 5, "lr": 1e-3},
     },
     "tiny-imagenet": {
@@ -51,7 +45,7 @@ SETS: dict[str, dict[str, Any]] = {
             "batch_size": 250,
         },
         "float": {"epochs": 8, "lr": 3e-4, "warmup_epochs": 1},
-        "quantized": {"epochs": 10, "lr": 5e-4},
+        "quantized": {"epochs": 5, "lr": 5e-4},
         "one_float_model": True,
     },
 }
@@ -67,6 +61,8 @@ def float_jobs(options: argparse.Namespace, cut: dict[str, Any]) -> list[Job]:
     """The float models, `float-seedN`: one per seed, or one for all."""
     own = SETS[options.set]
     values = {**common_of(options), **own["float"], **cut, "method": "float", "workers": options.float_workers}
+    if options.float_images is not None and options.set.startswith("cifar10"):
+        values["data"] = cifar(options, "train", options.float_images)
     if own.get("one_float_model"):
         values["weights"] = str(options.data / "deit_tiny_patch16_224.safetensors")
     seeds = options.seeds[:1] if own.get("one_float_model") else options.seeds
@@ -91,13 +87,16 @@ def images_of(options: argparse.Namespace) -> dict[str, Any]:
         names = {"data": target, "eval_data": options.data / "tiny-imagenet-val.tar"}
         names["class_map"] = options.data / "imagenet-classes.txt"
         return {name: str(path.absolute()) for name, path in names.items()}
-    paths = {}
-    for part, count in (("train", options.train_images), ("test", options.test_images)):
-        source, target = options.data / f"cifar10-{part}.tar.gz", options.runs / f"cifar10-{part}-{count}.tar"
-        if not target.is_file():
-            take_first(source, target, count // 10)
-        paths["data" if part == "train" else "eval_data"] = str(target.absolute())
-    return paths
+    parts = {"data": ("train", options.train_images), "eval_data": ("test", options.test_images)}
+    return {name: cifar(options, *part) for name, part in parts.items()}
+
+
+def cifar(options: argparse.Namespace, part: str, count: int) -> str:
+    """An archive of the first images of each class, `count` of them in all."""
+    target = options.runs / f"cifar10-{part}-{count}.tar"
+    if not target.is_file():
+        take_first(options.data / f"cifar10-{part}.tar.gz", target, count // 10)
+    return str(target.absolute())
 
 
 def join(sources: list[Path], target: Path) -> None:
@@ -150,6 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="folder of the archives")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--train-images", type=int, default=8000, help="of CIFAR-10")
+    parser.add_argument("--float-images", type=int, help="of CIFAR-10, for the float models; default: the same")
     parser.add_argument("--test-images", type=int, default=4000, help="of CIFAR-10")
     parser.add_argument("--shards", type=int, default=2, help="of Tiny-ImageNet, 10,000 images each")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one per core")
