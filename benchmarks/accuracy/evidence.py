@@ -15,8 +15,8 @@ and all rows tell the mean width that they learned for each kind of tensor (Figu
 Nothing here was chosen by test images. Finished runs are not run again, so a run that was stopped goes on.
 
     python benchmarks/accuracy/evidence.py --set digits --runs DIR
-    python benchmarks/accuracy/evidence.py --set cifar10 --data FOLDER --float-images 20000 --train-images 3000 \
-        --test-images 5000 --runs DIR
+    python benchmarks/accuracy/evidence.py --set cifar10-trained --data FOLDER --float-images 20000 \
+        --train-images 3000 --test-images 5000 --runs DIR
     python benchmarks/accuracy/evidence.py --set tiny-imagenet --data FOLDER --device cuda --precision bf16 --workers 15
 """
 

@@ -66,7 +66,7 @@ TEACHERS: dict[str, dict[str, Any]] = {
 def main() -> None:
     options = parse()
     console, started = Console(stderr=True), time.perf_counter()
-    settings, common = SETS[options.set] | TEACHERS[options.set], common_of(options)
+    settings, common = SETS[options.set] | TEACHERS[options.set], common_of(options) | {"diagnostics": True}
     cut = {"epochs": 1, "warmup_epochs": 0} if options.short else {}
     listed = float_jobs(options, cut)
     for seed in options.seeds:
