@@ -10,10 +10,10 @@ hand.
     python benchmarks/train_step.py                        DeiT-T, batch 16, 224 px; every method, mode, precision
     python benchmarks/train_step.py --modes eager --precisions fp32 --methods lsq+ qvit --json
 
-On a CUDA GPU, once for each of DeiT-T and DeiT-S, into a file of its own:
+On a CUDA GPU, eager and with CUDA graphs, as `qvit train` runs, into a file of its own:
 
-    python benchmarks/train_step.py --device cuda --model deit_small_patch16_224 --batch 128 \
-        --out benchmarks/results/train_step_cuda_deit_small.json
+    python benchmarks/train_step.py --device cuda --batch 128 --modes graphs eager \
+        --out benchmarks/results/train_step_cuda.json
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from qvit.kernels.cpu import has_int8_dot_products
 from qvit.methods import create_method
 from qvit.training.config import TrainConfig
 from qvit.training.data import data_config_of
+from qvit.training.graphs import GraphedModel
 from qvit.training.loop import run_on_integers
 from qvit.training.models import create_model
 from qvit.training.optimizer import create_optimizer
@@ -74,11 +75,12 @@ def make_step(row: str, mode: str, precision: str, options: argparse.Namespace) 
             run_on_integers(model, config)
     model.train()
     optimizer = create_optimizer(model, opt="adamw", lr=1e-4, weight_decay=0.05, width_lr=1e-3)
-    compiled = torch.compile(model) if mode == "compiled" else model
+    compiled = {"compiled": torch.compile, "graphs": GraphedModel}.get(mode, lambda same: same)(model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def step() -> None:
-        with torch.autocast(torch.device(device).type, dtype=dtype, enabled=precision == "bf16"):
+        kept = mode != "graphs"
+        with torch.autocast(torch.device(device).type, dtype=dtype, enabled=precision == "bf16", cache_enabled=kept):
             loss = torch.nn.functional.cross_entropy(compiled(images).float(), targets)
         penalty = method.penalty()
         (loss if penalty is None else loss + penalty.float()).backward()
@@ -153,7 +155,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
     parser.add_argument("--compiled-methods", nargs="+", choices=METHODS, default=ON_INTEGERS)
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled"), default=("eager", "compiled"))
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled", "graphs"), default=("eager", "compiled"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)

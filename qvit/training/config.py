@@ -78,6 +78,7 @@ class TrainConfig(BaseModel):
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
+    cuda_graphs: bool = True
     integer_forward: bool = False
     threads: int | None = Field(None, ge=1)
     log_every: int = Field(10, ge=1)

@@ -45,6 +45,7 @@ from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
 from qvit.training.distill import distillation_loss
+from qvit.training.graphs import GraphedModel, can_be_graphed
 from qvit.training.held_weights import HeldWeights
 from qvit.training.hooks import Hooks
 from qvit.training.labels.recovery import SoftLabelLoss, first_classes
@@ -122,6 +123,8 @@ class Trainer:
         self.ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay else None
         _count_elements_of_whole_steps(model, self.processes.world_size * config.accumulate)
         self.diagnostics = Diagnostics(model) if config.diagnostics and quantized_weights(model) else None
+        alone, device = self.processes.alone, self.processes.device
+        self.graphs = config.cuda_graphs and can_be_graphed(device, alone=alone, accumulate=config.accumulate)
         self.wrapped: nn.Module | None = None
         self.compiled: Callable[[Tensor], Tensor] = model
         self.trained: list[int] = []
@@ -220,7 +223,10 @@ class Trainer:
         if self.wrapped is None or trained != self.trained:
             self.compiled, self.wrapped = self.model, None  # ends the hooks of the old wrapper first
             self.wrapped = self.processes.wrap(self.model)
-            self.compiled = torch.compile(self.wrapped) if self.config.compile else self.wrapped
+            if self.config.compile:
+                self.compiled = torch.compile(self.wrapped)
+            else:
+                self.compiled = GraphedModel(self.model) if self.graphs else self.wrapped
             self.held = HeldWeights(self.model)
             self.trained = trained
 
@@ -329,7 +335,8 @@ class Trainer:
             batch, labels = self.mixup(batch, targets)
         waits = isinstance(self.wrapped, DistributedDataParallel) and not last
         with self.wrapped.no_sync() if waits else nullcontext():  # type: ignore[union-attr]
-            with torch.autocast(batch.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            mixed = self.config.precision == "bf16"  # a cast that is kept for later would be outside of a graph
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=mixed, cache_enabled=not self.graphs):
                 logits = self.compiled(batch)
                 task = self._task_loss(logits.float(), labels, batch)
             task = task if share == 1 else task * share
