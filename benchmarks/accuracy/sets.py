@@ -50,8 +50,8 @@ SETS: dict[str, dict[str, Any]] = {
             "model_kwargs": {"img_size": 64, "patch_size": 8, "num_classes": 1000},
             "batch_size": 250,
         },
-        "float": {"epochs": 8, "lr": 3e-4, "warmup_epochs": 1},
-        "quantized": {"epochs": 5, "lr": 5e-4},
+        "float": {"epochs": 3, "lr": 3e-4, "warmup_epochs": 1},
+        "quantized": {"epochs": 4, "lr": 5e-4},
         "one_float_model": True,
     },
 }
