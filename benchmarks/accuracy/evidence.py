@@ -17,7 +17,8 @@ Nothing here was chosen by test images. Finished runs are not run again, so a ru
     python benchmarks/accuracy/evidence.py --set digits --runs DIR
     python benchmarks/accuracy/evidence.py --set cifar10-trained --data FOLDER --float-images 20000 \
         --train-images 3000 --test-images 5000 --runs DIR
-    python benchmarks/accuracy/evidence.py --set tiny-imagenet --data FOLDER --device cuda --precision bf16 --workers 15
+    python benchmarks/accuracy/evidence.py --set tiny-imagenet --data FOLDER --precision bf16 --float-images 10000 \
+        --train-images 4000 --test-images 2600 --budgets 3bit --parts budgets --rows lsq+ qvit --runs DIR
 """
 
 from __future__ import annotations
@@ -124,7 +125,8 @@ def main() -> None:
         "set": options.set,
         "settings": SETS[options.set],
         "precision": options.precision,
-        "train_images": images_of_training(options),
+        "train_images": 1200 if options.set == "digits" else options.train_images,
+        "float_images": 1200 if options.set == "digits" else options.float_images or options.train_images,
         "rows": rows,
         "hours": round(sum(seconds_of(read(run)) for run in everything if (run / RESULT).is_file()) / 3600, 2),
         "seconds": round(time.perf_counter() - started, 1),
@@ -163,10 +165,6 @@ class Jobs:
                 del own["budget"]
         name = self.place(budget, row, seed)
         self.all.setdefault(name, Job(name, TrainConfig.create(**own), after, row.work))
-
-
-def images_of_training(options: argparse.Namespace) -> int:
-    return {"digits": 1200, "tiny-imagenet": 10_000 * options.shards}.get(options.set, options.train_images)
 
 
 def read(run: Path) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """What the accuracy benchmarks share: sets of images, float models to start from, and how seeds are summed up.
 
-`digits` are scikit-learn's, 1,200 training and 597 test images. `cifar10` are the first images of each class of
-cifar10-train.tar.gz and cifar10-test.tar.gz in a folder; `cifar10-trained` has float models from more images than the
-quantized runs see (`--float-images`), and more steps. `tiny-imagenet` are the first shards
-tiny-imagenet-train-N.tar and all of tiny-imagenet-val.tar there; its float model is DeiT-T with the weights of
-deit_tiny_patch16_224.safetensors, patches resampled from 16 to 8 pixels and trained on at 64 pixels, the same one for
-all seeds. Test images are opened for the last line of each run alone.
+`digits` are scikit-learn's, 1,200 training and 597 test images. The others are the first images of each class of
+archives in a folder (`--train-images`, `--test-images`, `--float-images`):
+
+    cifar10           cifar10-train.tar.gz and cifar10-test.tar.gz; a small model from scratch
+    cifar10-trained   the same with more steps, for float models that saw more images than the quantized runs
+    tiny-imagenet     tiny-imagenet-train-N.tar and tiny-imagenet-val.tar; DeiT-T with the weights of
+                      deit_tiny_patch16_224.safetensors, patches resampled from 16 to 8 pixels and trained on at 64
+                      pixels, one float model for all seeds
+
+Test images are opened for the last line of each run alone.
 """
 
 from __future__ import annotations
@@ -48,10 +52,10 @@ SETS: dict[str, dict[str, Any]] = {
         "common": {
             "model": "deit_tiny_patch16_224",
             "model_kwargs": {"img_size": 64, "patch_size": 8, "num_classes": 1000},
-            "batch_size": 250,
+            "batch_size": 50,
         },
-        "float": {"epochs": 3, "lr": 3e-4, "warmup_epochs": 1},
-        "quantized": {"epochs": 4, "lr": 5e-4},
+        "float": {"epochs": 1, "lr": 1e-4, "warmup_epochs": 0},
+        "quantized": {"epochs": 4, "lr": 3e-4},
         "one_float_model": True,
     },
 }
@@ -67,8 +71,8 @@ def float_jobs(options: argparse.Namespace, cut: dict[str, Any]) -> list[Job]:
     """The float models, `float-seedN`: one per seed, or one for all."""
     own = SETS[options.set]
     values = {**common_of(options), **own["float"], **cut, "method": "float", "workers": options.float_workers}
-    if options.float_images is not None and options.set.startswith("cifar10"):
-        values["data"] = cifar(options, "train", options.float_images)
+    if options.float_images is not None and options.set != "digits":
+        values["data"] = archive(options, "train", options.float_images)
     if own.get("one_float_model"):
         values["weights"] = str(options.data / "deit_tiny_patch16_224.safetensors")
     seeds = options.seeds[:1] if own.get("one_float_model") else options.seeds
@@ -81,51 +85,42 @@ def float_of(options: argparse.Namespace, seed: int) -> str:
 
 
 def images_of(options: argparse.Namespace) -> dict[str, Any]:
-    """Where the images of the set are; smaller archives of CIFAR-10, one of several shards, are made first."""
+    """Where the images of the set are; archives of as many as are asked for are made first."""
     if options.set == "digits":
         return {}
-    options.runs.mkdir(parents=True, exist_ok=True)
-    if options.set == "tiny-imagenet":
-        shards = [options.data / f"tiny-imagenet-train-{index}.tar" for index in range(options.shards)]
-        target = options.runs / f"tiny-imagenet-train-{options.shards}-shards.tar"
-        if not target.is_file():
-            join(shards, target)
-        names = {"data": target, "eval_data": options.data / "tiny-imagenet-val.tar"}
-        names["class_map"] = options.data / "imagenet-classes.txt"
-        return {name: str(path.absolute()) for name, path in names.items()}
     parts = {"data": ("train", options.train_images), "eval_data": ("test", options.test_images)}
-    return {name: cifar(options, *part) for name, part in parts.items()}
+    paths = {name: archive(options, *part) for name, part in parts.items()}
+    if options.set == "tiny-imagenet":
+        paths["class_map"] = str((options.data / "imagenet-classes.txt").absolute())
+    return paths
 
 
-def cifar(options: argparse.Namespace, part: str, count: int) -> str:
+def archive(options: argparse.Namespace, part: str, count: int) -> str:
     """An archive of the first images of each class, `count` of them in all."""
-    target = options.runs / f"cifar10-{part}-{count}.tar"
+    name, classes = ("tiny-imagenet", 200) if options.set == "tiny-imagenet" else ("cifar10", 10)
+    target = options.runs / f"{name}-{part}-{count}.tar"
     if not target.is_file():
-        take_first(options.data / f"cifar10-{part}.tar.gz", target, count // 10)
+        options.runs.mkdir(parents=True, exist_ok=True)
+        pattern = {"tiny-imagenet": {"train": "-train-?.tar", "test": "-val.tar"}}.get(name, {}).get(part)
+        sources = sorted(options.data.glob(name + (pattern or f"-{part}.tar.gz")))
+        take_first(sources, target, count // classes)
     return str(target.absolute())
 
 
-def join(sources: list[Path], target: Path) -> None:
-    """One archive of the files of several."""
+def take_first(sources: list[Path], target: Path, per_class: int) -> None:
+    """Copies the first images of each class folder of archives, read one after the other."""
+    taken: dict[str, int] = {}
     half = target.with_suffix(".part")
     with tarfile.open(half, "w") as out:
         for source in sources:
-            with tarfile.open(source) as archive:
-                for member in archive:
-                    out.addfile(member, archive.extractfile(member) if member.isfile() else None)
-    half.replace(target)
-
-
-def take_first(source: Path, target: Path, per_class: int) -> None:
-    """Copies the first images of each class folder of an archive."""
-    taken: dict[str, int] = {}
-    half = target.with_suffix(".part")
-    with tarfile.open(source) as archive, tarfile.open(half, "w") as out:
-        for member in archive:
-            folder = member.name.split("/")[-2] if member.isfile() and "/" in member.name else None
-            if folder is not None and taken.get(folder, 0) < per_class:
-                taken[folder] = taken.get(folder, 0) + 1
-                out.addfile(member, archive.extractfile(member))
+            if taken and min(taken.values()) >= per_class:
+                break
+            with tarfile.open(source) as images:
+                for member in images:
+                    folder = member.name.split("/")[-2] if member.isfile() and "/" in member.name else None
+                    if folder is not None and taken.get(folder, 0) < per_class:
+                        taken[folder] = taken.get(folder, 0) + 1
+                        out.addfile(member, images.extractfile(member))
     half.replace(target)
 
 
@@ -154,10 +149,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", choices=list(SETS), default="digits")
     parser.add_argument("--data", type=Path, help="folder of the archives")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--train-images", type=int, default=8000, help="of CIFAR-10")
-    parser.add_argument("--float-images", type=int, help="of CIFAR-10, for the float models; default: the same")
-    parser.add_argument("--test-images", type=int, default=4000, help="of CIFAR-10")
-    parser.add_argument("--shards", type=int, default=2, help="of Tiny-ImageNet, 10,000 images each")
+    parser.add_argument("--train-images", type=int, default=8000, help="from the archives, as many of each class")
+    parser.add_argument("--float-images", type=int, help="those of the float models; default: the same")
+    parser.add_argument("--test-images", type=int, default=4000)
     parser.add_argument("--workers", type=int, help="runs at a time; default: one per core")
     parser.add_argument("--float-workers", type=int, default=0, help="processes that read images for a float run")
     parser.add_argument("--device", default="cpu")
