@@ -29,7 +29,9 @@ KINDS = {
 
 
 def rows_of(data: Data, part: str) -> list[Row]:
-    return [row for row in data["rows"] if row["part"] == part]
+    """The rows of a part, budget by budget."""
+    budgets = list(dict.fromkeys(row["budget"] for row in data["rows"]))
+    return sorted((row for row in data["rows"] if row["part"] == part), key=lambda row: budgets.index(row["budget"]))
 
 
 def reference_of(row: Row, data: Data, name: str) -> Row | None:

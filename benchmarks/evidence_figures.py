@@ -19,6 +19,8 @@ from qvit.report.units import bops_text, bytes_text, difference, significant, ti
 
 #: Costs are equal if they differ by less than this factor; from this range on an axis is logarithmic.
 EQUAL, LOGARITHMIC = 1.03, 3.0
+#: Rows below this share of the best accuracy have an axis of their own, below the other: a broken axis.
+FAR = 0.85
 
 
 @figures_of("evidence_*.json")
@@ -42,25 +44,48 @@ def _frontier(data: Data, cost: str) -> go.Figure:
     for x, row in zip(places, rows, strict=True):
         curves.setdefault((row["part"], row["row"]), []).append((x, row))
     alt = f"Accuracy against {title} of {len(rows)} rows on {data['set']}; the tables below have the numbers."
-    figure = new_figure(alt, titled(title, unit), "top-1 accuracy (%)", height=460 + 12 * len(curves), min_width=560)
+    height = 440 + 12 * len(curves)
+    figure = new_figure(alt, titled(title, unit), "top-1 accuracy (%)", height=height, min_width=560)
+    limits = min(places) / 1.1, max(places) * 1.1
+    _cost_axis(figure, rows, cost, size, limits)
+    split = _accuracy_axes(figure, rows)
     names = [name for _, name in curves]
     for index, ((part, name), own) in enumerate(curves.items()):
-        ordered = sorted(own, key=lambda point: point[0])
-        colour = COLOURS[index % len(COLOURS)]
-        figure.add_scatter(
-            x=[x for x, _ in ordered],
-            y=[row["accuracy_mean"] for _, row in ordered],
-            name=label(name if names.count(name) == 1 else f"{name} ({part})"),
-            mode="lines+markers",
-            line={"width": 1, "color": colour},
-            marker={"size": 10, "color": colour, "symbol": SYMBOLS[index % len(SYMBOLS)]},
-            error_y={"array": [row["accuracy_std"] for _, row in ordered], "thickness": 1.2, "width": 4},
-            text=[_hover(row) for _, row in ordered],
-            hovertemplate="%{text}<extra></extra>",
-        )
-    _cost_axis(figure, rows, cost, size)
-    _float_line(figure, rows)
+        shown = label(name if names.count(name) == 1 else f"{name} ({part})")
+        for panel, high in (("y", True), ("y2", False)):
+            points = sorted((x, row["budget"], row) for x, row in own if (row["accuracy_mean"] >= split) is high)
+            if points:
+                first = high or all(row["accuracy_mean"] < split for _, row in own)
+                _curve(figure, [(x, row) for x, _, row in points], shown, index, panel, in_legend=first)
+    of_float = statistics.mean(rows[0]["float_accuracies"])
+    line = {"dash": "dash", "width": 1.5, "color": GREY}
+    figure.add_scatter(x=limits, y=[of_float] * 2, mode="lines", line=line, name=f"float {of_float:.2f} %", zorder=-1)
     return figure
+
+
+def _curve(
+    figure: go.Figure, points: list[tuple[float, Row]], name: str, index: int, panel: str, *, in_legend: bool
+) -> None:
+    colour = COLOURS[index % len(COLOURS)]
+    figure.add_scatter(
+        x=[x for x, _ in points],
+        y=[row["accuracy_mean"] for _, row in points],
+        yaxis=panel,
+        name=name,
+        legendgroup=str(index),
+        showlegend=in_legend,
+        mode="lines+markers",
+        line={"width": 1, "color": _faint(colour)},
+        marker={"size": 10, "color": colour, "symbol": SYMBOLS[index % len(SYMBOLS)]},
+        error_y={"array": [row["accuracy_std"] for _, row in points], "thickness": 1.2, "width": 4, "color": colour},
+        text=[_hover(row) for _, row in points],
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[at : at + 2], 16) for at in (1, 3, 5))
+    return f"rgba({red},{green},{blue},0.35)"
 
 
 def _hover(row: Row) -> str:
@@ -85,61 +110,50 @@ def _side_by_side(values: Sequence[float]) -> list[float]:
     """The values, those of a group moved apart: by a factor, in the order they were given."""
     groups = _groups(values)
     centres = [math.log(statistics.median(values[i] for i in group)) for group in groups]
-    gap = min((b - a for a, b in zip(centres, centres[1:], strict=False)), default=0.2)
-    step = min(0.6 * gap / max(map(len, groups)), 0.04)
     moved = [float(value) for value in values]
     for group, centre in zip(groups, centres, strict=True):
+        gap = min((abs(centre - other) for other in centres if other != centre), default=0.4)
+        step = min(0.8 * gap / len(group), 0.04)
         for position, index in enumerate(group):
             if len(group) > 1:
                 moved[index] = math.exp(centre + step * (position - (len(group) - 1) / 2))
     return moved
 
 
-def _cost_axis(figure: go.Figure, rows: list[Row], cost: str, size: float) -> None:
-    """Ticks at the costs of the budgets; logarithmic where the range is wide."""
+def _cost_axis(figure: go.Figure, rows: list[Row], cost: str, size: float, limits: tuple[float, float]) -> None:
+    """Ticks at the costs of the budgets, logarithmic where the range is wide."""
     values = [row[cost] / size for row in rows]
     wide = max(values) / min(values) >= LOGARITHMIC
     ticks = {row["budget"]: row[cost] / size for row in rows if row["row"] == "lsq+"}
     for row in rows:
         ticks.setdefault(row["budget"], row[cost] / size)
-    low, high = min(values) / 1.15, max(values) * 1.15
     figure.update_xaxes(
         type="log" if wide else "linear",
-        range=[math.log10(low), math.log10(high)] if wide else [low, high],
+        range=[math.log10(end) if wide else end for end in limits],
         tickvals=list(ticks.values()),
         ticktext=[f"{significant(value, 3)}<br>{label(budget)}" for budget, value in ticks.items()],
         tickangle=0,
     )
 
 
-def _float_line(figure: go.Figure, rows: list[Row]) -> None:
-    """The float model as a dashed line, and room around all points."""
+def _accuracy_axes(figure: go.Figure, rows: list[Row]) -> float:
+    """One axis, or, where some rows are far below the others, two: returns the accuracy from which the upper one is."""
     of_float = statistics.mean(rows[0]["float_accuracies"])
-    ends = [row["accuracy_mean"] + sign * row["accuracy_std"] for row in rows for sign in (-1, 1)] + [of_float]
-    room = 0.06 * (max(ends) - min(ends)) or 1.0
-    whole = [min(ends) - room, max(ends) + room]
-    figure.add_hline(
-        y=of_float,
-        line={"dash": "dash", "width": 1.5, "color": GREY},
-        annotation={"text": f"float {of_float:.2f} %", "font": {"size": 12}},
-        annotation_position="top left",
-    )
-    figure.update_yaxes(range=whole)
-    best = max(row["accuracy_mean"] for row in rows)
-    near = min(row["accuracy_mean"] - row["accuracy_std"] for row in rows if row["accuracy_mean"] > 0.8 * best)
-    if near - whole[0] > 0.5 * (whole[1] - whole[0]):
-        _zoom(figure, whole, [near - 0.06 * (whole[1] - near), whole[1]])
+    split = FAR * max(row["accuracy_mean"] for row in rows)
+    upper = [row for row in rows if row["accuracy_mean"] >= split]
+    lower = [row for row in rows if row["accuracy_mean"] < split]
+    figure.update_yaxes(range=_limits(upper, of_float))
+    if lower:
+        axis = figure.layout.yaxis.to_plotly_json() | {"range": _limits(lower), "domain": [0.0, 0.27], "title": {}}
+        figure.update_layout(yaxis2=axis | {"nticks": 4}, yaxis={"domain": [0.33, 1.0]}, xaxis={"anchor": "y2"})
+    return split
 
 
-def _zoom(figure: go.Figure, whole: list[float], near: list[float]) -> None:
-    """Buttons that show all points, or those near the best."""
-    buttons = [
-        {"label": text, "method": "relayout", "args": [{"yaxis.range": limits}]}
-        for text, limits in (("all", whole), ("the best", near))
-    ]
-    menu = {"type": "buttons", "direction": "right", "buttons": buttons, "showactive": False}
-    menu |= {"x": 1, "xanchor": "right", "y": 0.02, "yanchor": "bottom"}
-    figure.update_layout(updatemenus=[menu | {"bgcolor": "rgba(128,128,128,0.25)", "borderwidth": 0}])
+def _limits(rows: list[Row], *others: float) -> list[float]:
+    """Limits of an axis with room around means and their deviations."""
+    ends = [row["accuracy_mean"] + sign * row["accuracy_std"] for row in rows for sign in (-1, 1)] + list(others)
+    room = 0.08 * (max(ends) - min(ends)) or 1.0
+    return [min(ends) - room, max(ends) + room]
 
 
 def _ablations(data: Data) -> go.Figure:
@@ -167,7 +181,7 @@ def _ablations(data: Data) -> go.Figure:
 def _widths(data: Data) -> go.Figure:
     """Bits that `qvit` gave each kind of tensor more than `lsq+` has at the budget."""
     alt = f"Learned widths by kind of tensor less the uniform width on {data['set']}; the table above has the numbers."
-    figure = new_figure(alt, "", "mean width less the uniform one (bits)", height=380, min_width=640)
+    figure = new_figure(alt, "", "bits more than lsq+", height=380, min_width=640)
     for index, row in enumerate(learned(data)):
         uniform = reference_of(row, data, "lsq+")
         if uniform is None:

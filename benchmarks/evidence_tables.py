@@ -32,7 +32,7 @@ def evidence_tables(data: Data) -> str:
         f"{title_of(data)} {data['train_images']} training and {first['images']} test images; float {floats:.2f} %. "
         f"Mean ± standard deviation over seeds {seeds}; differences are taken seed by seed.{above}",
         "Accuracy against cost, all rows but the ablations; error bars are standard deviations over seeds, points of "
-        "(nearly) equal cost stand side by side. The tables have the numbers.",
+        "(nearly) equal cost stand side by side, and rows far below the others have an axis of their own.",
         *(place(name) for key, name in shown.items() if key in ("bit-operations", "weight-bytes")),
     ]
     for part, heading in PARTS.items():
@@ -82,15 +82,18 @@ def _compared(rows: list[Row], data: Data, reference: str) -> list[str]:
 
 def verdict(rows: list[Row], gains: list[Gain | None], reference: str) -> str:
     """Which differences exceed their deviation over seeds, from the numbers alone."""
-    found: dict[str, list[str]] = {"above": [], "below": [], "not": []}
+    found: dict[str, dict[str, list[str]]] = {"above": {}, "below": {}, "not": {}}
     for row, gain in zip(rows, gains, strict=True):
         if gain is not None:
             key = "not" if abs(gain[0]) <= gain[1] else "above" if gain[0] > 0 else "below"
             amount = "" if key == "not" else f" ({difference(gain[0])})"
-            found[key].append(f"{row['row']} at {row['budget']}{amount}")
+            found[key].setdefault(row["row"], []).append(f"{row['budget']}{amount}")
     if not any(found.values()):
         return f"There are no two seeds to compare with `{reference}`: nothing is said about differences."
-    above, below, rest = ("; ".join(own) or "none" for own in found.values())
+    above, below, rest = (
+        "; ".join(f"{name} at {', '.join(budgets)}" for name, budgets in own.items()) or "none"
+        for own in found.values()
+    )
     return (
         f"By more than the deviation of the paired differences above `{reference}`: {above}. Below it: {below}. "
         f"Within the deviation: {rest}."

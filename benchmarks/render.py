@@ -20,12 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import evidence_figures
+import evidence_fragile
 import evidence_tables
 import tables
 from rendering import FIGURES, TABLES, RenderError, figure_text, read
 
 #: Where tables and figures are registered.
-REGISTERED = (tables, evidence_tables, evidence_figures)
+REGISTERED = (tables, evidence_tables, evidence_figures, evidence_fragile)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -33,6 +34,7 @@ DOCUMENTS = (
     "README.md",
     "docs/results.md",
     "docs/evidence.md",
+    "docs/analyses.md",
     "docs/training-speed.md",
     "docs/patchwise.md",
     "docs/two-bits.md",

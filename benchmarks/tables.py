@@ -12,8 +12,8 @@
     deploy        deploy.json         what `benchmarks/deploy.py` measured: a table for each model and batch size
     packed        packed.json         what `benchmarks/packed.py` measured: sizes, and agreement of every engine
 
-Those of evidence*.json and fragile.json are in `evidence_tables.py` and `fragile.py`. Where a file is missing, "Not
-measured yet" and the command to measure it stand in the table's place.
+Those of evidence_*.json and fragile.json are in `evidence_tables.py` and `evidence_fragile.py`. Where a file is
+missing, "Not measured yet" and the command to measure it stand in the table's place.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 LIBRARY = "assets/plotly.min.js"
 _PLACE = re.compile(r'<div class="figure" data-figure="([^"]+)"></div>')
 _PLACED = '<div class="qvit-figure"'
+STYLE = '<style>.md-typeset td[style*="right"] { white-space: nowrap }</style>'
 SCRIPT = """
 (() => {
   "use strict";
@@ -29,6 +30,7 @@ SCRIPT = """
       const own = structuredClone(layout);
       own.font = { ...own.font, color: ink };
       if (layout.meta.min_width) element.style.minWidth = layout.meta.min_width + "px";
+      element.style.minHeight = layout.height + "px"; // plotly forgets it when the window changes
       element.setAttribute("role", "img");
       element.setAttribute("aria-label", layout.meta.alt);
       Plotly.react(element, structuredClone(data), own, { displayModeBar: false, responsive: true });
@@ -50,12 +52,12 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
             raise PluginError(f"{page.file.src_uri}: there is no {match[1]}; run `python benchmarks/render.py`")
         data = file.read_text(encoding="utf-8").replace("<", "\\u003c")
         inside = f'<div></div><script type="application/json">{data}</script>'
-        return f'{_PLACED} style="overflow-x: auto">{inside}</div>'
+        return f'{_PLACED} style="overflow-x: auto; margin-bottom: 1.5em">{inside}</div>'
 
     filled = _PLACE.sub(placed, html)
     if filled == html:
         return html
-    return f'{filled}<script src="{get_relative_url(LIBRARY, page.url)}"></script><script>{SCRIPT}</script>'
+    return f'{STYLE}{filled}<script src="{get_relative_url(LIBRARY, page.url)}"></script><script>{SCRIPT}</script>'
 
 
 def on_post_build(config: Any) -> None:

@@ -101,12 +101,13 @@ def test_figures_have_every_row_once(project: Path) -> None:
     page(project, data, measured("other"))
     for cost in ("bit-operations", "weight-bytes"):
         drawn = figure(project, f"evidence-s-{cost}")
-        heads = [text.split("<br>")[0] for trace in drawn["data"] for text in trace["text"]]
+        heads = [text.split("<br>")[0] for trace in drawn["data"] for text in trace.get("text", [])]
         wanted = [f"<b>{one['row']}</b>, {one['budget']}" for one in data["rows"] if one["part"] != "ablations"]
         assert sorted(heads) == sorted(wanted)
-        x = [value for trace in drawn["data"] for value in trace["x"]]
+        x = [value for trace in drawn["data"] if "text" in trace for value in trace["x"]]
         assert len(set(x)) == len(x), "points of equal cost do not hide each other"
-        assert len({(t["marker"]["color"], t["marker"]["symbol"]) for t in drawn["data"]}) == len(drawn["data"])
+        marks = {(t["name"], t["marker"]["color"], t["marker"]["symbol"]) for t in drawn["data"] if "text" in t}
+        assert len(marks) == len({name for name, *_ in marks}) == len({mark[1:] for mark in marks}) == 5
     assert [trace["x"] for trace in figure(project, "evidence-s-ablations")["data"]] == [[-0.5]]
     assert [trace["y"] for trace in figure(project, "evidence-s-widths")["data"]] == [[0.5, 0.5, 0.0, 0.0, 0.25]]
 
@@ -132,6 +133,41 @@ def test_a_wrong_file_and_a_lost_place_are_named(project: Path, capsys: pytest.C
     (project / "results/evidence_s.json").write_text("{}")
     assert render(project) == 2
     assert "evidence_s.json is not what the benchmark writes" in capsys.readouterr().err
+
+
+def fragile() -> dict[str, Any]:
+    def point(what: str, bits: int, drop: float, **other: Any) -> dict[str, Any]:
+        own = {"what": what, "bit_width": bits, "part": None, "layer": None, "head": None, "others": None}
+        own |= {"top1": 80.0 - drop, "standard_error": 2.0, "drop": drop, "drop_standard_error": 1.0}
+        return own | {"agreement": 90.0, "divergence": drop / 100, "divergence_standard_error": 0.001} | other
+
+    points = [point("widths", bits, 10.0 - bits) for bits in (2, 8)]
+    for part, drops in (("gelu", (5.0, 1.0)), ("fc", (30.0, 1.5)), ("msa", (40.0, 2.0))):
+        points += [point("parts", bits, drop, part=part) for bits, drop in zip((2, 8), drops, strict=True)]
+    points += [point("heads", 8, 0.5, others=8)]
+    points += [point("heads", 2, 1.0 + head, others=8, layer="blocks.0.attn", head=head) for head in (0, 1)]
+    settings = {"data": "a.tar", "eval_data": "b.tar", "images": 9, "calibration_images": 4}
+    record = {"settings": settings, "float": {"top1": 80.0}, "layers": [{"layer": "blocks.0.attn", "heads": 2}]}
+    return ORIGIN | record | {"points": points, "threads": 1, "weights": "A model"}
+
+
+def test_fragile_parts(project: Path) -> None:
+    (project / "results/fragile.json").write_text(json.dumps(fragile()))
+    for name in ("fragile", "fragile_plots"):
+        markers = f"<!-- results:{name}:begin -->\n<!-- results:{name}:end -->"
+        (project / "docs" / ("analyses.md" if name == "fragile" else "evidence.md")).write_text(markers)
+    text = page(project)
+    assert "layers alone at (bits) 2, more at none; they diverge less at 2, 8, more at none. The paper" in text
+    assert "The part that moves the answers most, of 2 widths: attention (MSA) at 2." in text
+    assert "lowering head 1 of layer 0 moves the answers most (divergence 0.020, 2.0 ± 1.0 points lost)" in text
+    assert "by the divergence in 1 of 1 layers, by the accuracy lost in 0." in text
+    table = (project / "docs/analyses.md").read_text()
+    assert "| GELU outputs alone | 75.00 | 79.00 |" in table and "Float: 80.00 %" in table
+    assert "| 0 | 1.0 ± 1.0 | 10.0 ± 1.0 | 2.0 ± 1.0 | 20.0 ± 1.0 |" in table
+    curves = figure(project, "fragile-parts")["data"]
+    assert [len(curve["x"]) for curve in curves] == [2, 2, 2, 2]
+    assert [trace["y"] for trace in figure(project, "fragile-heads-accuracy")["data"]] == [[1.0], [2.0]]
+    assert render(project, "--check") == 0
 
 
 def test_figures_are_put_into_the_built_page(tmp_path: Path) -> None:
