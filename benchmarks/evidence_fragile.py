@@ -129,8 +129,8 @@ def _sentences(data: Data) -> list[str]:
         worst = [
             max(parts, key=lambda name: parts[name][at]["divergence"]) for at in range(min(map(len, parts.values())))
         ]
-        counted = ", ".join(f"{name.removesuffix(' alone')} at {worst.count(name)}" for name in dict.fromkeys(worst))
-        said.append(f"The part that moves the answers most, of {len(worst)} widths: {counted}.")
+        counted = ", ".join(f"{name} at {worst.count(name)} of {len(worst)} widths" for name in dict.fromkeys(worst))
+        said.append(f"The part that moves the answers most: {counted}.")
     lowered = heads_of(data)
     if lowered:
         said.append(_said_of_heads(lowered))
@@ -226,5 +226,6 @@ def _heads_figure(data: Data, value: str, title: str) -> go.Figure:
             hovertemplate="%{text}<extra></extra>",
         )
     figure.add_hline(y=base[value], line={"dash": "dash", "width": 1.5, "color": GREY})
+    figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(tickvals=list(lowered), ticktext=[str(layer) for layer in lowered], showgrid=False)
     return figure

@@ -158,7 +158,7 @@ def test_fragile_parts(project: Path) -> None:
         (project / "docs" / ("analyses.md" if name == "fragile" else "evidence.md")).write_text(markers)
     text = page(project)
     assert "layers alone at (bits) 2, more at none; they diverge less at 2, 8, more at none. The paper" in text
-    assert "The part that moves the answers most, of 2 widths: attention (MSA) at 2." in text
+    assert "The part that moves the answers most: attention (MSA) alone at 2 of 2 widths." in text
     assert "lowering head 1 of layer 0 moves the answers most (divergence 0.020, 2.0 ± 1.0 points lost)" in text
     assert "by the divergence in 1 of 1 layers, by the accuracy lost in 0." in text
     table = (project / "docs/analyses.md").read_text()
