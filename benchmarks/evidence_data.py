@@ -34,6 +34,12 @@ def rows_of(data: Data, part: str) -> list[Row]:
     return sorted((row for row in data["rows"] if row["part"] == part), key=lambda row: budgets.index(row["budget"]))
 
 
+def floats_of(data: Data) -> dict[int, float]:
+    """Accuracy of the float model by seed, of all seeds that some row has."""
+    pairs = (pair for row in data["rows"] for pair in zip(row["seeds"], row["float_accuracies"], strict=True))
+    return dict(sorted(pairs))
+
+
 def reference_of(row: Row, data: Data, name: str) -> Row | None:
     """The row NAME of the part `budgets` at the same budget."""
     same = (own for own in rows_of(data, "budgets") if (own["row"], own["budget"]) == (name, row["budget"]))

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
-from evidence_data import KINDS, Row, figure_names, learned, paired, reference_of, rows_of
+from evidence_data import KINDS, Row, figure_names, floats_of, learned, paired, reference_of, rows_of
 from rendering import Data, figures_of
 
 from qvit.report.figures import COLOURS, COST_NAMES, GREY, SYMBOLS, label, new_figure
@@ -48,7 +48,8 @@ def _frontier(data: Data, cost: str) -> go.Figure:
     figure = new_figure(alt, titled(title, unit), "top-1 accuracy (%)", height=height, min_width=560)
     limits = min(places) / 1.1, max(places) * 1.1
     _cost_axis(figure, rows, cost, size, limits)
-    split = _accuracy_axes(figure, rows)
+    of_float = statistics.mean(floats_of(data).values())
+    split = _accuracy_axes(figure, rows, of_float)
     names = [name for _, name in curves]
     for index, ((part, name), own) in enumerate(curves.items()):
         shown = label(name if names.count(name) == 1 else f"{name} ({part})")
@@ -57,7 +58,6 @@ def _frontier(data: Data, cost: str) -> go.Figure:
             if points:
                 first = high or all(row["accuracy_mean"] < split for _, row in own)
                 _curve(figure, [(x, row) for x, _, row in points], shown, index, panel, in_legend=first)
-    of_float = statistics.mean(rows[0]["float_accuracies"])
     line = {"dash": "dash", "width": 1.5, "color": GREY}
     figure.add_scatter(x=limits, y=[of_float] * 2, mode="lines", line=line, name=f"float {of_float:.2f} %", zorder=-1)
     return figure
@@ -136,9 +136,8 @@ def _cost_axis(figure: go.Figure, rows: list[Row], cost: str, size: float, limit
     )
 
 
-def _accuracy_axes(figure: go.Figure, rows: list[Row]) -> float:
+def _accuracy_axes(figure: go.Figure, rows: list[Row], of_float: float) -> float:
     """One axis, or, where some rows are far below the others, two: returns the accuracy from which the upper one is."""
-    of_float = statistics.mean(rows[0]["float_accuracies"])
     split = FAR * max(row["accuracy_mean"] for row in rows)
     upper = [row for row in rows if row["accuracy_mean"] >= split]
     lower = [row for row in rows if row["accuracy_mean"] < split]

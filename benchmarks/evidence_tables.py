@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 
-from evidence_data import KINDS, Gain, Row, figure_names, learned, paired, reference_of, rows_of
+from evidence_data import KINDS, Gain, Row, figure_names, floats_of, learned, paired, reference_of, rows_of
 from rendering import Data, origin, place, spread, table, table_of
 
 from qvit.report.units import column, difference, titled
@@ -25,8 +25,9 @@ PARTS = {
 def evidence_tables(data: Data) -> str:
     """All tables of one set of images, with the places of its figures."""
     first, shown = data["rows"][0], figure_names(data)
-    floats = statistics.mean(first["float_accuracies"])
-    seeds, above = ", ".join(map(str, first["seeds"])), _above_float(data, floats)
+    by_seed = floats_of(data)
+    floats, seeds = statistics.mean(by_seed.values()), ", ".join(map(str, by_seed))
+    above = _above_float(data, floats)
     pieces = [
         f"## {data['set']}",
         f"{title_of(data)} {data['train_images']} training and {first['images']} test images; float {floats:.2f} %. "
@@ -63,12 +64,13 @@ def title_of(data: Data) -> str:
 def _compared(rows: list[Row], data: Data, reference: str) -> list[str]:
     """A table of rows with their differences to a reference, and the sentence about these."""
     gains = [paired(row, reference_of(row, data, reference)) for row in rows]
+    seeds = len(floats_of(data))
     prefix, costs = column([row["bit_operations"] for row in rows], "bops")
     unit, sizes = column([row["weight_bytes"] for row in rows], "bytes")
     cells = [
         [
             row["budget"],
-            row["row"],
+            row["row"] + (f" (seeds {', '.join(map(str, row['seeds']))})" if len(row["seeds"]) < seeds else ""),
             spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
             "" if gain is None else f"{difference(gain[0])} ± {gain[1]:.2f}",
             cost,

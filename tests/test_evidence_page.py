@@ -84,14 +84,17 @@ def test_differences_are_taken_seed_by_seed(project: Path) -> None:
 
 def test_seeds_are_paired_by_number(project: Path) -> None:
     data = measured()
-    data["rows"][2] |= {"accuracies": [44.0, 41.0, 90.0], "seeds": [1, 0, 7]}
-    assert "| 3bit | qvit | 42.50 ± 1.00 | +1.50 ± 0.71 |" in page(project, data)
+    data["rows"][2] |= {"accuracies": [44.0, 41.0, 90.0], "float_accuracies": [51.0, 50.0, 52.0], "seeds": [1, 0, 7]}
+    text = page(project, data)
+    assert "| 3bit | qvit | 42.50 ± 1.00 | +1.50 ± 0.71 |" in text
+    assert "float 51.00 %" in text and "over seeds 0, 1, 7;" in text
+    assert "| 3bit | ofq (seeds 0, 1) |" in text
 
 
 def test_one_seed_has_no_differences(project: Path) -> None:
     data = measured()
     for own in data["rows"]:
-        own |= {"accuracies": own["accuracies"][:1], "seeds": [0]}
+        own |= {"accuracies": own["accuracies"][:1], "float_accuracies": [50.0], "seeds": [0]}
     assert "nothing is said about differences" in page(project, data)
     assert not (project / "docs/figures/evidence-s-ablations.json").exists()
 
