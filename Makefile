@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= demo-output
 WORKERS ?= 2
-BENCHMARKS ?= $(sort $(filter-out benchmarks/_% benchmarks/render.py,$(wildcard benchmarks/*.py)))
+BENCHMARKS ?= $(sort $(filter-out benchmarks/_% benchmarks/render% benchmarks/tables.py benchmarks/evidence_%,$(wildcard benchmarks/*.py)))
 PIP_ARGS ?=
 
 # Looked up when an environment is created, not on every run.

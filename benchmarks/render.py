@@ -1,10 +1,11 @@
-"""Writes the tables of README.md and of the documentation from the files in benchmarks/results, not by hand.
+"""Writes tables and figures of README.md and of the documentation from the files in benchmarks/results, not by hand.
 
 A table stands between two markers, `<!-- results:NAME:begin -->` and `<!-- results:NAME:end -->`; which names there are
-is said in `tables.py`.
+is said in `tables.py`. Figures are files in docs/figures, which `docs/hooks.py` draws where the text has a place for
+them; files there that no result makes are removed.
 
-    python benchmarks/render.py                       writes the tables
-    python benchmarks/render.py --check               writes nothing; exit code 1 if a table is out of date
+    python benchmarks/render.py                       writes tables and figures
+    python benchmarks/render.py --check               writes nothing; exit code 1 if something is out of date
     python benchmarks/render.py --demo demo-output    first takes a demo's results over into demo.json
 """
 
@@ -18,13 +19,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tables import TABLES, RenderError, read
+import evidence_figures
+import evidence_fragile
+import evidence_tables
+import tables
+from rendering import FIGURES, TABLES, RenderError, figure_text, read
+
+#: Where tables and figures are registered.
+REGISTERED = (tables, evidence_tables, evidence_figures, evidence_fragile)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md",
     "docs/results.md",
+    "docs/evidence.md",
+    "docs/analyses.md",
     "docs/training-speed.md",
     "docs/patchwise.md",
     "docs/two-bits.md",
@@ -32,6 +42,7 @@ DOCUMENTS = (
     "docs/deployment.md",
 )
 _BLOCK = re.compile(r"<!-- results:(\w+):begin -->\n(.*?)<!-- results:(\w+):end -->", re.DOTALL)
+_PLACE = re.compile(r'data-figure="figures/([^"]+)"')
 _MARKER = re.compile(r"<!-- results:\w+:(?:begin|end) -->")
 
 
@@ -48,6 +59,25 @@ def fill(text: str, results: Path) -> str:
     if sections == 0 or len(_MARKER.findall(text)) != 2 * sections:
         raise RenderError("markers of a section are missing or come singly")
     return filled
+
+
+def files_of(root: Path, results: Path) -> dict[Path, str | None]:
+    """Every file that is rendered and what should be in it; None for a figure that no result makes any more."""
+    files: dict[Path, str | None] = {}
+    placed: set[str] = set()
+    for name in DOCUMENTS:
+        try:
+            text = fill((root / name).read_text(encoding="utf-8"), results)
+        except RenderError as error:
+            raise RenderError(f"{name}: {error}") from None
+        files[root / name] = text
+        placed |= set(_PLACE.findall(text))
+    folder = root / "docs" / "figures"
+    figures = {f"{name}.json": figure for make in FIGURES for name, figure in make(results).items()}
+    if placed != figures.keys():
+        raise RenderError(f"figures without a place, or places without a figure: {sorted(placed ^ figures.keys())}")
+    stale: dict[Path, str | None] = {file: None for file in folder.glob("*.json")}
+    return files | stale | {folder / name: figure_text(figure) for name, figure in figures.items()}
 
 
 def take_over(demo: Path, results: Path) -> Path:
@@ -76,9 +106,17 @@ def take_over(demo: Path, results: Path) -> Path:
     return target
 
 
+def write(file: Path, text: str | None) -> None:
+    if text is None:
+        file.unlink()
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is out of date")
     parser.add_argument("--demo", type=Path, metavar="DIR", help="take the results of this demo over first")
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
@@ -87,17 +125,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.demo and not options.check:
             take_over(options.demo, options.results)
         stale = []
-        for name in DOCUMENTS:
-            document = options.root / name
-            before = document.read_text(encoding="utf-8")
-            try:
-                after = fill(before, options.results)
-            except RenderError as error:
-                raise RenderError(f"{name}: {error}") from None
-            if after != before:
-                stale.append(name)
+        for file, text in files_of(options.root, options.results).items():
+            if text != (file.read_text(encoding="utf-8") if file.is_file() else None):
+                stale.append(str(file.relative_to(options.root)))
                 if not options.check:
-                    document.write_text(after, encoding="utf-8")
+                    write(file, text)
     except (RenderError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

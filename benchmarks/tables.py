@@ -7,65 +7,33 @@
     patchwise     patchwise*.json     what `benchmarks/patchwise.py` measured, one table per budget
     sensitivity   sensitivity.json    what `benchmarks/sensitivity.py` measured: search times and rank correlations
     two_bits      two_bits*.json      what `benchmarks/accuracy/two_bits.py` measured, one table per file
-    evidence      evidence*.json      what `benchmarks/accuracy/evidence.py` measured: three tables per file
     regularizer   regularizer.json    what `benchmarks/regularizer.py` measured
     labels        labels.json         what `benchmarks/labels.py` measured
     deploy        deploy.json         what `benchmarks/deploy.py` measured: a table for each model and batch size
     packed        packed.json         what `benchmarks/packed.py` measured: sizes, and agreement of every engine
 
-Where a file is missing, "Not measured yet" and the command to measure it stand in the table's place.
+Those of evidence_*.json and fragile.json are in `evidence_tables.py` and `evidence_fragile.py`. Where a file is
+missing, "Not measured yet" and the command to measure it stand in the table's place.
 """
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
-
-class RenderError(Exception):
-    """A file that cannot be rendered, or a document with broken markers."""
-
-
-TABLES: dict[str, Callable[[Path], str]] = {}
-
-
-def table_of(files: str, command: str) -> Callable[[Callable[[dict[str, Any]], str]], Callable[[dict[str, Any]], str]]:
-    """Decorator: `NAME_tables` makes the table NAME from what each file holds that `files` matches.
-
-    `command` is what measures it. A file that lacks what the function asks for is a RenderError.
-    """
-
-    def register(function: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-        def render(results: Path) -> str:
-            found = sorted(results.glob(files))
-            parts = []
-            for file in found:
-                try:
-                    parts.append(function(read(file)))
-                except (KeyError, TypeError, ValueError, IndexError, StopIteration, ZeroDivisionError) as error:
-                    what = f"{type(error).__name__} {error}"
-                    raise RenderError(f"{file} is not what the benchmark writes: {what}") from None
-            return "\n\n".join(parts) or f"Not measured yet: {command}."
-
-        TABLES[function.__name__.removesuffix("_tables")] = render
-        return function
-
-    return register
+from rendering import origin, spread, table, table_of, unit
 
 
 @table_of("demo.json", "`make demo`, then `python benchmarks/render.py --demo demo-output`")
 def demo_tables(data: dict[str, Any]) -> str:
     """Accuracy of the demo's methods at equal bit operations."""
-    unit, factor = _unit([row["bit_operations"] for row in data["rows"]], (("G", 1e9), ("M", 1e6)), 1e8)
+    prefix, factor = unit([row["bit_operations"] for row in data["rows"]], (("G", 1e9), ("M", 1e6)), 1e8)
     seeds = sorted({seed for row in data["rows"] for seed in row["seeds"]})
     rows = [
         [
             "float",
             "32 bit",
-            _spread(data["float_accuracy_mean"], data["float_accuracy_std"], len(seeds)),
+            spread(data["float_accuracy_mean"], data["float_accuracy_std"], len(seeds)),
             "",
             "",
             "",
@@ -75,7 +43,7 @@ def demo_tables(data: dict[str, Any]) -> str:
         [
             row["method"],
             row["budget"],
-            _spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
+            spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
             f"{row['train_loss_mean']:.3f}" if row.get("train_loss_mean") else "",
             f"{row['bit_operations'] / factor:.3f}",
             f"{row['weight_bytes'] / 1e3:.1f}",
@@ -88,17 +56,17 @@ def demo_tables(data: dict[str, Any]) -> str:
         "budget",
         "accuracy (%)",
         "training loss",
-        f"bit operations ({unit})",
+        f"bit operations ({prefix})",
         "weights (kB, packed)",
     ]
     if "packed" in data:
         header += ["file (kB)", "on integers (%)", "equal answers (%)"]
         rows[0] += [f"{statistics.mean(row['float_bytes'] for row in data['packed']) / 1e3:.1f}", "", ""]
-    spread = "Mean ± standard deviation over seeds" if len(seeds) > 1 else "Seed"
+    seed_word = "Mean ± standard deviation over seeds" if len(seeds) > 1 else "Seed"
     note = "Training loss: cross-entropy with the float model's soft labels, mean of the last five epochs."
-    over = f"{note} {spread} {', '.join(map(str, seeds))}."
+    over = f"{note} {seed_word} {', '.join(map(str, seeds))}."
     took = f" All runs together took {data['seconds'] / 60:.1f} minutes." if data.get("seconds") else ""
-    return "\n\n".join([_table(header, rows, left=2), " ".join(_verdict(data)), f"{over} {_origin(data)}{took}"])
+    return "\n\n".join([table(header, rows, left=2), " ".join(_verdict(data)), f"{over} {origin(data)}{took}"])
 
 
 def _packed_cells(data: dict[str, Any], row: dict[str, Any]) -> list[str]:
@@ -128,8 +96,8 @@ def train_step_tables(data: dict[str, Any]) -> str:
             if (row["precision"], row["mode"]) == (precision, mode)
         ]
         title = f"`{data['model']}`, batch {data['batch']}, {precision}, {mode}:"
-        parts += [title, _table(header, rows, left=1)]
-    return "\n\n".join([*parts, _origin(data)])
+        parts += [title, table(header, rows, left=1)]
+    return "\n\n".join([*parts, origin(data)])
 
 
 @table_of("ptq.json", "`python benchmarks/ptq.py`, see its `--help`")
@@ -153,17 +121,17 @@ def ptq_tables(data: dict[str, Any]) -> str:
     note = f"{data['model']} on {images} images of {data['eval_data']}; calibrated on {data['calibration_images']} "
     note += f"images of {data['data']}. Reconstruction: steps × images per step, for each block. "
     note += f"Time is without scoring, threads: {data['threads']}{data.get('times', '')}."
-    return "\n\n".join([_table(header, rows, left=2), f"{note} {_origin(data)}"])
+    return "\n\n".join([table(header, rows, left=2), f"{note} {origin(data)}"])
 
 
 @table_of("ptq_peers.json", "`python benchmarks/ptq_peers.py`, see its `--help`")
 def ptq_peers_tables(data: dict[str, Any]) -> str:
     """The 8-bit quantization of deployment tools, beside our own."""
     rows = [[row["engine"], f"{row['top1']:.1f}", f"{row['agreement']:.1f}"] for row in data["rows"]]
-    table = _table(["8 bits", "top-1 (%)", "same answer as float (%)"], rows, left=1)
+    cells = table(["8 bits", "top-1 (%)", "same answer as float (%)"], rows, left=1)
     note = f"The same weights, calibration images and {data['rows'][0]['images']} scored images; "
     note += f"float {data['rows'][0]['top1_float']:.1f} %."
-    return "\n\n".join([table, f"{note} {_origin(data)}"])
+    return "\n\n".join([cells, f"{note} {origin(data)}"])
 
 
 @table_of("patchwise*.json", "`python benchmarks/patchwise.py --data DIR`")
@@ -188,8 +156,8 @@ def patchwise_tables(data: dict[str, Any]) -> str:
         ]
         header = ["variant", "top-1 (%)", "agrees with float (%)", "only this / only uniform right", "p-value"]
         header += ["KL on training images", "bit operations (G)"]
-        parts += [f"Budget `{one['budget']}`:", _table(header, rows, left=1), _patchwise_verdict(one)]
-    return "\n\n".join([*parts, f"{_origin(data)} It took {data['cpu_seconds'] / 60:.1f} minutes of processor time."])
+        parts += [f"Budget `{one['budget']}`:", table(header, rows, left=1), _patchwise_verdict(one)]
+    return "\n\n".join([*parts, f"{origin(data)} It took {data['cpu_seconds'] / 60:.1f} minutes of processor time."])
 
 
 def _patchwise_verdict(one: dict[str, Any]) -> str:
@@ -222,7 +190,7 @@ def two_bits_tables(data: dict[str, Any]) -> str:
                 row["budget"],
                 row["row"],
                 "soft" if row["soft_labels"] else "hard",
-                _spread(row["accuracy_mean"], row["accuracy_std"], seeds),
+                spread(row["accuracy_mean"], row["accuracy_std"], seeds),
                 f"{row['oscillating_middle_mean']:.1f}",
                 f"{row['oscillating_end_mean']:.1f}",
             ]
@@ -236,66 +204,7 @@ def two_bits_tables(data: dict[str, Any]) -> str:
         f"deviation over seeds {', '.join(map(str, first['seeds']))}. Oscillating: share of the blocks' weights in "
         "the middle of the training and at its end."
     )
-    return "\n\n".join([_table(header, rows, left=3), f"{note} {_origin(data)}"])
-
-
-KINDS = {
-    "attn.query": "q",
-    "attn.key": "k",
-    "attn.value": "v",
-    "attn.probs": "probabilities",
-    "attn.output": "heads' outputs",
-    "mlp.fc1.input": "input of fc1",
-    "mlp.fc2.input": "GELU's output",
-    "attn.qkv.query_weight": "W_q",
-    "attn.qkv.key_weight": "W_k",
-    "attn.qkv.value_weight": "W_v",
-    "attn.proj.weight": "W_o",
-    "mlp.fc1.weight": "W of fc1",
-    "mlp.fc2.weight": "W of fc2",
-}
-
-
-@table_of("evidence*.json", "`python benchmarks/accuracy/evidence.py --help`")
-def evidence_tables(data: dict[str, Any]) -> str:
-    """Tables 1 and 3 and Figure 5 of the Q-ViT paper in small, for each file."""
-    first = data["rows"][0]
-    floats, seeds = first["float_accuracies"], len(first["seeds"])
-    starts = {row["budget"]: row for row in data["rows"] if row["row"] == "lsq+"}
-
-    def lines(rows: list[dict[str, Any]], reference: Callable[[dict[str, Any]], dict[str, Any]]) -> list[list[str]]:
-        found = []
-        for row in rows:
-            pairs = zip(row["accuracies"], reference(row)["accuracies"], strict=True)
-            gains = [own - other for own, other in pairs]
-            gain = "" if row is reference(row) else _spread(statistics.mean(gains), statistics.stdev(gains), seeds)
-            accuracy = _spread(row["accuracy_mean"], row["accuracy_std"], seeds)
-            cost = f"{row['bit_operations'] / 1e9:.4f}"
-            found.append([row["budget"], row["row"], accuracy, gain, cost, f"{row['weight_bytes'] / 1e3:.1f}"])
-        return found
-
-    header = ["budget", "method", "top-1 (%)", "less that of {}", "bit operations (G)", "weights (kB)"]
-    budgets = [row for row in data["rows"] if row["part"] == "budgets"]
-    ablations = [row for row in data["rows"] if row["part"] == "ablations"]
-    parts = [
-        f"`{data['set']}`: {data['train_images']} training and {first['images']} test images, float "
-        f"{sum(floats) / len(floats):.2f} %; mean ± standard deviation over seeds "
-        f"{', '.join(map(str, first['seeds']))}, differences seed by seed.",
-        _table([name.format("lsq+") for name in header], lines(budgets, lambda row: starts[row["budget"]]), left=2),
-    ]
-    if ablations:
-        full = next(row for row in budgets if row["row"] == "qvit" and row["budget"] == ablations[0]["budget"])
-        rows = lines([full, *ablations], lambda row: full)
-        parts.append(_table([name.format("qvit") for name in header], rows, left=2))
-    learned = [row for row in budgets if row["method"] == "qvit"]
-    widths = [
-        [title, *(f"{row['mean_widths'][kind]:.2f}" for row in learned)]
-        for kind, title in KINDS.items()
-        if kind in learned[0]["mean_widths"]
-    ]
-    parts.append("Mean width that `qvit` learned in the blocks:")
-    parts.append(_table(["tensor", *(row["budget"] for row in learned)], widths, left=1))
-    return "\n\n".join([*parts, _origin(data)])
+    return "\n\n".join([table(header, rows, left=3), f"{note} {origin(data)}"])
 
 
 @table_of("regularizer.json", "`python benchmarks/regularizer.py`")
@@ -308,7 +217,7 @@ def regularizer_tables(data: dict[str, Any]) -> str:
     header = ["part", "time (ms)", "of a float step (%)", "of an lsq+ step (%)"]
     note = f"{data['model']}, batch {data['batch']}, {data['bits']} bits; a float step takes "
     note += f"{data['milliseconds']['float']:.0f} ms here, an lsq+ step {data['milliseconds']['lsq+']:.0f} ms."
-    return "\n\n".join([_table(header, rows, left=1), f"{note} {_origin(data)}"])
+    return "\n\n".join([table(header, rows, left=1), f"{note} {origin(data)}"])
 
 
 @table_of("labels.json", "`python benchmarks/labels.py`")
@@ -322,7 +231,7 @@ def labels_tables(data: dict[str, Any]) -> str:
         f"{data['replayed_per_second_1']:.0f}",
     ]
     header = ["images × crops", "bytes per crop", "labelled per second", "replayed, 4 of an image", "replayed, 1"]
-    return "\n\n".join([_table(header, [row], left=1), f"Teacher {data['teacher']}. {_origin(data)}"])
+    return "\n\n".join([table(header, [row], left=1), f"Teacher {data['teacher']}. {origin(data)}"])
 
 
 @table_of("sensitivity.json", "`QVIT_DATA=FOLDER python benchmarks/sensitivity.py`")
@@ -353,7 +262,7 @@ def sensitivity_tables(data: dict[str, Any]) -> str:
         f"Spearman's rank correlation with the measured divergence of {exhaustive['heads_measured']} heads and "
         f"tensors drawn at random, in all and by width, and the median of predicted over measured."
     )
-    return "\n\n".join([search, _table(header, rows, left=1), f"{note} {_origin(data)}"])
+    return "\n\n".join([search, table(header, rows, left=1), f"{note} {origin(data)}"])
 
 
 @table_of("deploy.json", "`python benchmarks/deploy.py`, see its `--help`")
@@ -374,7 +283,7 @@ def deploy_tables(data: dict[str, Any]) -> str:
         parts.append("What is computed: " + "; ".join(f"`{name}`: {text}" for name, text in ours.items()) + ".")
     known = data["instructions"]
     has = "not known" if known is None else ", ".join(f"`{name}`" for name in known) or "none of those that matter"
-    return "\n\n".join([*parts, f"Threads: {data['threads']}. Instructions of the processor: {has}. {_origin(data)}"])
+    return "\n\n".join([*parts, f"Threads: {data['threads']}. Instructions of the processor: {has}. {origin(data)}"])
 
 
 def _deploy_table(rows: list[dict[str, Any]]) -> str:
@@ -396,7 +305,7 @@ def _deploy_table(rows: list[dict[str, Any]]) -> str:
     ]
     header = ["engine", "precision", "median (ms)", "quartiles (ms)", "× OpenVINO int8", "× PyTorch fp32"]
     header += ["same answer as float (%)", "as simulated (%)", "file (MB)"]
-    return _table(header, cells, left=2)
+    return table(header, cells, left=2)
 
 
 def _deploy_verdict(rows: list[dict[str, Any]]) -> str:
@@ -411,24 +320,6 @@ def _deploy_verdict(rows: list[dict[str, Any]]) -> str:
         f"Our fastest engine, `{best['engine']}`, is {relation} the fastest peer, {rival['engine']} "
         f"{rival['precision']}: it takes {ratio:.2f} times as long."
     )
-
-
-def read(file: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RenderError(f"cannot read {file}: {error}") from None
-    if not isinstance(data, dict):
-        raise RenderError(f"{file} must hold a JSON object, not a {type(data).__name__}")
-    return data
-
-
-def _origin(data: dict[str, Any]) -> str:
-    """Where a measurement comes from, in a sentence."""
-    seeds = f", seeds {', '.join(map(str, data['seeds']))}" if data.get("seeds") else ""
-    versions = ", ".join(f"{name} {version}" for name, version in (data.get("versions") or {}).items())
-    where = f"{data['hardware']}{seeds}, {data['date']}" + (f" ({versions})" if versions else "")
-    return f"Measured with `{data['command'].strip()}` on {where}."
 
 
 def _verdict(data: dict[str, Any]) -> list[str]:
@@ -449,21 +340,6 @@ def _verdict(data: dict[str, Any]) -> list[str]:
             certainty = f"{within} the larger standard deviation over seeds ({deviation:.2f})"
         sentences.append(f"At the budget {budget}, `qvit` is {amount} `lsq+`, {certainty}.")
     return sentences
-
-
-def _spread(mean: float, deviation: float, seeds: int) -> str:
-    return f"{mean:.2f} ± {deviation:.2f}" if seeds > 1 else f"{mean:.2f}"
-
-
-def _unit(values: Sequence[float], units: Sequence[tuple[str, float]], threshold: float) -> tuple[str, float]:
-    """The first unit if a value reaches the threshold, else the second."""
-    return units[0] if max(values) >= threshold else units[1]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int) -> str:
-    """A markdown table; the first `left` columns are text, the others numbers."""
-    rule = ["---" if column < left else "---:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
 @table_of("packed.json", "`python benchmarks/packed.py`, see its `--help`")
@@ -500,13 +376,13 @@ def packed_tables(data: dict[str, Any]) -> str:
         ]
     return "\n\n".join(
         [
-            _table(["model", "plan", "file (kB)", "theory (kB)", "file / theory", "float32 / file"], sizes, left=2),
-            _table(
+            table(["model", "plan", "file (kB)", "theory (kB)", "file / theory", "float32 / file"], sizes, left=2),
+            table(
                 ["model", "plan", "computed by", "top-1 (%)", "equal answers (%)", "movement", "images"],
                 answers,
                 left=3,
             ),
             "Theory: bits of the weights plus tensors left in float. Equal answers: the first class is that of fake "
-            "quantization in float32. Movement: median over images of the largest change of a logit. " + _origin(data),
+            "quantization in float32. Movement: median over images of the largest change of a logit. " + origin(data),
         ]
     )

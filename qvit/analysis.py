@@ -20,12 +20,14 @@ stopped, or that asks for more, goes on where the file ends.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qvit.calibration import calibrate
@@ -37,7 +39,7 @@ from qvit.files import write_json
 from qvit.plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.spec import Site
-from qvit.subject import Progress, Request, answers, open_subject, paired_standard_error, percent_equal, standard_error
+from qvit.subject import Progress, Request, logits, open_subject, paired_standard_error, percent_equal, standard_error
 
 WIDTHS = tuple(range(2, 9))
 KINDS = ("widths", "parts", "heads")
@@ -118,7 +120,7 @@ class Probe:
     def __init__(self, model: nn.Module, calibration: Iterable[Tensor]) -> None:
         self.float_model, self.cost = model, inspect_model(model)
         self.model = calibrate(quantize(model, QuantPlan.any_width(self.cost.sites)), calibration).eval()
-        self._float: tuple[Tensor, Tensor] | None = None
+        self._float: tuple[Tensor, Tensor] | None = None  # logarithms of probabilities, and the truth
 
     def apply(self, widths: dict[str, tuple[int, ...]]) -> nn.Module:
         """The model with these widths; sites that are not named compute in float."""
@@ -131,20 +133,22 @@ class Probe:
 
     def float_answers(self, images: Batches, progress: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
         """What the float model says about the images, and the truth; computed once."""
-        if self._float is None:
-            self._float = answers(self.float_model.eval(), images, progress)
-        return self._float
+        reference, truth = self._reference(images, progress)
+        return reference.argmax(-1), truth
 
     def measure(self, point: Point, images: Batches, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
-        """The point as plain data: top-1, what it lost against float, the agreement with float, and BOPs.
+        """The point as plain data: top-1, what it lost against float, agreement and divergence from float, and BOPs.
 
-        All but BOPs in percent. The standard error of the loss is that of a difference on the same images. A point that
-        leaves tensors in float has no meaningful BOPs: there it is None.
+        All but the divergence KL(float || quantized), the mean over images in nats, and BOPs in percent. The standard
+        error of the loss is that of a difference on the same images. A point that leaves tensors in float has no
+        meaningful BOPs: there it is None.
         """
         start = time.perf_counter()
-        of_float, truth = self.float_answers(images)
-        widths = point.widths(self.cost)
-        predicted, _ = answers(self.apply(widths), images, progress)
+        reference, truth = self._reference(images)
+        of_float, widths = reference.argmax(-1), point.widths(self.cost)
+        given = torch.cat([own for own, _ in logits(self.apply(widths), images, progress)]).float().log_softmax(-1)
+        predicted = given.argmax(-1)
+        divergence = (reference.exp() * (reference - given)).sum(-1)
         top1 = percent_equal(predicted, truth)
         whole = len(widths) == len(self.cost.sites)
         return asdict(point) | {
@@ -153,10 +157,18 @@ class Probe:
             "drop": percent_equal(of_float, truth) - top1,
             "drop_standard_error": paired_standard_error(of_float == truth, predicted == truth),
             "agreement": percent_equal(predicted, of_float),
+            "divergence": float(divergence.mean()),
+            "divergence_standard_error": float(divergence.std(correction=0)) / math.sqrt(len(truth)),
             "bit_operations": self.cost.bit_operations(widths) if whole else None,
             "images": len(truth),
             "seconds": round(time.perf_counter() - start, 3),
         }
+
+    def _reference(self, images: Batches, progress: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
+        if self._float is None:
+            own, truth = zip(*logits(self.float_model.eval(), images, progress), strict=True)
+            self._float = torch.cat(own).float().log_softmax(-1), torch.cat(truth)
+        return self._float
 
 
 def width_points(widths: Sequence[int] = WIDTHS) -> list[Point]:

@@ -154,19 +154,27 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @torch.no_grad()
+def logits(
+    model: nn.Module,
+    loader: Iterable[tuple[Tensor, Tensor]],
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and true classes of every batch, on the CPU; `progress` gets the number of images."""
+    done = 0
+    for images, targets in loader:
+        yield model(images).cpu(), targets.cpu()
+        done += len(images)
+        if progress is not None:
+            progress(done)
+
+
 def answers(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
     progress: Callable[[int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The predicted and the true class of every image, int64 on the CPU; `progress` gets the number of images."""
-    predicted, truth, done = [], [], 0
-    for images, targets in loader:
-        predicted.append(model(images).argmax(-1).cpu())
-        truth.append(targets.cpu())
-        done += len(images)
-        if progress is not None:
-            progress(done)
+    predicted, truth = zip(*((own.argmax(-1), true) for own, true in logits(model, loader, progress)), strict=True)
     return torch.cat(predicted), torch.cat(truth)
 
 

@@ -128,6 +128,8 @@ class TestProbe:
         assert row["top1"] == pytest.approx(probe.measure(Point("widths", 8), images())["top1"])
         assert row["bit_operations"] == probe.cost.bit_operations(probe.cost.uniform(8))
         assert row["images"] == 16 and 0 <= row["agreement"] <= 100
+        coarse = probe.measure(Point("widths", 2), images())
+        assert 0 < row["divergence"] < coarse["divergence"] and coarse["divergence_standard_error"] > 0
         assert probe.measure(Point("parts", 8, part="fc"), images())["bit_operations"] is None
 
     def test_the_three_functions(self) -> None:

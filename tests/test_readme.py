@@ -394,33 +394,6 @@ def test_render_shows_search_times_and_rank_correlations(project: Path) -> None:
     assert render(project) == 2
 
 
-def test_render_compares_methods_seed_by_seed(project: Path) -> None:
-    def row(part: str, budget: str, name: str, accuracies: list[float]) -> dict[str, Any]:
-        return {
-            "part": part, "budget": budget, "row": name, "method": "lsq+" if name == "lsq+" else "qvit",
-            "accuracy_mean": sum(accuracies) / 2, "accuracy_std": 1.0, "accuracies": accuracies,
-            "float_accuracies": [50.0, 51.0], "bit_operations": 12_300_000, "weight_bytes": 4500.0,
-            "mean_widths": {"attn.probs": 3.25}, "images": 9, "seeds": [0, 1],
-        }  # fmt: skip
-
-    rows = [row("budgets", "3bit", "lsq+", [40.0, 42.0]), row("budgets", "3bit", "qvit", [41.0, 44.0])]
-    rows += [row("ablations", "3bit", "σ = 0.5", [40.0, 44.0])]
-    origin = {"command": "c", "hardware": "CPU", "date": "2020-01-02", "versions": {}}
-    document = project / "docs" / "results.md"
-    document.write_text("<!-- results:evidence:begin -->\n<!-- results:evidence:end -->")
-    assert render(project) == 0 and "Not measured yet: `python benchmarks/accuracy/evidence.py" in document.read_text()
-    measured = origin | {"set": "s", "train_images": 7, "rows": rows}
-    (project / "results" / "evidence_s.json").write_text(json.dumps(measured))
-    assert render(project) == 0
-    text = document.read_text()
-    assert "float 50.50 %" in text and "| 3bit | lsq+ | 41.00 ± 1.00 |  | 0.0123 | 4.5 |" in text
-    assert "| 3bit | qvit | 42.50 ± 1.00 | 1.50 ± 0.71 | 0.0123 | 4.5 |" in text
-    assert "| 3bit | σ = 0.5 | 42.00 ± 1.00 | -0.50 ± 0.71 | 0.0123 | 4.5 |" in text
-    assert "| probabilities | 3.25 |" in text
-    (project / "results" / "evidence_s.json").write_text("{}")
-    assert render(project) == 2
-
-
 def test_render_shows_speeds_of_each_model_and_batch(project: Path) -> None:
     def row(engine: str, batch: int, ms: float, ratio: float | None, *, ours: bool) -> dict[str, Any]:
         return {

@@ -1,0 +1,150 @@
+"""The evidence: tables of what `benchmarks/accuracy/evidence.py` measured, evidence_*.json, each set a part of its own.
+
+A difference is taken seed by seed, to the row `lsq+` of the same budget (ablations: to the full `qvit`), because the
+rows of a seed share float weights and images; its deviation is that of these differences over seeds (n - 1). Sentences
+are made by rule: a difference counts where it exceeds its deviation. The figures are in `evidence_figures.py`.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+from evidence_data import KINDS, Gain, Row, figure_names, floats_of, learned, paired, reference_of, rows_of
+from rendering import Data, origin, place, spread, table, table_of
+
+from qvit.report.units import column, difference, titled
+
+PARTS = {
+    "budgets": "At equal bit operations",
+    "post-training": "Plans without training, and training that starts from them",
+    "rivals": "Rivals",
+}
+
+
+@table_of("evidence_*.json", "`python benchmarks/accuracy/evidence.py --help`")
+def evidence_tables(data: Data) -> str:
+    """All tables of one set of images, with the places of its figures."""
+    first, shown = data["rows"][0], figure_names(data)
+    by_seed = floats_of(data)
+    floats, seeds = statistics.mean(by_seed.values()), ", ".join(map(str, by_seed))
+    above = _above_float(data, floats)
+    pieces = [
+        f"## {data['set']}",
+        f"{title_of(data)} {data['train_images']} training and {first['images']} test images; float {floats:.2f} %. "
+        f"Mean ± standard deviation over seeds {seeds}; differences are taken seed by seed.{above}",
+        "Accuracy against cost, all rows but the ablations; error bars are standard deviations over seeds, points of "
+        "(nearly) equal cost stand side by side, and rows far below the others have an axis of their own.",
+        *(place(name) for key, name in shown.items() if key in ("bit-operations", "weight-bytes")),
+    ]
+    for part, heading in PARTS.items():
+        rows = rows_of(data, part)
+        if rows:
+            pieces += [f"### {heading}", *_compared(rows, data, "lsq+")]
+    pieces += _ablations(data, shown)
+    pieces += _widths(data, shown)
+    hours = f" All runs together: {data['hours']:.1f} hours." if data.get("hours") else ""
+    return "\n\n".join([*pieces, origin(data) + hours])
+
+
+def _above_float(data: Data, floats: float) -> str:
+    above = sum(row["accuracy_mean"] > floats for row in data["rows"])
+    if not above:
+        return ""
+    return f" {above} of {len(data['rows'])} rows are above the float model: their training went on where its ended."
+
+
+def title_of(data: Data) -> str:
+    """A sentence about the model and its training."""
+    if data.get("title"):
+        return data["title"].rstrip(".") + "."
+    common, quantized = data["settings"]["common"], data["settings"]["quantized"]
+    return f"`{common['model']}`, {quantized['epochs']} epochs at a learning rate of {quantized['lr']:g}."
+
+
+def _compared(rows: list[Row], data: Data, reference: str) -> list[str]:
+    """A table of rows with their differences to a reference, and the sentence about these."""
+    gains = [paired(row, reference_of(row, data, reference)) for row in rows]
+    seeds = len(floats_of(data))
+    prefix, costs = column([row["bit_operations"] for row in rows], "bops")
+    unit, sizes = column([row["weight_bytes"] for row in rows], "bytes")
+    cells = [
+        [
+            row["budget"],
+            row["row"] + (f" (seeds {', '.join(map(str, row['seeds']))})" if len(row["seeds"]) < seeds else ""),
+            spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
+            "" if gain is None else f"{difference(gain[0])} ± {gain[1]:.2f}",
+            cost,
+            size,
+        ]
+        for row, gain, cost, size in zip(rows, gains, costs, sizes, strict=True)
+    ]
+    header = ["budget", "method", "top-1 (%)", f"less {reference}, paired", titled("bit operations", prefix)]
+    return [table([*header, titled("weights", unit)], cells, left=2), verdict(rows, gains, reference)]
+
+
+def verdict(rows: list[Row], gains: list[Gain | None], reference: str) -> str:
+    """Which differences exceed their deviation over seeds, from the numbers alone."""
+    found: dict[str, dict[str, list[str]]] = {"above": {}, "below": {}, "not": {}}
+    for row, gain in zip(rows, gains, strict=True):
+        if gain is not None:
+            key = "not" if abs(gain[0]) <= gain[1] else "above" if gain[0] > 0 else "below"
+            amount = "" if key == "not" else f" ({difference(gain[0])})"
+            found[key].setdefault(row["row"], []).append(f"{row['budget']}{amount}")
+    if not any(found.values()):
+        return f"There are no two seeds to compare with `{reference}`: nothing is said about differences."
+    above, below, rest = (
+        "; ".join(f"{name} at {', '.join(budgets)}" for name, budgets in own.items()) or "none"
+        for own in found.values()
+    )
+    return (
+        f"By more than the deviation of the paired differences above `{reference}`: {above}. Below it: {below}. "
+        f"Within the deviation: {rest}."
+    )
+
+
+def _ablations(data: Data, shown: dict[str, str]) -> list[str]:
+    rows = rows_of(data, "ablations")
+    if not rows:
+        return []
+    full = reference_of(rows[0], data, "qvit")
+    pieces = ["### Ablations", *_compared([*([full] if full else []), *rows], data, "qvit")]
+    if "ablations" in shown:
+        pieces += ["Differences to the full `qvit`, with their deviations:", place(shown["ablations"])]
+    return pieces
+
+
+def _widths(data: Data, shown: dict[str, str]) -> list[str]:
+    rows = learned(data)
+    if not rows:
+        return []
+    cells = [
+        [title, *(f"{row['mean_widths'][kind]:.2f}" for row in rows)]
+        for kind, title in KINDS.items()
+        if kind in rows[0]["mean_widths"]
+    ]
+    pieces = ["### Learned widths", "Mean width that `qvit` learned in the blocks, in bits:"]
+    pieces.append(table(["tensor", *(row["budget"] for row in rows)], cells, left=1))
+    pieces.append("\n".join(filter(None, map(_of_the_paper, rows))))
+    if "widths" in shown:
+        pieces += ["The same less the width that `lsq+` has at that budget:", place(shown["widths"])]
+    return pieces
+
+
+def _of_the_paper(row: Row) -> str:
+    """What the paper says about learned widths (Figures 4 and 5), and whether it is so here."""
+    widths = row["mean_widths"]
+    if not {"attn.query", "attn.key", "attn.value", "attn.probs", "mlp.fc2.input"} <= widths.keys():
+        return ""
+    low, high = ((widths[f"attn.{a}"] + widths[f"attn.{b}"]) / 2 for a, b in (("query", "key"), ("value", "probs")))
+    gelu, rest = widths["mlp.fc2.input"], statistics.mean(widths.values())
+    return (
+        f"- {row['budget']}: q and k have {low:.2f} bits, v and probabilities {high:.2f} ({_agrees(low, high)}, "
+        f"Figure 4); GELU's output has {gelu:.2f}, the mean over kinds is {rest:.2f} ({_agrees(rest, gelu)}, Figure 5)."
+    )
+
+
+def _agrees(low: float, high: float) -> str:
+    """Whether the width that is the higher one in the paper is it here, by more than a twentieth of a bit."""
+    if abs(high - low) < 0.05:
+        return "no difference, unlike the paper"
+    return "as in the paper" if low < high else "unlike the paper"
