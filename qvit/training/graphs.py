@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qvit.kernels.gpu import first_line
 from qvit.quantizers.base import has_hooks
 
 _log = logging.getLogger(__name__)
@@ -47,12 +49,10 @@ class GraphedModel:
         if any(has_hooks(module) for module in self.model.modules()):
             return
         try:
-            self.graphed = torch.cuda.make_graphed_callables(
-                _Shell(self.model), (batch.clone(),), allow_unused_input=True
-            )
+            record: Any = torch.cuda.make_graphed_callables  # its types leave out what it returns for a module
+            self.graphed = record(_Shell(self.model), (batch.clone(),), allow_unused_input=True)
         except Exception as error:  # something in the model waits for the device, or its memory is full
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            _log.warning("no CUDA graphs, so steps take longer (cuda_graphs=false says nothing of it): %s", first)
+            _log.warning("no CUDA graphs, so steps take longer: %s", first_line(error))
 
 
 class _Shell(nn.Module):
