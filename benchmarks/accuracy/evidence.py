@@ -9,7 +9,7 @@ table:
     rivals          other ways to find widths: FracBits, DQ, EdMIPS; sensitivities (Fisher in one pass, KL of one tensor
                     at a time) with an integer program, trained as LSQ+; other ways to train: OFQ, IRM
     ablations       at one budget: widths per head, on the right and on the wrong axis, switchable scales, the length of
-                    the search, shared scales, width gradient by interpolation                              (Table 3)
+                    the search, shared scales, where widths start, width gradient by interpolation          (Table 3)
 
 and all rows tell the mean width that they learned for each kind of tensor (Figure 5). Sets of images: `sets.py`.
 Nothing here was chosen by test images. Finished runs are not run again, so a run that was stopped goes on.
@@ -43,6 +43,8 @@ from qvit.plan import QuantPlan
 from qvit.rundir import PLAN, RESULT
 from qvit.training.config import TrainConfig
 
+#: In a row's options: the N of a budget of N bits.
+AT_BUDGET = "N"
 #: A post-training plan on the grids of trained rows: uniform, one scale per head.
 GRIDS = {"weights": "per-head", "probs": "uniform", "heads": "per-head", "reparameterize": False, "min_width": 2}
 
@@ -89,6 +91,7 @@ PARTS: dict[str, list[Row]] = {
         Row("σ = 0.9", "qvit", {"searching_ratio": 0.9}),
         Row("σ = 1.0", "qvit", {"searching_ratio": 1.0}),
         Row("one scale for all heads", "qvit", {"scales": "shared"}),
+        Row("widths start at the budget's", "qvit", {"initial_bits": AT_BUDGET}),
         Row("width gradient by interpolation", "qvit", {"width_gradient": "interpolation"}),
     ],
 }
@@ -153,7 +156,8 @@ class Jobs:
 
     def add(self, part: str, budget: str, row: Row, seed: int) -> None:
         """Adds the run of a row, and before it the run of the plan that it starts from."""
-        own = {**self.common, "seed": seed, "budget": budget, "method": row.method, "method_options": row.options}
+        values = {key: int(budget[0]) if value == AT_BUDGET else value for key, value in row.options.items()}
+        own = {**self.common, "seed": seed, "budget": budget, "method": row.method, "method_options": values}
         after = float_of(self.options, seed)
         own["weights"] = str(self.runs / after)
         if row.start is not None:
