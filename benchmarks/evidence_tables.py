@@ -18,6 +18,7 @@ PARTS = {
     "budgets": "At equal bit operations",
     "post-training": "Plans without training, and training that starts from them",
     "rivals": "Rivals",
+    "widths alone": "Learned widths without the search",
 }
 
 
@@ -30,9 +31,9 @@ def evidence_tables(data: Data) -> str:
     above = _above_float(data, floats)
     pieces = [
         f"## {data['set']}",
-        f"{title_of(data)} {data['train_images']} training and {first['images']} test images; float {floats:.2f} %. "
+        f"{title_of(data)} {first['images']} test images; float {floats:.2f} %. "
         f"Mean ± standard deviation over seeds {seeds}; differences are taken seed by seed.{above}",
-        "Accuracy against cost, all rows but the ablations; error bars are standard deviations over seeds, points of "
+        "Accuracy against cost, all rows but those about parts of `qvit`; error bars are standard deviations over seeds, points of "
         "(nearly) equal cost stand side by side, and rows far below the others have an axis of their own.",
         *(place(name) for key, name in shown.items() if key in ("bit-operations", "weight-bytes")),
     ]
@@ -54,11 +55,15 @@ def _above_float(data: Data, floats: float) -> str:
 
 
 def title_of(data: Data) -> str:
-    """A sentence about the model and its training."""
-    if data.get("title"):
-        return data["title"].rstrip(".") + "."
+    """Sentences about the model and its training."""
     common, quantized = data["settings"]["common"], data["settings"]["quantized"]
-    return f"`{common['model']}`, {quantized['epochs']} epochs at a learning rate of {quantized['lr']:g}."
+    title = data.get("title") or f"`{common['model']}`"
+    own = data["settings"]["float"]
+    floats = f" Float models: {own['epochs']} epochs of {data.get('float_images', data['train_images'])} images."
+    precision = f", {data['precision']}" if data.get("precision", "fp32") != "fp32" else ""
+    length = f"{quantized['epochs']} epochs of {data['train_images']} images"
+    steps = f"batches of {common['batch_size']}, learning rate {quantized['lr']:g}{precision}"
+    return f"{title.rstrip('.')}.{floats} Quantized: {length}, {steps};"
 
 
 def _compared(rows: list[Row], data: Data, reference: str) -> list[str]:

@@ -34,7 +34,13 @@ def measured(name: str = "s") -> dict[str, Any]:
         row("rivals", "3bit", "irm", [39.0, 41.5]),
         row("ablations", "3bit", "σ = 0.5", [40.0, 44.0]),
     ]
-    return ORIGIN | {"set": name, "title": "A small model", "train_images": 7, "hours": 1.25, "rows": rows}
+    settings = {
+        "common": {"model": "vit", "batch_size": 4},
+        "float": {"epochs": 9},
+        "quantized": {"epochs": 5, "lr": 0.001},
+    }
+    about = {"set": name, "title": "A small model", "settings": settings, "train_images": 7, "float_images": 30}
+    return ORIGIN | about | {"hours": 1.25, "rows": rows}
 
 
 @pytest.fixture
@@ -71,7 +77,8 @@ def test_without_results_the_command_stands_there(project: Path) -> None:
 
 def test_differences_are_taken_seed_by_seed(project: Path) -> None:
     text = page(project, measured())
-    assert "A small model. 7 training and 9 test images; float 50.50 %" in text
+    assert "A small model. Float models: 9 epochs of 30 images. Quantized: 5 epochs of 7 images" in text
+    assert "learning rate 0.001; 9 test images; float 50.50 %" in text
     assert "| 3bit | lsq+ | 41.00 ± 1.00 |  | 0.1107 | 13.50 |" in text
     assert "| 3bit | qvit | 42.50 ± 1.00 | +1.50 ± 0.71 | 0.1107 | 13.50 |" in text
     assert "| 3bit | σ = 0.5 | 42.00 ± 1.00 | −0.50 ± 0.71 |" in text

@@ -8,6 +8,8 @@ table:
     post-training   widths from a sensitivity and an integer program: as they are, and as the start of Q-ViT
     rivals          other ways to find widths: FracBits, DQ, EdMIPS; sensitivities (Fisher in one pass, KL of one tensor
                     at a time) with an integer program, trained as LSQ+; other ways to train: OFQ, IRM
+    widths alone    LSQ+ from the start at the widths that Q-ViT ended with: what they are worth without the search; and
+                    at the same widths in the wrong blocks
     ablations       at one budget: widths per head, on the right and on the wrong axis, switchable scales, the length of
                     the search, shared scales, where widths start, width gradient by interpolation          (Table 3)
 
@@ -33,9 +35,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from controls import on_wrong_axis, with_blocks_reversed
 from rich.console import Console
 from sets import SETS, add_arguments, common_of, float_jobs, float_of, parsed, record_of, spread
-from wrong_axis import work_on_wrong_axis
 
 from qvit.files import write_json
 from qvit.jobs import Job, run_jobs, seconds_of, work
@@ -56,7 +58,7 @@ class Row:
     Attributes:
         name: What it is called.
         method, options: What it trains with; `ptq` does not train.
-        start: The metric of the post-training plan that gives its widths, or those that it starts from.
+        start: What gives its widths, or those that it starts from: a post-training plan by this metric, or `qvit`.
         work: What runs it.
     """
 
@@ -82,9 +84,13 @@ PARTS: dict[str, list[Row]] = {
         Row("OFQ", "ofq"),
         Row("IRM", "irm"),
     ],
+    "widths alone": [
+        Row("lsq+ at the widths of qvit", "lsq+", start="qvit"),
+        Row("lsq+ at these, blocks reversed", "lsq+", start="qvit", work=with_blocks_reversed),
+    ],
     "ablations": [
         Row("one width for all heads", "qvit", {"head_wise": False}),
-        Row("heads of weights on the wrong axis", "qvit", work=work_on_wrong_axis),
+        Row("heads of weights on the wrong axis", "qvit", work=on_wrong_axis),
         Row("one scale for all widths", "qvit", {"switchable_scale": False}),
         Row("σ = 0.5", "qvit", {"searching_ratio": 0.5}),
         Row("σ = 0.7", "qvit", {"searching_ratio": 0.7}),
@@ -95,7 +101,8 @@ PARTS: dict[str, list[Row]] = {
         Row("width gradient by interpolation", "qvit", {"width_gradient": "interpolation"}),
     ],
 }
-PLANS = {metric: {**GRIDS, "metric": metric} for metric in ("fisher", "kl")}
+STARTS = {metric: Row(metric, "ptq", {**GRIDS, "metric": metric}) for metric in ("fisher", "kl")}
+STARTS["qvit"] = Row("qvit", "qvit")
 
 
 def main() -> None:
@@ -105,7 +112,7 @@ def main() -> None:
     wanted = [
         (part, budget, row)
         for part in options.parts
-        for budget in {"budgets": options.budgets, "ablations": options.ablations}.get(part, options.rivals)
+        for budget in options.budgets_of(part)
         for row in PARTS[part]
         if options.rows is None or row.name in options.rows
     ]
@@ -126,6 +133,7 @@ def main() -> None:
     everything = [runs / name for name in [job.name for job in floats] + list(jobs.all)]
     data = {
         "set": options.set,
+        "title": SETS[options.set].get("title", ""),
         "settings": SETS[options.set],
         "precision": options.precision,
         "train_images": 1200 if options.set == "digits" else options.train_images,
@@ -161,7 +169,7 @@ class Jobs:
         after = float_of(self.options, seed)
         own["weights"] = str(self.runs / after)
         if row.start is not None:
-            plan = Row(row.start, "ptq", PLANS[row.start])
+            plan = STARTS[row.start]
             self.add(part, budget, plan, seed)
             after = self.place(budget, plan, seed)
             own["plan"] = str(self.runs / after / PLAN)
@@ -208,11 +216,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--budgets", nargs="+", default=["4bit", "3bit", "2bit"])
     parser.add_argument("--rivals", nargs="+", default=["3bit", "2bit"], help="the budgets of rivals and plans")
-    parser.add_argument("--ablations", nargs="+", default=["3bit"], help="the budgets of the ablations")
+    parser.add_argument("--ablations", nargs="+", default=["3bit"], help="the budgets of ablations and widths alone")
     parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--table-only", action="store_true", help="run nothing: sum up what is there")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
-    return parsed(parser)
+    options = parsed(parser)
+    own = dict.fromkeys(PARTS, options.rivals) | {"budgets": options.budgets}
+    own |= dict.fromkeys(("widths alone", "ablations"), options.ablations)
+    options.budgets_of = own.__getitem__
+    return options
 
 
 if __name__ == "__main__":

@@ -44,11 +44,13 @@ SETS: dict[str, dict[str, Any]] = {
         "quantized": {"epochs": 6, "lr": 1e-3},
     },
     "cifar10-trained": {
+        "title": "A ViT of 4 blocks, 4 heads and width 64 on 32 pixels (patches of 4)",
         "common": {"model": "vit_tiny_patch16_224", "model_kwargs": SMALL, "batch_size": 50},
         "float": {"epochs": 15, "lr": 1e-3, "warmup_epochs": 1},
         "quantized": {"epochs": 5, "lr": 1e-3},
     },
     "tiny-imagenet": {
+        "title": "DeiT-T with its ImageNet weights, on 64 pixels (patches of 8), answers among 1000 classes",
         "common": {
             "model": "deit_tiny_patch16_224",
             "model_kwargs": {"img_size": 64, "patch_size": 8, "num_classes": 1000},
