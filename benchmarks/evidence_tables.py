@@ -34,7 +34,8 @@ def evidence_tables(data: Data) -> str:
         f"{title_of(data)} {first['images']} test images; float {floats:.2f} %. "
         f"Mean ± standard deviation over seeds {seeds}; differences are taken seed by seed.{above}",
         "Accuracy against cost, all rows but those about parts of `qvit`; error bars are standard deviations over "
-        "seeds, points of (nearly) equal cost stand side by side, and rows far below the others have an axis of their own.",
+        "seeds, points of (nearly) equal cost stand side by side, and rows far below the others have an axis of their "
+        "own.",
         *(place(name) for key, name in shown.items() if key in ("bit-operations", "weight-bytes")),
     ]
     for part, heading in PARTS.items():

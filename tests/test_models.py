@@ -95,6 +95,38 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 64}, "pos_embed"),
+        ("vit_tiny_patch16_224", {"patch_size": 4}, "pos_embed, patch_embed.proj.weight"),
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 8}, "relative_position_bias_table"),
+    ],
+)
+def test_weights_for_another_size_are_resampled_as_timm_does(
+    name: str, changes: dict[str, Any], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    swin = name.startswith("swin")
+    own = TINY | ({"img_size": 32, "window_size": 4} if swin else {"img_size": 32, "patch_size": 8})
+    own |= {"depths": (1, 1), "num_heads": (2, 2)} if swin else {}
+    own = {key: value for key, value in own.items() if not (swin and key == "depth")}
+    torch.manual_seed(0)
+    source = timm.create_model(name, **own)
+    for parameter in source.parameters():
+        torch.nn.init.normal_(parameter)
+    file = weights_file(tmp_path, "safetensors", {key: value.clone() for key, value in source.state_dict().items()})
+    wanted = timm.create_model(name, **(own | changes), pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    with caplog.at_level(logging.INFO, logger="qvit"):
+        model = create_model(name, weights=file, **(own | changes))
+    assert said.split(",")[0] in caplog.text and said.split(" ")[-1] in caplog.text
+    for key, value in wanted.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value) or key.startswith("head."), key
+
+
 def test_another_number_of_classes_leaves_the_classifier_untrained_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
