@@ -98,7 +98,7 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(
 TINY = {"embed_dim": 24, "depth": 1, "num_heads": 2, "num_classes": 3}
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm, in its resampling of Swin's tables
 @pytest.mark.parametrize(
     ("name", "changes", "said"),
     [
