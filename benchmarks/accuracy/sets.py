@@ -4,7 +4,7 @@
 archives in a folder (`--train-images`, `--test-images`, `--float-images`):
 
     cifar10           cifar10-train.tar.gz and cifar10-test.tar.gz; a small model from scratch
-    cifar10-trained   the same with more steps, for float models that saw more images than the quantized runs
+    cifar10-trained   the same with more steps, from one float model that saw more images than the quantized runs
     tiny-imagenet     tiny-imagenet-train-N.tar and tiny-imagenet-val.tar; DeiT-T with the weights of
                       deit_tiny_patch16_224.safetensors, patches resampled from 16 to 8 pixels and trained on at 64
                       pixels, one float model for all seeds
@@ -48,6 +48,7 @@ SETS: dict[str, dict[str, Any]] = {
         "common": {"model": "vit_tiny_patch16_224", "model_kwargs": SMALL, "batch_size": 50},
         "float": {"epochs": 15, "lr": 1e-3, "warmup_epochs": 1},
         "quantized": {"epochs": 5, "lr": 1e-3},
+        "one_float_model": True,
     },
     "tiny-imagenet": {
         "title": "DeiT-T with its ImageNet weights, on 64 pixels (patches of 8), answers among 1000 classes",
@@ -75,7 +76,7 @@ def float_jobs(options: argparse.Namespace, cut: dict[str, Any]) -> list[Job]:
     values = {**common_of(options), **own["float"], **cut, "method": "float", "workers": options.float_workers}
     if options.float_images is not None and options.set != "digits":
         values["data"] = archive(options, "train", options.float_images)
-    if own.get("one_float_model"):
+    if options.set == "tiny-imagenet":
         values["weights"] = str(options.data / "deit_tiny_patch16_224.safetensors")
     seeds = options.seeds[:1] if own.get("one_float_model") else options.seeds
     return [Job(f"float-seed{seed}", TrainConfig.create(**values, seed=seed)) for seed in seeds]
