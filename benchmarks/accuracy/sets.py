@@ -18,6 +18,7 @@ import argparse
 import datetime
 import os
 import platform
+import shlex
 import statistics
 import sys
 import tarfile
@@ -136,11 +137,12 @@ def record_of(script: str, device: str = "cpu") -> dict[str, Any]:
     """Command, hardware, date and versions, for a file of results; paths of this machine are left out."""
     words = iter(sys.argv[1:])
     shown = [word for word in words if word not in ("--data", "--runs", "--out") or next(words) is None]
+    shown = [word for word in shown if word != "--table-only"]
     versions = {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
     cores = f"{os.cpu_count()} cores, {platform.machine()}"
     cuda = device.startswith("cuda")
     return {
-        "command": " ".join(["python", f"benchmarks/accuracy/{script}", *shown]),
+        "command": shlex.join(["python", f"benchmarks/accuracy/{script}", *shown]),
         "hardware": f"{torch.cuda.get_device_name()}, {cores}" if cuda else f"CPU, {cores}",
         "date": datetime.date.today().isoformat(),
         "versions": {**versions, "python": platform.python_version()},
