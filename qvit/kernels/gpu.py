@@ -2,12 +2,12 @@
 
 A tensor is four axes, as in `cpu.cpp`; a program takes a block of a *tile*, the last two of them, within which the grid
 is constant as a rule, and reads the numbers of its group once. Elements of a tile are numbered in 32 bits, and where a
-tile lies in one piece nothing is divided: dividing every element's number in 64 bits took five times as long as the
-quantization. Backward reduces in registers and writes one partial sum per program: no atomic additions, the same
-numbers on every run. Groups that change from element to element (per channel) have the formulas in backward.
+tile lies in one piece nothing is divided: 64-bit divisions of every element's number are dear on a GPU. Backward
+reduces in registers and writes one partial sum per program: no atomic additions, the same numbers on every run. Groups
+that change from element to element (per channel) have the formulas in backward.
 
-A model has hundreds of quantizers with a few numbers each, and a dozen small operations on them cost more than the pass
-over the tensor: `resolve` makes the grid of the current widths in one launch, `parameter_gradients` all gradients of
+A model has hundreds of quantizers with a few numbers each, and every small operation on them is a launch:
+`resolve` makes the grid of the current widths in one launch, `parameter_gradients` all gradients of
 scales, offsets and widths in another.
 
 Division is the rounded one, and products and sums are not contracted: an approximate quotient would put values on the
