@@ -13,10 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from image_sets import CONFIG, GREY, LIGHT, drain, generator_states, make_images, same, with_workers
+from PIL import Image
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
-from qvit.training.augment import data_config_of, eval_config
+from qvit.training.augment import _augment_ops, data_config_of, eval_config, train_transform
 from qvit.training.data import (
     AugmentConfig,
     ImageSource,
@@ -54,6 +55,25 @@ def same_batches(a: Any, b: Any) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------- the sampling
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9", "original", "originalr", "v0", "augmix-m5"])
+@pytest.mark.parametrize("level", [0, 10])
+def test_policies_work_at_their_weakest_and_strongest(policy: str, level: int) -> None:
+    """With any Pillow: from 13 on it refuses `posterize` to no bits, which timm asks for at the highest level."""
+    image = Image.fromarray(np.random.default_rng(0).integers(1, 256, (12, 12, 3), dtype=np.uint8))
+    ops = list(_augment_ops(train_transform(CONFIG, AugmentConfig(auto_augment=policy))))
+    assert len(ops) > 2
+    for op in ops:
+        op.prob, op.magnitude, op.magnitude_std = 1, level, 0
+        assert op(image).size == image.size
+
+
+def test_posterize_to_no_bits_is_black() -> None:
+    transform = train_transform(CONFIG, AugmentConfig())
+    (op,) = [op for op in _augment_ops(transform) if op.name == "PosterizeIncreasing"]
+    op.prob, op.magnitude, op.magnitude_std = 1, 10, 0
+    assert not np.asarray(op(Image.new("RGB", (4, 4), "white"))).any()
 
 
 @given(st.integers(0, 60), st.integers(1, 7), st.integers(1, 5), st.booleans())

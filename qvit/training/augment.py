@@ -8,10 +8,12 @@ with uint8 pixels; normalisation and random erasing follow on the device (`qvit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+from timm.data.auto_augment import AugmentOp, posterize
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from torch import nn
@@ -125,7 +127,7 @@ def train_transform(data_config: Mapping[str, Any], augment: AugmentConfig) -> C
     """The training transform, from a PIL image to uint8 pixels; that of evaluation, at the size of training, if off."""
     if augment.is_off:
         return create_transform(**_geometry(data_config), use_prefetcher=True)  # type: ignore[return-value]
-    return create_transform(  # type: ignore[return-value]
+    transform: Any = create_transform(
         **_geometry(data_config),
         is_training=True,
         use_prefetcher=True,
@@ -135,6 +137,25 @@ def train_transform(data_config: Mapping[str, Any], augment: AugmentConfig) -> C
         color_jitter=augment.color_jitter,  # type: ignore[arg-type]
         auto_augment=augment.auto_augment,
     )
+    for op in _augment_ops(transform):
+        if op.aug_fn is posterize:
+            op.aug_fn = posterize_to_black
+    return transform
+
+
+def posterize_to_black(image: Any, bits: int, **options: Any) -> Any:
+    """timm's `posterize`, which its policies ask for no bits at all at their highest level: a black image.
+
+    Pillow makes one up to version 12 and raises ValueError from 13 on.
+    """
+    return posterize(image, bits, **options) if bits > 0 else Image.new(image.mode, image.size)
+
+
+def _augment_ops(transform: Any) -> Iterator[AugmentOp]:
+    """The operations of the policies in a transform of timm."""
+    for step in getattr(transform, "transforms", []):
+        for listed in getattr(step, "ops", None) or getattr(step, "policy", None) or []:
+            yield from listed if isinstance(listed, list) else [listed]
 
 
 def _geometry(data_config: Mapping[str, Any]) -> dict[str, Any]:
