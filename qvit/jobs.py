@@ -2,7 +2,7 @@
 
 The demo and the accuracy benchmarks are lists of such jobs. One job is one config; it may start from the weights or the
 plan of another. A list that was stopped goes on where it was, and a job whose config has changed is run anew, together
-with those that started from it.
+with those that started from it. A job that fails takes with it those that start from it; the others go on.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qvit.errors import QvitError
 from qvit.ptq_run import ptq
 from qvit.run import resume, train
 from qvit.rundir import CONFIG, LOG, RESULT, forget_progress
@@ -64,6 +66,9 @@ def run_jobs(
         workers: Processes; None: one per core.
         overwrite: Runs everything again.
         console: Where progress goes.
+
+    Raises:
+        QvitError: Jobs failed, told when all others are done.
     """
     runs.mkdir(parents=True, exist_ok=True)
     again = {job.name for job in listed if overwrite or not _same_config(runs / job.name, job.config)}
@@ -95,6 +100,7 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
     total = sum(job.config.epochs for job in todo)
     waiting = {job.name: job for job in todo}
     active: dict[Future[dict[str, Any]], Job] = {}
+    failed: dict[str, str] = {}
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=30),
@@ -105,16 +111,24 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
         console=console,
         disable=not console.is_terminal,
     )
-    with bar, ProcessPoolExecutor(min(workers, len(todo)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    with bar, ProcessPoolExecutor(min(workers, len(todo)), mp_context=_context()) as pool:
         task = bar.add_task("training", total=total)
         try:
             while waiting or active:
+                while lost := next((job for job in waiting.values() if job.after in failed), None):
+                    failed[lost.name] = f"not run, because {lost.after} failed"
+                    del waiting[lost.name]
                 unfinished = set(waiting) | {job.name for job in active.values()}
                 for job in [job for job in waiting.values() if job.after not in unfinished]:
                     active[pool.submit(job.work, str(runs / job.name), job.config.model_dump())] = waiting.pop(job.name)
                 done, _ = wait(active, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
-                    _announce(active.pop(future), future.result(), console)
+                    job, error = active.pop(future), future.exception()
+                    if isinstance(error, Exception) and not isinstance(error, BrokenExecutor):
+                        failed[job.name] = str(error).splitlines()[0] if str(error) else type(error).__name__
+                        console.print(f"{job.name} failed: {failed[job.name]}", style="red", markup=False)
+                    else:
+                        _announce(job, future.result(), console)
                 bar.update(
                     task,
                     completed=sum(_epochs_done(runs / job.name) for job in todo),
@@ -123,6 +137,18 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+    if failed:
+        lines = "".join(f"\n  {name}: {reason}" for name, reason in failed.items())
+        raise QvitError(f"{len(failed)} of {len(todo)} runs failed:{lines}")
+
+
+def _context() -> BaseContext:
+    """Processes forked from one that has imported this package, where the system can: it is read from disk once."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def seconds_of(result: dict[str, Any]) -> float:
