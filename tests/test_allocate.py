@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvit.allocate import Problem, round_to_budget, solve
+from qvit.allocate import Problem, program, round_to_budget, solve
 from qvit.cost import CostModel, Matmul, parse_budget
 from qvit.errors import QvitError
 from qvit.families import inspect_model
@@ -137,6 +139,36 @@ def test_without_the_integer_program_the_descent_answers(seed: int, monkeypatch:
     assert problem.cost(answer) <= problem.budget
     best, worst = least_damage(problem), sum(max(own) for own in problem.damages)
     assert damage(problem, answer) <= best + 0.5 * (worst - best) + 1e-6
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_answer_without_proof_is_taken(
+    exact: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Many nearly equal plans: the tree ends at its limit, the answer counts, and its distance is told."""
+    generator = random.Random(0)
+    coefficients = [generator.randrange(900, 1100) for _ in range(20)]
+    damages = [[c * (9 - width) / 1000 + generator.random() / 50 for width in range(2, 9)] for c in coefficients * 2]
+    pairs = (coefficients, list(range(20)), list(range(20, 40)))
+    problem = Problem([list(range(2, 9))] * 40, damages, *pairs, budget=sum(coefficients) * 20 + 1)
+    monkeypatch.setattr(program, "NODE_LIMIT", 1)
+    answers, real = [], program.milp
+
+    def spied(*arguments: Any, **options: Any) -> Any:
+        answers.append(real(*arguments, **options))
+        return answers[-1]
+
+    monkeypatch.setattr(program, "milp", spied)
+    if not exact:
+        options = {"mip_rel_gap": 0.0, "node_limit": 1}
+        monkeypatch.setattr(program, "milp", lambda *a, **k: spied(*a, **(k | {"options": options})))
+    with caplog.at_level(logging.INFO):
+        widths = program._integer_program(problem, exact, [])
+    assert widths is not None and not answers[0].success, "the problem is too easy to test this"
+    assert problem.cost(widths) <= problem.budget
+    assert problem.damage(solve(problem, exact=exact)) <= problem.damage(widths)
+    told = [record.getMessage() for record in caplog.records if "of the least" in record.getMessage()]
+    assert len(told) == exact
 
 
 def test_options_that_do_no_good_are_not_bought() -> None:

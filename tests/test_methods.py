@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -429,6 +430,25 @@ def test_widths_leave_the_optimizer_when_they_are_frozen(tmp_path: Path) -> None
         assert all(a is b for a, b in zip(groups[name]["params"], parameters, strict=True)), name
     for own in others.values():
         assert all(torch.equal(trainer.optimizer.state[p]["exp_avg"], state[id(p)]) for p in own)
+
+
+@pytest.mark.parametrize("schedule", ["search", "run"])
+def test_rate_of_widths(tmp_path: Path, schedule: str) -> None:
+    """At rest at the end of the searching stage, or on its way with all others."""
+    options = {"width_lr": 0.2, "searching_ratio": 0.5, "width_schedule": schedule}
+    trainer, method, _ = tiny_trainer(tmp_path, epochs=4, method_options=options)
+    rates, step = [], trainer.optimizer.step
+
+    def spied() -> None:
+        rates.append([group["lr"] for group in trainer.optimizer.param_groups if group["name"] == "widths"][0])
+        step()
+
+    trainer.optimizer.step = spied  # type: ignore[assignment]
+    trainer.fit(quiet=True)
+    searching = 2 * trainer.steps_per_epoch
+    span = searching if schedule == "search" else 2 * searching
+    wanted = [0.1 * (1 + math.cos(math.pi * done / span)) for done in range(searching)]
+    assert rates[:searching] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_the_averaged_model_is_frozen_with_the_same_widths(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ table:
                     at a time) with an integer program, trained as LSQ+; other ways to train: OFQ, IRM
     widths alone    LSQ+ from the start at the widths that Q-ViT ended with: what they are worth without the search; and
                     at the same widths in the wrong blocks
+    variants        ways to search that were compared on training images, with --held-out
     ablations       at one budget: widths per head, on the right and on the wrong axis, switchable scales, the length of
                     the search, shared scales, where widths start, width gradient by interpolation          (Table 3)
 
@@ -39,6 +40,7 @@ from controls import on_wrong_axis, with_blocks_reversed
 from rich.console import Console
 from sets import SETS, add_arguments, common_of, float_jobs, float_of, parsed, record_of, spread
 
+from qvit.errors import QvitError
 from qvit.files import write_json
 from qvit.jobs import Job, run_jobs, seconds_of, work
 from qvit.plan import QuantPlan
@@ -59,6 +61,7 @@ class Row:
         name: What it is called.
         method, options: What it trains with; `ptq` does not train.
         start: What gives its widths, or those that it starts from: a post-training plan by this metric, or `qvit`.
+        settings: Options of the run that differ from those of the set.
         work: What runs it.
     """
 
@@ -66,6 +69,7 @@ class Row:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     start: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
     work: Callable[[str, dict[str, Any]], dict[str, Any]] = work
 
 
@@ -100,9 +104,31 @@ PARTS: dict[str, list[Row]] = {
         Row("widths start at the budget's", "qvit", {"initial_bits": AT_BUDGET}),
         Row("width gradient by interpolation", "qvit", {"width_gradient": "interpolation"}),
     ],
+    "variants": [
+        Row("lsq+, half the rate", "lsq+", settings={"lr": 2.5e-4}),
+        Row("lsq+, twice the rate", "lsq+", settings={"lr": 1e-3}),
+        Row("interpolation", "qvit", {"width_gradient": "interpolation"}),
+        Row("from N", "qvit", {"initial_bits": AT_BUDGET}),
+        Row("from N, annealed", "qvit", {"initial_bits": AT_BUDGET, "width_schedule": "search"}),
+        Row("interpolation from N", "qvit", {"width_gradient": "interpolation", "initial_bits": AT_BUDGET}),
+        MENDED := Row(
+            "interpolation from N, annealed",
+            "qvit",
+            {"width_gradient": "interpolation", "initial_bits": AT_BUDGET, "width_schedule": "search"},
+        ),
+        Row("lsq+ at these widths", "lsq+", start="mended"),
+        Row("from Fisher", "qvit", start="fisher"),
+        Row("from Fisher, annealed", "qvit", {"width_schedule": "search"}, start="fisher"),
+        Row(
+            "from Fisher by interpolation, annealed",
+            "qvit",
+            {"width_gradient": "interpolation", "width_schedule": "search"},
+            start="fisher",
+        ),
+    ],
 }
 STARTS = {metric: Row(metric, "ptq", {**GRIDS, "metric": metric}) for metric in ("fisher", "kl")}
-STARTS["qvit"] = Row("qvit", "qvit")
+STARTS |= {"qvit": Row("qvit", "qvit"), "mended": MENDED}
 
 
 def main() -> None:
@@ -121,8 +147,12 @@ def main() -> None:
     for part, budget, row in wanted:  # a list that is cut short has rows with all seeds
         for seed in options.seeds:
             jobs.add(part, budget, row, seed)
-    if not options.table_only:
-        run_jobs(runs, [*floats, *jobs.all.values()], workers=options.workers, console=console)
+    failed: QvitError | None = None
+    try:
+        if not options.table_only:
+            run_jobs(runs, [*floats, *jobs.all.values()], workers=options.workers, console=console)
+    except QvitError as error:  # the others are in the table
+        failed = error
     rows = []
     for part, budget, row in wanted:
         found = [runs / jobs.place(budget, row, seed) for seed in options.seeds]
@@ -144,6 +174,8 @@ def main() -> None:
         **record_of("evidence.py", options.device),
     }
     write_json(options.out or Path(__file__).parents[1] / "results" / f"evidence_{options.set}.json", data)
+    if failed:
+        raise SystemExit(str(failed))
 
 
 class Jobs:
@@ -165,9 +197,10 @@ class Jobs:
     def add(self, part: str, budget: str, row: Row, seed: int) -> None:
         """Adds the run of a row, and before it the run of the plan that it starts from."""
         values = {key: int(budget[0]) if value == AT_BUDGET else value for key, value in row.options.items()}
-        own = {**self.common, "seed": seed, "budget": budget, "method": row.method, "method_options": values}
-        after = float_of(self.options, seed)
-        own["weights"] = str(self.runs / after)
+        about = {"seed": seed, "budget": budget, "method": row.method, "method_options": values}
+        own = {**self.common, **about, **row.settings}
+        after = None if self.options.weights else float_of(self.options, seed)
+        own["weights"] = str(self.options.weights.absolute() if after is None else self.runs / after)
         if row.start is not None:
             plan = STARTS[row.start]
             self.add(part, budget, plan, seed)
@@ -213,7 +246,7 @@ def mean_widths(plan: QuantPlan) -> dict[str, float]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS)[:-1])
     parser.add_argument("--budgets", nargs="+", default=["4bit", "3bit", "2bit"])
     parser.add_argument("--rivals", nargs="+", default=["3bit", "2bit"], help="the budgets of rivals and plans")
     parser.add_argument("--ablations", nargs="+", default=["3bit"], help="the budgets of ablations and widths alone")

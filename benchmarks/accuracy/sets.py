@@ -56,10 +56,9 @@ SETS: dict[str, dict[str, Any]] = {
         "common": {
             "model": "deit_tiny_patch16_224",
             "model_kwargs": {"img_size": 64, "patch_size": 8, "num_classes": 1000},
-            "batch_size": 50,
         },
-        "float": {"epochs": 1, "lr": 1e-4, "warmup_epochs": 0},
-        "quantized": {"epochs": 4, "lr": 3e-4},
+        "float": {"batch_size": 50, "epochs": 1, "lr": 1e-4, "warmup_epochs": 0},
+        "quantized": {"batch_size": 100, "epochs": 4, "lr": 5e-4},
         "one_float_model": True,
     },
 }
@@ -79,6 +78,8 @@ def float_jobs(options: argparse.Namespace, cut: dict[str, Any]) -> list[Job]:
         values["data"] = archive(options, "train", options.float_images)
     if options.set == "tiny-imagenet":
         values["weights"] = str(options.data / "deit_tiny_patch16_224.safetensors")
+    if options.weights is not None:
+        return []
     seeds = options.seeds[:1] if own.get("one_float_model") else options.seeds
     return [Job(f"float-seed{seed}", TrainConfig.create(**values, seed=seed)) for seed in seeds]
 
@@ -93,6 +94,8 @@ def images_of(options: argparse.Namespace) -> dict[str, Any]:
     if options.set == "digits":
         return {}
     parts = {"data": ("train", options.train_images), "eval_data": ("test", options.test_images)}
+    if options.held_out:
+        parts["eval_data"] = ("held-out", options.test_images)
     paths = {name: archive(options, *part) for name, part in parts.items()}
     if options.set == "tiny-imagenet":
         paths["class_map"] = str((options.data / "imagenet-classes.txt").absolute())
@@ -100,31 +103,34 @@ def images_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def archive(options: argparse.Namespace, part: str, count: int) -> str:
-    """An archive of the first images of each class, `count` of them in all."""
+    """An archive of the first images of each class, `count` of them in all; `held-out`: training images after those."""
     name, classes = ("tiny-imagenet", 200) if options.set == "tiny-imagenet" else ("cifar10", 10)
     target = options.runs / f"{name}-{part}-{count}.tar"
     if not target.is_file():
         options.runs.mkdir(parents=True, exist_ok=True)
-        pattern = {"tiny-imagenet": {"train": "-train-?.tar", "test": "-val.tar"}}.get(name, {}).get(part)
-        sources = sorted(options.data.glob(name + (pattern or f"-{part}.tar.gz")))
-        take_first(sources, target, count // classes)
+        split = "test" if part == "test" else "train"
+        pattern = {"tiny-imagenet": {"train": "-train-?.tar", "test": "-val.tar"}}.get(name, {}).get(split)
+        sources = sorted(options.data.glob(name + (pattern or f"-{split}.tar.gz")))
+        before = max(options.train_images, options.float_images or 0) if part == "held-out" else 0
+        take_first(sources, target, count // classes, after=before // classes)
     return str(target.absolute())
 
 
-def take_first(sources: list[Path], target: Path, per_class: int) -> None:
-    """Copies the first images of each class folder of archives, read one after the other."""
+def take_first(sources: list[Path], target: Path, per_class: int, after: int = 0) -> None:
+    """Copies the first images of each class folder of archives, read one after the other, less `after` before them."""
     taken: dict[str, int] = {}
     half = target.with_suffix(".part")
     with tarfile.open(half, "w") as out:
         for source in sources:
-            if taken and min(taken.values()) >= per_class:
+            if taken and min(taken.values()) >= after + per_class:
                 break
             with tarfile.open(source) as images:
                 for member in images:
                     folder = member.name.split("/")[-2] if member.isfile() and "/" in member.name else None
-                    if folder is not None and taken.get(folder, 0) < per_class:
+                    if folder is not None and taken.get(folder, 0) < after + per_class:
                         taken[folder] = taken.get(folder, 0) + 1
-                        out.addfile(member, images.extractfile(member))
+                        if taken[folder] > after:
+                            out.addfile(member, images.extractfile(member))
     half.replace(target)
 
 
@@ -157,6 +163,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-images", type=int, default=8000, help="from the archives, as many of each class")
     parser.add_argument("--float-images", type=int, help="those of the float models; default: the same")
     parser.add_argument("--test-images", type=int, default=4000)
+    parser.add_argument("--held-out", action="store_true", help="judge by training images that no run sees")
+    parser.add_argument("--weights", type=Path, help="float weights to start from, in place of training them")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one per core")
     parser.add_argument("--float-workers", type=int, default=0, help="processes that read images for a float run")
     parser.add_argument("--device", default="cpu")

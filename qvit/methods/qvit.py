@@ -30,6 +30,7 @@ products in the cost (docs/paper-to-code.md).
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, Literal
 
 import torch
@@ -65,6 +66,8 @@ class SearchOptions(MethodOptions):
         penalty_weight: η; None: 50 (relative), 0.1 (absolute).
         width_lr: Learning rate of the widths; None: ten bits of travel in the searching stage; `0` is refused, use
             `lsq+` for fixed widths.
+        width_schedule: The rate of the widths falls to zero in the searching stage (`search`), or with the weights' in
+            the whole run (`run`, the paper's, whose search ends where the cosine nearly does).
         asymmetric: Patterns of further activation sites that get an offset.
     """
 
@@ -73,6 +76,7 @@ class SearchOptions(MethodOptions):
     penalty: Literal["relative", "absolute"] = "relative"
     penalty_weight: float | None = Field(None, gt=0)
     width_lr: float | None = Field(None, gt=0)
+    width_schedule: Literal["search", "run"] = "run"
     asymmetric: tuple[str, ...] = ()
 
 
@@ -220,6 +224,13 @@ class QViTMethod(Method):
                 0
             ).square()
         return (self.options.penalty_weight or 50.0) * (self.bit_operations() / self.limit - 1).clamp_min(0).square()
+
+    def before_step(self, trainer: Trainer) -> None:
+        if self.options.width_schedule == "search" and self.quantizers[0].learns_width:
+            done = trainer.step / (self.searching_epochs * self.steps_per_epoch)
+            for group in trainer.optimizer.param_groups:
+                if group.get("name") == "widths":
+                    group["lr"] = self.width_lr * (1 + math.cos(math.pi * done)) / 2
 
     def on_epoch(self, trainer: Trainer, epoch: int) -> None:
         """Ends the searching stage when its time has come.
