@@ -98,8 +98,9 @@ class TensorSpec:
         symmetric: False adds a learned offset (LSQ+); the grid is then unsigned.
         granularity: What shares a scale.
         switchable_scale: One scale per width of `bit_width_range` (Q-ViT, section 3.3) instead of one for all widths.
-        width_gradient: How the task's gradient reaches a learned width: through the clipping limits (Q-ViT) or by
-            interpolation between the two neighbouring widths (FracBits, Yang and Jin 2021).
+        width_gradient: How the task's gradient reaches a learned width: through the clipping limits (Q-ViT), by the
+            difference that a bit more or less would make to every element, or by interpolation between the two
+            neighbouring widths (FracBits, Yang and Jin 2021). See `quantizers/lsq.py`.
         scale_gradient: n of the factor 1/sqrt(n·quant_max) on the gradient of an LSQ scale (`quantizers/lsq.py`): the
             `count` of the elements, the `norm` Σ|x| of what is quantized or its square (VVTQ), or `count-linear`.
         quantizer: Registered name of the quantizer.
@@ -113,7 +114,7 @@ class TensorSpec:
     symmetric: bool = True
     granularity: Granularity = field(default_factory=PerTensor)
     switchable_scale: bool = False
-    width_gradient: Literal["clipping", "interpolation"] = "clipping"
+    width_gradient: Literal["clipping", "interpolation", "difference"] = "clipping"
     scale_gradient: ScaleGradient = "count"
     quantizer: str = "lsq"
     token_bit_width: TokenSplit | None = None
@@ -147,8 +148,10 @@ class TensorSpec:
                 )
         if not self.symmetric and self.signed:
             raise UsageError("an asymmetric spec has an unsigned grid and an offset: set signed=False")
-        if self.width_gradient not in ("clipping", "interpolation"):
-            raise UsageError(f"width_gradient {self.width_gradient!r} must be 'clipping' or 'interpolation'")
+        if self.width_gradient not in ("clipping", "interpolation", "difference"):
+            raise UsageError(
+                f"width_gradient {self.width_gradient!r} must be 'clipping', 'interpolation' or 'difference'"
+            )
         if self.scale_gradient not in get_args(ScaleGradient):
             raise UsageError(
                 f"scale_gradient {self.scale_gradient!r} must be one of {', '.join(get_args(ScaleGradient))}"

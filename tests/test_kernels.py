@@ -20,7 +20,16 @@ from qvit.errors import UsageError
 from qvit.functional import switchable_fake_quantize
 from qvit.kernels import cpu
 from qvit.kernels.attention import split_heads
-from qvit.kernels.fake_quantize import FakeQuantize, Grid, _backward, _forward, backward_on, codes_on, quantize_on
+from qvit.kernels.fake_quantize import (
+    FakeQuantize,
+    Grid,
+    _backward,
+    _forward,
+    backward_on,
+    codes_on,
+    difference_on,
+    quantize_on,
+)
 from qvit.layers import AttentionSites, QuantConv2d, QuantLinear, QuantQKV, add_quantizers, adopt, linear_sites
 from qvit.quantizers import create_quantizer, quantizers_of
 from qvit.run import train
@@ -66,6 +75,13 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
 TYPES = (torch.float32, torch.bfloat16)
 
 
+def difference(grad: Tensor, x: Tensor, above: Grid, below: Grid) -> Tensor:
+    """`difference_on` by its formula."""
+    moved = grad.float() * (_forward(x.float(), *above) - _forward(x.float(), *below))
+    groups = torch.broadcast_shapes(above.scale.shape, above.quant_max.shape)
+    return moved.sum_to_size((1,) * (x.dim() - len(groups)) + groups)
+
+
 def make_grid(shape: tuple[int, ...], *, signed: bool, offset: bool) -> Grid:
     """Scales of all sizes, so that a good part of the elements is clipped; widths per group."""
     widths = torch.randint(1, 9, shape).float()
@@ -100,6 +116,10 @@ def test_operators_are_their_formulas(
             torch.testing.assert_close(sums, expected_sums, rtol=1e-4, atol=tolerance)
             again = backward_on(grad, x, grid)[1]
             assert torch.equal(again, sums), "the same numbers on every run"
+            other = make_grid(groups, signed=not signed, offset=offset)
+            torch.testing.assert_close(
+                difference_on(grad, x, grid, other), difference(grad, x, grid, other), rtol=1e-4, atol=tolerance
+            )
     finally:
         torch.set_num_threads(before)
 
@@ -108,7 +128,7 @@ def test_operators_are_their_formulas(
 @pytest.mark.parametrize("order", list(itertools.permutations(range(4)))[1::5], ids=str)
 def test_any_order_of_axes(order: tuple[int, ...]) -> None:
     """q, k, v are views of one tensor; gradients come in yet another order."""
-    grid = make_grid((3, 1, 1), signed=True, offset=True)
+    grid, other = (make_grid((3, 1, 1), signed=signed, offset=True) for signed in (True, False))
     sizes = (2, 3, 5, 24)
     x = torch.empty([sizes[i] for i in order]).normal_().permute([order.index(i) for i in range(4)])
     grad = torch.randn(2, 5, 3, 24).transpose(1, 2)
@@ -117,6 +137,8 @@ def test_any_order_of_axes(order: tuple[int, ...]) -> None:
         own = grad[..., : view.shape[3]][:, :, : view.shape[2]]
         assert torch.equal(quantize_on(view, grid), _forward(view, *grid))
         torch.testing.assert_close(backward_on(own, view, grid), _backward(own, view, *grid), rtol=1e-4, atol=1e-3)
+        found = difference_on(own, view, grid, other)
+        torch.testing.assert_close(found, difference(own, view, grid, other), rtol=1e-4, atol=1e-3)
     expanded = torch.randn(2, 1, 1, 24).expand(sizes)
     assert torch.equal(quantize_on(expanded, grid), _forward(expanded, *grid))
 
@@ -184,6 +206,36 @@ def test_autograd_in_float32(learned: bool, bank: bool) -> None:
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-4)
 
 
+@needs_kernels
+@pytest.mark.parametrize("bank", [True, False])
+@pytest.mark.parametrize("signed", [True, False])
+def test_the_gradient_of_a_width_by_differences(bank: bool, signed: bool) -> None:
+    """That of every element between the two neighbouring widths, and at a limit inwards alone; else as by clipping."""
+    candidates = torch.arange(2.0, 9.0) if bank else torch.zeros(0)
+    x, upstream = torch.randn(2, 3, 50, 40), torch.randn(2, 3, 50, 40)
+    scales = torch.rand(3, 1, 1, 7 if bank else 1).add_(0.02).requires_grad_()
+    offsets = torch.randn(3, 1, 1, 7 if bank else 1).mul_(0.2).requires_grad_()
+    for widths, sides in (((2.2, 3.6, 8.0), ((2, 3), (3, 5), (7, 8))), ((2.0, 7.4, 5.5), ((2, 3), (6, 8), (5, 7)))):
+        width = torch.tensor(widths).view(3, 1, 1).requires_grad_()
+        leaves = (x.clone().requires_grad_(), scales, offsets, width)
+        results = {}
+        for by_difference in (True, False):
+            out = FakeQuantize.apply(*leaves, candidates, (2, 8), signed, 1000, None, by_difference)
+            results[by_difference] = (out.detach(), *torch.autograd.grad((out * upstream).sum(), leaves))
+        for own, other in list(zip(*results.values(), strict=True))[:-1]:
+            assert torch.equal(own, other)
+        wanted, about = [], (candidates, None, signed, 1)
+        for head, (below, above) in enumerate(sides):
+            low, high = (
+                switchable_fake_quantize(x, scales, offsets, torch.full((3, 1, 1), float(n)), *about).detach()
+                for n in (below, above)
+            )
+            moved = float(((high - low) * upstream)[:, head].sum()) / (above - below)
+            outward = (widths[head] == 2 and moved > 0) or (widths[head] == 8 and moved < 0)
+            wanted.append(0.0 if outward else moved)
+        assert results[True][-1].flatten().tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------- layers and attention
 
 
@@ -231,6 +283,14 @@ SPECS = {
     "8 bits, unsigned": TensorSpec(bit_width=8, signed=False),
     "per channel": TensorSpec(bit_width=3, granularity=PerChannel()),
     "switchable": TensorSpec(bit_width=4, learn_bit_width=True, switchable_scale=True),
+    "difference": TensorSpec(
+        bit_width=4,
+        learn_bit_width=True,
+        switchable_scale=True,
+        width_gradient="difference",
+        signed=False,
+        symmetric=False,
+    ),
     "norm": TensorSpec(bit_width=3, scale_gradient="norm"),
 }
 
@@ -298,12 +358,13 @@ def test_attention_beside_its_plain_form(
 
 
 @needs_kernels
-@pytest.mark.parametrize("learn", [True, False])
-def test_attention_with_learned_widths_and_switchable_scales(plain: Any, learn: bool) -> None:
+@pytest.mark.parametrize("learn", [None, "clipping", "difference"])
+def test_attention_with_learned_widths_and_switchable_scales(plain: Any, learn: Any) -> None:
     spec = TensorSpec(
         bit_width=(3, 4, 6),
         granularity=PerHead(),
-        learn_bit_width=learn,
+        learn_bit_width=learn is not None,
+        width_gradient=learn or "clipping",
         switchable_scale=True,
         signed=False,
         symmetric=False,
@@ -521,7 +582,7 @@ IN_TRITONS_INTERPRETER = """
 import torch
 from qvit.kernels import gpu
 from qvit.kernels.fake_quantize import _backward, _forward
-from test_kernels import SHAPES, TYPES, make_grid
+from test_kernels import SHAPES, TYPES, difference, make_grid
 reduced = 0
 for shape, groups in SHAPES[:11]:
     for offset in (True, False):
@@ -535,10 +596,17 @@ for shape, groups in SHAPES[:11]:
                 # The interpreter cuts bfloat16 off instead of rounding.
                 torch.testing.assert_close(found[0], expected[0], rtol=0 if dtype is TYPES[0] else 0.01, atol=0)
                 torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-3)
+            other = make_grid(groups, signed=False, offset=offset)
+            found = gpu.difference(grad, x, grid, other)
+            if found is not None:
+                reduced += 1
+                torch.testing.assert_close(found, difference(grad, x, grid, other), rtol=1e-4, atol=1e-3)
 q = torch.randn(2, 5, 3, 3, 8).permute(2, 0, 3, 1, 4)[0]
 grid, grad = make_grid((3, 1, 1), signed=True, offset=True), torch.randn(2, 5, 3, 8).transpose(1, 2)
 assert torch.equal(gpu.forward(q, grid, q.dtype), _forward(q, *grid))
 torch.testing.assert_close(gpu.backward(grad, q, grid), _backward(grad, q, *grid), rtol=1e-4, atol=1e-3)
+other = make_grid((3, 1, 1), signed=False, offset=True)
+torch.testing.assert_close(gpu.difference(grad, q, grid, other), difference(grad, q, grid, other), rtol=1e-4, atol=1e-3)
 memory = torch.empty(2, 5, 3, 3, 8)
 out = memory.permute(2, 0, 3, 1, 4)[1]
 assert gpu.backward(grad, q, grid, out)[0] is out and torch.equal(out, _backward(grad, q, *grid)[0])
@@ -584,7 +652,7 @@ print(made)
 """
 
 
-@pytest.mark.parametrize(("script", "least"), [(IN_TRITONS_INTERPRETER, 20), (NUMBERS_IN_TRITONS_INTERPRETER, 200)])
+@pytest.mark.parametrize(("script", "least"), [(IN_TRITONS_INTERPRETER, 56), (NUMBERS_IN_TRITONS_INTERPRETER, 200)])
 def test_triton_kernels_in_its_interpreter(script: str, least: int) -> None:
     """Values equal, sums close; per channel, backward is left to the formulas."""
     pytest.importorskip("triton")
@@ -605,6 +673,9 @@ def test_operators_on_a_gpu_are_their_formulas(shape: tuple[int, ...], groups: t
     expected_x, expected = _backward(grad, x, *grid)
     assert torch.equal(grad_x, expected_x)
     torch.testing.assert_close(sums, expected, rtol=1e-3, atol=1e-2)
+    other = Grid(*(None if part is None else part.cuda() for part in make_grid(groups, signed=False, offset=False)))
+    found = difference_on(grad, x, grid, other)
+    torch.testing.assert_close(found, difference(grad, x, grid, other), rtol=1e-3, atol=1e-2)
 
 
 @needs_kernels
@@ -618,7 +689,7 @@ def test_a_run_on_integers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["forward", "backward", "resolve", "gradients"])
+@pytest.mark.parametrize("kernel", ["forward", "backward", "difference", "resolve", "gradients"])
 @pytest.mark.parametrize("dtype", ["*fp32", "*bf16"])
 @pytest.mark.parametrize("flag", [True, False])
 def test_triton_kernels_compile_for_a_gpu_that_is_not_there(kernel: str, dtype: str, flag: bool) -> None:
@@ -632,9 +703,9 @@ def test_triton_kernels_compile_for_a_gpu_that_is_not_there(kernel: str, dtype: 
         constants |= {"SIGNED": flag, "LIMITED": flag, "OF_SCALE": int(flag), "OF_WIDTH": int(flag), "BLOCK": 16}
         constants |= {"COLUMNS": 7 if flag else 1, "PADDED": 8 if flag else 1, "SCALED": 1 + flag}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    data = {"x", "out", "grad", "grad_x"} if kernel in ("forward", "backward") else set()
+    data = {"x", "out", "grad", "grad_x"} if kernel in ("forward", "backward", "difference") else set()
     pointers = {"scale", "offset", "low", "high", "partial", "scales", "offsets", "widths", "sums", "grid", "elements"}
-    pointers |= {"out", "to_scales", "to_offsets", "to_width"}
+    pointers |= {"scale2", "offset2", "low2", "high2", "out", "to_scales", "to_offsets", "to_width"}
     pointers -= {"out"} & data
     pointers -= {"grid"} if kernel == "resolve" else set()
 

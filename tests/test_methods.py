@@ -132,20 +132,22 @@ def test_unknown_methods_and_options_show_the_nearest() -> None:
 # ---------------------------------------------------------------------------------------------------- the plan of qvit
 
 
-@pytest.mark.parametrize(("budget", "start"), [("2bit", 3), ("3bit", 4), ("4bit", 5), ("7bit", 8), ("8bit", 8)])
-def test_qvit_starts_one_bit_above_its_budget(cost: CostModel, budget: str, start: int) -> None:
+@pytest.mark.parametrize(("budget", "start"), [("2bit", 2), ("3bit", 3), ("4bit", 4), ("7bit", 7), ("8bit", 8)])
+def test_qvit_starts_at_its_budget(cost: CostModel, budget: str, start: int) -> None:
     for name, spec in plan_for(cost, "qvit", budget).items():
         expected = 8 if name in FIRST_AND_LAST else start
         assert spec.widths == (expected,) * (HEADS if name in HEAD_SITES else 1), name
         assert spec.learn_bit_width and spec.bit_width_range == (2, 8), "also in the first and the last layer"
-        assert spec.switchable_scale and spec.width_gradient == "clipping"
+        assert spec.switchable_scale and spec.width_gradient == "difference"
         assert isinstance(spec.granularity, PerHead) == (name in HEAD_SITES)
         assert spec.signed == (name not in ("blocks.0.attn.probs", GELU)) and spec.symmetric == (name != GELU)
 
 
-def test_a_budget_between_two_widths_starts_at_the_wider(cost: CostModel) -> None:
+def test_other_budgets_start_at_the_widest_uniform_width_within_them(cost: CostModel) -> None:
     between = (cost.bit_operations(cost.uniform(3)) + cost.bit_operations(cost.uniform(4))) / 2e6
-    assert plan_for(cost, "qvit", f"{between}M")["blocks.0.mlp.fc1.weight"].widths == (4,)
+    least, most = (cost.bit_operations(cost.uniform(bits)) / 1e6 for bits in (2, 8))
+    for budget, start in ((between, 3), (0.95 * least, 2), (most, 8), (most - 0.001, 7)):
+        assert plan_for(cost, "qvit", f"{budget}M")["blocks.0.mlp.fc1.weight"].widths == (start,)
 
 
 def test_ablations_of_the_paper_are_options(cost: CostModel) -> None:

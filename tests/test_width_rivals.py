@@ -292,7 +292,7 @@ def test_plans() -> None:
         for spec in plan_for(method, head_wise=False).values():
             assert len(spec.widths) == 1
             assert method != "dq" or spec.to_json()["granularity"] == "per-tensor"
-    assert plan_for("dq")["blocks.0.mlp.fc1.weight"].widths == (4,)
+    assert plan_for("dq")["blocks.0.mlp.fc1.weight"].widths == (3,)
     assert plan_for("dq", initial_bits=6)["blocks.0.mlp.fc1.weight"].widths == (6,)
     assert plan_for("edmips", scales="shared")["blocks.0.attn.query"].to_json()["granularity"] == "per-tensor"
 
@@ -326,7 +326,7 @@ def test_quantizers_refuse_specs_that_they_cannot_follow(name: str) -> None:
 @pytest.mark.parametrize("method", RIVALS)
 def test_frozen_they_are_lsq(method: str) -> None:
     model, _ = starting_point(small_config(method=method, budget="3bit"))
-    assert stage_of(model) is Stage.CALIBRATED and f"bit_width={'4' if method == 'dq' else '5'}" in repr(model)
+    assert stage_of(model) is Stage.CALIBRATED and f"bit_width={'3' if method == 'dq' else '5'}" in repr(model)
     before = {name: q.integer_bit_width().flatten().tolist() for name, q in quantizers_of(model)}
     freeze(model)
     assert stage_of(model) is Stage.FROZEN
@@ -356,7 +356,8 @@ def test_what_decides_widths_has_their_learning_rate_and_leaves_with_them(method
 
 @pytest.mark.parametrize("method", RIVALS)
 def test_the_penalty_reaches_what_decides_widths(method: str) -> None:
-    model, own = starting_point(small_config(method=method, budget="2bit"))
+    above = {"initial_bits": 3} if method == "dq" else {}
+    model, own = starting_point(small_config(method=method, budget="2bit", method_options=above))
     widths = torch.cat([q.clamped_bit_width().flatten() for _, q in quantizers_of(model)])
     torch.testing.assert_close(own.widths(), widths)
     own.penalty().backward()
@@ -375,7 +376,7 @@ def test_a_run_ends_within_its_budget_however_often_it_is_stopped(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped at the end of every epoch, within the search and after it."""
-    options = {"searching_ratio": 0.5}
+    options = {"searching_ratio": 0.5} | ({"initial_bits": 4} if method == "dq" else {})
     config = small_config(method=method, budget="3bit", epochs=4, method_options=options, ema_decay=0.9)
     whole = train(config, tmp_path / "whole", quiet=True)
     original = checkpoint_module.save_checkpoint

@@ -47,8 +47,6 @@ from qvit.plan import QuantPlan
 from qvit.rundir import PLAN, RESULT
 from qvit.training.config import TrainConfig
 
-#: In a row's options: the N of a budget of N bits.
-AT_BUDGET = "N"
 #: A post-training plan on the grids of trained rows: uniform, one scale per head.
 GRIDS = {"weights": "per-head", "probs": "uniform", "heads": "per-head", "reparameterize": False, "min_width": 2}
 
@@ -73,14 +71,31 @@ class Row:
     work: Callable[[str, dict[str, Any]], dict[str, Any]] = work
 
 
+#: In a row's options: the N of a budget of N bits, and the next.
+AT_BUDGET, ABOVE = "N", "N + 1"
+#: The search of the paper, as far as it differs from the default.
+PUBLISHED = {"width_gradient": "clipping", "initial_bits": ABOVE, "width_schedule": "run"}
+
+
+def searched(gradient: str, start: str, schedule: str = "run") -> dict[str, Any]:
+    """Options of `qvit`: all in which variants of its search differ."""
+    return {"width_gradient": gradient, "initial_bits": start, "width_schedule": schedule}
+
+
 PARTS: dict[str, list[Row]] = {
-    "budgets": [Row("lsq+", "lsq+"), Row("qvit", "qvit"), Row("vvtq", "vvtq"), Row("qvit+vvtq", "qvit+vvtq")],
+    "budgets": [
+        Row("lsq+", "lsq+"),
+        Row("qvit", "qvit"),
+        Row("qvit, the published search", "qvit", PUBLISHED),
+        Row("vvtq", "vvtq"),
+        Row("qvit+vvtq", "qvit+vvtq"),
+    ],
     "post-training": [
         Row("Fisher plan, not trained", "ptq", {**GRIDS, "metric": "fisher"}),
         Row("qvit from the Fisher plan", "qvit", start="fisher"),
     ],
     "rivals": [
-        Row("FracBits", "qvit", {"width_gradient": "interpolation", "head_wise": False, "switchable_scale": False}),
+        Row("FracBits", "qvit", {"width_gradient": "interpolation", "head_wise": False, "width_schedule": "run"}),
         Row("DQ", "dq"),
         Row("EdMIPS", "edmips"),
         Row("Fisher + integer program", "lsq+", start="fisher"),
@@ -93,6 +108,10 @@ PARTS: dict[str, list[Row]] = {
         Row("lsq+ at these, blocks reversed", "lsq+", start="qvit", work=with_blocks_reversed),
     ],
     "ablations": [
+        Row("width gradient by clipping", "qvit", {"width_gradient": "clipping"}),
+        Row("width gradient by interpolation", "qvit", {"width_gradient": "interpolation"}),
+        Row("widths start at N + 1", "qvit", {"initial_bits": ABOVE}),
+        Row("the widths' rate falls with the weights'", "qvit", {"width_schedule": "run"}),
         Row("one width for all heads", "qvit", {"head_wise": False}),
         Row("heads of weights on the wrong axis", "qvit", work=on_wrong_axis),
         Row("one scale for all widths", "qvit", {"switchable_scale": False}),
@@ -101,34 +120,20 @@ PARTS: dict[str, list[Row]] = {
         Row("σ = 0.9", "qvit", {"searching_ratio": 0.9}),
         Row("σ = 1.0", "qvit", {"searching_ratio": 1.0}),
         Row("one scale for all heads", "qvit", {"scales": "shared"}),
-        Row("widths start at the budget's", "qvit", {"initial_bits": AT_BUDGET}),
-        Row("width gradient by interpolation", "qvit", {"width_gradient": "interpolation"}),
     ],
     "variants": [
         Row("lsq+, half the rate", "lsq+", settings={"lr": 2.5e-4}),
         Row("lsq+, twice the rate", "lsq+", settings={"lr": 1e-3}),
-        Row("interpolation", "qvit", {"width_gradient": "interpolation"}),
-        Row("from N", "qvit", {"initial_bits": AT_BUDGET}),
-        Row("from N, annealed", "qvit", {"initial_bits": AT_BUDGET, "width_schedule": "search"}),
-        Row("interpolation from N", "qvit", {"width_gradient": "interpolation", "initial_bits": AT_BUDGET}),
-        MENDED := Row(
-            "interpolation from N, annealed",
-            "qvit",
-            {"width_gradient": "interpolation", "initial_bits": AT_BUDGET, "width_schedule": "search"},
-        ),
-        Row("lsq+ at these widths", "lsq+", start="mended"),
-        Row("from Fisher", "qvit", start="fisher"),
-        Row("from Fisher, annealed", "qvit", {"width_schedule": "search"}, start="fisher"),
-        Row(
-            "from Fisher by interpolation, annealed",
-            "qvit",
-            {"width_gradient": "interpolation", "width_schedule": "search"},
-            start="fisher",
-        ),
+        Row("interpolation", "qvit", searched("interpolation", ABOVE)),
+        Row("from N", "qvit", searched("clipping", AT_BUDGET)),
+        Row("from N, annealed", "qvit", searched("clipping", AT_BUDGET, "search")),
+        Row("interpolation from N", "qvit", searched("interpolation", AT_BUDGET)),
+        Row("interpolation from N, annealed", "qvit", searched("interpolation", AT_BUDGET, "search")),
+        Row("difference from N, annealed", "qvit", searched("difference", AT_BUDGET, "search")),
     ],
 }
 STARTS = {metric: Row(metric, "ptq", {**GRIDS, "metric": metric}) for metric in ("fisher", "kl")}
-STARTS |= {"qvit": Row("qvit", "qvit"), "mended": MENDED}
+STARTS["qvit"] = Row("qvit", "qvit")
 
 
 def main() -> None:
@@ -196,9 +201,12 @@ class Jobs:
 
     def add(self, part: str, budget: str, row: Row, seed: int) -> None:
         """Adds the run of a row, and before it the run of the plan that it starts from."""
-        values = {key: int(budget[0]) if value == AT_BUDGET else value for key, value in row.options.items()}
+        bits = {AT_BUDGET: int(budget[0]), ABOVE: int(budget[0]) + 1}
+        values = {key: bits.get(value, value) if key == "initial_bits" else value for key, value in row.options.items()}
         about = {"seed": seed, "budget": budget, "method": row.method, "method_options": values}
         own = {**self.common, **about, **row.settings}
+        if row.method == "ptq":  # so that plans can be made elsewhere, before a GPU is at hand
+            own["device"] = "cpu"
         after = None if self.options.weights else float_of(self.options, seed)
         own["weights"] = str(self.options.weights.absolute() if after is None else self.runs / after)
         if row.start is not None:

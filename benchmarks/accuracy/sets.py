@@ -58,7 +58,7 @@ SETS: dict[str, dict[str, Any]] = {
             "model_kwargs": {"img_size": 64, "patch_size": 8, "num_classes": 1000},
         },
         "float": {"batch_size": 50, "epochs": 1, "lr": 1e-4, "warmup_epochs": 0},
-        "quantized": {"batch_size": 100, "epochs": 4, "lr": 5e-4},
+        "quantized": {"batch_size": 100, "epochs": 5, "lr": 2.5e-4},
         "one_float_model": True,
     },
 }

@@ -18,7 +18,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qvit.kernels import cpu
-from qvit.kernels.fake_quantize import Grid, Learned, Meta, backward_on, parameter_gradients, quantize_on, resolve
+from qvit.kernels.fake_quantize import (
+    Grid,
+    Learned,
+    Meta,
+    backward_on,
+    parameter_gradients,
+    quantize_on,
+    resolve,
+    width_slope,
+)
 from qvit.kernels.linear import working_type
 
 #: Scores that are made at a time: 4 MiB in float32.
@@ -91,13 +100,16 @@ class _QuantizedAttention(torch.autograd.Function):
             kept = kept[5:] if has_grid else kept
         outputs = _gradients_of(q, k, v)
         sums: list[Any] = [0, 0, 0, 0]
+        slopes: list[Any] = [None] * 4
         grad_bias: Any = 0
 
         def through(i: int, grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
             """Writes the gradient of operand `i`, from that of its quantized values, to `out`."""
-            grid = own[i]
-            if grid is None:
+            grid, width, meta = own[i], widths[i], ctx.metas[i]
+            if grid is None or width is None:
                 return out.copy_(grad)
+            slope = width_slope(grad, x, width, learned[3 * i], learned[3 * i + 1], meta)
+            slopes[i] = slope if slopes[i] is None or slope is None else slopes[i] + slope
             _, more = backward_on(grad, x, grid, out)
             sums[i] = sums[i] + more
             return out
@@ -124,7 +136,7 @@ class _QuantizedAttention(torch.autograd.Function):
                 of_grids += _NONE[:3]
             else:
                 scales, offsets, bit_width = learned[3 * i : 3 * i + 3]
-                of_grids += parameter_gradients(sums[i], grid, width, scales, offsets, bit_width, meta)
+                of_grids += parameter_gradients(sums[i], grid, width, scales, offsets, bit_width, meta, slopes[i])
         bias_result = grad_bias if bias is not None and ctx.needs_input_grad[3] else None
         return *outputs, bias_result, None, None, *of_grids
 

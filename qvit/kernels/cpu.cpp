@@ -165,6 +165,7 @@ struct Lanes {
         low(g.low.lanes(at, count)), high(g.high.lanes(at, count)), shifted(g.offset.values != nullptr) {}
     Vec steps(Vec x) const { return (shifted ? x - offset : x) / scale; }
     Vec value(Vec q) const { return shifted ? q * scale + offset : q * scale; }
+    Vec on_grid(Vec x) const { return value(round_even(clamp(steps(x), low, high))); }
 };
 
 template <bool CODES, class X, class O>
@@ -185,12 +186,13 @@ void forward(const X* x, O* out, const Grids& grids, const Shape& shape, float z
     });
 }
 
-// grad_x, and for each group: sum g*(q - c), sum g'*c, sum g', with g' = g where u != c.
-template <class X, class G>
-void backward(const G* grad, const X* x, X* grad_x, float* sums, const Grids& grids, const Shape& shape,
-              const int64_t* grad_strides, int64_t groups, int threads) {
+// Sums of N numbers per element over the elements of each group. `act` gets the grid of LANES elements, what
+// `whole` or `each` make of a group or of entries, with the pointers and the count, and fills in the N numbers.
+template <int N, class X, class G, class Whole, class Each, class Act>
+void sum_up(const G* grad, const X* x, float* sums, const Shape& shape, const int64_t* grad_strides, int64_t groups,
+            int threads, const Whole& whole, const Each& each, const Act& act) {
     if (shape.elements() < SERIAL) threads = 1;
-    std::vector<double> partial(threads * 3 * groups, 0.0);
+    std::vector<double> partial(threads * N * groups, 0.0);
     const bool tiled = shape.group[3] == 0;
     // Offsets of the gradient's elements are found by a second list of pieces, cut alike.
     Shape other = shape;
@@ -198,46 +200,67 @@ void backward(const G* grad, const X* x, X* grad_x, float* sums, const Grids& gr
     const Work work(shape), of_grad(other);
     #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int thread = 0; thread < threads; ++thread) {
-        double* own_sums = partial.data() + thread * 3 * groups;
+        double* own_sums = partial.data() + thread * N * groups;
         const int64_t end = work.count * (thread + 1) / threads;
         for (int64_t k = work.count * thread / threads; k < end; ++k) {
             const Piece p = work.piece(k);
             const int64_t g_at = of_grad.piece(k).x;
-            const Lanes shared(grids, p.group);
-            Vec rounding = {}, clipped = {}, outside = {};
+            const auto shared = whole(p.group);
+            Vec so_far[N] = {};
             for (int64_t r = 0; r < p.rows; ++r) {
                 const X* from = x + p.x + r * shape.x[2];
                 const G* g_from = grad + g_at + r * grad_strides[2];
-                X* to = grad_x + p.out + r * shape.out[2];
+                const int64_t to = p.out + r * shape.out[2];
                 for (int64_t i = 0; i < p.columns; i += LANES) {
                     const int64_t n = p.columns - i;
-                    const Lanes own = tiled ? shared : Lanes(grids, p.group + i, n);
-                    const Vec g = load(g_from + i, n), u = own.steps(load(from + i, n));
-                    const Vec c = clamp(u, own.low, own.high), cut = u != c ? g : Vec{};
-                    store(to + i, g - cut, n);
-                    const Vec first = (round_even(c) - c) * g, second = cut * c;
+                    Vec found[N];
+                    act(tiled ? shared : each(p.group + i, n), load(from + i, n), load(g_from + i, n), to + i, n, found);
                     if (tiled) {
                         // Lanes beyond the end have no gradient, but 0/scale may be NaN for a scale that is.
-                        rounding += first; clipped += second; outside += cut;
+                        for (int s = 0; s < N; ++s) so_far[s] += found[s];
                     } else {
-                        for (int64_t j = 0; j < (n < LANES ? n : LANES); ++j) {
-                            double* to_sum = own_sums + 3 * (p.group + i + j);
-                            to_sum[0] += first[j]; to_sum[1] += second[j]; to_sum[2] += cut[j];
-                        }
+                        for (int64_t j = 0; j < (n < LANES ? n : LANES); ++j)
+                            for (int s = 0; s < N; ++s) own_sums[N * (p.group + i + j) + s] += found[s][j];
                     }
                 }
             }
-            if (tiled) {
-                double* to_sum = own_sums + 3 * p.group;
-                to_sum[0] += total(rounding); to_sum[1] += total(clipped); to_sum[2] += total(outside);
-            }
+            if (tiled)
+                for (int s = 0; s < N; ++s) own_sums[N * p.group + s] += total(so_far[s]);
         }
     }
-    for (int64_t i = 0; i < 3 * groups; ++i) {
+    for (int64_t i = 0; i < N * groups; ++i) {
         double sum = 0;
-        for (int thread = 0; thread < threads; ++thread) sum += partial[thread * 3 * groups + i];
-        sums[i % 3 * groups + i / 3] = (float)sum;
+        for (int thread = 0; thread < threads; ++thread) sum += partial[thread * N * groups + i];
+        sums[i % N * groups + i / N] = (float)sum;
     }
+}
+
+// grad_x, and for each group: sum g*(q - c), sum g'*c, sum g', with g' = g where u != c.
+template <class X, class G>
+void backward(const G* grad, const X* x, X* grad_x, float* sums, const Grids& grids, const Shape& shape,
+              const int64_t* grad_strides, int64_t groups, int threads) {
+    sum_up<3>(grad, x, sums, shape, grad_strides, groups, threads,
+        [&](int64_t at) { return Lanes(grids, at); }, [&](int64_t at, int64_t n) { return Lanes(grids, at, n); },
+        [&](const Lanes& own, Vec value, Vec g, int64_t to, int64_t n, Vec* found) {
+            const Vec u = own.steps(value), c = clamp(u, own.low, own.high), cut = u != c ? g : Vec{};
+            store(grad_x + to, g - cut, n);
+            found[0] = (round_even(c) - c) * g;
+            found[1] = cut * c;
+            found[2] = cut;
+        });
+}
+
+// For each group: sum g*(x^ on one grid - x^ on another).
+template <class X, class G>
+void difference(const G* grad, const X* x, float* sums, const Grids& above, const Grids& below, const Shape& shape,
+                const int64_t* grad_strides, int64_t groups, int threads) {
+    struct Both { Lanes above, below; };
+    sum_up<1>(grad, x, sums, shape, grad_strides, groups, threads,
+        [&](int64_t at) { return Both{{above, at}, {below, at}}; },
+        [&](int64_t at, int64_t n) { return Both{{above, at, n}, {below, at, n}}; },
+        [&](const Both& own, Vec value, Vec g, int64_t, int64_t, Vec* found) {
+            found[0] = g * (own.above.on_grid(value) - own.below.on_grid(value));
+        });
 }
 
 }  // namespace
@@ -273,6 +296,23 @@ int qvit_backward(const void* grad, int grad_type, const void* x, int x_type, vo
     };
     if (x_type == 0) of((const float*)x, (float*)grad_x);
     else of((const BFloat16*)x, (BFloat16*)grad_x);
+    return 0;
+}
+
+int qvit_difference(const void* grad, int grad_type, const void* x, int x_type, float* sums,
+                    const float* scale, const float* offset, const float* low, const float* high, int single,
+                    const float* scale2, const float* offset2, const float* low2, const float* high2, int single2,
+                    const int64_t* shape_numbers, const int64_t* grad_strides, int64_t groups, int threads) {
+    Shape shape;
+    std::memcpy(&shape, shape_numbers, sizeof shape);
+    const Grids above(scale, offset, low, high, single), below(scale2, offset2, low2, high2, single2);
+    const auto of = [&](const auto* from) {
+        if (grad_type == 0)
+            difference((const float*)grad, from, sums, above, below, shape, grad_strides, groups, threads);
+        else difference((const BFloat16*)grad, from, sums, above, below, shape, grad_strides, groups, threads);
+    };
+    if (x_type == 0) of((const float*)x);
+    else of((const BFloat16*)x);
     return 0;
 }
 

@@ -46,6 +46,7 @@ _GRID = (_POINTER,) * 4 + (_INT, _POINTER)
 _SIGNATURES = {
     "qvit_forward": (_POINTER, _INT, _POINTER, _INT, *_GRID, ctypes.c_float, _INT),
     "qvit_backward": (_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, *_GRID, _POINTER, _LONG, _INT),
+    "qvit_difference": (_POINTER, _INT, _POINTER, _INT, _POINTER, *_GRID[:5], *_GRID, _POINTER, _LONG, _INT),
     "qvit_scale_sums": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
 }
 
@@ -113,6 +114,20 @@ def backward(
           sums.data_ptr(), *pointers, numbers, strides, count, torch.get_num_threads())  # fmt: skip
     del kept
     return out, sums
+
+
+def difference(grad: Tensor, x: Tensor, above: tuple[Tensor | None, ...], below: tuple[Tensor | None, ...]) -> Tensor:
+    """(groups) sums of grad times x̂ on one grid less x̂ on another, whose groups are the same."""
+    pointers, kept, groups = _flat(above)
+    others, kept_too, _ = _flat(below)
+    x, ordered, numbers, strides = _in_order(x, groups, grad, None)
+    assert ordered is not None
+    sums = torch.empty((*(1,) * (x.dim() - len(groups)), *groups), dtype=torch.float32)
+    _call("qvit_difference", ordered.data_ptr(), _TYPES[ordered.dtype], x.data_ptr(), _TYPES[x.dtype],
+          sums.data_ptr(), *pointers, *others, numbers, strides, math.prod(groups),
+          torch.get_num_threads())  # fmt: skip
+    del kept, kept_too
+    return sums
 
 
 _SCRATCH = threading.local()

@@ -10,6 +10,10 @@ All other gradients are combinations of them (`parameter_gradients`):
 
     ∂s: A + C        ∂β: B        ∂b: s·ln2·2^(b-1)·(H - L), or s·ln2·2^b·H unsigned
 
+A width that is learned by differences has another gradient, which needs a sum of its own (`width_slope`):
+
+    ∂b: Σ g·(q(x; b+1) - q(x; b-1)) / 2        and at a limit of the width the difference to its only neighbour
+
 `FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators: it saves `x` and a
 few numbers per group. On CPUs the operators are compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere
 the formulas below; a model that torch.compile or torch.export traces gets these, to be fused with what is around them.
@@ -62,6 +66,8 @@ class Meta(NamedTuple):
     known_range: tuple[Tensor, Tensor] | None = None
     #: The first of the candidates, which follow one another; None if it is not known without asking the device.
     first: int | None = None
+    #: A learned width's gradient is the difference between its neighbours, not that of clipped elements.
+    by_difference: bool = False
 
 
 class Learned(NamedTuple):
@@ -104,10 +110,37 @@ def formula_resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, m
     return Grid(scale, offset, *(meta.known_range or integer_range(width, meta.signed))), width
 
 
+def width_slope(
+    grad: Tensor, x: Tensor, width: Tensor, scales: Tensor, offsets: Tensor | None, meta: Meta
+) -> Tensor | None:
+    """The gradient of a width that is learned by differences, per group; None for others.
+
+    To be taken before `backward_on` writes to `grad`.
+    """
+    if meta.limits is None or not meta.by_difference:
+        return None
+    least, most = meta.limits
+    above, below = (width + 1).clamp_max(most), (width - 1).clamp_min(least)
+    fixed = meta._replace(limits=None, known_range=None)
+    sides = [resolve(scales, offsets, side, fixed)[0] for side in (above, below)]
+    return difference_on(grad, x, *sides) / (above - below).clamp_min(1)
+
+
 def parameter_gradients(
-    sums: Tensor, grid: Grid, width: Tensor, scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta
+    sums: Tensor,
+    grid: Grid,
+    width: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    bit_width: Tensor,
+    meta: Meta,
+    slope: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of the banks of scales and offsets and of the width, from A, C and B."""
+    """The gradients of the banks of scales and offsets and of the width, from A, C and B, and `width_slope`."""
+    if slope is not None and meta.limits is not None:
+        meta, limits = meta._replace(limits=None), meta.limits
+        of_scales, of_offsets, _ = parameter_gradients(sums, grid, width, scales, offsets, bit_width, meta)
+        return of_scales, of_offsets, inward(bit_width, slope.sum_to_size(bit_width.shape), *limits)
     if _at_once(scales, meta):
         assert meta.first is not None
         about = (meta.first, meta.limits, meta.signed, meta.elements_per_scale)
@@ -182,8 +215,19 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid, out: Tensor | None = None) 
     return out.copy_(grad_x), sums
 
 
+def difference_on(grad: Tensor, x: Tensor, above: Grid, below: Grid) -> Tensor:
+    """Σ grad·(x̂ on one grid - x̂ on another) over the elements of each group, (*groups) with as many axes as x."""
+    if not torch.compiler.is_compiling():
+        if _directly(grad, x) and (found := gpu.difference(grad, x, above, below)) is not None:
+            return found
+        if cpu.handles(grad, x):
+            return cpu.difference(grad, x, above, below)
+    moved = wide(grad) * (_forward(wide(x), *above) - _forward(wide(x), *below))
+    return moved.sum_to_size(_shape_of(moved, above.scale, above.quant_max))
+
+
 class FakeQuantize(torch.autograd.Function):
-    """`functional.switchable_fake_quantize`; the same arguments, all positional, and `Meta.first`."""
+    """`functional.switchable_fake_quantize`; the same arguments, all positional, `Meta.first` and `.by_difference`."""
 
     @staticmethod
     def forward(
@@ -197,13 +241,14 @@ class FakeQuantize(torch.autograd.Function):
         signed: bool,
         elements_per_scale: Tensor | int | None,
         first: int | None = None,
+        by_difference: bool = False,
     ) -> Tensor:
         meta = Meta(candidates, limits, signed, elements_per_scale, None, first)
         grid, width = resolve(scales, offsets, bit_width, meta)
         shares = elements_per_scale if isinstance(elements_per_scale, Tensor) else None
         ctx.save_for_backward(x, *grid, width, scales, offsets, bit_width, candidates, shares)
         ctx.limits, ctx.signed, ctx.count = limits, signed, elements_per_scale if shares is None else None
-        ctx.first = first
+        ctx.first, ctx.by_difference = first, by_difference
         return quantize_on(x, grid)
 
     @staticmethod
@@ -211,10 +256,12 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, offset, low, high, width, scales, offsets, bit_width, candidates, shares = ctx.saved_tensors
         grid = Grid(scale, offset, low, high)
-        grad_x, sums = backward_on(grads[0], x, grid)
         count = ctx.count if shares is None else shares
-        meta = Meta(candidates, ctx.limits, ctx.signed, count, None, ctx.first)
-        return grad_x, *parameter_gradients(sums, grid, width, scales, offsets, bit_width, meta), *(None,) * 5
+        meta = Meta(candidates, ctx.limits, ctx.signed, count, None, ctx.first, ctx.by_difference)
+        slope = width_slope(grads[0], x, width, scales, offsets, meta)
+        grad_x, sums = backward_on(grads[0], x, grid)
+        of_grid = parameter_gradients(sums, grid, width, scales, offsets, bit_width, meta, slope)
+        return grad_x, *of_grid, *(None,) * 6
 
 
 def _forward(

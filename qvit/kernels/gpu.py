@@ -106,6 +106,41 @@ if importlib.util.find_spec("triton") is not None:
         tl.store(partial + 2 * programs + program, tl.sum(tl.where(inside, cut, zero)))
 
     @triton.jit
+    def _difference_kernel(  # type: ignore[no-untyped-def]
+        grad, x, partial, scale, offset, low, high, scale2, offset2, low2, high2, chunks, b_count, size,
+        x0, x1, x2, x3, y0, y1, y2, y3, g0, g1,
+        COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0)
+        tile = program // chunks
+        a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
+        i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
+        inside = i < size
+        group = a * g0 + b * g1
+        of_x, of_grad = x + a * x0 + b * x1, grad + a * y0 + b * y1
+        if COLUMNS > 0:
+            d, c = i % COLUMNS, i // COLUMNS
+            value = tl.load(of_x + c * x2 + d * x3, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(of_grad + c * y2 + d * y3, mask=inside, other=0.0).to(tl.float32)
+        else:
+            value = tl.load(of_x + i, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(of_grad + i, mask=inside, other=0.0).to(tl.float32)
+        zero = tl.zeros_like(value)
+        s, lo, hi = tl.load(scale + group), tl.load(low + group), tl.load(high + group)
+        shift = tl.load(offset + group) if SHIFTED else 0.0
+        u = tl.div_rn(value - shift, s + zero)
+        u = tl.where(u < lo, lo, u)
+        u = tl.where(u > hi, hi, u)
+        above = ((u + 12582912.0) - 12582912.0) * s + shift
+        s, lo, hi = tl.load(scale2 + group), tl.load(low2 + group), tl.load(high2 + group)
+        shift = tl.load(offset2 + group) if SHIFTED else 0.0
+        u = tl.div_rn(value - shift, s + zero)
+        u = tl.where(u < lo, lo, u)
+        u = tl.where(u > hi, hi, u)
+        below = ((u + 12582912.0) - 12582912.0) * s + shift
+        tl.store(partial + program, tl.sum(tl.where(inside, (above - below) * g, zero)))
+
+    @triton.jit
     def _resolve_kernel(  # type: ignore[no-untyped-def]
         scales, offsets, widths, out, count, first, least, most, smallest, OF_SCALE: tl.constexpr,
         OF_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SIGNED: tl.constexpr, SHIFTED: tl.constexpr,
@@ -249,6 +284,35 @@ def backward(grad: Tensor, x: Tensor, grid: _Grid, out: Tensor | None = None) ->
     return out, sums.reshape(3, *(1,) * (x.dim() - len(groups)), *groups)
 
 
+def difference(grad: Tensor, x: Tensor, above: _Grid, below: _Grid) -> Tensor | None:
+    """(groups) sums of grad times x̂ on one grid less x̂ on another of the same groups; None to leave it to formulas."""
+    flat, groups = numbers_of_groups(above)
+    others, other_groups = numbers_of_groups(below)
+    axes = axes_of(tuple(x.shape), (x.stride(), grad.stride()), groups)
+    if axes is None:
+        x, grad = x.contiguous(), grad.contiguous()
+        axes = axes_of(tuple(x.shape), (x.stride(), grad.stride()), groups)
+    if axes is None or axes.group[3] or groups != other_groups or not x.numel():
+        return None
+    if axes.group[2] and axes.size[0] == 1:
+        axes = _rows_as_tiles(axes)
+    axes = None if axes.group[2] else _countable(axes)
+    if axes is None:
+        return None
+    a, b, rows, columns = axes.size
+    chunks = math.ceil(rows * columns / _BLOCK)
+    partial = torch.empty(a, b, chunks, dtype=torch.float32, device=x.device)
+    numbers = [flat[0] if part is None else part for part in (*flat, *others)]
+    launch: Any = _difference_kernel
+    launch[(a * b * chunks,)](
+        grad, x, partial, *numbers, chunks, b, rows * columns, *axes.strides[0], *axes.strides[1], axes.group[0],
+        axes.group[1], COLUMNS=0 if _in_one_piece(axes, 0, 1) else columns, SHIFTED=flat[1] is not None, BLOCK=_BLOCK,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    sums = partial.sum([axis for axis, of_group in ((0, axes.group[0]), (1, axes.group[1])) if not of_group] + [2])
+    return sums.reshape(*(1,) * (x.dim() - len(groups)), *groups)
+
+
 def _in_one_piece(axes: Axes, *inputs: int) -> bool:
     """Whether the elements of a tile follow one another in these inputs."""
     rows, columns = axes.size[2:]
@@ -382,6 +446,11 @@ def _works(device: torch.device) -> bool:
         assert values is not None and found is not None
         same = same and torch.equal(values, _forward(x, *grid)) and torch.equal(found[0], expected)
         same = same and torch.allclose(found[1], sums, rtol=1e-3, atol=1e-2)
+        other = Grid(grid.scale * 2, grid.offset, grid.quant_min + 1, grid.quant_max - 1)
+        moved = difference(x, x, grid, other)
+        assert moved is not None
+        wanted_move = (x * (_forward(x, *grid) - _forward(x, *other))).sum_to_size(moved.shape)
+        same = same and torch.allclose(moved, wanted_move, rtol=1e-3, atol=1e-2)
         gradients = parameter_gradients(sums.contiguous(), own[0], banks, banks, width, 3, (3, 4), True, 1200)
         assert gradients is not None
         wanted = formula_gradients(sums, Grid(*own[:4]), own[4], banks, banks, width, meta)

@@ -32,6 +32,7 @@ from qvit.kernels.fake_quantize import (
     parameter_gradients,
     quantize_on,
     resolve,
+    width_slope,
 )
 
 Codes = tuple[Tensor, Tensor]
@@ -94,8 +95,9 @@ class _QuantizedLinear(torch.autograd.Function):
             else:
                 towards = towards.view(x.shape)
             in_place = not ctx.heads and towards.dtype == x.dtype
+            slope = width_slope(towards, x, width, scales, offsets, ctx.meta)
             grad_x, sums = backward_on(towards, x, grid, towards if in_place else None)
-            of_grid = parameter_gradients(sums, grid, width, scales, offsets, bit_width, ctx.meta)
+            of_grid = parameter_gradients(sums, grid, width, scales, offsets, bit_width, ctx.meta, slope)
         grad_bias = grad.sum(0) if needs_bias and ctx.has_bias else None
         return grad_x, grad_weight, grad_bias, *of_grid, None, None
 

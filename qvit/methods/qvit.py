@@ -5,7 +5,7 @@
 * Scales and widths are learned together, each attention head has its own widths (section 3.3, eq. 7-10).
 * Switchable scale: one scale per candidate width 2…8, so that a change of width does not throw away the scale it had
   (eq. 11, Table 3b).
-* Widths start at N + 1 for an N-bit budget, the first and the last layer at 8; both are learned (section 4.1).
+* Widths start near the budget, the first and the last layer at 8; both are learned (section 4.1).
 * Two stages: widths move in the first σ of all epochs (searching), then stand still while weights and scales finish
   (diving). Table 3c: σ = 0.9 for 300 epochs.
 
@@ -13,10 +13,15 @@ The penalty in the paper is η·max(0, C - c)² with C in G bit operations and �
 depends on the model's size. The default divides by the budget, so that one η serves all models; 0.1/G² is 46 for DeiT-T
 at 4 bits and 583 for DeiT-S in this form.
 
-Four things differ from the paper, by option back to it:
-* Widths have their own learning rate. With Adam a width moves by about one learning rate per step; by default it is set
-  so that a width could travel ten bits within the searching stage, never below the weights' rate (over 300 epochs of
-  ImageNet the two are the same).
+What differs from the paper, by option back to it (`docs/evidence.md` has what each is worth):
+* Every element tells a width what one bit more or less would change (`width_gradient`, see `quantizers/lsq.py`). By the
+  paper's rule (`clipping`) only elements beyond the limits do: a tensor that hardly clips, such as attention
+  probabilities, has nothing to hold its widths against the penalty.
+* Widths start at N for an N-bit budget. From N + 1, as published (`initial_bits`), the penalty first takes all widths
+  far below the budget.
+* Widths have their own learning rate, which falls to zero within the searching stage: they come to rest before they are
+  frozen, as the paper's do at the end of 270 epochs under a cosine. With Adam a width moves by about one learning rate
+  per step; the first rate is what would carry it ten bits in the searching stage, never below the weights' rate.
 * σ is 0.9 from 200 epochs on, and 0.4 for shorter runs, whose weights need the time after the widths have come to rest.
 * The penalty counts real-valued widths, not rounded ones. With rounding, the widths of all large layers, which fall in
   step, cross 2.5 together: the model drops far below its budget and the search has to climb back.
@@ -64,10 +69,10 @@ class SearchOptions(MethodOptions):
         searching_ratio: σ (Table 3c); None: 0.9 from 200 epochs on, else 0.4.
         penalty: `relative` to the budget, or the paper's `absolute` in G bit operations.
         penalty_weight: η; None: 50 (relative), 0.1 (absolute).
-        width_lr: Learning rate of the widths; None: ten bits of travel in the searching stage; `0` is refused, use
-            `lsq+` for fixed widths.
-        width_schedule: The rate of the widths falls to zero in the searching stage (`search`), or with the weights' in
-            the whole run (`run`, the paper's, whose search ends where the cosine nearly does).
+        width_lr: First learning rate of the widths; None: what would carry them ten bits in the searching stage; `0` is
+            refused, use `lsq+` for fixed widths.
+        width_schedule: Their rate falls to zero within the searching stage (`search`), or with the weights' rate
+            within the run (`run`, as in the paper).
         asymmetric: Patterns of further activation sites that get an offset.
     """
 
@@ -76,7 +81,7 @@ class SearchOptions(MethodOptions):
     penalty: Literal["relative", "absolute"] = "relative"
     penalty_weight: float | None = Field(None, gt=0)
     width_lr: float | None = Field(None, gt=0)
-    width_schedule: Literal["search", "run"] = "run"
+    width_schedule: Literal["search", "run"] = "search"
     asymmetric: tuple[str, ...] = ()
 
 
@@ -85,7 +90,8 @@ class RealWidthOptions(SearchOptions):
 
     Attributes:
         penalty_widths: What the penalty counts: `real` widths, or `rounded` ones as in the paper.
-        initial_bits: Width of the blocks at the start; None: N + 1.
+        initial_bits: Width of the blocks at the start; None: N, the largest uniform width within the budget. The paper
+            starts at N + 1.
     """
 
     penalty_widths: Literal["real", "rounded"] = "real"
@@ -98,12 +104,13 @@ class QViTOptions(RealWidthOptions):
     Attributes:
         switchable_scale: A scale per candidate width (Table 3b); off: one for all.
         scales: `per-head` (eq. 9) or `shared` by all heads, as in the public code.
-        width_gradient: Through the clipping limits (the paper) or by interpolation (FracBits).
+        width_gradient: What one bit more or less would change in every element (`difference`), or by `interpolation`
+            between two widths (FracBits), or through the clipping limits (`clipping`, the paper).
     """
 
     switchable_scale: bool = True
     scales: Literal["per-head", "shared"] = "per-head"
-    width_gradient: Literal["clipping", "interpolation"] = "clipping"
+    width_gradient: Literal["difference", "interpolation", "clipping"] = "difference"
 
 
 @register_method("qvit")
@@ -164,7 +171,7 @@ class QViTMethod(Method):
     def start(self, cost: CostModel, budget: int) -> QuantPlan:
         """The widths to start from where no plan is given."""
         bits = self.options.initial_bits or next(
-            (n for n in range(LOW, HIGH) if cost.bit_operations(cost.uniform(n)) > budget), HIGH
+            (n for n in range(HIGH, LOW, -1) if cost.bit_operations(cost.uniform(n)) <= budget), LOW
         )
         return QuantPlan.preset(f"w{bits}a{bits}").resolve(cost.sites)
 

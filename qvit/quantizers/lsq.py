@@ -10,11 +10,17 @@ column of the current width is picked by a one-hot product, in the graph, so tha
 and without asking the GPU; the columns of other widths get a gradient of exactly zero. After freezing, the bank stays
 as it is (the optimizer's state stays valid) and one column of it is read.
 
-While a width is learned by interpolation (FracBits, Yang and Jin 2021, eq. 3), with l = floor(b̃) and f = b̃ - l,
+The width's gradient, while it is learned, is that of the clipping limits (Q-ViT), which clipped elements feel alone, or
+
+    difference     ∂x̂/∂b̃ = (q(x; b+1) - q(x; b-1)) / 2 at b = round(b̃), where x̂ is q(x; b) as with `clipping`
+
+in which every element has its say: what one bit more would change, to first order. (Ours; the scales of the neighbours
+are those of their widths in the bank.) By interpolation (FracBits, Yang and Jin 2021, eq. 3), with l = floor(b̃) and
+f = b̃ - l,
 
     x̂ = (1 - f)·q(x; l) + f·q(x; l+1)            ∂x̂/∂b̃ = q(x; l+1) - q(x; l)
 
-so every element contributes, not only clipped ones.
+every element has its say as well, and the forward pass mixes two grids until the widths are frozen.
 
 n of the gradient's factor, by `TensorSpec.scale_gradient`, for the N elements x that share a scale and a width:
 
@@ -70,7 +76,7 @@ class LSQQuantizer(Quantizer):
 
     def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
         elements = self._elements_per_scale(x.numel(), x, bit_width, limits)
-        about = (limits, self.spec.signed, elements, self.first_width)
+        about = (limits, self.spec.signed, elements, self.first_width, self.spec.width_gradient == "difference")
         return FakeQuantize.apply(x, self.scale, self.offset, bit_width, self.candidates, *about)
 
     @torch.no_grad()
@@ -100,14 +106,15 @@ class LSQQuantizer(Quantizer):
             or self.spec.token_bit_width is not None
             or self.layout.view is not None
             or (x is None and self.spec.scale_gradient in NORMS)
-            or (self.learns_width and self.spec.width_gradient != "clipping")
+            or (self.learns_width and self.spec.width_gradient == "interpolation")
             or not fuses(self.scale, x)
         ):
             return None
         limits = self.spec.bit_width_range if self.learns_width else None
         elements = self._elements_per_scale(count, x, self.bit_width, limits)
         known = None if limits else self._fixed_range()
-        meta = Meta(self.candidates, limits, self.spec.signed, elements, known, self.first_width)
+        by_difference = self.spec.width_gradient == "difference"
+        meta = Meta(self.candidates, limits, self.spec.signed, elements, known, self.first_width, by_difference)
         return Learned(self.scale, self.offset, self.bit_width, meta)
 
     def _fixed_range(self) -> tuple[Tensor, Tensor]:
@@ -127,7 +134,7 @@ class LSQQuantizer(Quantizer):
         if bit_width is not None or not self.learns_width:
             return self._at_width(x, self.bit_width if bit_width is None else bit_width)
         low, high = self.spec.bit_width_range
-        if self.spec.width_gradient == "clipping":
+        if self.spec.width_gradient != "interpolation":
             return self._at_width(x, self.bit_width, (low, high))
         width = self.clamped_bit_width()
         lower = width.detach().floor().clamp(low, max(low, high - 1))

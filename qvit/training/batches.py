@@ -206,6 +206,11 @@ class BatchLoader:
             self._erasing.start(epoch, skip)
         self.skipped = 0
         for images, targets in self._prefetcher:
+            if images.is_cuda:
+                # Written on a stream of the prefetcher's. Where steps are only queued, as without a question to the
+                # device, timm up to 1.0.29 would write a later batch into memory that a queued step has yet to read.
+                images.record_stream(torch.cuda.current_stream(images.device))
+                targets.record_stream(torch.cuda.current_stream(targets.device))
             if len(images):  # not a batch of which nothing could be read
                 yield images, targets
 
