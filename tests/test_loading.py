@@ -57,6 +57,23 @@ def same_batches(a: Any, b: Any) -> bool:
 # --------------------------------------------------------------------------------------------------------- the sampling
 
 
+@pytest.mark.gpu
+def test_batches_on_a_gpu_wait_for_steps_that_are_only_queued(tmp_path: Path) -> None:
+    """Steps that ask the device for nothing lag far behind the loader, which must not reuse their images."""
+    source = open_source(make_images(tmp_path / "many", {"cat": 60, "dog": 60}))
+    sums = []
+    for cycles in (0, 20_000_000):
+        loader = train_loader(source, CONFIG, batch_size=4, augment=LIGHT, device="cuda", seed=3)
+        found = []
+        for images, targets in loader:
+            torch.cuda._sleep(cycles)
+            found.append(torch.stack([images.double().sum(), targets.double().sum()]))
+            if not cycles:
+                torch.cuda.synchronize()
+        sums.append(torch.stack(found))
+    assert torch.equal(*sums) and len(sums[0]) == 30
+
+
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "rand-m9", "original", "originalr", "v0", "augmix-m5"])
 @pytest.mark.parametrize("level", [0, 10])
 def test_policies_work_at_their_weakest_and_strongest(policy: str, level: int) -> None:

@@ -44,7 +44,7 @@ from qvit.errors import QvitError
 from qvit.files import write_json
 from qvit.jobs import Job, run_jobs, seconds_of, work
 from qvit.plan import QuantPlan
-from qvit.rundir import PLAN, RESULT
+from qvit.rundir import CONFIG, PLAN, RESULT
 from qvit.training.config import TrainConfig
 
 #: A post-training plan on the grids of trained rows: uniform, one scale per head.
@@ -166,6 +166,7 @@ def main() -> None:
             about = {"part": part, "budget": budget, "row": row.name, "method": row.method, "start": row.start}
             rows.append({**about, "method_options": row.options, **summary(found)})
     everything = [runs / name for name in [job.name for job in floats] + list(jobs.all)]
+    finished = [run for run in everything if (run / RESULT).is_file()]
     data = {
         "set": options.set,
         "title": SETS[options.set].get("title", ""),
@@ -174,9 +175,10 @@ def main() -> None:
         "train_images": 1200 if options.set == "digits" else options.train_images,
         "float_images": 1200 if options.set == "digits" else options.float_images or options.train_images,
         "rows": rows,
-        "hours": round(sum(seconds_of(read(run)) for run in everything if (run / RESULT).is_file()) / 3600, 2),
+        "hours": round(sum(seconds_of(read(run)) for run in finished) / 3600, 2),
         "seconds": round(time.perf_counter() - started, 1),
-        **record_of("evidence.py", options.device),
+        **record_of("evidence.py"),
+        **where_and_when(finished),
     }
     write_json(options.out or Path(__file__).parents[1] / "results" / f"evidence_{options.set}.json", data)
     if failed:
@@ -222,6 +224,17 @@ class Jobs:
 
 def read(run: Path) -> dict[str, Any]:
     return json.loads((run / RESULT).read_text(encoding="utf-8"))
+
+
+def where_and_when(runs: list[Path]) -> dict[str, Any]:
+    """Hardware, versions and date, as the runs themselves have them: they may have come from another machine."""
+    configs = [json.loads((run / CONFIG).read_text(encoding="utf-8")) for run in runs]
+    versions = {name: sorted({own["versions"][name] for own in configs}) for name in configs[0]["versions"]}
+    return {
+        "hardware": " and ".join(sorted({own["hardware"] for own in configs})),
+        "versions": {name: " and ".join(found) for name, found in versions.items()},
+        "date": max(own["started"] for own in configs)[:10],
+    }
 
 
 def summary(runs: list[Path]) -> dict[str, Any]:

@@ -139,17 +139,15 @@ def spread(name: str, values: list[float]) -> dict[str, float]:
     return {f"{name}_mean": statistics.mean(values), f"{name}_std": deviation}
 
 
-def record_of(script: str, device: str = "cpu") -> dict[str, Any]:
+def record_of(script: str) -> dict[str, Any]:
     """Command, hardware, date and versions, for a file of results; paths of this machine are left out."""
     words = iter(sys.argv[1:])
     shown = [word for word in words if word not in ("--data", "--runs", "--out") or next(words) is None]
     shown = [word for word in shown if word != "--table-only"]
     versions = {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    cores = f"{os.cpu_count()} cores, {platform.machine()}"
-    cuda = device.startswith("cuda")
     return {
         "command": shlex.join(["python", f"benchmarks/accuracy/{script}", *shown]),
-        "hardware": f"{torch.cuda.get_device_name()}, {cores}" if cuda else f"CPU, {cores}",
+        "hardware": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
         "date": datetime.date.today().isoformat(),
         "versions": {**versions, "python": platform.python_version()},
     }
