@@ -8,6 +8,8 @@ from typing import Any
 from rendering import Data
 
 Row = dict[str, Any]
+#: Kinds of which every head has its own width.
+OF_HEADS = ("attn.query", "attn.key", "attn.value", "attn.probs", "attn.output")
 #: Mean and deviation of differences over seeds.
 Gain = tuple[float, float]
 KINDS = {
@@ -67,4 +69,5 @@ def figure_names(data: Data) -> dict[str, str]:
     kinds = ["bit-operations", "weight-bytes"]
     kinds += ["ablations"] if any(ablations) else []
     kinds += ["widths"] if widths else []
+    kinds += ["heads"] if any("width_counts" in row for row in learned(data)) else []
     return {kind: f"evidence-{data['set']}-{kind}" for kind in kinds}

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
-from evidence_data import KINDS, Row, figure_names, floats_of, learned, paired, reference_of, rows_of
+from evidence_data import KINDS, OF_HEADS, Row, figure_names, floats_of, learned, paired, reference_of, rows_of
 from rendering import Data, figures_of
 
 from qvit.report.figures import COLOURS, COST_NAMES, GREY, SYMBOLS, label, new_figure
@@ -30,6 +30,7 @@ def evidence_figures(data: Data) -> dict[str, go.Figure]:
         "weight-bytes": lambda: _frontier(data, "weight_bytes"),
         "ablations": lambda: _ablations(data),
         "widths": lambda: _widths(data),
+        "heads": lambda: _heads(data),
     }
     return {name: makers[kind]() for kind, name in figure_names(data).items()}
 
@@ -199,4 +200,28 @@ def _widths(data: Data) -> go.Figure:
     figure.update_layout(barmode="group", bargap=0.25)
     figure.update_xaxes(tickangle=-40, showgrid=False)
     figure.update_yaxes(zeroline=True, zerolinecolor=GREY)
+    return figure
+
+
+def _heads(data: Data) -> go.Figure:
+    """Learned widths of single heads: a box per kind of tensor and budget, as in the paper's Figure 4."""
+    rows = [row for row in learned(data) if "width_counts" in row]
+    alt = f"Distribution of the widths of single heads by kind of tensor on {data['set']}, learned by qvit."
+    figure = new_figure(alt, "", "bits", height=380, min_width=640)
+    for index, row in enumerate(rows):
+        kinds = [kind for kind in OF_HEADS if kind in row["width_counts"]]
+        pairs = [
+            (KINDS[kind], int(width), count) for kind in kinds for width, count in row["width_counts"][kind].items()
+        ]
+        figure.add_box(
+            x=[kind for kind, _, count in pairs for _ in range(count)],
+            y=[width for _, width, count in pairs for _ in range(count)],
+            name=label(row["budget"]),
+            boxmean=True,
+            marker={"color": COLOURS[index % len(COLOURS)], "size": 4},
+            line={"width": 1.5},
+            hoverinfo="y",
+        )
+    figure.update_layout(boxmode="group")
+    figure.update_yaxes(dtick=1, zeroline=False)
     return figure

@@ -63,7 +63,8 @@ def title_of(data: Data) -> str:
     floats = f" Float models: {own['epochs']} epochs of {data.get('float_images', data['train_images'])} images."
     precision = f", {data['precision']}" if data.get("precision", "fp32") != "fp32" else ""
     length = f"{quantized['epochs']} epochs of {data['train_images']} images"
-    steps = f"batches of {common['batch_size']}, learning rate {quantized['lr']:g}{precision}"
+    batch = quantized.get("batch_size") or common["batch_size"]
+    steps = f"batches of {batch}, learning rate {quantized['lr']:g}{precision}"
     return f"{title.rstrip('.')}.{floats} Quantized: {length}, {steps};"
 
 
@@ -133,6 +134,8 @@ def _widths(data: Data, shown: dict[str, str]) -> list[str]:
     pieces.append("\n".join(filter(None, map(_of_the_paper, rows))))
     if "widths" in shown:
         pieces += ["The same less the width that `lsq+` has at that budget:", place(shown["widths"])]
+    if "heads" in shown:
+        pieces += ["Head by head, of all blocks and seeds (Figure 4):", place(shown["heads"])]
     return pieces
 
 

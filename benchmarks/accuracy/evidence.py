@@ -31,6 +31,7 @@ import json
 import re
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,30 +239,32 @@ def where_and_when(runs: list[Path]) -> dict[str, Any]:
 
 
 def summary(runs: list[Path]) -> dict[str, Any]:
-    """Accuracies in percent with their deviation over seeds (n - 1), costs, and the mean width by kind of tensor."""
+    """Accuracies in percent with their deviation over seeds (n - 1), costs, and the widths by kind of tensor."""
     results = [read(run) for run in runs]
-    widths = [mean_widths(QuantPlan.load(run / PLAN)) for run in runs]
+    widths = [widths_by_kind(QuantPlan.load(run / PLAN)) for run in runs]
+    counts = {kind: Counter(width for own in widths for width in own[kind]) for kind in widths[0]}
     return {
         **spread("accuracy", [result["accuracy"] for result in results]),
         "accuracies": [result["accuracy"] for result in results],
         "float_accuracies": [result["float_accuracy"] for result in results],
         "bit_operations": max(result["bit_operations"] for result in results),
         "weight_bytes": statistics.mean(result["weight_bytes"] for result in results),
-        "mean_widths": {kind: statistics.mean(own[kind] for own in widths) for kind in widths[0]},
+        "mean_widths": {kind: statistics.mean(own.elements()) for kind, own in counts.items()},
+        "width_counts": {kind: {str(width): own[width] for width in sorted(own)} for kind, own in counts.items()},
         "images": results[0]["images"],
         "seconds_mean": statistics.mean(seconds_of(result) for result in results),
         "seeds": [result["seed"] for result in results],
     }
 
 
-def mean_widths(plan: QuantPlan) -> dict[str, float]:
-    """The mean width of the blocks' tensors by kind, such as `attn.probs`; heads count alike."""
+def widths_by_kind(plan: QuantPlan) -> dict[str, list[int]]:
+    """The widths of the blocks' tensors by kind, such as `attn.probs`, one for each head."""
     found: dict[str, list[int]] = {}
     for site, spec in plan.sites.items():
         inner = re.fullmatch(r"blocks\.\d+\.(.+)", site)
         if inner and spec is not None:
             found.setdefault(inner.group(1), []).extend(spec.widths)
-    return {kind: statistics.mean(widths) for kind, widths in found.items()}
+    return found
 
 
 def parse() -> argparse.Namespace:
