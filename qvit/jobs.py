@@ -119,7 +119,8 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
                     failed[lost.name] = f"not run, because {lost.after} failed"
                     del waiting[lost.name]
                 unfinished = set(waiting) | {job.name for job in active.values()}
-                for job in [job for job in waiting.values() if job.after not in unfinished]:
+                ready = [job for job in waiting.values() if job.after not in unfinished]
+                for job in ready[: max(0, workers - len(active))]:  # no more, so that the first listed come first
                     active[pool.submit(job.work, str(runs / job.name), job.config.model_dump())] = waiting.pop(job.name)
                 done, _ = wait(active, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:

@@ -78,15 +78,32 @@ AT_BUDGET, ABOVE = "N", "N + 1"
 PUBLISHED = {"width_gradient": "clipping", "initial_bits": ABOVE, "width_schedule": "run"}
 
 
+#: The cheaper of the two gradients that every element has its say in.
+DIFFERENCES = {"width_gradient": "difference"}
+
+
 def searched(gradient: str, start: str, schedule: str = "run") -> dict[str, Any]:
     """Options of `qvit`: all in which variants of its search differ."""
     return {"width_gradient": gradient, "initial_bits": start, "width_schedule": schedule}
 
 
+#: What the full method is compared with; `wrong axis` is no option, so it has a job of its own.
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "widths start at N + 1": {"initial_bits": ABOVE},
+    "the widths' rate falls with the weights'": {"width_schedule": "run"},
+    "one width for all heads": {"head_wise": False},
+    "one scale for all widths": {"switchable_scale": False},
+    "one scale for all heads": {"scales": "shared"},
+    "σ = 0.5": {"searching_ratio": 0.5},
+    "σ = 0.7": {"searching_ratio": 0.7},
+    "σ = 0.9": {"searching_ratio": 0.9},
+    "σ = 1.0": {"searching_ratio": 1.0},
+}
 PARTS: dict[str, list[Row]] = {
     "budgets": [
         Row("lsq+", "lsq+"),
         Row("qvit", "qvit"),
+        Row("qvit by differences", "qvit", DIFFERENCES),
         Row("qvit, the published search", "qvit", PUBLISHED),
         Row("vvtq", "vvtq"),
         Row("qvit+vvtq", "qvit+vvtq"),
@@ -94,6 +111,7 @@ PARTS: dict[str, list[Row]] = {
     "post-training": [
         Row("Fisher plan, not trained", "ptq", {**GRIDS, "metric": "fisher"}),
         Row("qvit from the Fisher plan", "qvit", start="fisher"),
+        Row("qvit by differences from the Fisher plan", "qvit", DIFFERENCES, start="fisher"),
     ],
     "rivals": [
         Row("FracBits", "qvit", {"width_gradient": "interpolation", "head_wise": False, "width_schedule": "run"}),
@@ -110,17 +128,11 @@ PARTS: dict[str, list[Row]] = {
     ],
     "ablations": [
         Row("width gradient by clipping", "qvit", {"width_gradient": "clipping"}),
-        Row("width gradient by interpolation", "qvit", {"width_gradient": "interpolation"}),
-        Row("widths start at N + 1", "qvit", {"initial_bits": ABOVE}),
-        Row("the widths' rate falls with the weights'", "qvit", {"width_schedule": "run"}),
-        Row("one width for all heads", "qvit", {"head_wise": False}),
         Row("heads of weights on the wrong axis", "qvit", work=on_wrong_axis),
-        Row("one scale for all widths", "qvit", {"switchable_scale": False}),
-        Row("σ = 0.5", "qvit", {"searching_ratio": 0.5}),
-        Row("σ = 0.7", "qvit", {"searching_ratio": 0.7}),
-        Row("σ = 0.9", "qvit", {"searching_ratio": 0.9}),
-        Row("σ = 1.0", "qvit", {"searching_ratio": 1.0}),
-        Row("one scale for all heads", "qvit", {"scales": "shared"}),
+        *(Row(name, "qvit", options) for name, options in ABLATIONS.items()),
+    ],
+    "by differences": [
+        Row(f"{name}, by differences", "qvit", DIFFERENCES | options) for name, options in ABLATIONS.items()
     ],
     "variants": [
         Row("lsq+, half the rate", "lsq+", settings={"lr": 2.5e-4}),
@@ -270,7 +282,7 @@ def widths_by_kind(plan: QuantPlan) -> dict[str, list[int]]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS)[:-1])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS)[:-2])
     parser.add_argument("--budgets", nargs="+", default=["4bit", "3bit", "2bit"])
     parser.add_argument("--rivals", nargs="+", default=["3bit", "2bit"], help="the budgets of rivals and plans")
     parser.add_argument("--ablations", nargs="+", default=["3bit"], help="the budgets of ablations and widths alone")
@@ -279,7 +291,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     options = parsed(parser)
     own = dict.fromkeys(PARTS, options.rivals) | {"budgets": options.budgets}
-    own |= dict.fromkeys(("widths alone", "ablations"), options.ablations)
+    own |= dict.fromkeys(("widths alone", "ablations", "by differences"), options.ablations)
     options.budgets_of = own.__getitem__
     return options
 

@@ -48,7 +48,7 @@ SETS: dict[str, dict[str, Any]] = {
         "title": "A ViT of 4 blocks, 4 heads and width 64 on 32 pixels (patches of 4)",
         "common": {"model": "vit_tiny_patch16_224", "model_kwargs": SMALL, "batch_size": 50},
         "float": {"epochs": 8, "lr": 1e-3, "warmup_epochs": 1},
-        "quantized": {"epochs": 6, "lr": 1e-3},
+        "quantized": {"epochs": 5, "lr": 5e-4},
         "one_float_model": True,
     },
     "tiny-imagenet": {

@@ -110,7 +110,7 @@ class QViTOptions(RealWidthOptions):
 
     switchable_scale: bool = True
     scales: Literal["per-head", "shared"] = "per-head"
-    width_gradient: Literal["difference", "interpolation", "clipping"] = "difference"
+    width_gradient: Literal["interpolation", "difference", "clipping"] = "interpolation"
 
 
 @register_method("qvit")
