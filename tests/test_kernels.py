@@ -219,9 +219,9 @@ def test_the_gradient_of_a_width_by_differences(bank: bool, signed: bool) -> Non
         width = torch.tensor(widths).view(3, 1, 1).requires_grad_()
         leaves = (x.clone().requires_grad_(), scales, offsets, width)
         results = {}
-        for by_difference in (True, False):
-            out = FakeQuantize.apply(*leaves, candidates, (2, 8), signed, 1000, None, by_difference)
-            results[by_difference] = (out.detach(), *torch.autograd.grad((out * upstream).sum(), leaves))
+        for gradient in ("difference", "clipping"):
+            out = FakeQuantize.apply(*leaves, candidates, (2, 8), signed, 1000, None, gradient)
+            results[gradient] = (out.detach(), *torch.autograd.grad((out * upstream).sum(), leaves))
         for own, other in list(zip(*results.values(), strict=True))[:-1]:
             assert torch.equal(own, other)
         wanted, about = [], (candidates, None, signed, 1)
@@ -233,7 +233,7 @@ def test_the_gradient_of_a_width_by_differences(bank: bool, signed: bool) -> Non
             moved = float(((high - low) * upstream)[:, head].sum()) / (above - below)
             outward = (widths[head] == 2 and moved > 0) or (widths[head] == 8 and moved < 0)
             wanted.append(0.0 if outward else moved)
-        assert results[True][-1].flatten().tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-3)
+        assert results["difference"][-1].flatten().tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- layers and attention
@@ -283,14 +283,18 @@ SPECS = {
     "8 bits, unsigned": TensorSpec(bit_width=8, signed=False),
     "per channel": TensorSpec(bit_width=3, granularity=PerChannel()),
     "switchable": TensorSpec(bit_width=4, learn_bit_width=True, switchable_scale=True),
-    "difference": TensorSpec(
-        bit_width=4,
-        learn_bit_width=True,
-        switchable_scale=True,
-        width_gradient="difference",
-        signed=False,
-        symmetric=False,
-    ),
+    **{
+        gradient: TensorSpec(
+            bit_width=4,
+            learn_bit_width=True,
+            switchable_scale=True,
+            width_gradient=gradient,
+            signed=False,
+            symmetric=False,
+            scale_gradient=factor,
+        )
+        for gradient, factor in (("difference", "count"), ("interpolation", "count-linear"))
+    },
     "norm": TensorSpec(bit_width=3, scale_gradient="norm"),
 }
 
@@ -303,12 +307,21 @@ def test_a_layer_with_its_input_s_quantizer(plain: Any, kind: str, spec: str, bf
     if kind == "conv" and spec == "per channel":
         pytest.skip("a convolution with a scale per channel has no fused form")
     module = layer(kind, SPECS[spec], TensorSpec(bit_width=4, granularity=PerChannel()))
+    off_integers(module)
     images = torch.randn(5, 3, 8, 12) if kind == "conv" else torch.randn(5, 7, 24)
     upstream = torch.randn(5, 10, 2, 3) if kind == "conv" else torch.randn(5, 7, 10)
     found = gradients_of(module, images, upstream, bf16=bf16)
     expected = plain(gradients_of, module, images, upstream, bf16=bf16)
     close(found, expected, 0.02 if bf16 else 1e-5)
     assert "input_quantizer.scale" in found
+
+
+def off_integers(module: nn.Module) -> None:
+    """Moves learned widths by a third of a bit."""
+    with torch.no_grad():
+        for _, quantizer in quantizers_of(module):
+            if quantizer.learns_width:
+                quantizer.bit_width.add_(0.3)
 
 
 class Attention(AttentionSites):
@@ -358,7 +371,7 @@ def test_attention_beside_its_plain_form(
 
 
 @needs_kernels
-@pytest.mark.parametrize("learn", [None, "clipping", "difference"])
+@pytest.mark.parametrize("learn", [None, "clipping", "difference", "interpolation"])
 def test_attention_with_learned_widths_and_switchable_scales(plain: Any, learn: Any) -> None:
     spec = TensorSpec(
         bit_width=(3, 4, 6),
@@ -370,6 +383,7 @@ def test_attention_with_learned_widths_and_switchable_scales(plain: Any, learn: 
         symmetric=False,
     )
     module = attention(None, ALL, spec)
+    off_integers(module)
     x, upstream = 2 * torch.randn(7, 11, 72), torch.randn(7, 3, 11, 8)
     close(gradients_of(module, x, upstream), plain(gradients_of, module, x, upstream), 2e-5)
 

@@ -22,10 +22,13 @@ from qvit.kernels.fake_quantize import (
     Grid,
     Learned,
     Meta,
+    Mixed,
     backward_on,
+    packed,
     parameter_gradients,
     quantize_on,
     resolve,
+    unpacked,
     width_slope,
 )
 from qvit.kernels.linear import working_type
@@ -74,9 +77,9 @@ class _QuantizedAttention(torch.autograd.Function):
             for i, meta in enumerate(metas)
         ]
         ctx.metas, ctx.factor, ctx.dtype = metas, factor, working_type(q)
-        ctx.has_grid = tuple(grid is not None for grid in grids)
-        kept = [part for one in grids if one is not None for part in (*one[0], one[1])]
-        ctx.save_for_backward(q, k, v, bias, *learned, *kept)
+        kept = [() if one is None else packed(*one) for one in grids]
+        ctx.lengths = tuple(map(len, kept))
+        ctx.save_for_backward(q, k, v, bias, *learned, *(part for parts in kept for part in parts))
         own = [None if one is None else one[0] for one in grids]
         ctx.softmax = None
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=ctx.dtype, device=q.device)
@@ -92,12 +95,13 @@ class _QuantizedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         q, k, v, bias, *rest = ctx.saved_tensors
         learned, kept = rest[:12], rest[12:]
-        own: list[Grid | None] = []
+        own: list[Grid | Mixed | None] = []
         widths: list[Tensor | None] = []
-        for has_grid in ctx.has_grid:
-            own.append(Grid(*kept[:4]) if has_grid else None)
-            widths.append(kept[4] if has_grid else None)
-            kept = kept[5:] if has_grid else kept
+        for length in ctx.lengths:
+            grid, width = unpacked(kept[:length]) if length else (None, None)
+            own.append(grid)
+            widths.append(width)
+            kept = kept[length:]
         outputs = _gradients_of(q, k, v)
         sums: list[Any] = [0, 0, 0, 0]
         slopes: list[Any] = [None] * 4
@@ -190,7 +194,7 @@ def _chunks(q: Tensor, k: Tensor) -> list[slice]:
     return [slice(start, min(start + count, len(q))) for start in range(0, len(q), count)]
 
 
-def _on(name: str, x: Tensor, grid: Grid | None, dtype: torch.dtype) -> Tensor:
+def _on(name: str, x: Tensor, grid: Grid | Mixed | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if grid is None else quantize_on(x, grid, dtype, scratch=name)
 
 
@@ -205,7 +209,7 @@ def _operands(
     k: Tensor,
     v: Tensor,
     factor: float | Tensor,
-    grids: list[Grid | None],
+    grids: list[Grid | Mixed | None],
     images: slice,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,9 +10,13 @@ All other gradients are combinations of them (`parameter_gradients`):
 
     ∂s: A + C        ∂β: B        ∂b: s·ln2·2^(b-1)·(H - L), or s·ln2·2^b·H unsigned
 
-A width that is learned by differences has another gradient, which needs a sum of its own (`width_slope`):
+A width may be learned otherwise (`Meta.gradient`). By differences, which need a sum of their own (`width_slope`):
 
     ∂b: Σ g·(q(x; b+1) - q(x; b-1)) / 2        and at a limit of the width the difference to its only neighbour
+
+By interpolation x̂ is on two grids at a time (`Mixed`); its sums are those of both, by their shares, and of
+
+    ∂b: Σ g·(q(x; l+1) - q(x; l))
 
 `FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators: it saves `x` and a
 few numbers per group. On CPUs the operators are compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere
@@ -22,6 +26,7 @@ the formulas below; a model that torch.compile or torch.export traces gets these
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +60,19 @@ class Grid(NamedTuple):
         return Grid(turned(self.scale), offset, turned(self.quant_min), turned(self.quant_max))
 
 
+class Mixed(NamedTuple):
+    """Grids of two neighbouring widths, and the share of the upper one: x̂ = (1 - f)·q(x; l) + f·q(x; l+1)."""
+
+    lower: Grid
+    upper: Grid
+    share: Tensor
+
+    def heads_last(self) -> Mixed:
+        """As of `Grid`."""
+        share = self.share if self.share.dim() < 2 else self.share.transpose(-3, -2)
+        return Mixed(self.lower.heads_last(), self.upper.heads_last(), share)
+
+
 class Meta(NamedTuple):
     """What a quantizer's tensors mean; see `functional.switchable_fake_quantize`."""
 
@@ -66,8 +84,10 @@ class Meta(NamedTuple):
     known_range: tuple[Tensor, Tensor] | None = None
     #: The first of the candidates, which follow one another; None if it is not known without asking the device.
     first: int | None = None
-    #: A learned width's gradient is the difference between its neighbours, not that of clipped elements.
-    by_difference: bool = False
+    #: How a learned width gets its gradient, see `TensorSpec.width_gradient`.
+    gradient: str = "clipping"
+    #: Elements per scale are to be multiplied by quant_max.
+    linear: bool = False
 
 
 class Learned(NamedTuple):
@@ -87,8 +107,24 @@ def fuses(*tensors: Tensor | None) -> bool:
     return gpu.handles(*given) if given and given[0].is_cuda else cpu.would_handle(*given)
 
 
-def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid, Tensor]:
-    """The grid of the current widths, and these widths as integers."""
+def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid | Mixed, Tensor]:
+    """The grid of the current widths, and these as integers; by interpolation both grids, and the lower widths."""
+    if meta.limits is None or meta.gradient != "interpolation":
+        return resolve_one(scales, offsets, bit_width, meta)
+    least, most = meta.limits
+    width = bit_width.detach().clamp(least, most)
+    lower = width.floor().clamp_max(max(least, most - 1))
+    upper = _fixed(scales, offsets, (lower + 1).clamp_max(most), meta)
+    return Mixed(_fixed(scales, offsets, lower, meta), upper, width - lower), lower
+
+
+def _fixed(scales: Tensor, offsets: Tensor | None, width: Tensor, meta: Meta) -> Grid:
+    """The grid of integer widths that are given."""
+    return resolve_one(scales, offsets, width, meta._replace(limits=None, known_range=None))[0]
+
+
+def resolve_one(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid, Tensor]:
+    """`resolve` where x̂ is on a single grid."""
     if _at_once(scales, meta):
         assert meta.first is not None
         found = gpu.resolve(scales, offsets, bit_width, meta.first, meta.limits, meta.signed, SMALLEST_SCALE)
@@ -117,18 +153,17 @@ def width_slope(
 
     To be taken before `backward_on` writes to `grad`.
     """
-    if meta.limits is None or not meta.by_difference:
+    if meta.limits is None or meta.gradient != "difference":
         return None
     least, most = meta.limits
     above, below = (width + 1).clamp_max(most), (width - 1).clamp_min(least)
-    fixed = meta._replace(limits=None, known_range=None)
-    sides = [resolve(scales, offsets, side, fixed)[0] for side in (above, below)]
+    sides = [_fixed(scales, offsets, side, meta) for side in (above, below)]
     return difference_on(grad, x, *sides) / (above - below).clamp_min(1)
 
 
 def parameter_gradients(
     sums: Tensor,
-    grid: Grid,
+    grid: Grid | Mixed,
     width: Tensor,
     scales: Tensor,
     offsets: Tensor | None,
@@ -136,11 +171,23 @@ def parameter_gradients(
     meta: Meta,
     slope: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of the banks of scales and offsets and of the width, from A, C and B, and `width_slope`."""
+    """The gradients of the banks of scales and offsets and of the width, from the sums of `backward_on`.
+
+    The other arguments are those of `resolve` and its results, and `slope` what `width_slope` returned.
+    """
+    if isinstance(grid, Mixed):
+        assert meta.limits is not None
+        pairs = ((sums[:3], grid.lower, width), (sums[3:6], grid.upper, (width + 1).clamp_max(meta.limits[1])))
+        fixed = meta._replace(limits=None)
+        lower, upper = (parameter_gradients(*own, scales, offsets, bit_width, fixed) for own in pairs)
+        of_offsets = None if lower[1] is None or upper[1] is None else lower[1] + upper[1]
+        return lower[0] + upper[0], of_offsets, _of_width(sums[6], bit_width, meta.limits)
+    if meta.linear:
+        meta = meta._replace(elements_per_scale=meta.elements_per_scale * grid.quant_max, linear=False)  # type: ignore[operator]
     if slope is not None and meta.limits is not None:
-        meta, limits = meta._replace(limits=None), meta.limits
-        of_scales, of_offsets, _ = parameter_gradients(sums, grid, width, scales, offsets, bit_width, meta)
-        return of_scales, of_offsets, inward(bit_width, slope.sum_to_size(bit_width.shape), *limits)
+        fixed = meta._replace(limits=None)
+        of_scales, of_offsets, _ = parameter_gradients(sums, grid, width, scales, offsets, bit_width, fixed)
+        return of_scales, of_offsets, _of_width(slope, bit_width, meta.limits)
     if _at_once(scales, meta):
         assert meta.first is not None
         about = (meta.first, meta.limits, meta.signed, meta.elements_per_scale)
@@ -148,6 +195,11 @@ def parameter_gradients(
         if found is not None:
             return found
     return formula_gradients(sums, grid, width, scales, offsets, bit_width, meta)
+
+
+def _of_width(slope: Tensor, bit_width: Tensor, limits: tuple[int, int]) -> Tensor:
+    """The gradient of the widths from that of every group."""
+    return inward(bit_width, slope.sum_to_size(bit_width.shape), *limits)
 
 
 def formula_gradients(
@@ -170,11 +222,17 @@ def formula_gradients(
     return grad_scales, grad_offsets, grad_width
 
 
-def quantize_on(x: Tensor, grid: Grid, dtype: torch.dtype | None = None, *, scratch: str | None = None) -> Tensor:
+def quantize_on(
+    x: Tensor, grid: Grid | Mixed, dtype: torch.dtype | None = None, *, scratch: str | None = None
+) -> Tensor:
     """x̂ on a grid, in `dtype` (of x by default). Not differentiable.
 
     `scratch` names memory that is used again on the CPU (`cpu.scratch`): the result is used up before the next call.
     """
+    if isinstance(grid, Mixed):
+        values = quantize_on(x, grid.lower, dtype, scratch=scratch)
+        upper = quantize_on(x, grid.upper, dtype, scratch=scratch and "upper")
+        return values.lerp_(upper, grid.share.to(values.dtype))
     if torch.compiler.is_compiling():
         return _forward(x, *grid, dtype=dtype)
     if _directly(x) and (found := gpu.forward(x, grid, dtype or x.dtype)) is not None:
@@ -198,11 +256,18 @@ def codes_on(x: Tensor, grid: Grid, zero: int = 0) -> Tensor:
     return (torch.minimum(torch.maximum(u, grid.quant_min), grid.quant_max).round_() - zero).to(torch.int8)
 
 
-def backward_on(grad: Tensor, x: Tensor, grid: Grid, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def backward_on(grad: Tensor, x: Tensor, grid: Grid | Mixed, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The gradient of x, and A, C, B as (3, *groups) with as many axes as x.
 
+    On two grids the sums are seven: those of the lower and of the upper one, by their shares, and the width's gradient.
     The gradient is written to `out` if that is given; it may be `grad` itself.
     """
+    if isinstance(grid, Mixed):
+        slope = difference_on(grad, x, grid.upper, grid.lower)
+        of_upper, above = backward_on(grad, x, grid.upper, cpu.scratch("upper", x.shape, x.dtype, x))
+        grad_x, below = backward_on(grad, x, grid.lower, out)
+        grad_x = grad_x.lerp_(of_upper, grid.share.to(grad_x.dtype))
+        return grad_x, torch.cat([below * (1 - grid.share), above * grid.share, slope[None]])
     if torch.compiler.is_compiling():
         return _backward(grad, x, *grid)
     if _directly(grad, x) and (found := gpu.backward(grad, x, grid, out)) is not None:
@@ -226,8 +291,23 @@ def difference_on(grad: Tensor, x: Tensor, above: Grid, below: Grid) -> Tensor:
     return moved.sum_to_size(_shape_of(moved, above.scale, above.quant_max))
 
 
+def packed(grid: Grid | Mixed, width: Tensor) -> tuple[Tensor | None, ...]:
+    """What `resolve` returned as tensors to be saved for backward."""
+    return (*grid, width) if isinstance(grid, Grid) else (*grid.lower, *grid.upper, grid.share, width)
+
+
+def unpacked(parts: Sequence[Any]) -> tuple[Grid | Mixed, Tensor]:
+    """What `packed` was given."""
+    grid = Grid(*parts[:4])
+    return (grid if len(parts) == PACKED else Mixed(grid, Grid(*parts[4:8]), parts[8])), parts[-1]
+
+
+#: How many tensors `packed` makes of a grid.
+PACKED = 5
+
+
 class FakeQuantize(torch.autograd.Function):
-    """`functional.switchable_fake_quantize`; the same arguments, all positional, `Meta.first` and `.by_difference`."""
+    """`functional.switchable_fake_quantize`; the same arguments, all positional, and more of `Meta`."""
 
     @staticmethod
     def forward(
@@ -241,27 +321,27 @@ class FakeQuantize(torch.autograd.Function):
         signed: bool,
         elements_per_scale: Tensor | int | None,
         first: int | None = None,
-        by_difference: bool = False,
+        gradient: str = "clipping",
+        linear: bool = False,
     ) -> Tensor:
-        meta = Meta(candidates, limits, signed, elements_per_scale, None, first)
+        meta = Meta(candidates, limits, signed, elements_per_scale, None, first, gradient, linear)
         grid, width = resolve(scales, offsets, bit_width, meta)
         shares = elements_per_scale if isinstance(elements_per_scale, Tensor) else None
-        ctx.save_for_backward(x, *grid, width, scales, offsets, bit_width, candidates, shares)
-        ctx.limits, ctx.signed, ctx.count = limits, signed, elements_per_scale if shares is None else None
-        ctx.first, ctx.by_difference = first, by_difference
+        ctx.save_for_backward(x, scales, offsets, bit_width, candidates, shares, *packed(grid, width))
+        ctx.about = (limits, signed, elements_per_scale if shares is None else None, None, first, gradient, linear)
         return quantize_on(x, grid)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, offset, low, high, width, scales, offsets, bit_width, candidates, shares = ctx.saved_tensors
-        grid = Grid(scale, offset, low, high)
-        count = ctx.count if shares is None else shares
-        meta = Meta(candidates, ctx.limits, ctx.signed, count, None, ctx.first, ctx.by_difference)
+        x, scales, offsets, bit_width, candidates, shares, *parts = ctx.saved_tensors
+        grid, width = unpacked(parts)
+        meta = Meta(candidates, *ctx.about)
+        meta = meta if shares is None else meta._replace(elements_per_scale=shares)
         slope = width_slope(grads[0], x, width, scales, offsets, meta)
         grad_x, sums = backward_on(grads[0], x, grid)
         of_grid = parameter_gradients(sums, grid, width, scales, offsets, bit_width, meta, slope)
-        return grad_x, *of_grid, *(None,) * 6
+        return grad_x, *of_grid, *(None,) * 7
 
 
 def _forward(

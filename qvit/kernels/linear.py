@@ -27,11 +27,14 @@ from qvit.kernels.fake_quantize import (
     Grid,
     Learned,
     Meta,
+    Mixed,
     backward_on,
     codes_on,
+    packed,
     parameter_gradients,
     quantize_on,
     resolve,
+    unpacked,
     width_slope,
 )
 
@@ -48,7 +51,8 @@ def quantized_linear(
         weight: Ŵ, (out, in).
         bias: (out,) or None.
         learned: The quantizer of `x`.
-        codes: r of Ŵ, int8 (out, in), and t, (out,): the product runs on integers. Then `x` has one scale.
+        codes: r of Ŵ, int8 (out, in), and t, (out,): the product runs on integers. Then `x` has one scale. Not while
+            a width is learned by interpolation: x̂ is not on one grid.
     """
     return _QuantizedLinear.apply(x, weight, bias, *learned, codes)
 
@@ -71,16 +75,16 @@ class _QuantizedLinear(torch.autograd.Function):
         weight = weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         ctx.meta, ctx.heads, ctx.has_bias = meta, x.shape[-1] != weight.shape[-1], bias is not None
-        ctx.save_for_backward(x, weight, *grid, width, scales, offsets, bit_width)
-        if codes is not None:
+        ctx.save_for_backward(x, weight, scales, offsets, bit_width, *packed(grid, width))
+        if codes is not None and isinstance(grid, Grid):
             return _on_integers(x, bias, grid, codes, meta.signed, dtype)
         return F.linear(_tokens(x, grid, weight.shape[-1], dtype), weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, weight, scale, offset, low, high, width, scales, offsets, bit_width = ctx.saved_tensors
-        grid = Grid(scale, offset, low, high)
+        x, weight, scales, offsets, bit_width, *parts = ctx.saved_tensors
+        grid, width = unpacked(parts)
         grad = grads[0].to(weight.dtype).flatten(0, -2)
         needs_x, needs_weight, needs_bias, needs_scales = ctx.needs_input_grad[:4]
         grad_x = grad_weight = None
@@ -108,7 +112,7 @@ def working_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _tokens(x: Tensor, grid: Grid, inputs: int, dtype: torch.dtype) -> Tensor:
+def _tokens(x: Tensor, grid: Grid | Mixed, inputs: int, dtype: torch.dtype) -> Tensor:
     """x̂ as tokens of `inputs` numbers; used up before the next call."""
     heads = x.shape[-1] != inputs
     source = x.transpose(1, 2) if heads else x

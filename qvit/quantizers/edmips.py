@@ -56,9 +56,9 @@ class MixtureQuantizer(DerivedWidthQuantizer):
         return self.candidates[self.logits.detach().argmax(-1)] if self.calibrated else self.bit_width
 
     def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
-        elements = [self._elements_per_scale(x.numel(), x, width, None) for width in self.candidates]
+        elements, linear = self._elements_per_scale(x.numel(), x), self.spec.scale_gradient == "count-linear"
         shares = self.logits.softmax(-1)
-        return Mixture.apply(x, self.scale, self.offset, shares, self.candidates, self.spec.signed, elements)
+        return Mixture.apply(x, self.scale, self.offset, shares, self.candidates, self.spec.signed, elements, linear)
 
 
 class Mixture(torch.autograd.Function):
@@ -73,10 +73,11 @@ class Mixture(torch.autograd.Function):
         shares: Tensor,
         candidates: Tensor,
         signed: bool,
-        elements: list[Tensor | int],
+        elements: Tensor | int,
+        linear: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, scales, offsets, shares, candidates)
-        ctx.signed, ctx.elements = signed, elements
+        ctx.signed, ctx.elements, ctx.linear = signed, elements, linear
         total = torch.zeros_like(wide(x))
         for grid, share in _branches(scales, offsets, shares, candidates, signed):
             total.addcmul_(quantize_on(x, grid, total.dtype), share)
@@ -89,17 +90,17 @@ class Mixture(torch.autograd.Function):
         grad = wide(grads[0])
         grad_x, banks = torch.zeros_like(grad), ([], [], [])
         branches = _branches(scales, offsets, shares, candidates, ctx.signed)
-        for (grid, share), elements in zip(branches, ctx.elements, strict=True):
+        for grid, share in branches:
             own, sums = backward_on(grad, wide(x), grid)
             grad_x.addcmul_(own, share)
             rounding, clipped, total = (part.sum_to_size(grid.scale.shape) * share for part in sums)
-            factor = torch.rsqrt(elements * grid.quant_max)
+            factor = torch.rsqrt(ctx.elements * grid.quant_max.pow(2 if ctx.linear else 1))
             values = quantize_on(x, grid, grad.dtype)
             banks[0].append(((rounding + clipped) * factor).sum_to_size(scales.shape[:-1]))
             banks[1].append(total.sum_to_size(scales.shape[:-1]))
             banks[2].append((values * grad).sum_to_size(share.shape))
         to_scales, to_offsets, to_shares = (torch.stack(own, -1) for own in banks)
-        return grad_x.to(x.dtype), to_scales, None if offsets is None else to_offsets, to_shares, None, None, None
+        return grad_x.to(x.dtype), to_scales, None if offsets is None else to_offsets, to_shares, *(None,) * 4
 
 
 def _branches(

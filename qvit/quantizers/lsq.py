@@ -75,26 +75,20 @@ class LSQQuantizer(Quantizer):
         self._range: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
-        elements = self._elements_per_scale(x.numel(), x, bit_width, limits)
-        about = (limits, self.spec.signed, elements, self.first_width, self.spec.width_gradient == "difference")
-        return FakeQuantize.apply(x, self.scale, self.offset, bit_width, self.candidates, *about)
+        about = (limits, self.spec.signed, self._elements_per_scale(x.numel(), x), self.first_width)
+        more = (self.spec.width_gradient, self.spec.scale_gradient == "count-linear")
+        return FakeQuantize.apply(x, self.scale, self.offset, bit_width, self.candidates, *about, *more)
 
     @torch.no_grad()
-    def _elements_per_scale(
-        self, count: int, x: Tensor | None, bit_width: Tensor, limits: tuple[int, int] | None
-    ) -> Tensor | int:
-        """n of the gradient's factor; activations are counted over the parts of the step's batch."""
+    def _elements_per_scale(self, count: int, x: Tensor | None) -> Tensor | int:
+        """n of the gradient's factor, but for quant_max; activations are counted over the parts of the step's batch."""
         form = self.spec.scale_gradient
         if form in NORMS:
             assert x is not None
             norm = x.abs().sum_to_size(self.groups).to(self.scale.dtype) * self.batch_parts
             norm = norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.25)
             return norm.square() if form == "norm-squared" else norm
-        count = count * self.batch_parts // self.num_groups
-        if form == "count":
-            return count
-        width = bit_width if limits is None else bit_width.clamp(*limits).round()
-        return count * integer_range(width, self.spec.signed)[1]
+        return count * self.batch_parts // self.num_groups
 
     def learned(self, count: int, x: Tensor | None = None) -> Learned | None:
         if (
@@ -106,15 +100,14 @@ class LSQQuantizer(Quantizer):
             or self.spec.token_bit_width is not None
             or self.layout.view is not None
             or (x is None and self.spec.scale_gradient in NORMS)
-            or (self.learns_width and self.spec.width_gradient == "interpolation")
             or not fuses(self.scale, x)
         ):
             return None
         limits = self.spec.bit_width_range if self.learns_width else None
-        elements = self._elements_per_scale(count, x, self.bit_width, limits)
+        elements = self._elements_per_scale(count, x)
         known = None if limits else self._fixed_range()
-        by_difference = self.spec.width_gradient == "difference"
-        meta = Meta(self.candidates, limits, self.spec.signed, elements, known, self.first_width, by_difference)
+        more = (self.spec.width_gradient, self.spec.scale_gradient == "count-linear")
+        meta = Meta(self.candidates, limits, self.spec.signed, elements, known, self.first_width, *more)
         return Learned(self.scale, self.offset, self.bit_width, meta)
 
     def _fixed_range(self) -> tuple[Tensor, Tensor]:
@@ -133,13 +126,7 @@ class LSQQuantizer(Quantizer):
     def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
         if bit_width is not None or not self.learns_width:
             return self._at_width(x, self.bit_width if bit_width is None else bit_width)
-        low, high = self.spec.bit_width_range
-        if self.spec.width_gradient != "interpolation":
-            return self._at_width(x, self.bit_width, (low, high))
-        width = self.clamped_bit_width()
-        lower = width.detach().floor().clamp(low, max(low, high - 1))
-        fraction = (width - lower).to(x.dtype)
-        return torch.lerp(self._at_width(x, lower), self._at_width(x, (lower + 1).clamp(max=high)), fraction)
+        return self._at_width(x, self.bit_width, self.spec.bit_width_range)
 
     @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor | None]:
