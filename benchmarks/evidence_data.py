@@ -8,6 +8,8 @@ from typing import Any
 from rendering import Data
 
 Row = dict[str, Any]
+#: Parts whose rows lack something of a row of the part `budgets`: name of the figure, and that row.
+ABLATIONS = {"ablations": ("ablations", "qvit"), "by differences": ("by-differences", "qvit by differences")}
 #: Kinds of which every head has its own width.
 OF_HEADS = ("attn.query", "attn.key", "attn.value", "attn.probs", "attn.output")
 #: Mean and deviation of differences over seeds.
@@ -64,10 +66,13 @@ def learned(data: Data) -> list[Row]:
 
 def figure_names(data: Data) -> dict[str, str]:
     """Name of the file of each figure, by what it shows."""
-    ablations = [paired(row, reference_of(row, data, "qvit")) for row in rows_of(data, "ablations")]
+    ablations = {
+        figure: any(paired(row, reference_of(row, data, full)) for row in rows_of(data, part))
+        for part, (figure, full) in ABLATIONS.items()
+    }
     widths = [row for row in learned(data) if reference_of(row, data, "lsq+")]
     kinds = ["bit-operations", "weight-bytes"]
-    kinds += ["ablations"] if any(ablations) else []
+    kinds += [figure for figure, known in ablations.items() if known]
     kinds += ["widths"] if widths else []
     kinds += ["heads"] if any("width_counts" in row for row in learned(data)) else []
     return {kind: f"evidence-{data['set']}-{kind}" for kind in kinds}

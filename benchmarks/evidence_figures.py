@@ -9,9 +9,21 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 import plotly.graph_objects as go
-from evidence_data import KINDS, OF_HEADS, Row, figure_names, floats_of, learned, paired, reference_of, rows_of
+from evidence_data import (
+    ABLATIONS,
+    KINDS,
+    OF_HEADS,
+    Row,
+    figure_names,
+    floats_of,
+    learned,
+    paired,
+    reference_of,
+    rows_of,
+)
 from rendering import Data, figures_of
 
 from qvit.report.figures import COLOURS, COST_NAMES, GREY, SYMBOLS, label, new_figure
@@ -28,7 +40,7 @@ def evidence_figures(data: Data) -> dict[str, go.Figure]:
     makers = {
         "bit-operations": lambda: _frontier(data, "bit_operations"),
         "weight-bytes": lambda: _frontier(data, "weight_bytes"),
-        "ablations": lambda: _ablations(data),
+        **{figure: partial(_ablations, data, part, full) for part, (figure, full) in ABLATIONS.items()},
         "widths": lambda: _widths(data),
         "heads": lambda: _heads(data),
     }
@@ -37,7 +49,7 @@ def evidence_figures(data: Data) -> dict[str, go.Figure]:
 
 def _frontier(data: Data, cost: str) -> go.Figure:
     """Accuracy against a cost: a colour and marker per row, a point per budget, float dashed."""
-    rows = [row for row in data["rows"] if row["part"] not in ("ablations", "widths alone")]
+    rows = [row for row in data["rows"] if row["part"] not in (*ABLATIONS, "widths alone")]
     title, kind = COST_NAMES[cost]
     unit, size = unit_for([row[cost] for row in rows], kind)
     places = _side_by_side([row[cost] / size for row in rows])
@@ -156,12 +168,12 @@ def _limits(rows: list[Row], *others: float) -> list[float]:
     return [min(ends) - room, max(ends) + room]
 
 
-def _ablations(data: Data) -> go.Figure:
+def _ablations(data: Data, part: str, full: str) -> go.Figure:
     """What each ablation changes, with the deviation over seeds."""
-    known = [(row, paired(row, reference_of(row, data, "qvit"))) for row in rows_of(data, "ablations")]
+    known = [(row, paired(row, reference_of(row, data, full))) for row in rows_of(data, part)]
     found = [(row, gain) for row, gain in known if gain is not None]
-    alt = f"Difference of {len(found)} ablations to the full qvit on {data['set']}; the table above has the numbers."
-    title = f"top-1 less that of qvit at {found[0][0]['budget']} (points)"
+    alt = f"Difference of {len(found)} ablations to {full} on {data['set']}; the table above has the numbers."
+    title = f"top-1 less that of {full} at {found[0][0]['budget']} (points)"
     figure = new_figure(alt, title, "", height=110 + 38 * len(found), min_width=520)
     figure.add_scatter(
         x=[gain[0] for _, gain in found],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 
-from evidence_data import KINDS, Gain, Row, figure_names, floats_of, learned, paired, reference_of, rows_of
+from evidence_data import ABLATIONS, KINDS, Gain, Row, figure_names, floats_of, learned, paired, reference_of, rows_of
 from rendering import Data, origin, place, spread, table, table_of
 
 from qvit.report.units import column, difference, titled
@@ -110,13 +110,14 @@ def verdict(rows: list[Row], gains: list[Gain | None], reference: str) -> str:
 
 
 def _ablations(data: Data, shown: dict[str, str]) -> list[str]:
-    rows = rows_of(data, "ablations")
-    if not rows:
-        return []
-    full = reference_of(rows[0], data, "qvit")
-    pieces = ["### Ablations", *_compared([*([full] if full else []), *rows], data, "qvit")]
-    if "ablations" in shown:
-        pieces += ["Differences to the full `qvit`, with their deviations:", place(shown["ablations"])]
+    pieces = []
+    for part, (figure, name) in ABLATIONS.items():
+        rows = rows_of(data, part)
+        if rows:
+            full = reference_of(rows[0], data, name)
+            pieces += [f"### Parts of `{name}`", *_compared([*([full] if full else []), *rows], data, name)]
+        if figure in shown:
+            pieces += [f"Differences to the full `{name}`, with their deviations:", place(shown[figure])]
     return pieces
 
 

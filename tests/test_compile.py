@@ -56,7 +56,7 @@ def step(model: Any, parameters: nn.Module, images: Tensor) -> tuple[Tensor, dic
     return output.detach(), gradients
 
 
-@pytest.mark.parametrize("width_gradient", ["clipping", "interpolation"])
+@pytest.mark.parametrize("width_gradient", ["clipping", "difference", "interpolation"])
 def test_widths_move_across_integers_without_compiling_again(width_gradient: str) -> None:
     model, _ = learned_model(width_gradient=width_gradient)
     images = digit_batches(1)[0]
@@ -124,7 +124,7 @@ def test_the_penalty_is_one_graph_without_recompilation() -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("width_gradient", ["clipping", "interpolation"])
+@pytest.mark.parametrize("width_gradient", ["clipping", "difference", "interpolation"])
 def test_inductor_agrees_with_eager(width_gradient: str) -> None:
     # In double precision: fused arithmetic rounds differently, which in single precision moves values that lie on the
     # edge between two grid points to the other side.

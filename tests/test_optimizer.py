@@ -327,6 +327,26 @@ def test_widths_stay_in_their_range(limits: tuple[int, int], direction: float) -
     assert all((q.bit_width != q.spec.bit_width_range[end]).all() for q in quantizers.values())
 
 
+@pytest.mark.parametrize("end", [2.0, 8.0])
+def test_gradients_that_lead_beyond_a_limit_do_not_count(end: float) -> None:
+    """They leave no momentum behind that a gradient inwards would have to overcome; those of other widths do count."""
+    model = calibrated_model(LEARNED)
+    optimizer = make_optimizer(model, lr=0.0, width_lr=0.1)
+    inner = [quantizer.bit_width for quantizer in lsq_of(model).values() if (quantizer.bit_width == 4).all()]
+    first, *others = inner
+    outward = 1.0 if end == 2 else -1.0
+    with torch.no_grad():
+        first.fill_(end)
+    for sign in (*[1.0] * 5, -1.0):
+        for width in (first, *others):
+            width.grad = torch.full_like(width, sign * outward)
+        optimizer.step()
+        if sign > 0:
+            assert (first == end).all() and not optimizer.state[first]["exp_avg"].any()
+            assert all((width.grad == outward).all() for width in others)
+    assert ((first - end).abs() > 0.01).all()
+
+
 def test_widths_move_with_their_own_learning_rate() -> None:
     model = calibrated_model(LEARNED)
     optimizer = make_optimizer(model, lr=1e-9, width_lr=0.2)

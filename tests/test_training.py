@@ -43,7 +43,8 @@ from qvit.training.signals import Terminated
 
 
 def test_a_step_is_task_loss_plus_penalty_and_the_log_says_so(tmp_path: Path) -> None:
-    trainer, method, _ = tiny_trainer(tmp_path, epochs=2, method_options={"searching_ratio": 1.0})
+    options = {"searching_ratio": 1.0, "initial_bits": 4}  # above the budget, so that there is a penalty
+    trainer, method, _ = tiny_trainer(tmp_path, epochs=2, method_options=options)
     trainer.fit(quiet=True)
     steps = events(tmp_path, "step")
     assert [(event["step"], event["epoch"]) for event in steps] == [(i + 1, i // 3) for i in range(6)]

@@ -77,7 +77,7 @@ def test_gradient_of_the_scale_in_closed_form(form: str, layout: str, learned: b
     expected = scale.grad * factors(form, viewed, quantizer.groups, quant_max)
     torch.testing.assert_close(quantizer.scale.grad[..., 0], expected)
     other = scale.detach().clone().requires_grad_()
-    elements = quantizer._elements_per_scale(viewed.numel(), viewed, torch.tensor(3.0), None)
+    elements = quantizer._elements_per_scale(viewed.numel(), viewed) * (quant_max if form == "count-linear" else 1)
     reference = fake_quantize(viewed, other, torch.tensor(3.0), True, None, elements)
     (reference * quantizer.view(upstream)).sum().backward()
     assert other.grad is not None

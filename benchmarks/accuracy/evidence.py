@@ -10,7 +10,6 @@ table:
                     at a time) with an integer program, trained as LSQ+; other ways to train: OFQ, IRM
     widths alone    LSQ+ from the start at the widths that Q-ViT ended with: what they are worth without the search; and
                     at the same widths in the wrong blocks
-    variants        ways to search that were compared on training images, with --held-out
     ablations       at one budget: widths per head, on the right and on the wrong axis, switchable scales, the length of
                     the search, shared scales, where widths start, width gradient by interpolation          (Table 3)
 
@@ -80,13 +79,6 @@ PUBLISHED = {"width_gradient": "clipping", "initial_bits": ABOVE, "width_schedul
 
 #: The cheaper of the two gradients that every element has its say in.
 DIFFERENCES = {"width_gradient": "difference"}
-
-
-def searched(gradient: str, start: str, schedule: str = "run") -> dict[str, Any]:
-    """Options of `qvit`: all in which variants of its search differ."""
-    return {"width_gradient": gradient, "initial_bits": start, "width_schedule": schedule}
-
-
 #: What the full method is compared with; `wrong axis` is no option, so it has a job of its own.
 ABLATIONS: dict[str, dict[str, Any]] = {
     "widths start at N + 1": {"initial_bits": ABOVE},
@@ -133,16 +125,6 @@ PARTS: dict[str, list[Row]] = {
     ],
     "by differences": [
         Row(f"{name}, by differences", "qvit", DIFFERENCES | options) for name, options in ABLATIONS.items()
-    ],
-    "variants": [
-        Row("lsq+, half the rate", "lsq+", settings={"lr": 2.5e-4}),
-        Row("lsq+, twice the rate", "lsq+", settings={"lr": 1e-3}),
-        Row("interpolation", "qvit", searched("interpolation", ABOVE)),
-        Row("from N", "qvit", searched("clipping", AT_BUDGET)),
-        Row("from N, annealed", "qvit", searched("clipping", AT_BUDGET, "search")),
-        Row("interpolation from N", "qvit", searched("interpolation", AT_BUDGET)),
-        Row("interpolation from N, annealed", "qvit", searched("interpolation", AT_BUDGET, "search")),
-        Row("difference from N, annealed", "qvit", searched("difference", AT_BUDGET, "search")),
     ],
 }
 STARTS = {metric: Row(metric, "ptq", {**GRIDS, "metric": metric}) for metric in ("fisher", "kl")}
@@ -282,7 +264,7 @@ def widths_by_kind(plan: QuantPlan) -> dict[str, list[int]]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS)[:-2])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS)[:-1])
     parser.add_argument("--budgets", nargs="+", default=["4bit", "3bit", "2bit"])
     parser.add_argument("--rivals", nargs="+", default=["3bit", "2bit"], help="the budgets of rivals and plans")
     parser.add_argument("--ablations", nargs="+", default=["3bit"], help="the budgets of ablations and widths alone")

@@ -94,8 +94,6 @@ def images_of(options: argparse.Namespace) -> dict[str, Any]:
     if options.set == "digits":
         return {}
     parts = {"data": ("train", options.train_images), "eval_data": ("test", options.test_images)}
-    if options.held_out:
-        parts["eval_data"] = ("held-out", options.test_images)
     paths = {name: archive(options, *part) for name, part in parts.items()}
     if options.set == "tiny-imagenet":
         paths["class_map"] = str((options.data / "imagenet-classes.txt").absolute())
@@ -103,34 +101,31 @@ def images_of(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def archive(options: argparse.Namespace, part: str, count: int) -> str:
-    """An archive of the first images of each class, `count` of them in all; `held-out`: training images after those."""
+    """An archive of the first images of each class, `count` of them in all."""
     name, classes = ("tiny-imagenet", 200) if options.set == "tiny-imagenet" else ("cifar10", 10)
     target = options.runs / f"{name}-{part}-{count}.tar"
     if not target.is_file():
         options.runs.mkdir(parents=True, exist_ok=True)
-        split = "test" if part == "test" else "train"
-        pattern = {"tiny-imagenet": {"train": "-train-?.tar", "test": "-val.tar"}}.get(name, {}).get(split)
-        sources = sorted(options.data.glob(name + (pattern or f"-{split}.tar.gz")))
-        before = max(options.train_images, options.float_images or 0) if part == "held-out" else 0
-        take_first(sources, target, count // classes, after=before // classes)
+        pattern = {"tiny-imagenet": {"train": "-train-?.tar", "test": "-val.tar"}}.get(name, {}).get(part)
+        sources = sorted(options.data.glob(name + (pattern or f"-{part}.tar.gz")))
+        take_first(sources, target, count // classes)
     return str(target.absolute())
 
 
-def take_first(sources: list[Path], target: Path, per_class: int, after: int = 0) -> None:
-    """Copies the first images of each class folder of archives, read one after the other, less `after` before them."""
+def take_first(sources: list[Path], target: Path, per_class: int) -> None:
+    """Copies the first images of each class folder of archives, read one after the other."""
     taken: dict[str, int] = {}
     half = target.with_suffix(".part")
     with tarfile.open(half, "w") as out:
         for source in sources:
-            if taken and min(taken.values()) >= after + per_class:
+            if taken and min(taken.values()) >= per_class:
                 break
             with tarfile.open(source) as images:
                 for member in images:
                     folder = member.name.split("/")[-2] if member.isfile() and "/" in member.name else None
-                    if folder is not None and taken.get(folder, 0) < after + per_class:
+                    if folder is not None and taken.get(folder, 0) < per_class:
                         taken[folder] = taken.get(folder, 0) + 1
-                        if taken[folder] > after:
-                            out.addfile(member, images.extractfile(member))
+                        out.addfile(member, images.extractfile(member))
     half.replace(target)
 
 
@@ -142,7 +137,7 @@ def spread(name: str, values: list[float]) -> dict[str, float]:
 def record_of(script: str) -> dict[str, Any]:
     """Command, hardware, date and versions, for a file of results; paths of this machine are left out."""
     words = iter(sys.argv[1:])
-    shown = [word for word in words if word not in ("--data", "--runs", "--out") or next(words) is None]
+    shown = [word for word in words if word not in ("--data", "--runs", "--out", "--weights") or next(words) is None]
     shown = [word for word in shown if word != "--table-only"]
     versions = {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
     return {
@@ -161,7 +156,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-images", type=int, default=8000, help="from the archives, as many of each class")
     parser.add_argument("--float-images", type=int, help="those of the float models; default: the same")
     parser.add_argument("--test-images", type=int, default=4000)
-    parser.add_argument("--held-out", action="store_true", help="judge by training images that no run sees")
     parser.add_argument("--weights", type=Path, help="float weights to start from, in place of training them")
     parser.add_argument("--workers", type=int, help="runs at a time; default: one per core")
     parser.add_argument("--float-workers", type=int, default=0, help="processes that read images for a float run")

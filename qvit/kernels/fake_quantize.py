@@ -18,6 +18,8 @@ By interpolation x̂ is on two grids at a time (`Mixed`); its sums are those of 
 
     ∂b: Σ g·(q(x; l+1) - q(x; l))
 
+Both point beyond the width's limits, too: what counts is the sum over all parts of a batch (`training/optimizer.py`).
+
 `FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators: it saves `x` and a
 few numbers per group. On CPUs the operators are compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere
 the formulas below; a model that torch.compile or torch.export traces gets these, to be fused with what is around them.
@@ -181,13 +183,13 @@ def parameter_gradients(
         fixed = meta._replace(limits=None)
         lower, upper = (parameter_gradients(*own, scales, offsets, bit_width, fixed) for own in pairs)
         of_offsets = None if lower[1] is None or upper[1] is None else lower[1] + upper[1]
-        return lower[0] + upper[0], of_offsets, _of_width(sums[6], bit_width, meta.limits)
+        return lower[0] + upper[0], of_offsets, sums[6].sum_to_size(bit_width.shape)
     if meta.linear:
         meta = meta._replace(elements_per_scale=meta.elements_per_scale * grid.quant_max, linear=False)  # type: ignore[operator]
     if slope is not None and meta.limits is not None:
         fixed = meta._replace(limits=None)
         of_scales, of_offsets, _ = parameter_gradients(sums, grid, width, scales, offsets, bit_width, fixed)
-        return of_scales, of_offsets, _of_width(slope, bit_width, meta.limits)
+        return of_scales, of_offsets, slope.sum_to_size(bit_width.shape)
     if _at_once(scales, meta):
         assert meta.first is not None
         about = (meta.first, meta.limits, meta.signed, meta.elements_per_scale)
@@ -195,11 +197,6 @@ def parameter_gradients(
         if found is not None:
             return found
     return formula_gradients(sums, grid, width, scales, offsets, bit_width, meta)
-
-
-def _of_width(slope: Tensor, bit_width: Tensor, limits: tuple[int, int]) -> Tensor:
-    """The gradient of the widths from that of every group."""
-    return inward(bit_width, slope.sum_to_size(bit_width.shape), *limits)
 
 
 def formula_gradients(
@@ -264,7 +261,8 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid | Mixed, out: Tensor | None 
     """
     if isinstance(grid, Mixed):
         slope = difference_on(grad, x, grid.upper, grid.lower)
-        of_upper, above = backward_on(grad, x, grid.upper, cpu.scratch("upper", x.shape, x.dtype, x))
+        beside = None if torch.compiler.is_compiling() else cpu.scratch("upper", x.shape, x.dtype, x)
+        of_upper, above = backward_on(grad, x, grid.upper, beside)
         grad_x, below = backward_on(grad, x, grid.lower, out)
         grad_x = grad_x.lerp_(of_upper, grid.share.to(grad_x.dtype))
         return grad_x, torch.cat([below * (1 - grid.share), above * grid.share, slope[None]])

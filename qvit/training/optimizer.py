@@ -14,8 +14,9 @@ Three rules apply around every step, as hooks of the optimizer, without asking t
 * A scale changes by at most a tenth of itself in one step. Adam moves every parameter by about lr, whatever its size;
   the step size of attention probabilities at 8 bits is near 2e-4, so an unbounded step would throw it across zero.
   (Ours; the Q-ViT code floors scales at 1e-4 instead.)
-* Widths are put back into their range after a step: momentum carries them across its limits otherwise, and they would
-  have to travel all the way back before they are felt again.
+* A gradient that would push a width further beyond a limit that it has reached does not count; it is that of the whole
+  batch, of all processes and micro-batches. And widths are put back into their range after a step: momentum carries
+  them across its limits otherwise, and they would have to travel all the way back before they are felt again.
 
 Adam divides a width's step by its recent gradients. The first ones, far above the budget, are huge: with the usual
 memory of a thousand steps (β₂ = 0.999) a short search would hardly move after them. Widths remember twenty (β₂ = 0.95).
@@ -33,6 +34,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from qvit.errors import UsageError
+from qvit.functional import inward
 from qvit.quantizers import quantizers_of
 
 LARGEST_RELATIVE_STEP = 0.1
@@ -126,17 +128,25 @@ class _ScaleRules:
 
 
 class _WidthRule:
-    """A hook that puts widths back into their range after a step.
-
-    Within the range, a gradient at a limit leads inside only.
-    """
+    """Hooks that keep widths within their ranges: gradients at a limit lead inside only, and steps end there."""
 
     def __init__(self, widths: list[tuple[Tensor, tuple[int, int]]]) -> None:
         self.widths = widths
 
     def install(self, optimizer: torch.optim.Optimizer) -> None:
         if self.widths:
+            optimizer.register_step_pre_hook(self._turn_inward)
             optimizer.register_step_post_hook(self._project)
+
+    @torch.no_grad()
+    def _turn_inward(self, *_: Any) -> None:
+        for limits in {limits for _, limits in self.widths}:
+            own = [(width, width.grad) for width, other in self.widths if other == limits and width.grad is not None]
+            if own:  # all at once: they are hundreds of small tensors
+                widths, gradients = (torch.cat([pair[i].flatten() for pair in own]) for i in (0, 1))
+                kept = inward(widths, gradients, *limits).split([width.numel() for width, _ in own])
+                parts = [part.view_as(width) for part, (width, _) in zip(kept, own, strict=True)]
+                torch._foreach_copy_([gradient for _, gradient in own], parts)
 
     @torch.no_grad()
     def _project(self, *_: Any) -> None:
