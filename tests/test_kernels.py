@@ -23,6 +23,7 @@ from qvit.kernels.attention import split_heads
 from qvit.kernels.fake_quantize import (
     FakeQuantize,
     Grid,
+    Mixed,
     _backward,
     _forward,
     backward_on,
@@ -122,6 +123,35 @@ def test_operators_are_their_formulas(
             )
     finally:
         torch.set_num_threads(before)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+@pytest.mark.parametrize("x_type", TYPES, ids=str)
+@pytest.mark.parametrize("offset", [True, False])
+@pytest.mark.parametrize("one_share", [True, False])
+def test_operators_between_two_grids(
+    shape: tuple[int, ...], groups: tuple[int, ...], x_type: torch.dtype, offset: bool, one_share: bool
+) -> None:
+    """One pass is what two grids one after the other come to, in values, gradient and all sums."""
+    pair = [make_grid(groups, signed=True, offset=offset) for _ in range(2)]
+    grid = Mixed(pair[0], pair[1], torch.rand(()) if one_share else torch.rand(groups))
+    x = torch.randn(shape).to(x_type)
+    close_to = {"rtol": 1e-5, "atol": 1e-6} if x_type is torch.float32 else {"rtol": 0.01, "atol": 0.02}
+    low, high = (quantize_on(x, own, torch.float32) for own in pair)
+    torch.testing.assert_close(quantize_on(x, grid, x_type), torch.lerp(low, high, grid.share).to(x_type), **close_to)
+    for grad_type in TYPES:
+        grad = torch.randn(shape).to(grad_type)
+        grad_x, sums = backward_on(grad, x, grid)
+        below, above = (backward_on(grad, x.float(), own) for own in pair)
+        expected = torch.lerp(below[0], above[0], grid.share)
+        torch.testing.assert_close(grad_x, expected.to(x_type), **close_to)
+        parts = [below[1] * (1 - grid.share), above[1] * grid.share, difference_on(grad, x, pair[1], pair[0])[None]]
+        tolerance = 2e-6 * max(1, x.numel() // max(1, sums[0].numel())) ** 0.5 * 256
+        torch.testing.assert_close(sums, torch.cat(parts), rtol=1e-4, atol=tolerance)
+        own = grad.clone() if grad_type is x_type else torch.empty_like(x)
+        again, same = backward_on(own if grad_type is x_type else grad, x, grid, own)
+        assert again is own and torch.equal(again, grad_x) and torch.equal(same, sums)
 
 
 @needs_kernels

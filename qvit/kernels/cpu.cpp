@@ -168,6 +168,16 @@ struct Lanes {
     Vec on_grid(Vec x) const { return value(round_even(clamp(steps(x), low, high))); }
 };
 
+// Two grids of neighbouring widths, and the share of the upper one.
+struct Pair {
+    Lanes lower, upper;
+    Vec share;
+    Pair(const Grids& l, const Grids& u, const Numbers& s, int64_t at) :
+        lower(l, at), upper(u, at), share(splat(s.at(at))) {}
+    Pair(const Grids& l, const Grids& u, const Numbers& s, int64_t at, int64_t n) :
+        lower(l, at, n), upper(u, at, n), share(s.lanes(at, n)) {}
+};
+
 template <bool CODES, class X, class O>
 void forward(const X* x, O* out, const Grids& grids, const Shape& shape, float zero, int threads) {
     const bool tiled = shape.group[3] == 0;
@@ -181,6 +191,26 @@ void forward(const X* x, O* out, const Grids& grids, const Shape& shape, float z
                 const Lanes own = tiled ? shared : Lanes(grids, p.group + i, n);
                 const Vec q = round_even(clamp(own.steps(load(from + i, n)), own.low, own.high));
                 store(to + i, CODES ? q - zero : own.value(q), n);
+            }
+        }
+    });
+}
+
+// x^ on the lower grid, and its share of the way to that on the upper one.
+template <class X, class O>
+void forward_mixed(const X* x, O* out, const Grids& lower, const Grids& upper, const Numbers& share,
+                   const Shape& shape, int threads) {
+    const bool tiled = shape.group[3] == 0;
+    for_all(Work(shape), threads, [&](const Piece& p, int) {
+        const Pair shared(lower, upper, share, p.group);
+        for (int64_t r = 0; r < p.rows; ++r) {
+            const X* from = x + p.x + r * shape.x[2];
+            O* to = out + p.out + r * shape.out[2];
+            for (int64_t i = 0; i < p.columns; i += LANES) {
+                const int64_t n = p.columns - i;
+                const Pair own = tiled ? shared : Pair(lower, upper, share, p.group + i, n);
+                const Vec value = load(from + i, n), low = own.lower.on_grid(value);
+                store(to + i, low + own.share * (own.upper.on_grid(value) - low), n);
             }
         }
     });
@@ -250,6 +280,32 @@ void backward(const G* grad, const X* x, X* grad_x, float* sums, const Grids& gr
         });
 }
 
+// The same for x^ on two grids: grad_x, three sums of each grid by its share, and sum g*(x^ above - x^ below).
+template <class X, class G>
+void backward_mixed(const G* grad, const X* x, X* grad_x, float* sums, const Grids& lower, const Grids& upper,
+                    const Numbers& share, const Shape& shape, const int64_t* grad_strides, int64_t groups,
+                    int threads) {
+    sum_up<7>(grad, x, sums, shape, grad_strides, groups, threads,
+        [&](int64_t at) { return Pair(lower, upper, share, at); },
+        [&](int64_t at, int64_t n) { return Pair(lower, upper, share, at, n); },
+        [&](const Pair& own, Vec value, Vec g, int64_t to, int64_t n, Vec* found) {
+            Vec values[2], passed = {};
+            for (int i = 0; i < 2; ++i) {
+                const Lanes& lanes = i ? own.upper : own.lower;
+                const Vec part = g * (i ? own.share : splat(1.0f) - own.share);
+                const Vec u = lanes.steps(value), c = clamp(u, lanes.low, lanes.high), q = round_even(c);
+                const Vec cut = u != c ? part : Vec{};
+                passed += part - cut;
+                values[i] = lanes.value(q);
+                found[3 * i] = (q - c) * part;
+                found[3 * i + 1] = cut * c;
+                found[3 * i + 2] = cut;
+            }
+            found[6] = g * (values[1] - values[0]);
+            store(grad_x + to, passed, n);
+        });
+}
+
 // For each group: sum g*(x^ on one grid - x^ on another).
 template <class X, class G>
 void difference(const G* grad, const X* x, float* sums, const Grids& above, const Grids& below, const Shape& shape,
@@ -293,6 +349,43 @@ int qvit_backward(const void* grad, int grad_type, const void* x, int x_type, vo
     const auto of = [&](const auto* from, auto* to) {
         if (grad_type == 0) backward((const float*)grad, from, to, sums, grids, shape, grad_strides, groups, threads);
         else backward((const BFloat16*)grad, from, to, sums, grids, shape, grad_strides, groups, threads);
+    };
+    if (x_type == 0) of((const float*)x, (float*)grad_x);
+    else of((const BFloat16*)x, (BFloat16*)grad_x);
+    return 0;
+}
+
+int qvit_forward_mixed(const void* x, int x_type, void* out, int out_type,
+                       const float* scale, const float* offset, const float* low, const float* high, int single,
+                       const float* scale2, const float* offset2, const float* low2, const float* high2, int single2,
+                       const float* share, int one_share, const int64_t* shape_numbers, int threads) {
+    Shape shape;
+    std::memcpy(&shape, shape_numbers, sizeof shape);
+    const Grids lower(scale, offset, low, high, single), upper(scale2, offset2, low2, high2, single2);
+    const Numbers own{share, !one_share};
+    const auto of = [&](const auto* from) {
+        if (out_type == 0) forward_mixed(from, (float*)out, lower, upper, own, shape, threads);
+        else forward_mixed(from, (BFloat16*)out, lower, upper, own, shape, threads);
+    };
+    if (x_type == 0) of((const float*)x);
+    else of((const BFloat16*)x);
+    return 0;
+}
+
+int qvit_backward_mixed(const void* grad, int grad_type, const void* x, int x_type, void* grad_x, float* sums,
+                        const float* scale, const float* offset, const float* low, const float* high, int single,
+                        const float* scale2, const float* offset2, const float* low2, const float* high2, int single2,
+                        const float* share, int one_share, const int64_t* shape_numbers, const int64_t* grad_strides,
+                        int64_t groups, int threads) {
+    Shape shape;
+    std::memcpy(&shape, shape_numbers, sizeof shape);
+    const Grids lower(scale, offset, low, high, single), upper(scale2, offset2, low2, high2, single2);
+    const Numbers own{share, !one_share};
+    const auto of = [&](const auto* from, auto* to) {
+        if (grad_type == 0)
+            backward_mixed((const float*)grad, from, to, sums, lower, upper, own, shape, grad_strides, groups, threads);
+        else backward_mixed((const BFloat16*)grad, from, to, sums, lower, upper, own, shape, grad_strides, groups,
+                            threads);
     };
     if (x_type == 0) of((const float*)x, (float*)grad_x);
     else of((const BFloat16*)x, (BFloat16*)grad_x);

@@ -41,11 +41,17 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _READ = (torch.float32, torch.bfloat16)
 #: Elements beyond which memory is given back at once.
 LARGEST_SCRATCH = 2**24
+_Pair = tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], Tensor]
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _GRID = (_POINTER,) * 4 + (_INT, _POINTER)
 _SIGNATURES = {
     "qvit_forward": (_POINTER, _INT, _POINTER, _INT, *_GRID, ctypes.c_float, _INT),
     "qvit_backward": (_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, *_GRID, _POINTER, _LONG, _INT),
+    "qvit_forward_mixed": (_POINTER, _INT, _POINTER, _INT, *_GRID[:5], *_GRID[:5], _POINTER, _INT, _POINTER, _INT),
+    "qvit_backward_mixed": (
+        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, *_GRID[:5], *_GRID[:5], _POINTER, _INT),
+        *(_POINTER, _POINTER, _LONG, _INT),
+    ),
     "qvit_difference": (_POINTER, _INT, _POINTER, _INT, _POINTER, *_GRID[:5], *_GRID, _POINTER, _LONG, _INT),
     "qvit_scale_sums": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
 }
@@ -116,6 +122,34 @@ def backward(
     return out, sums
 
 
+def forward_mixed(x: Tensor, pair: _Pair, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """x̂ between two grids in the dtype float32 or bfloat16: `pair` is the lower one, the upper one, and its share.
+
+    Otherwise as `forward`.
+    """
+    pointers, kept, groups = _flat_pair(pair)
+    x, _, numbers, _ = _in_order(x, groups, None, out)
+    out = torch.empty(x.shape, dtype=dtype) if out is None else out
+    _call("qvit_forward_mixed", x.data_ptr(), _TYPES[x.dtype], out.data_ptr(), _TYPES[dtype], *pointers, numbers,
+          torch.get_num_threads())  # fmt: skip
+    del kept
+    return out
+
+
+def backward_mixed(grad: Tensor, x: Tensor, pair: _Pair, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradient of `x` and (7, groups) sums: see `fake_quantize.backward_on`. Otherwise as `backward`."""
+    pointers, kept, groups = _flat_pair(pair)
+    x, ordered, numbers, strides = _in_order(x, groups, grad, out)
+    assert ordered is not None
+    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    sums = torch.empty((7, *(1,) * (x.dim() - len(groups)), *groups), dtype=torch.float32)
+    _call("qvit_backward_mixed", ordered.data_ptr(), _TYPES[ordered.dtype], x.data_ptr(), _TYPES[x.dtype],
+          out.data_ptr(), sums.data_ptr(), *pointers, numbers, strides, math.prod(groups),
+          torch.get_num_threads())  # fmt: skip
+    del kept
+    return out, sums
+
+
 def difference(grad: Tensor, x: Tensor, above: tuple[Tensor | None, ...], below: tuple[Tensor | None, ...]) -> Tensor:
     """(groups) sums of grad times x̂ on one grid less x̂ on another, whose groups are the same."""
     pointers, kept, groups = _flat(above)
@@ -162,9 +196,19 @@ def _call(name: str, *arguments: object) -> None:
     getattr(_library(), name)(*arguments)
 
 
-def _flat(grid: tuple[Tensor | None, ...]) -> tuple[list[int | None], list[Tensor], tuple[int, ...]]:
+def _flat_pair(pair: _Pair) -> tuple[list[int | None], list[Tensor], tuple[int, ...]]:
+    """`_flat` of two grids and a share, one after the other."""
+    lower, upper, share = pair
+    groups = groups_of(*(part.shape for part in (*lower, *upper, share) if part is not None))
+    (first, *_), (second, *_), (third, *_) = found = [_flat(own, groups) for own in (lower, upper, (share,))]
+    return [*first, *second, *third], [part for own in found for part in own[1]], groups
+
+
+def _flat(
+    grid: tuple[Tensor | None, ...], groups: tuple[int, ...] | None = None
+) -> tuple[list[int | None], list[Tensor], tuple[int, ...]]:
     """Pointers to the numbers, which of them are one for all groups; the tensors that hold them; the groups' shape."""
-    groups = groups_of(*(part.shape for part in grid if part is not None))
+    groups = groups_of(*(part.shape for part in grid if part is not None)) if groups is None else groups
     kept, pointers, single = [], [], 0
     for i, part in enumerate(grid):
         if part is None:

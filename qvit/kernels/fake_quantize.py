@@ -227,8 +227,11 @@ def quantize_on(
     `scratch` names memory that is used again on the CPU (`cpu.scratch`): the result is used up before the next call.
     """
     if isinstance(grid, Mixed):
-        values = quantize_on(x, grid.lower, dtype, scratch=scratch)
-        upper = quantize_on(x, grid.upper, dtype, scratch=scratch and "upper")
+        if cpu.handles(x) and not torch.compiler.is_compiling():
+            dtype = dtype or x.dtype
+            out = None if scratch is None else cpu.scratch(scratch, x.shape, dtype, x)
+            return cpu.forward_mixed(x, grid, dtype, out)
+        values, upper = quantize_on(x, grid.lower, dtype), quantize_on(x, grid.upper, dtype)
         return values.lerp_(upper, grid.share.to(values.dtype))
     if torch.compiler.is_compiling():
         return _forward(x, *grid, dtype=dtype)
@@ -260,9 +263,10 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid | Mixed, out: Tensor | None 
     The gradient is written to `out` if that is given; it may be `grad` itself.
     """
     if isinstance(grid, Mixed):
+        if cpu.handles(grad, x) and not torch.compiler.is_compiling():
+            return cpu.backward_mixed(grad, x, grid, out)
         slope = difference_on(grad, x, grid.upper, grid.lower)
-        beside = None if torch.compiler.is_compiling() else cpu.scratch("upper", x.shape, x.dtype, x)
-        of_upper, above = backward_on(grad, x, grid.upper, beside)
+        of_upper, above = backward_on(grad, x, grid.upper)
         grad_x, below = backward_on(grad, x, grid.lower, out)
         grad_x = grad_x.lerp_(of_upper, grid.share.to(grad_x.dtype))
         return grad_x, torch.cat([below * (1 - grid.share), above * grid.share, slope[None]])
