@@ -14,9 +14,9 @@ depends on the model's size. The default divides by the budget, so that one η s
 at 4 bits and 583 for DeiT-S in this form.
 
 What differs from the paper, by option back to it (`docs/evidence.md` has what each is worth):
-* Every element tells a width what one bit more or less would change (`width_gradient`, see `quantizers/lsq.py`). By the
-  paper's rule (`clipping`) only elements beyond the limits do: a tensor that hardly clips, such as attention
-  probabilities, has nothing to hold its widths against the penalty.
+* Every element tells a width what one bit more would change (`width_gradient`, see `quantizers/lsq.py`). By the paper's
+  rule (`clipping`) only elements beyond the limits do: a tensor that hardly clips, such as attention probabilities, has
+  nothing to hold its widths against the penalty.
 * Widths start at N for an N-bit budget. From N + 1, as published (`initial_bits`), the penalty first takes all widths
   far below the budget.
 * Widths have their own learning rate, which falls to zero within the searching stage: they come to rest before they are
@@ -104,8 +104,8 @@ class QViTOptions(RealWidthOptions):
     Attributes:
         switchable_scale: A scale per candidate width (Table 3b); off: one for all.
         scales: `per-head` (eq. 9) or `shared` by all heads, as in the public code.
-        width_gradient: What one bit more or less would change in every element (`difference`), or by `interpolation`
-            between two widths (FracBits), or through the clipping limits (`clipping`, the paper).
+        width_gradient: By `interpolation` between two widths (FracBits), or by the `difference` that a bit more or less
+            makes, or through the clipping limits (`clipping`, the paper).
     """
 
     switchable_scale: bool = True
