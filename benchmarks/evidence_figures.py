@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import plotly.graph_objects as go
 from evidence_data import (
@@ -31,7 +32,7 @@ from qvit.report.units import bops_text, bytes_text, difference, significant, ti
 
 #: Costs are equal if they differ by less than this factor; from this range on an axis is logarithmic.
 EQUAL, LOGARITHMIC = 1.03, 3.0
-#: Rows below this share of the best accuracy have an axis of their own, below the other: a broken axis.
+#: Rows below this share of the best accuracy at their budget have an axis of their own, below the other: a broken axis.
 FAR = 0.85
 
 
@@ -62,14 +63,15 @@ def _frontier(data: Data, cost: str) -> go.Figure:
     limits = min(places) / 1.1, max(places) * 1.1
     _cost_axis(figure, rows, cost, size, limits)
     of_float = statistics.mean(floats_of(data).values())
-    split = _accuracy_axes(figure, rows, of_float)
+    far = _far_below(rows)
+    _accuracy_axes(figure, [row for row in rows if row not in far], far, of_float)
     names = [name for _, name in curves]
     for index, ((part, name), own) in enumerate(curves.items()):
         shown = label(name if names.count(name) == 1 else f"{name} ({part})")
         for panel, high in (("y", True), ("y2", False)):
-            points = sorted((x, row["budget"], row) for x, row in own if (row["accuracy_mean"] >= split) is high)
+            points = sorted((x, row["budget"], row) for x, row in own if (row not in far) is high)
             if points:
-                first = high or all(row["accuracy_mean"] < split for _, row in own)
+                first = high or all(row in far for _, row in own)
                 _curve(figure, [(x, row) for x, _, row in points], shown, index, panel, in_legend=first)
     line = {"dash": "dash", "width": 1.5, "color": GREY}
     figure.add_scatter(x=limits, y=[of_float] * 2, mode="lines", line=line, name=f"float {of_float:.2f} %", zorder=-1)
@@ -149,16 +151,21 @@ def _cost_axis(figure: go.Figure, rows: list[Row], cost: str, size: float, limit
     )
 
 
-def _accuracy_axes(figure: go.Figure, rows: list[Row], of_float: float) -> float:
-    """One axis, or, where some rows are far below the others, two: returns the accuracy from which the upper one is."""
-    split = FAR * max(row["accuracy_mean"] for row in rows)
-    upper = [row for row in rows if row["accuracy_mean"] >= split]
-    lower = [row for row in rows if row["accuracy_mean"] < split]
-    figure.update_yaxes(range=_limits(upper, of_float))
-    if lower:
-        axis = figure.layout.yaxis.to_plotly_json() | {"range": _limits(lower), "domain": [0.0, 0.27], "title": {}}
+def _far_below(rows: list[Row]) -> list[Row]:
+    """The rows whose accuracy is far below the best one at their budget."""
+    best: dict[str, float] = {}
+    for row in rows:
+        best[row["budget"]] = max(best.get(row["budget"], 0.0), row["accuracy_mean"])
+    return [row for row in rows if row["accuracy_mean"] < FAR * best[row["budget"]]]
+
+
+def _accuracy_axes(figure: go.Figure, rows: list[Row], far: list[Row], of_float: float) -> None:
+    """One axis, or two, the lower one for rows that are far below the others."""
+    figure.update_yaxes(range=_limits(rows, of_float))
+    if far:
+        layout: Any = figure.layout
+        axis = layout.yaxis.to_plotly_json() | {"range": _limits(far), "domain": [0.0, 0.27], "title": {}}
         figure.update_layout(yaxis2=axis | {"nticks": 4}, yaxis={"domain": [0.33, 1.0]}, xaxis={"anchor": "y2"})
-    return split
 
 
 def _limits(rows: list[Row], *others: float) -> list[float]:

@@ -48,6 +48,14 @@ def evidence_tables(data: Data) -> str:
     return "\n\n".join([*pieces, origin(data) + hours])
 
 
+@table_of("evidence_tiny-imagenet.json", "`python benchmarks/accuracy/evidence.py --help`")
+def budgets_tables(data: Data) -> str:
+    """What Q-ViT is worth at equal bit operations, on the set that is nearest to ImageNet."""
+    cells, verdict_on = _compared(rows_of(data, "budgets"), data, "lsq+")
+    title = f"{title_of(data)} {data['rows'][0]['images']} test images."
+    return "\n\n".join([title, cells, verdict_on, origin(data)])
+
+
 def _above_float(data: Data, floats: float) -> str:
     above = sum(row["accuracy_mean"] > floats for row in data["rows"])
     if not above:
@@ -60,7 +68,8 @@ def title_of(data: Data) -> str:
     common, quantized = data["settings"]["common"], data["settings"]["quantized"]
     title = data.get("title") or f"`{common['model']}`"
     own = data["settings"]["float"]
-    floats = f" Float models: {own['epochs']} epochs of {data.get('float_images', data['train_images'])} images."
+    of_floats = f"{own['epochs']} epoch{'s' * (own['epochs'] != 1)}"
+    floats = f" Float models: {of_floats} of {data.get('float_images', data['train_images'])} images."
     precision = f", {data['precision']}" if data.get("precision", "fp32") != "fp32" else ""
     length = f"{quantized['epochs']} epochs of {data['train_images']} images"
     batch = quantized.get("batch_size") or common["batch_size"]

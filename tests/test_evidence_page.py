@@ -122,6 +122,44 @@ def test_figures_have_every_row_once(project: Path) -> None:
     assert [trace["y"] for trace in figure(project, "evidence-s-widths")["data"]] == [[0.5, 0.5, 0.0, 0.0, 0.25]]
 
 
+def test_parts_are_compared_with_what_they_are_parts_of(project: Path) -> None:
+    data = measured()
+    data["rows"] += [
+        row("budgets", "3bit", "qvit by differences", [43.0, 44.0]),
+        row("by differences", "3bit", "σ = 0.5, by differences", [43.5, 44.0]),
+    ]
+    text = page(project, data)
+    assert "### Parts of `qvit`" in text and "| 3bit | σ = 0.5 | 42.00 ± 1.00 | −0.50 ± 0.71 |" in text
+    assert "### Parts of `qvit by differences`" in text
+    assert "| 3bit | σ = 0.5, by differences | 43.75 ± 1.00 | +0.25 ± 0.35 |" in text
+    assert [trace["x"] for trace in figure(project, "evidence-s-by-differences")["data"]] == [[0.25]]
+
+
+def test_widths_of_single_heads_are_boxes(project: Path) -> None:
+    data = measured()
+    data["rows"][2]["width_counts"] = {"attn.query": {"3": 2, "4": 1}, "mlp.fc2.input": {"3": 9}}
+    page(project, data)
+    (box,) = figure(project, "evidence-s-heads")["data"]
+    assert box["type"] == "box" and box["x"] == ["q"] * 3 and box["y"] == [3, 3, 4]
+
+
+def test_an_axis_of_their_own_for_rows_far_below_the_others_at_their_budget(project: Path) -> None:
+    """Fewer bits are no reason, another method is: `fisher` has 10 % where others have 40, 4 bits have 45."""
+    data = measured()
+    data["rows"].append(row("budgets", "2bit", "lsq+", [20.0, 21.0]))
+    page(project, data)
+    panels = {trace["name"]: trace.get("yaxis") for trace in figure(project, "evidence-s-bit-operations")["data"]}
+    assert {name for name, panel in panels.items() if panel == "y2"} == {"fisher"}
+
+
+def test_the_budgets_stand_in_another_document(project: Path) -> None:
+    (project / "README.md").write_text("<!-- results:budgets:begin -->\n<!-- results:budgets:end -->")
+    page(project, measured("tiny-imagenet"))
+    text = (project / "README.md").read_text()
+    assert text.count("| 3bit | qvit | 42.50 ± 1.00 | +1.50 ± 0.71 |") == 1 and "ofq" not in text
+    assert "9 test images" in text and "`python run.py`" in text
+
+
 def test_check_covers_tables_and_figures(project: Path) -> None:
     page(project, measured())
     assert render(project, "--check") == 0
