@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -26,6 +29,9 @@ from qvit.run import resume, train
 from qvit.rundir import CONFIG, LOG, RESULT, forget_progress
 from qvit.training.checkpoint import last_checkpoint
 from qvit.training.config import TrainConfig
+
+#: Seconds that a process may take to end after the one that it works for is gone.
+GRACE = 30
 
 
 def work(run: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -111,7 +117,8 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
         console=console,
         disable=not console.is_terminal,
     )
-    with bar, ProcessPoolExecutor(min(workers, len(todo)), mp_context=_context()) as pool:
+    pool_of = ProcessPoolExecutor(min(workers, len(todo)), mp_context=_context(), initializer=_end_with_parent)
+    with bar, pool_of as pool:
         task = bar.add_task("training", total=total)
         try:
             while waiting or active:
@@ -150,6 +157,20 @@ def _context() -> BaseContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def _end_with_parent() -> None:
+    """Makes a process of the pool end when the one that it works for is gone: a killed list leaves nobody at work."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)  # a training saves a checkpoint after its step
+        time.sleep(GRACE)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def seconds_of(result: dict[str, Any]) -> float:
