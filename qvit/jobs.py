@@ -32,6 +32,8 @@ from qvit.training.config import TrainConfig
 
 #: Seconds that a process may take to end after the one that it works for is gone.
 GRACE = 30
+#: Set while this process of a pool runs a job.
+_AT_WORK = threading.Event()
 
 
 def work(run: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +130,9 @@ def _run_all(runs: Path, todo: list[Job], workers: int, console: Console) -> Non
                 unfinished = set(waiting) | {job.name for job in active.values()}
                 ready = [job for job in waiting.values() if job.after not in unfinished]
                 for job in ready[: max(0, workers - len(active))]:  # no more, so that the first listed come first
-                    active[pool.submit(job.work, str(runs / job.name), job.config.model_dump())] = waiting.pop(job.name)
+                    active[pool.submit(_run, job.work, str(runs / job.name), job.config.model_dump())] = waiting.pop(
+                        job.name
+                    )
                 done, _ = wait(active, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in done:
                     job, error = active.pop(future), future.exception()
@@ -167,10 +171,21 @@ def _end_with_parent() -> None:
     def watch() -> None:
         parent.join()
         os.kill(os.getpid(), signal.SIGTERM)  # a training saves a checkpoint after its step
-        time.sleep(GRACE)
+        until = time.monotonic() + GRACE
+        while _AT_WORK.is_set() and time.monotonic() < until:
+            time.sleep(0.1)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _run(function: Callable[[str, dict[str, Any]], dict[str, Any]], run: str, values: dict[str, Any]) -> dict[str, Any]:
+    """A job, in a process of the pool."""
+    _AT_WORK.set()
+    try:
+        return function(run, values)
+    finally:
+        _AT_WORK.clear()
 
 
 def seconds_of(result: dict[str, Any]) -> float:
