@@ -227,7 +227,7 @@ def quantize_on(
     `scratch` names memory that is used again on the CPU (`cpu.scratch`): the result is used up before the next call.
     """
     if isinstance(grid, Mixed):
-        if cpu.handles(x) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and cpu.handles(x):
             dtype = dtype or x.dtype
             out = None if scratch is None else cpu.scratch(scratch, x.shape, dtype, x)
             return cpu.forward_mixed(x, grid, dtype, out)
@@ -263,7 +263,7 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid | Mixed, out: Tensor | None 
     The gradient is written to `out` if that is given; it may be `grad` itself.
     """
     if isinstance(grid, Mixed):
-        if cpu.handles(grad, x) and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and cpu.handles(grad, x):
             return cpu.backward_mixed(grad, x, grid, out)
         slope = difference_on(grad, x, grid.upper, grid.lower)
         of_upper, above = backward_on(grad, x, grid.upper)
