@@ -1,4 +1,4 @@
-"""Tables 1 and 3 and Figure 5 of the Q-ViT paper in small, and rivals: do the methods do what is said of them?
+"""Tables 1 and 3 and Figures 4 and 5 of the Q-ViT paper in small, and rivals: do the methods do what is said of them?
 
 Every row starts from the same float weights per seed, with the same images, schedule and learning rate. A part is a
 table:
@@ -10,17 +10,19 @@ table:
                     at a time) with an integer program, trained as LSQ+; other ways to train: OFQ, IRM
     widths alone    LSQ+ from the start at the widths that Q-ViT ended with: what they are worth without the search; and
                     at the same widths in the wrong blocks
-    ablations       at one budget: widths per head, on the right and on the wrong axis, switchable scales, the length of
-                    the search, shared scales, where widths start, width gradient by interpolation          (Table 3)
+    ablations       at one budget: the gradient of widths, where they start, when they come to rest; widths per head, on
+                    the right and on the wrong axis, switchable scales, the length of the search, shared scales (Table 3)
+    by differences  the same for the cheaper gradient of widths (not run unless it is named)
 
-and all rows tell the mean width that they learned for each kind of tensor (Figure 5). Sets of images: `sets.py`.
-Nothing here was chosen by test images. Finished runs are not run again, so a run that was stopped goes on.
+and all rows tell the widths that they learned for each kind of tensor (Figures 4 and 5). Sets of images: `sets.py`.
+Nothing here was chosen by test images. Finished runs are not run again, so a run that was stopped goes on. Plans are
+made on the CPU, whatever the device of the trainings.
 
     python benchmarks/accuracy/evidence.py --set digits --runs DIR
     python benchmarks/accuracy/evidence.py --set cifar10-trained --data FOLDER --float-images 20000 \
-        --train-images 3000 --test-images 5000 --runs DIR
-    python benchmarks/accuracy/evidence.py --set tiny-imagenet --data FOLDER --precision bf16 --float-images 10000 \
-        --train-images 4000 --test-images 2600 --budgets 3bit --parts budgets --rows lsq+ qvit --runs DIR
+        --train-images 2500 --test-images 5000 --runs DIR
+    python benchmarks/accuracy/evidence.py --set tiny-imagenet --data FOLDER --device cuda --precision bf16 \
+        --float-images 20000 --train-images 8000 --test-images 5000 --workers 15 --runs DIR
 """
 
 from __future__ import annotations
