@@ -11,7 +11,7 @@ table:
     widths alone    LSQ+ from the start at the widths that Q-ViT ended with: what they are worth without the search; and
                     at the same widths in the wrong blocks
     ablations       at one budget: the gradient of widths, where they start, when they come to rest; widths per head, on
-                    the right and on the wrong axis, switchable scales, the length of the search, shared scales (Table 3)
+                    the right and on the wrong axis, switchable scales, length of the search, shared scales (Table 3)
     by differences  the same for the cheaper gradient of widths (not run unless it is named)
 
 and all rows tell the widths that they learned for each kind of tensor (Figures 4 and 5). Sets of images: `sets.py`.
