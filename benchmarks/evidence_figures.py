@@ -180,7 +180,7 @@ def _ablations(data: Data, part: str, full: str) -> go.Figure:
     known = [(row, paired(row, reference_of(row, data, full))) for row in rows_of(data, part)]
     found = [(row, gain) for row, gain in known if gain is not None]
     alt = f"Difference of {len(found)} ablations to {full} on {data['set']}; the table above has the numbers."
-    title = f"top-1 less that of {full} at {found[0][0]['budget']} (points)"
+    title = f"less {full}, {found[0][0]['budget']} (points)"
     figure = new_figure(alt, title, "", height=110 + 38 * len(found), min_width=520)
     figure.add_scatter(
         x=[gain[0] for _, gain in found],
