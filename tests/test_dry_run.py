@@ -116,7 +116,7 @@ def test_widths_are_summed_up_by_kind_of_tensor() -> None:
     rows = plan_run(small_config(budget="3bit", model_kwargs=SMALL | {"depth": 3}))["widths"]
     by_name = {row["tensors"]: row for row in rows}
     assert len(by_name) == len(rows) < 20
-    query = {"tensors": "blocks.*.attn.query", "sites": 3, "widths": 6, "bits": [4, 4], "learned": True}
+    query = {"tensors": "blocks.*.attn.query", "sites": 3, "widths": 6, "bits": [3, 3], "learned": True}
     assert by_name["blocks.*.attn.query"] == query
     assert by_name["head.weight"]["bits"] == [8, 8] and by_name["head.weight"]["sites"] == 1
 

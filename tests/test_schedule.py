@@ -61,7 +61,7 @@ def rates_of(trainer: Trainer) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("sched", ["cosine", "tanh", "step", "poly"])
 def test_widths_follow_the_schedule_at_their_own_rate(tmp_path: Path, sched: str) -> None:
-    options = {"width_lr": 0.05, "searching_ratio": 1.0}
+    options = {"width_lr": 0.05, "searching_ratio": 1.0, "width_schedule": "run"}
     trainer, _, _ = tiny_trainer(tmp_path, epochs=2, sched=sched, method_options=options)
     rates = rates_of(trainer)
     assert len(rates) == 6 and rates[0] == pytest.approx(

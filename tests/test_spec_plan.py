@@ -72,7 +72,7 @@ def resolved(**bits: Any) -> QuantPlan:
             "bit_width 9 has no scale: switchable scales are kept for widths 2",
         ),
         ({"symmetric": False}, "an asymmetric spec has an unsigned grid and an offset: set signed=False"),
-        ({"width_gradient": "clip"}, "width_gradient 'clip' must be 'clipping' or 'interpolation'"),
+        ({"width_gradient": "clip"}, "width_gradient 'clip' must be 'clipping', 'interpolation' or 'difference'"),
         (
             {"granularity": "per_head"},
             r"unknown granularity 'per_head'; did you mean 'per-head'.*\(per-tensor, per-channel",
