@@ -257,17 +257,10 @@ def backward(grad: Tensor, x: Tensor, grid: _Grid, out: Tensor | None = None) ->
     flat, groups = numbers_of_groups(grid)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    axes = axes_of(tuple(x.shape), (x.stride(), grad.stride(), out.stride()), groups)
-    if axes is None:
-        x, grad = x.contiguous(), grad.contiguous()
-        axes = axes_of(tuple(x.shape), (x.stride(), grad.stride(), out.stride()), groups)
-    if axes is None or axes.group[3] or not x.numel():
+    found = _to_be_summed(x, grad, groups, out)
+    if found is None:
         return None
-    if axes.group[2] and axes.size[0] == 1:
-        axes = _rows_as_tiles(axes)
-    axes = None if axes.group[2] else _countable(axes)
-    if axes is None:
-        return None
+    x, grad, axes = found
     a, b, rows, columns = axes.size
     chunks = math.ceil(rows * columns / _BLOCK)
     partial = torch.empty(3, a, b, chunks, dtype=torch.float32, device=x.device)
@@ -288,17 +281,10 @@ def difference(grad: Tensor, x: Tensor, above: _Grid, below: _Grid) -> Tensor | 
     """(groups) sums of grad times x̂ on one grid less x̂ on another of the same groups; None to leave it to formulas."""
     flat, groups = numbers_of_groups(above)
     others, other_groups = numbers_of_groups(below)
-    axes = axes_of(tuple(x.shape), (x.stride(), grad.stride()), groups)
-    if axes is None:
-        x, grad = x.contiguous(), grad.contiguous()
-        axes = axes_of(tuple(x.shape), (x.stride(), grad.stride()), groups)
-    if axes is None or axes.group[3] or groups != other_groups or not x.numel():
+    found = _to_be_summed(x, grad, groups) if groups == other_groups else None
+    if found is None:
         return None
-    if axes.group[2] and axes.size[0] == 1:
-        axes = _rows_as_tiles(axes)
-    axes = None if axes.group[2] else _countable(axes)
-    if axes is None:
-        return None
+    x, grad, axes = found
     a, b, rows, columns = axes.size
     chunks = math.ceil(rows * columns / _BLOCK)
     partial = torch.empty(a, b, chunks, dtype=torch.float32, device=x.device)
@@ -311,6 +297,27 @@ def difference(grad: Tensor, x: Tensor, above: _Grid, below: _Grid) -> Tensor | 
     )  # fmt: skip
     sums = partial.sum([axis for axis, of_group in ((0, axes.group[0]), (1, axes.group[1])) if not of_group] + [2])
     return sums.reshape(*(1,) * (x.dim() - len(groups)), *groups)
+
+
+def _to_be_summed(
+    x: Tensor, grad: Tensor, groups: tuple[int, ...], *others: Tensor
+) -> tuple[Tensor, Tensor, Axes] | None:
+    """Two tensors, copied where their axes are too many, and axes whose tiles have one group each; None without such.
+
+    `others` are tensors of the same shape that stay as they are.
+    """
+    for copied in (False, True):
+        if copied:
+            x, grad = x.contiguous(), grad.contiguous()
+        axes = axes_of(tuple(x.shape), tuple(own.stride() for own in (x, grad, *others)), groups)
+        if axes is not None:
+            break
+    if axes is None or axes.group[3] or not x.numel():
+        return None
+    if axes.group[2] and axes.size[0] == 1:
+        axes = _rows_as_tiles(axes)
+    axes = None if axes.group[2] else _countable(axes)
+    return None if axes is None else (x, grad, axes)
 
 
 def _in_one_piece(axes: Axes, *inputs: int) -> bool:
