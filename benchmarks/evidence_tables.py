@@ -86,7 +86,7 @@ def _compared(rows: list[Row], data: Data, reference: str) -> list[str]:
     cells = [
         [
             row["budget"],
-            row["row"] + (f" (seeds {', '.join(map(str, row['seeds']))})" if len(row["seeds"]) < seeds else ""),
+            row["row"] + _about(row, seeds),
             spread(row["accuracy_mean"], row["accuracy_std"], len(row["seeds"])),
             "" if gain is None else f"{difference(gain[0])} ± {gain[1]:.2f}",
             cost,
@@ -96,6 +96,14 @@ def _compared(rows: list[Row], data: Data, reference: str) -> list[str]:
     ]
     header = ["budget", "method", "top-1 (%)", f"less {reference}, paired", titled("bit operations", prefix)]
     return [table([*header, titled("weights", unit)], cells, left=2), verdict(rows, gains, reference)]
+
+
+def _about(row: Row, seeds: int) -> str:
+    """Which seeds a row has if it lacks some, and how often each was run if that was more than once."""
+    runs = max(map(len, row["runs"]))
+    about = [f"seeds {', '.join(map(str, row['seeds']))}"] * (len(row["seeds"]) < seeds)
+    about += [f"{runs} runs per seed"] * (runs > 1)
+    return f" ({'; '.join(about)})" if about else ""
 
 
 def verdict(rows: list[Row], gains: list[Gain | None], reference: str) -> str:

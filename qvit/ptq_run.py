@@ -218,7 +218,8 @@ def _plan(
     limit = _limit(budget, cost)
     narrowest = options.min_width or (3 if cost.bit_operations(cost.uniform(3)) <= limit else 2)
     allowed = sensitivity.at_widths(width for width in sensitivity.widths if width >= narrowest)
-    plan = allocate_plan(cost, allowed, limit, name=f"{sensitivity.metric}-{budget}")
+    boundary = None if options.boundary == "free" else options.boundary
+    plan = allocate_plan(cost, allowed, limit, boundary=boundary, name=f"{sensitivity.metric}-{budget}")
     seconds["sensitivity"] += measured - started
     seconds["allocate"] += time.perf_counter() - measured
     return plan, sensitivity.metric

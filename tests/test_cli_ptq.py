@@ -115,6 +115,12 @@ def test_a_measured_sensitivity_serves_other_budgets(ptq: Any, tmp_path: Path) -
     sites = json.loads((tmp_path / "narrow" / "plan.json").read_text())["sites"].values()
     widths = {w for site in sites for w in (site["bit_width"] if isinstance(site["bit_width"], list) else [9])}
     assert min(widths) == 3 and narrow["bit_operations"] <= again["bit_operations"] * 1.1
+    ptq("--budget", "4bit", "--sensitivity", kept, "--boundary", "free", out="free")
+    of_ends = [
+        json.loads((tmp_path / run / "plan.json").read_text())["sites"]["patch_embed.proj.weight"]["bit_width"]
+        for run in ("again", "free")
+    ]
+    assert of_ends[0] == 8 and of_ends[1] < 8
     wrong = ["--budget", "4bit", "--sensitivity", kept, "--metric", "kl"]
     assert "was measured by 'fisher'" in ptq(*wrong, out="wrong").failed(2)
 
@@ -133,6 +139,8 @@ def test_text_for_people(ptq: Any) -> None:
         (["--budget", "0.5"], 2, "--metric"),
         (["--budget", "0.001"], 1, "impossible"),
         (["--budget", "4bit", "--metric", "guess"], 2, "guess"),
+        (["--budget", "4bit", "--metric", "fisher", "--boundary", "wide"], 2, "or free"),
+        (["--budget", "4bit", "--metric", "fisher", "--boundary", "99"], 2, "boundary"),
         (["--budget", "w8a8", "--observer", "max"], 2, "observer"),
         (["--budget", "w8a8", "--calibration-images", "5000"], 1, "too few images"),
         (["--budget", "w8a8", "--reconstruct", "--recon-images", "5000"], 1, "too few images"),

@@ -19,7 +19,8 @@ def row(part: str, budget: str, name: str, accuracies: list[float], **other: Any
         "part": part, "budget": budget, "row": name, "method": name, "method_options": {},
         "accuracy_mean": sum(accuracies) / len(accuracies), "accuracy_std": 1.0, "accuracies": accuracies,
         "float_accuracies": [50.0, 51.0], "bit_operations": int(12_300_000 * bits**2), "weight_bytes": 4500.0 * bits,
-        "mean_widths": widths, "images": 9, "seconds_mean": 1.0, "seeds": list(range(len(accuracies))), **other,
+        "mean_widths": widths, "images": 9, "seconds_mean": 1.0, "seeds": list(range(len(accuracies))),
+        "runs": [[own] for own in accuracies], **other,
     }  # fmt: skip
 
 
@@ -96,6 +97,12 @@ def test_seeds_are_paired_by_number(project: Path) -> None:
     assert "| 3bit | qvit | 42.50 ± 1.00 | +1.50 ± 0.71 |" in text
     assert "float 51.00 %" in text and "over seeds 0, 1, 7;" in text
     assert "| 3bit | ofq (seeds 0, 1) |" in text
+
+
+def test_runs_that_were_repeated_are_counted(project: Path) -> None:
+    data = measured()
+    data["rows"][2] |= {"runs": [[40.0, 42.0], [44.0]]}
+    assert "| 3bit | qvit (2 runs per seed) | 42.50 ± 1.00 | +1.50 ± 0.71 |" in page(project, data)
 
 
 def test_one_seed_has_no_differences(project: Path) -> None:

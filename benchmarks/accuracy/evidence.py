@@ -4,7 +4,7 @@ Every row starts from the same float weights per seed, with the same images, sch
 table:
 
     budgets         LSQ+, Q-ViT, VVTQ without soft labels, and the last two together, at the bit operations of w4a4,
-                    w3a3, w2a2                                                                              (Table 1)
+                    w3a3, w2a2 (Table 1); what scales have to do with it
     post-training   widths from a sensitivity and an integer program: as they are, and as the start of Q-ViT
     rivals          other ways to find widths: FracBits, DQ, EdMIPS; sensitivities (Fisher in one pass, KL of one tensor
                     at a time) with an integer program, trained as LSQ+; other ways to train: OFQ, IRM
@@ -15,8 +15,9 @@ table:
     by differences  the same for the cheaper gradient of widths (not run unless it is named)
 
 and all rows tell the widths that they learned for each kind of tensor (Figures 4 and 5). Sets of images: `sets.py`.
-Nothing here was chosen by test images. Finished runs are not run again, so a run that was stopped goes on. Plans are
-made on the CPU, whatever the device of the trainings.
+Nothing here was chosen by test images. Finished runs are not run again, so a run that was stopped goes on. Fisher plans
+are made on the CPU, whatever the device of the trainings. With --repeats, the accuracy of a seed is the mean of its
+runs: other hardware rounds otherwise, so they differ.
 
     python benchmarks/accuracy/evidence.py --set digits --runs DIR
     python benchmarks/accuracy/evidence.py --set cifar10-trained --data FOLDER --float-images 20000 \
@@ -100,6 +101,8 @@ PARTS: dict[str, list[Row]] = {
         Row("qvit by differences", "qvit", DIFFERENCES),
         Row("qvit, the published search", "qvit", PUBLISHED),
         Row("vvtq", "vvtq"),
+        Row("vvtq with a scale per head", "vvtq", {"scales": "per-head"}),
+        Row("lsq+ with one scale for all heads", "lsq+", {"scales": "shared"}),
         Row("qvit+vvtq", "qvit+vvtq"),
     ],
     "post-training": [
@@ -112,6 +115,7 @@ PARTS: dict[str, list[Row]] = {
         Row("DQ", "dq"),
         Row("EdMIPS", "edmips"),
         Row("Fisher + integer program", "lsq+", start="fisher"),
+        Row("Fisher + integer program, all layers", "lsq+", start="fisher-free"),
         Row("KL one by one + integer program", "lsq+", start="kl"),
         Row("OFQ", "ofq"),
         Row("IRM", "irm"),
@@ -130,6 +134,7 @@ PARTS: dict[str, list[Row]] = {
     ],
 }
 STARTS = {metric: Row(metric, "ptq", {**GRIDS, "metric": metric}) for metric in ("fisher", "kl")}
+STARTS["fisher-free"] = Row("fisher-free", "ptq", {**GRIDS, "metric": "fisher", "boundary": "free"})
 STARTS["qvit"] = Row("qvit", "qvit")
 
 
@@ -137,6 +142,7 @@ def main() -> None:
     options = parse()
     console, started = Console(stderr=True), time.perf_counter()
     runs = options.runs.absolute()
+    repeats = range(options.repeats)
     wanted = [
         (part, budget, row)
         for part in options.parts
@@ -146,9 +152,10 @@ def main() -> None:
     ]
     jobs = Jobs(options)
     floats = float_jobs(options, jobs.cut)
-    for part, budget, row in wanted:  # a list that is cut short has rows with all seeds
-        for seed in options.seeds:
-            jobs.add(part, budget, row, seed)
+    for repeat in repeats:
+        for _, budget, row in wanted:  # a list that is cut short has rows with all seeds
+            for seed in options.seeds:
+                jobs.add(budget, row, seed, repeat)
     failed: QvitError | None = None
     try:
         if not options.table_only:
@@ -157,8 +164,9 @@ def main() -> None:
         failed = error
     rows = []
     for part, budget, row in wanted:
-        found = [runs / jobs.place(budget, row, seed) for seed in options.seeds]
-        found = [run for run in found if (run / RESULT).is_file()]
+        places = [[runs / jobs.place(budget, row, seed, repeat) for repeat in repeats] for seed in options.seeds]
+        found = [[run for run in own if (run / RESULT).is_file()] for own in places]
+        found = [own for own in found if own]
         if found:
             about = {"part": part, "budget": budget, "row": row.name, "method": row.method, "start": row.start}
             rows.append({**about, "method_options": row.options, **summary(found)})
@@ -191,31 +199,32 @@ class Jobs:
         self.common = {**common_of(options), **SETS[options.set]["quantized"], **self.cut}
         self.all: dict[str, Job] = {}
 
-    def place(self, budget: str, row: Row, seed: int) -> str:
+    def place(self, budget: str, row: Row, seed: int, repeat: int = 0) -> str:
         """The directory of a row's run."""
         if row.method == "ptq":
-            return f"plan-{row.options['metric']}-{budget}-seed{seed}"
+            of_ends = f"-{row.options['boundary']}" if "boundary" in row.options else ""
+            return f"plan-{row.options['metric']}{of_ends}-{budget}-seed{seed}"
         words = "".join(c if c.isalnum() else " " for c in row.name).split()
-        return f"{budget}-{'-'.join(words)}-seed{seed}"
+        return f"{budget}-{'-'.join(words)}-seed{seed}" + (f"-run{repeat + 1}" if repeat else "")
 
-    def add(self, part: str, budget: str, row: Row, seed: int) -> None:
+    def add(self, budget: str, row: Row, seed: int, repeat: int = 0) -> None:
         """Adds the run of a row, and before it the run of the plan that it starts from."""
         bits = {AT_BUDGET: int(budget[0]), ABOVE: int(budget[0]) + 1}
         values = {key: bits.get(value, value) if key == "initial_bits" else value for key, value in row.options.items()}
         about = {"seed": seed, "budget": budget, "method": row.method, "method_options": values}
         own = {**self.common, **about, **row.settings}
-        if row.method == "ptq":  # so that plans can be made elsewhere, before a GPU is at hand
+        if row.options.get("metric") == "fisher":  # so that they can be made elsewhere, before a GPU is at hand
             own["device"] = "cpu"
         after = None if self.options.weights else float_of(self.options, seed)
         own["weights"] = str(self.options.weights.absolute() if after is None else self.runs / after)
         if row.start is not None:
             plan = STARTS[row.start]
-            self.add(part, budget, plan, seed)
-            after = self.place(budget, plan, seed)
+            self.add(budget, plan, seed, repeat)
+            after = self.place(budget, plan, seed, repeat)
             own["plan"] = str(self.runs / after / PLAN)
             if row.method == "lsq+":
                 del own["budget"]
-        name = self.place(budget, row, seed)
+        name = self.place(budget, row, seed, repeat)
         self.all.setdefault(name, Job(name, TrainConfig.create(**own), after, row.work))
 
 
@@ -234,22 +243,28 @@ def where_and_when(runs: list[Path]) -> dict[str, Any]:
     }
 
 
-def summary(runs: list[Path]) -> dict[str, Any]:
-    """Accuracies in percent with their deviation over seeds (n - 1), costs, and the widths by kind of tensor."""
-    results = [read(run) for run in runs]
-    widths = [widths_by_kind(QuantPlan.load(run / PLAN)) for run in runs]
+def summary(by_seed: list[list[Path]]) -> dict[str, Any]:
+    """Accuracies in percent with their deviation over seeds (n - 1), costs, and the widths by kind of tensor.
+
+    Of several runs of a seed the mean counts.
+    """
+    of_seeds = [[read(run) for run in runs] for runs in by_seed]
+    results = [result for own in of_seeds for result in own]
+    accuracies = [statistics.mean(result["accuracy"] for result in own) for own in of_seeds]
+    widths = [widths_by_kind(QuantPlan.load(run / PLAN)) for runs in by_seed for run in runs]
     counts = {kind: Counter(width for own in widths for width in own[kind]) for kind in widths[0]}
     return {
-        **spread("accuracy", [result["accuracy"] for result in results]),
-        "accuracies": [result["accuracy"] for result in results],
-        "float_accuracies": [result["float_accuracy"] for result in results],
+        **spread("accuracy", accuracies),
+        "accuracies": accuracies,
+        "runs": [[result["accuracy"] for result in own] for own in of_seeds],
+        "float_accuracies": [statistics.mean(result["float_accuracy"] for result in own) for own in of_seeds],
         "bit_operations": max(result["bit_operations"] for result in results),
         "weight_bytes": statistics.mean(result["weight_bytes"] for result in results),
         "mean_widths": {kind: statistics.mean(own.elements()) for kind, own in counts.items()},
         "width_counts": {kind: {str(width): own[width] for width in sorted(own)} for kind, own in counts.items()},
         "images": results[0]["images"],
         "seconds_mean": statistics.mean(seconds_of(result) for result in results),
-        "seeds": [result["seed"] for result in results],
+        "seeds": [own[0]["seed"] for own in of_seeds],
     }
 
 
@@ -271,6 +286,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rivals", nargs="+", default=["3bit", "2bit"], help="the budgets of rivals and plans")
     parser.add_argument("--ablations", nargs="+", default=["3bit"], help="the budgets of ablations and widths alone")
     parser.add_argument("--rows", nargs="+", help="only these rows")
+    parser.add_argument("--repeats", type=int, default=1, help="runs per row and seed; what is there is summed up")
     parser.add_argument("--table-only", action="store_true", help="run nothing: sum up what is there")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     options = parsed(parser)

@@ -19,6 +19,7 @@ from qvit.cli.console import (
     Weights,
     Workers,
     bops,
+    boundary_width,
     out,
     pairs,
     print_json,
@@ -238,7 +239,7 @@ def allocate(
         raise UsageError(f"the frontier's file '{frontier}' must end in .html or .json")
     measured = Sensitivity.load(sensitivity)
     cost = inspect_model(create_model(measured.model, **pairs(model_arg)))
-    options: dict[str, Any] = {"unit": unit, "pins": pin or [], "ties": tie or [], "boundary": _boundary(boundary)}
+    options: dict[str, Any] = {"unit": unit, "pins": pin or [], "ties": tie or [], "boundary": boundary_width(boundary)}
     plans = {text: allocate_plan(cost, measured, text, **options) for text in budgets}
     rows = []
     for text, plan in plans.items():
@@ -280,14 +281,6 @@ def allocate(
     _show_plans(rows)
     if frontier is not None:
         say(f"frontier: {frontier.absolute()}")
-
-
-def _boundary(text: str) -> int | None:
-    if text.strip().lower() == "free":
-        return None
-    if not text.strip().isdecimal():
-        raise UsageError(f"boundary '{text}' must be a width such as 8, or free")
-    return int(text)
 
 
 def _show_plans(rows: list[dict[str, Any]]) -> None:

@@ -79,6 +79,15 @@ def pairs(items: list[str] | None) -> dict[str, Any]:
     return found
 
 
+def boundary_width(text: str) -> int | None:
+    """The width of the first and the last layer that an option names; None for `free`."""
+    if text.strip().lower() == "free":
+        return None
+    if not text.strip().isdecimal():
+        raise UsageError(f"boundary '{text}' must be a width such as 8, or free")
+    return int(text)
+
+
 def spread(mean: float, deviation: float) -> str:
     """`97.00 ± 0.50`."""
     return f"{mean:.2f} ± {deviation:.2f}"

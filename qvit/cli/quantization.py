@@ -20,6 +20,7 @@ from qvit.cli.console import (
     Weights,
     Workers,
     bops,
+    boundary_width,
     err,
     pairs,
     print_json,
@@ -46,6 +47,7 @@ def ptq(
     min_width: Annotated[
         int | None, typer.Option(help="Narrowest of the mixed widths. Default: 3 if the budget allows, else 2.")
     ] = None,
+    boundary: Annotated[str, typer.Option(help="Width of the first and the last layer, or free, if mixed.")] = "8",
     data: Annotated[str, typer.Option(help="Calibration images, as for `qvit train`; labels are not used.")] = "digits",
     eval_data: Annotated[
         str | None, typer.Option(help="Test images. Default: the data's own test split, or a share set aside.")
@@ -108,7 +110,7 @@ def ptq(
         "bias_correction": bias_correction, "reconstruct": reconstruct, "steps": steps, "recon_images": recon_images,
         "recon_batch": recon_batch,
         "fisher": fisher, "metric": metric, "sensitivity": sensitivity, "sensitivity_images": sensitivity_images,
-        "min_width": min_width,
+        "min_width": min_width, "boundary": boundary_width(boundary) or "free",
     }  # fmt: skip
     config = TrainConfig.create(
         model=model, model_kwargs=pairs(model_arg), weights=weights, pretrained=pretrained, method="ptq",

@@ -103,7 +103,7 @@ class _QuantizedAttention(torch.autograd.Function):
             widths.append(width)
             kept = kept[length:]
         outputs = _gradients_of(q, k, v)
-        sums: list[Any] = [0, 0, 0, 0]
+        sums: list[Any] = [None] * 4
         slopes: list[Any] = [None] * 4
         grad_bias: Any = 0
 
@@ -115,7 +115,7 @@ class _QuantizedAttention(torch.autograd.Function):
             slope = width_slope(grad, x, width, learned[3 * i], learned[3 * i + 1], meta)
             slopes[i] = slope if slopes[i] is None or slope is None else slopes[i] + slope
             _, more = backward_on(grad, x, grid, out)
-            sums[i] = sums[i] + more
+            sums[i] = more if sums[i] is None else sums[i] + more
             return out
 
         for images in _chunks(q, k):

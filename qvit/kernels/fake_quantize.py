@@ -69,6 +69,10 @@ class Mixed(NamedTuple):
     upper: Grid
     share: Tensor
 
+    def numbers(self) -> tuple[Tensor | None, ...]:
+        """All nine, as kernels take them."""
+        return (*self.lower, *self.upper, self.share)
+
     def heads_last(self) -> Mixed:
         """As of `Grid`."""
         share = self.share if self.share.dim() < 2 else self.share.transpose(-3, -2)
@@ -114,6 +118,12 @@ def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Met
     if meta.limits is None or meta.gradient != "interpolation":
         return resolve_one(scales, offsets, bit_width, meta)
     least, most = meta.limits
+    if _at_once(scales, meta):
+        assert meta.first is not None
+        about = (meta.first, meta.limits, meta.signed, SMALLEST_SCALE)
+        found: Any = gpu.resolve(scales, offsets, bit_width, *about, mixed=True)
+        if found is not None:
+            return Mixed(Grid(*found[:4]), Grid(*found[5:9]), found[10]), found[4]
     width = bit_width.detach().clamp(least, most)
     lower = width.floor().clamp_max(max(least, most - 1))
     upper = _fixed(scales, offsets, (lower + 1).clamp_max(most), meta)
@@ -129,7 +139,7 @@ def resolve_one(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta:
     """`resolve` where x̂ is on a single grid."""
     if _at_once(scales, meta):
         assert meta.first is not None
-        found = gpu.resolve(scales, offsets, bit_width, meta.first, meta.limits, meta.signed, SMALLEST_SCALE)
+        found: Any = gpu.resolve(scales, offsets, bit_width, meta.first, meta.limits, meta.signed, SMALLEST_SCALE)
         if found is not None:
             return Grid(*found[:4]), found[4]
     return formula_resolve(scales, offsets, bit_width, meta)
@@ -177,26 +187,24 @@ def parameter_gradients(
 
     The other arguments are those of `resolve` and its results, and `slope` what `width_slope` returned.
     """
+    mixed = isinstance(grid, Mixed)
+    limits = None if slope is not None else meta.limits
+    if _at_once(scales, meta):
+        assert meta.first is not None
+        about = (meta.first, limits, meta.signed, meta.elements_per_scale, meta.linear, mixed)
+        scale = grid.lower.scale if isinstance(grid, Mixed) else grid.scale
+        found = gpu.parameter_gradients(sums, scale, scales, offsets, bit_width, *about)
+        if found is not None:
+            return found if slope is None else (*found[:2], slope.sum_to_size(bit_width.shape))
     if isinstance(grid, Mixed):
         assert meta.limits is not None
         pairs = ((sums[:3], grid.lower, width), (sums[3:6], grid.upper, (width + 1).clamp_max(meta.limits[1])))
         fixed = meta._replace(limits=None)
-        lower, upper = (parameter_gradients(*own, scales, offsets, bit_width, fixed) for own in pairs)
+        lower, upper = (formula_gradients(*own, scales, offsets, bit_width, fixed) for own in pairs)
         of_offsets = None if lower[1] is None or upper[1] is None else lower[1] + upper[1]
         return lower[0] + upper[0], of_offsets, sums[6].sum_to_size(bit_width.shape)
-    if meta.linear:
-        meta = meta._replace(elements_per_scale=meta.elements_per_scale * grid.quant_max, linear=False)  # type: ignore[operator]
-    if slope is not None and meta.limits is not None:
-        fixed = meta._replace(limits=None)
-        of_scales, of_offsets, _ = parameter_gradients(sums, grid, width, scales, offsets, bit_width, fixed)
-        return of_scales, of_offsets, slope.sum_to_size(bit_width.shape)
-    if _at_once(scales, meta):
-        assert meta.first is not None
-        about = (meta.first, meta.limits, meta.signed, meta.elements_per_scale)
-        found = gpu.parameter_gradients(sums, grid.scale, scales, offsets, bit_width, *about)
-        if found is not None:
-            return found
-    return formula_gradients(sums, grid, width, scales, offsets, bit_width, meta)
+    of_parts = formula_gradients(sums, grid, width, scales, offsets, bit_width, meta._replace(limits=limits))
+    return of_parts if slope is None else (*of_parts[:2], slope.sum_to_size(bit_width.shape))
 
 
 def formula_gradients(
@@ -207,7 +215,8 @@ def formula_gradients(
     quant_min, quant_max = grid.quant_min, grid.quant_max
     grad_scale = rounding + clipped
     if meta.elements_per_scale is not None:
-        grad_scale = grad_scale * torch.rsqrt(meta.elements_per_scale * quant_max)
+        per_scale = meta.elements_per_scale * quant_max
+        grad_scale = grad_scale * torch.rsqrt(per_scale * quant_max if meta.linear else per_scale)
     grad_scales = _to_bank(grad_scale, scales, width, meta.candidates)
     grad_offsets = None if offsets is None else _to_bank(total, offsets, width, meta.candidates)
     grad_width = None
@@ -227,10 +236,13 @@ def quantize_on(
     `scratch` names memory that is used again on the CPU (`cpu.scratch`): the result is used up before the next call.
     """
     if isinstance(grid, Mixed):
-        if not torch.compiler.is_compiling() and cpu.handles(x):
-            dtype = dtype or x.dtype
-            out = None if scratch is None else cpu.scratch(scratch, x.shape, dtype, x)
-            return cpu.forward_mixed(x, grid, dtype, out)
+        dtype = dtype or x.dtype
+        if not torch.compiler.is_compiling():
+            if _directly(x) and (found := gpu.forward(x, grid.numbers(), dtype)) is not None:
+                return found
+            if cpu.handles(x):
+                out = None if scratch is None else cpu.scratch(scratch, x.shape, dtype, x)
+                return cpu.forward_mixed(x, grid, dtype, out)
         values, upper = quantize_on(x, grid.lower, dtype), quantize_on(x, grid.upper, dtype)
         return values.lerp_(upper, grid.share.to(values.dtype))
     if torch.compiler.is_compiling():
@@ -263,8 +275,11 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid | Mixed, out: Tensor | None 
     The gradient is written to `out` if that is given; it may be `grad` itself.
     """
     if isinstance(grid, Mixed):
-        if not torch.compiler.is_compiling() and cpu.handles(grad, x):
-            return cpu.backward_mixed(grad, x, grid, out)
+        if not torch.compiler.is_compiling():
+            if _directly(grad, x) and (found := gpu.backward(grad, x, grid.numbers(), out)) is not None:
+                return found
+            if cpu.handles(grad, x):
+                return cpu.backward_mixed(grad, x, grid, out)
         slope = difference_on(grad, x, grid.upper, grid.lower)
         of_upper, above = backward_on(grad, x, grid.upper)
         grad_x, below = backward_on(grad, x, grid.lower, out)
@@ -295,7 +310,7 @@ def difference_on(grad: Tensor, x: Tensor, above: Grid, below: Grid) -> Tensor:
 
 def packed(grid: Grid | Mixed, width: Tensor) -> tuple[Tensor | None, ...]:
     """What `resolve` returned as tensors to be saved for backward."""
-    return (*grid, width) if isinstance(grid, Grid) else (*grid.lower, *grid.upper, grid.share, width)
+    return (*grid, width) if isinstance(grid, Grid) else (*grid.numbers(), width)
 
 
 def unpacked(parts: Sequence[Any]) -> tuple[Grid | Mixed, Tensor]:

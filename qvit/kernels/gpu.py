@@ -39,71 +39,80 @@ if importlib.util.find_spec("triton") is not None:
     import triton.language as tl
 
     @triton.jit
+    def _read(tensor, a, b, c, d, i, s0, s1, s2, s3, inside, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+        """Elements i of tile (a, b), which lie at rows c and columns d, or one after another if COLUMNS is 0."""
+        start = tensor + a * s0 + b * s1
+        place = start + c * s2 + d * s3 if COLUMNS > 0 else start + i
+        return tl.load(place, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
+    def _steps(value, scale, offset, low, high, at, inside, SHIFTED: tl.constexpr):  # type: ignore[no-untyped-def]
+        """u, clamp(u), q and x̂ of values, whose numbers lie at `at`."""
+        s = tl.load(scale + at, mask=inside, other=1.0) + tl.zeros_like(value)
+        shift = tl.load(offset + at, mask=inside, other=0.0) if SHIFTED else 0.0
+        lo, hi = tl.load(low + at, mask=inside, other=0.0), tl.load(high + at, mask=inside, other=0.0)
+        u = tl.div_rn(value - shift, s)
+        clamped = tl.where(u < lo, lo, u)
+        clamped = tl.where(clamped > hi, hi, clamped)
+        q = (clamped + 12582912.0) - 12582912.0
+        return u, clamped, q, q * s + shift if SHIFTED else q * s
+
+    @triton.jit
     def _forward_kernel(  # type: ignore[no-untyped-def]
-        x, out, scale, offset, low, high, chunks, b_count, size, x0, x1, x2, x3, g0, g1, g2, g3,
-        COLUMNS: tl.constexpr, VARIES: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+        x, out, scale, offset, low, high, scale2, offset2, low2, high2, share, chunks, b_count, size,
+        x0, x1, x2, x3, g0, g1, g2, g3,
+        COLUMNS: tl.constexpr, VARIES: tl.constexpr, SHIFTED: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         program = tl.program_id(0)
         tile = program // chunks
         a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
         i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
-        start = x + a * x0 + b * x1
-        group = a * g0 + b * g1
-        if COLUMNS > 0:
-            d, c = i % COLUMNS, i // COLUMNS
-            value = tl.load(start + c * x2 + d * x3, mask=inside, other=0.0).to(tl.float32)
-        else:  # in one piece
-            d, c = i, tl.zeros_like(i)
-            value = tl.load(start + i, mask=inside, other=0.0).to(tl.float32)
-        if VARIES:
-            own = group + c * g2 + d * g3
-            s = tl.load(scale + own, mask=inside, other=1.0)
-            shift = tl.load(offset + own, mask=inside, other=0.0) if SHIFTED else 0.0
-            lo, hi = tl.load(low + own, mask=inside, other=0.0), tl.load(high + own, mask=inside, other=0.0)
-        else:
-            s = tl.load(scale + group) + tl.zeros_like(value)
-            shift = tl.load(offset + group) if SHIFTED else 0.0
-            lo, hi = tl.load(low + group), tl.load(high + group)
-        u = tl.div_rn(value - shift, s)
-        u = tl.where(u < lo, lo, u)
-        u = tl.where(u > hi, hi, u)
-        q = (u + 12582912.0) - 12582912.0
-        result = q * s + shift if SHIFTED else q * s
+        d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
+        value = _read(x, a, b, c, d, i, x0, x1, x2, x3, inside, COLUMNS)
+        at = a * g0 + b * g1 + c * g2 + d * g3 if VARIES else a * g0 + b * g1
+        known = inside if VARIES else True
+        _, _, _, result = _steps(value, scale, offset, low, high, at, known, SHIFTED)
+        if MIXED:
+            _, _, _, above = _steps(value, scale2, offset2, low2, high2, at, known, SHIFTED)
+            result += tl.load(share + at, mask=known, other=0.0) * (above - result)
         tl.store(out + tile.to(tl.int64) * size + i, result.to(out.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _backward_kernel(  # type: ignore[no-untyped-def]
-        grad, x, grad_x, partial, scale, offset, low, high, chunks, b_count, size, x0, x1, x2, x3, y0, y1, y2, y3,
-        o0, o1, o2, o3, g0, g1, programs, COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
+        grad, x, grad_x, partial, scale, offset, low, high, scale2, offset2, low2, high2, share, chunks, b_count, size,
+        x0, x1, x2, x3, y0, y1, y2, y3, o0, o1, o2, o3, g0, g1, programs,
+        COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         program = tl.program_id(0)
         tile = program // chunks
         a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
         i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
-        group = a * g0 + b * g1
-        lo, hi = tl.load(low + group), tl.load(high + group)
-        of_x, of_grad, of_out = x + a * x0 + b * x1, grad + a * y0 + b * y1, grad_x + a * o0 + b * o1
-        if COLUMNS > 0:
-            d, c = i % COLUMNS, i // COLUMNS
-            value = tl.load(of_x + c * x2 + d * x3, mask=inside, other=0.0).to(tl.float32)
-            g = tl.load(of_grad + c * y2 + d * y3, mask=inside, other=0.0).to(tl.float32)
-        else:
-            value = tl.load(of_x + i, mask=inside, other=0.0).to(tl.float32)
-            g = tl.load(of_grad + i, mask=inside, other=0.0).to(tl.float32)
-        shift = tl.load(offset + group) if SHIFTED else 0.0
-        u = tl.div_rn(value - shift, tl.load(scale + group) + tl.zeros_like(value))
-        clamped = tl.where(u < lo, lo, u)
-        clamped = tl.where(clamped > hi, hi, clamped)
-        cut = tl.where(u != clamped, g, 0.0)
-        q = (clamped + 12582912.0) - 12582912.0
-        of_out += c * o2 + d * o3 if COLUMNS > 0 else i
-        tl.store(of_out, (g - cut).to(grad_x.dtype.element_ty), mask=inside)
+        d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
+        value = _read(x, a, b, c, d, i, x0, x1, x2, x3, inside, COLUMNS)
+        g = _read(grad, a, b, c, d, i, y0, y1, y2, y3, inside, COLUMNS)
+        at = a * g0 + b * g1
+        u, clamped, q, below = _steps(value, scale, offset, low, high, at, True, SHIFTED)
+        part = g * (1.0 - tl.load(share + at)) if MIXED else g
+        cut = tl.where(u != clamped, part, 0.0)
+        passed = part - cut
         zero = tl.zeros_like(g)
-        tl.store(partial + program, tl.sum(tl.where(inside, (q - clamped) * g, zero)))
+        tl.store(partial + program, tl.sum(tl.where(inside, (q - clamped) * part, zero)))
         tl.store(partial + programs + program, tl.sum(tl.where(inside, cut * clamped, zero)))
         tl.store(partial + 2 * programs + program, tl.sum(tl.where(inside, cut, zero)))
+        if MIXED:
+            u, clamped, q, above = _steps(value, scale2, offset2, low2, high2, at, True, SHIFTED)
+            part = g * tl.load(share + at)
+            cut = tl.where(u != clamped, part, 0.0)
+            passed += part - cut
+            tl.store(partial + 3 * programs + program, tl.sum(tl.where(inside, (q - clamped) * part, zero)))
+            tl.store(partial + 4 * programs + program, tl.sum(tl.where(inside, cut * clamped, zero)))
+            tl.store(partial + 5 * programs + program, tl.sum(tl.where(inside, cut, zero)))
+            tl.store(partial + 6 * programs + program, tl.sum(tl.where(inside, (above - below) * g, zero)))
+        of_out = grad_x + a * o0 + b * o1
+        of_out += c * o2 + d * o3 if COLUMNS > 0 else i
+        tl.store(of_out, passed.to(grad_x.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _difference_kernel(  # type: ignore[no-untyped-def]
@@ -116,35 +125,19 @@ if importlib.util.find_spec("triton") is not None:
         a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
         i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
         inside = i < size
-        group = a * g0 + b * g1
-        of_x, of_grad = x + a * x0 + b * x1, grad + a * y0 + b * y1
-        if COLUMNS > 0:
-            d, c = i % COLUMNS, i // COLUMNS
-            value = tl.load(of_x + c * x2 + d * x3, mask=inside, other=0.0).to(tl.float32)
-            g = tl.load(of_grad + c * y2 + d * y3, mask=inside, other=0.0).to(tl.float32)
-        else:
-            value = tl.load(of_x + i, mask=inside, other=0.0).to(tl.float32)
-            g = tl.load(of_grad + i, mask=inside, other=0.0).to(tl.float32)
-        zero = tl.zeros_like(value)
-        s, lo, hi = tl.load(scale + group), tl.load(low + group), tl.load(high + group)
-        shift = tl.load(offset + group) if SHIFTED else 0.0
-        u = tl.div_rn(value - shift, s + zero)
-        u = tl.where(u < lo, lo, u)
-        u = tl.where(u > hi, hi, u)
-        above = ((u + 12582912.0) - 12582912.0) * s + shift
-        s, lo, hi = tl.load(scale2 + group), tl.load(low2 + group), tl.load(high2 + group)
-        shift = tl.load(offset2 + group) if SHIFTED else 0.0
-        u = tl.div_rn(value - shift, s + zero)
-        u = tl.where(u < lo, lo, u)
-        u = tl.where(u > hi, hi, u)
-        below = ((u + 12582912.0) - 12582912.0) * s + shift
-        tl.store(partial + program, tl.sum(tl.where(inside, (above - below) * g, zero)))
+        d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
+        value = _read(x, a, b, c, d, i, x0, x1, x2, x3, inside, COLUMNS)
+        g = _read(grad, a, b, c, d, i, y0, y1, y2, y3, inside, COLUMNS)
+        at = a * g0 + b * g1
+        _, _, _, above = _steps(value, scale, offset, low, high, at, True, SHIFTED)
+        _, _, _, below = _steps(value, scale2, offset2, low2, high2, at, True, SHIFTED)
+        tl.store(partial + program, tl.sum(tl.where(inside, (above - below) * g, tl.zeros_like(value))))
 
     @triton.jit
     def _resolve_kernel(  # type: ignore[no-untyped-def]
         scales, offsets, widths, out, count, first, least, most, smallest, OF_SCALE: tl.constexpr,
         OF_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SIGNED: tl.constexpr, SHIFTED: tl.constexpr,
-        LIMITED: tl.constexpr, BLOCK: tl.constexpr,
+        LIMITED: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         g = tl.arange(0, BLOCK)
         inside = g < count
@@ -152,6 +145,14 @@ if importlib.util.find_spec("triton") is not None:
         if LIMITED:
             w = tl.where(w < least, least, w)
             w = tl.where(w > most, most, w)
+        if MIXED:  # a program for each of both grids
+            lower = tl.floor(w)
+            lower = tl.where(lower > most - 1.0, tl.where(most - 1.0 < least, least, most - 1.0), lower)
+            tl.store(out + 10 * count + g, w - lower, mask=inside)
+            upper = tl.where(lower + 1.0 > most, most, lower + 1.0)
+            w = tl.where(tl.program_id(0) == 0, lower, upper)
+            out += tl.program_id(0) * 5 * count
+        elif LIMITED:
             w = (w + 12582912.0) - 12582912.0
         bits = w.to(tl.int32)
         column = bits - first if COLUMNS > 1 else tl.zeros_like(bits)
@@ -171,44 +172,56 @@ if importlib.util.find_spec("triton") is not None:
     def _gradients_kernel(  # type: ignore[no-untyped-def]
         sums, grid, widths, elements, to_scales, to_offsets, to_width, count, of_elements, number, first, least, most,
         OF_SCALE: tl.constexpr, OF_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
-        SIGNED: tl.constexpr, SHIFTED: tl.constexpr, LIMITED: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
+        SIGNED: tl.constexpr, SHIFTED: tl.constexpr, LIMITED: tl.constexpr, MIXED: tl.constexpr, SCALED: tl.constexpr,
+        LINEAR: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         g = tl.arange(0, BLOCK)
         inside = g < count
-        rounding = tl.load(sums + g, mask=inside, other=0.0)
-        clipped = tl.load(sums + count + g, mask=inside, other=0.0)
-        total = tl.load(sums + 2 * count + g, mask=inside, other=0.0)
-        lo = tl.load(grid + 2 * count + g, mask=inside, other=0.0)
-        hi = tl.load(grid + 3 * count + g, mask=inside, other=1.0)
-        for_scale = rounding + clipped
-        if SCALED == 1:
-            for_scale = tl.div_rn(for_scale, tl.sqrt_rn(hi * number))
-        if SCALED == 2:
-            own = tl.load(elements + g * of_elements, mask=inside, other=1.0).to(tl.float32)
-            for_scale = tl.div_rn(for_scale, tl.sqrt_rn(hi * own))
-        w = tl.load(grid + 4 * count + g, mask=inside, other=0.0)
-        column = w.to(tl.int32) - first if COLUMNS > 1 else tl.zeros_like(w).to(tl.int32)
         c = tl.arange(0, PADDED)
-        here = (column[:, None] == c[None, :]) & inside[:, None]
+        for_scales = tl.zeros((BLOCK, PADDED), dtype=tl.float32)
+        for_offsets = tl.zeros((BLOCK, PADDED), dtype=tl.float32)
+        for side in tl.static_range(2 if MIXED else 1):  # type: ignore[attr-defined]
+            own = grid + side * 5 * count
+            rounding = tl.load(sums + 3 * side * count + g, mask=inside, other=0.0)
+            clipped = tl.load(sums + (3 * side + 1) * count + g, mask=inside, other=0.0)
+            total = tl.load(sums + (3 * side + 2) * count + g, mask=inside, other=0.0)
+            lo = tl.load(own + 2 * count + g, mask=inside, other=0.0)
+            hi = tl.load(own + 3 * count + g, mask=inside, other=1.0)
+            s = tl.load(own + g, mask=inside, other=0.0)
+            w = tl.load(own + 4 * count + g, mask=inside, other=0.0)
+            for_scale = rounding + clipped
+            if SCALED > 0:
+                per_scale = tl.zeros_like(hi) + number
+                if SCALED == 2:
+                    per_scale = tl.load(elements + g * of_elements, mask=inside, other=1.0).to(tl.float32)
+                if LINEAR:
+                    per_scale *= hi
+                for_scale = tl.div_rn(for_scale, tl.sqrt_rn(hi * per_scale))
+            column = w.to(tl.int32) - first if COLUMNS > 1 else tl.zeros_like(w).to(tl.int32)
+            here = (column[:, None] == c[None, :]) & inside[:, None]
+            for_scales += tl.where(here, for_scale[:, None], 0.0)
+            for_offsets += tl.where(here, total[:, None], 0.0)
         place = g[:, None] * COLUMNS + c[None, :]
         writes = inside[:, None] & (c < COLUMNS)[None, :]
-        zero = tl.zeros((BLOCK, PADDED), dtype=tl.float32)
-        of_bank = tl.where(here, zero + for_scale[:, None], 0.0)
         if OF_SCALE == 0:
-            tl.store(to_scales + c, tl.sum(of_bank, 0), mask=c < COLUMNS)
+            tl.store(to_scales + c, tl.sum(for_scales, 0), mask=c < COLUMNS)
         else:
-            tl.store(to_scales + place, of_bank, mask=writes)
+            tl.store(to_scales + place, for_scales, mask=writes)
         if SHIFTED:
-            of_bank = tl.where(here, zero + total[:, None], 0.0)
             if OF_SCALE == 0:
-                tl.store(to_offsets + c, tl.sum(of_bank, 0), mask=c < COLUMNS)
+                tl.store(to_offsets + c, tl.sum(for_offsets, 0), mask=c < COLUMNS)
             else:
-                tl.store(to_offsets + place, of_bank, mask=writes)
-        if LIMITED:
-            above = tl.div_rn(clipped - lo * total, hi - lo)
+                tl.store(to_offsets + place, for_offsets, mask=writes)
+        if MIXED:
+            for_width = tl.load(sums + 6 * count + g, mask=inside, other=0.0)
+            if OF_WIDTH == 0:
+                tl.store(to_width, tl.sum(for_width, 0))
+            else:
+                tl.store(to_width + g, for_width, mask=inside)
+        elif LIMITED:
+            above = tl.div_rn(clipped - lo * total, hi - lo)  # type: ignore[operator]
             outward = 2.0 * above - total if SIGNED else above
-            s = tl.load(grid + g, mask=inside, other=0.0)
-            for_width = tl.where(inside, outward * (s * (hi + 1.0) * 0.6931471805599453), 0.0)
+            for_width = tl.where(inside, outward * (s * (hi + 1.0) * 0.6931471805599453), 0.0)  # type: ignore[operator]
             if OF_WIDTH == 0:
                 summed = tl.sum(for_width, 0)
                 b = tl.load(widths).to(tl.float32)
@@ -227,7 +240,13 @@ def handles(*tensors: Tensor) -> bool:
 
 
 def forward(x: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor | None:
-    """x̂ in `dtype`, contiguous; None for a tensor of more than four separate axes."""
+    """x̂ in `dtype`, contiguous; None for a tensor of more than four separate axes.
+
+    Args:
+        x: Raw.
+        grid: Scale, offset, quant_min and quant_max; of two grids, those of both, and the share of the second.
+        dtype: Of the result.
+    """
     flat, groups = numbers_of_groups(grid)
     axes = axes_of(tuple(x.shape), (x.stride(),), groups)
     if axes is None:
@@ -239,21 +258,23 @@ def forward(x: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor | None:
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     if not x.numel():
         return out
-    scale, offset, low, high = flat
     (a, b, rows, columns), strides, of_group = axes.size, axes.strides[0], axes.group
     varies = bool(of_group[2] or of_group[3])
     chunks = math.ceil(rows * columns / _BLOCK)
     launch: Any = _forward_kernel
     launch[(a * b * chunks,)](
-        x, out, scale, scale if offset is None else offset, low, high, chunks, b, rows * columns, *strides, *of_group,
-        COLUMNS=columns if varies or not _in_one_piece(axes, 0) else 0, VARIES=varies, SHIFTED=offset is not None,
-        BLOCK=_BLOCK, enable_fp_fusion=False,
+        x, out, *_nine(flat), chunks, b, rows * columns, *strides, *of_group,
+        COLUMNS=columns if varies or not _in_one_piece(axes, 0) else 0, VARIES=varies, SHIFTED=flat[1] is not None,
+        MIXED=len(flat) > 4, BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
 
 def backward(grad: Tensor, x: Tensor, grid: _Grid, out: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
-    """The gradient of `x`, written to `out` if given, and (3, groups) sums; None to leave both to the formulas."""
+    """The gradient of `x`, written to `out` if given, and (3, groups) sums; None to leave both to the formulas.
+
+    On two grids, given as in `forward`, the sums are (7, groups).
+    """
     flat, groups = numbers_of_groups(grid)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -263,18 +284,18 @@ def backward(grad: Tensor, x: Tensor, grid: _Grid, out: Tensor | None = None) ->
     x, grad, axes = found
     a, b, rows, columns = axes.size
     chunks = math.ceil(rows * columns / _BLOCK)
-    partial = torch.empty(3, a, b, chunks, dtype=torch.float32, device=x.device)
-    scale, offset, low, high = flat
+    mixed = len(flat) > 4
+    partial = torch.empty(7 if mixed else 3, a, b, chunks, dtype=torch.float32, device=x.device)
     launch: Any = _backward_kernel
     launch[(a * b * chunks,)](
-        grad, x, out, partial, scale, scale if offset is None else offset, low, high, chunks, b, rows * columns,
+        grad, x, out, partial, *_nine(flat), chunks, b, rows * columns,
         *axes.strides[0], *axes.strides[1], *axes.strides[2], axes.group[0], axes.group[1], a * b * chunks,
-        COLUMNS=0 if _in_one_piece(axes, 0, 1, 2) else columns, SHIFTED=offset is not None, BLOCK=_BLOCK,
+        COLUMNS=0 if _in_one_piece(axes, 0, 1, 2) else columns, SHIFTED=flat[1] is not None, MIXED=mixed, BLOCK=_BLOCK,
         enable_fp_fusion=False,
     )  # fmt: skip
     summed = [axis for axis, of_group in ((1, axes.group[0]), (2, axes.group[1])) if not of_group]
     sums = partial.sum((*summed, 3))
-    return out, sums.reshape(3, *(1,) * (x.dim() - len(groups)), *groups)
+    return out, sums.reshape(len(partial), *(1,) * (x.dim() - len(groups)), *groups)
 
 
 def difference(grad: Tensor, x: Tensor, above: _Grid, below: _Grid) -> Tensor | None:
@@ -288,15 +309,19 @@ def difference(grad: Tensor, x: Tensor, above: _Grid, below: _Grid) -> Tensor | 
     a, b, rows, columns = axes.size
     chunks = math.ceil(rows * columns / _BLOCK)
     partial = torch.empty(a, b, chunks, dtype=torch.float32, device=x.device)
-    numbers = [flat[0] if part is None else part for part in (*flat, *others)]
     launch: Any = _difference_kernel
     launch[(a * b * chunks,)](
-        grad, x, partial, *numbers, chunks, b, rows * columns, *axes.strides[0], *axes.strides[1], axes.group[0],
-        axes.group[1], COLUMNS=0 if _in_one_piece(axes, 0, 1) else columns, SHIFTED=flat[1] is not None, BLOCK=_BLOCK,
-        enable_fp_fusion=False,
+        grad, x, partial, *_nine([*flat, *others])[:8], chunks, b, rows * columns, *axes.strides[0], *axes.strides[1],
+        axes.group[0], axes.group[1], COLUMNS=0 if _in_one_piece(axes, 0, 1) else columns,
+        SHIFTED=flat[1] is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
     sums = partial.sum([axis for axis, of_group in ((0, axes.group[0]), (1, axes.group[1])) if not of_group] + [2])
     return sums.reshape(*(1,) * (x.dim() - len(groups)), *groups)
+
+
+def _nine(numbers: list[Tensor | None]) -> list[Tensor | None]:
+    """The numbers of two grids and a share, as kernels take them; what is not there is not read."""
+    return [numbers[0] if part is None else part for part in (*numbers, *(None,) * (9 - len(numbers)))]
 
 
 def _to_be_summed(
@@ -346,8 +371,8 @@ def _one_row(numbers: tuple[int, ...], row: int = 0) -> tuple[int, ...]:
 
 def resolve(
     scales: Tensor, offsets: Tensor | None, bit_width: Tensor, first: int, limits: tuple[int, int] | None, signed: bool,
-    smallest: float,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor] | None:  # fmt: skip
+    smallest: float, mixed: bool = False,
+) -> list[Tensor | None] | None:  # fmt: skip
     """Scale, offset, quant_min, quant_max and width of each group, side by side in one tensor; None to leave it.
 
     Args:
@@ -357,39 +382,43 @@ def resolve(
         limits: Of the width.
         signed: The grid.
         smallest: Scale.
+        mixed: Make the grids of both neighbours of a learned width: five parts each, and the share of the upper one.
     """
     place = _places(scales, bit_width)
     if place is None or not scales.is_contiguous() or (offsets is not None and not offsets.is_contiguous()):
         return None
     groups, count, of_scale, of_width = place
-    out = torch.empty(5, count, dtype=torch.float32, device=scales.device)
+    out = torch.empty(11 if mixed else 5, count, dtype=torch.float32, device=scales.device)
     least, most = limits or (0, 0)
     launch: Any = _resolve_kernel
-    launch[(1,)](
+    launch[(2 if mixed else 1,)](
         scales, scales if offsets is None else offsets, bit_width, out, count, first, float(least), float(most),
         smallest, OF_SCALE=of_scale, OF_WIDTH=of_width, COLUMNS=scales.shape[-1], SIGNED=signed,
-        SHIFTED=offsets is not None, LIMITED=limits is not None, BLOCK=_power_of_two(count), enable_fp_fusion=False,
+        SHIFTED=offsets is not None, LIMITED=limits is not None, MIXED=mixed, BLOCK=_power_of_two(count),
+        enable_fp_fusion=False,
     )  # fmt: skip
-    scale, offset, low, high, width = (part.view(groups) for part in out.unbind(0))
-    return scale, None if offsets is None else offset, low, high, width
+    return [part.view(groups) if i % 5 != 1 or offsets is not None else None for i, part in enumerate(out.unbind(0))]
 
 
 def parameter_gradients(
     sums: Tensor, scale: Tensor, scales: Tensor, offsets: Tensor | None, bit_width: Tensor, first: int,
-    limits: tuple[int, int] | None, signed: bool, elements: Tensor | int | None,
+    limits: tuple[int, int] | None, signed: bool, elements: Tensor | int | None, linear: bool = False,
+    mixed: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None] | None:  # fmt: skip
     """Gradients of banks and width from A, C, B, for a grid that `resolve` has made: `scale` is its first part.
 
-    None where there is no such grid, or its numbers cannot be told from these shapes.
+    None where there is no such grid, or its numbers cannot be told from these shapes. `linear` and what else these
+    tensors mean: see `Meta`; `mixed`: the grids are two, the sums seven.
     """
     place = _places(scales, bit_width)
     if place is None or not sums.is_contiguous():
         return None
     _, count, of_scale, of_width = place
-    whole = scale.untyped_storage().nbytes() == 20 * count and not scale.storage_offset()
-    if not whole or scale.dtype != torch.float32 or sums.numel() != 3 * count:
+    parts = 11 if mixed else 5
+    whole = scale.untyped_storage().nbytes() == 4 * parts * count and not scale.storage_offset()
+    if not whole or scale.dtype != torch.float32 or sums.numel() != (7 if mixed else 3) * count:
         return None
-    numbers = scale.as_strided((5, count), (count, 1), 0)
+    numbers = scale.as_strided((parts, count), (count, 1), 0)
     of_elements, scaled = 0, 0
     if isinstance(elements, Tensor):
         if elements.numel() not in (1, count) or not elements.is_contiguous():
@@ -408,8 +437,8 @@ def parameter_gradients(
         to_scales if to_offsets is None else to_offsets, to_scales if to_width is None else to_width, count,
         of_elements, float(elements) if isinstance(elements, int) else 0.0, first, float(least), float(most),
         OF_SCALE=of_scale, OF_WIDTH=of_width, COLUMNS=columns, PADDED=1 << (columns - 1).bit_length(), SIGNED=signed,
-        SHIFTED=offsets is not None, LIMITED=limits is not None, SCALED=scaled, BLOCK=_power_of_two(count),
-        enable_fp_fusion=False,
+        SHIFTED=offsets is not None, LIMITED=limits is not None, MIXED=mixed, SCALED=scaled, LINEAR=linear,
+        BLOCK=_power_of_two(count), enable_fp_fusion=False,
     )  # fmt: skip
     return to_scales, to_offsets, to_width
 
@@ -434,40 +463,63 @@ def _places(scales: Tensor, bit_width: Tensor) -> tuple[tuple[int, ...], int, in
 @functools.cache
 def _works(device: torch.device) -> bool:
     """Whether the kernels compute what the formulas do on this device."""
-    from qvit.kernels.fake_quantize import Grid, Meta, _backward, _forward, formula_gradients, formula_resolve
-
     if importlib.util.find_spec("triton") is None:
         log.warning("no Triton, so quantization on %s takes many passes", device)
         return False
     try:
-        x = torch.linspace(-2, 2, 3 * 1200, device=device).view(1, 3, 40, 30)
-        banks = torch.tensor([[0.11, 0.2], [0.3, 0.1], [0.07, 0.5]], device=device).view(3, 1, 1, 2)
-        width = torch.tensor([3.2, 3.6, 9.0], device=device).view(3, 1, 1)
-        meta = Meta(torch.tensor([3.0, 4.0], device=device), (3, 4), True, 1200, None, 3)
-        grid, known = formula_resolve(banks, banks / 3, width, meta)
-        own = resolve(banks, banks / 3, width, 3, (3, 4), True, 1e-8)
-        assert own is not None
-        same = all(torch.equal(left, right) for left, right in zip(own, (*grid, known), strict=True))  # type: ignore[arg-type]
-        values, found = forward(x, grid, x.dtype), backward(x, x, grid)
-        expected, sums = _backward(x, x, *grid)
-        assert values is not None and found is not None
-        same = same and torch.equal(values, _forward(x, *grid)) and torch.equal(found[0], expected)
-        same = same and torch.allclose(found[1], sums, rtol=1e-3, atol=1e-2)
-        other = Grid(grid.scale * 2, grid.offset, grid.quant_min + 1, grid.quant_max - 1)
-        moved = difference(x, x, grid, other)
-        assert moved is not None
-        wanted_move = (x * (_forward(x, *grid) - _forward(x, *other))).sum_to_size(moved.shape)
-        same = same and torch.allclose(moved, wanted_move, rtol=1e-3, atol=1e-2)
-        gradients = parameter_gradients(sums.contiguous(), own[0], banks, banks, width, 3, (3, 4), True, 1200)
-        assert gradients is not None
-        wanted = formula_gradients(sums, Grid(*own[:4]), own[4], banks, banks, width, meta)
-        pairs = zip(gradients, wanted, strict=True)
-        if same and all(torch.allclose(left, right, rtol=1e-4, atol=1e-4) for left, right in pairs):  # type: ignore[arg-type]
+        if _compute_what_formulas_do(device):
             return True
         log.warning("the Triton kernels do not compute what they should on %s: formulas take their place", device)
     except Exception as error:  # a compiler of another version, a driver, a device that Triton does not know
         log.warning("no Triton kernels on %s, so quantization takes many passes: %s", device, first_line(error))
     return False
+
+
+def _compute_what_formulas_do(device: torch.device) -> bool:
+    from qvit.kernels.fake_quantize import Grid, Meta, Mixed, _backward, _forward, formula_gradients, formula_resolve
+
+    def same(found: Any, expected: Any, exactly: bool = True, close: float = 1e-4) -> bool:
+        pairs = zip(found, expected, strict=True)
+        if exactly:
+            return all(torch.equal(left, right) for left, right in pairs)
+        return all(torch.allclose(left, right, rtol=1e-3, atol=close) for left, right in pairs)
+
+    x = torch.linspace(-2, 2, 3 * 1200, device=device).view(1, 3, 40, 30)
+    banks = torch.tensor([[0.11, 0.2], [0.3, 0.1], [0.07, 0.5]], device=device).view(3, 1, 1, 2)
+    width = torch.tensor([3.2, 3.6, 9.0], device=device).view(3, 1, 1)
+    meta = Meta(torch.tensor([3.0, 4.0], device=device), (3, 4), True, 1200, None, 3)
+    grid, known = formula_resolve(banks, banks / 3, width, meta)
+    about = (3, (3, 4), True)
+    own: Any = resolve(banks, banks / 3, width, *about, 1e-8)
+    values, (grad_x, sums) = _forward(x, *grid), _backward(x, x, *grid)
+    found: Any = backward(x, x, grid)
+    result = same(own, (*grid, known)) and same([forward(x, grid, x.dtype), found[0]], [values, grad_x])
+    result = result and same(found[1:], [sums], False, 1e-2)
+    fixed = meta._replace(limits=None)
+    of_parts = formula_gradients(sums, Grid(*own[:4]), own[4], banks, banks, width, meta)
+    result = result and same(
+        parameter_gradients(sums.contiguous(), own[0], banks, banks, width, *about, 1200), of_parts, False
+    )
+
+    own = resolve(banks, banks / 3, width, *about, 1e-8, mixed=True)
+    share = torch.tensor([0.2, 0.6, 1.0], device=device).view(3, 1, 1)
+    sides = [torch.full_like(width, bits) for bits in (3.0, 4.0)]
+    grids = [formula_resolve(banks, banks / 3, side, fixed)[0] for side in sides]
+    result = result and same([*own[:4], *own[5:9]], [*grids[0], *grids[1]]) and same([own[10]], [share], False)
+    pair, (low, high) = Mixed(grids[0], grids[1], share), [_forward(x, *one) for one in grids]
+    (lower, below), (upper, above) = (_backward(x, x, *one) for one in grids)
+    moved = (x * (high - low)).sum_to_size(1, *share.shape)
+    sums = torch.cat([below * (1 - share), above * share, moved[None]])
+    found = backward(x, x, pair.numbers())
+    grads = [forward(x, pair.numbers(), x.dtype), found[0]]
+    result = result and same(grads, [torch.lerp(low, high, share), torch.lerp(lower, upper, share)], False)
+    result = result and same([found[1], difference(x, x, *grids[::-1])], [sums, moved], False, 1e-2)
+    parts = (
+        formula_gradients(sums[3 * i : 3 * i + 3], grids[i], sides[i], banks, banks, width, fixed) for i in range(2)
+    )
+    wanted = [left + right for left, right in zip(*(own[:2] for own in parts), strict=True)]
+    found = parameter_gradients(sums.contiguous(), own[0], banks, banks, width, *about, 1200, mixed=True)
+    return result and same(found, [*wanted, moved], False)
 
 
 def first_line(error: Exception) -> str:

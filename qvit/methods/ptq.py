@@ -24,7 +24,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ class PTQOptions(MethodOptions):
         sensitivity_images: How many of the calibration images a sensitivity is measured with; None for all.
         min_width: Narrowest width that is given out; None: 3, or 2 where the budget asks for it. Predictions for 2 bits
             are a rough guide, and without training nothing makes up for them.
+        boundary: Width of the first and the last layer where widths are mixed; `free`: chosen like the others.
     """
 
     observer: Literal["mse", "percentile", "minmax"] = "mse"
@@ -84,6 +85,7 @@ class PTQOptions(MethodOptions):
     sensitivity: str | None = None
     sensitivity_images: int | None = Field(None, ge=1)
     min_width: int | None = Field(None, ge=2, le=8)
+    boundary: Annotated[int, Field(ge=2, le=16)] | Literal["free"] = 8
 
     def reconstruction(self, seed: int) -> ReconstructOptions | None:
         """Options of the reconstruction; None if there is none."""
