@@ -50,7 +50,7 @@ def evidence_figures(data: Data) -> dict[str, go.Figure]:
 
 def _frontier(data: Data, cost: str) -> go.Figure:
     """Accuracy against a cost: a colour and marker per row, a point per budget, float dashed."""
-    rows = [row for row in data["rows"] if row["part"] not in (*ABLATIONS, "widths alone")]
+    rows = [row for row in data["rows"] if row["part"] not in (*ABLATIONS, "scales", "widths alone")]
     title, kind = COST_NAMES[cost]
     unit, size = unit_for([row[cost] for row in rows], kind)
     places = _side_by_side([row[cost] / size for row in rows])

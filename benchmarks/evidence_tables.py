@@ -18,6 +18,7 @@ PARTS = {
     "budgets": "At equal bit operations",
     "post-training": "Plans without training, and training that starts from them",
     "rivals": "Rivals",
+    "scales": "VVTQ and its scales",
     "widths alone": "Learned widths without the search",
 }
 
@@ -45,7 +46,7 @@ def evidence_tables(data: Data) -> str:
     pieces += _ablations(data, shown)
     pieces += _widths(data, shown)
     hours = f" All runs together: {data['hours']:.1f} hours." if data.get("hours") else ""
-    return "\n\n".join([*pieces, origin(data) + hours])
+    return "\n\n".join([*pieces, origin(data) + hours + _where(data)])
 
 
 @table_of("evidence_tiny-imagenet.json", "`python benchmarks/accuracy/evidence.py --help`")
@@ -124,6 +125,19 @@ def verdict(rows: list[Row], gains: list[Gain | None], reference: str) -> str:
         f"By more than the deviation of the paired differences above `{reference}`: {above}. Below it: {below}. "
         f"Within the deviation: {rest}."
     )
+
+
+def _where(data: Data) -> str:
+    """What ran where, if not all ran on one kind of machine."""
+    rows: dict[str, dict[str, list[str]]] = {}
+    for row in data["rows"]:
+        budgets = rows.setdefault(" and ".join(row["hardware"]), {}).setdefault(row["row"], [])
+        if row["budget"] not in budgets:
+            budgets.append(row["budget"])
+    if len(rows) < 2:
+        return ""
+    told = {where: [f"{name} ({', '.join(own)})" for name, own in found.items()] for where, found in rows.items()}
+    return "\n\n" + "\n".join(f"- On {where}: {'; '.join(names)}." for where, names in told.items())
 
 
 def _ablations(data: Data, shown: dict[str, str]) -> list[str]:

@@ -20,7 +20,7 @@ def row(part: str, budget: str, name: str, accuracies: list[float], **other: Any
         "accuracy_mean": sum(accuracies) / len(accuracies), "accuracy_std": 1.0, "accuracies": accuracies,
         "float_accuracies": [50.0, 51.0], "bit_operations": int(12_300_000 * bits**2), "weight_bytes": 4500.0 * bits,
         "mean_widths": widths, "images": 9, "seconds_mean": 1.0, "seeds": list(range(len(accuracies))),
-        "runs": [[own] for own in accuracies], **other,
+        "runs": [[own] for own in accuracies], "hardware": ["CPU"], **other,
     }  # fmt: skip
 
 
@@ -103,6 +103,14 @@ def test_runs_that_were_repeated_are_counted(project: Path) -> None:
     data = measured()
     data["rows"][2] |= {"runs": [[40.0, 42.0], [44.0]]}
     assert "| 3bit | qvit (2 runs per seed) | 42.50 ± 1.00 | +1.50 ± 0.71 |" in page(project, data)
+
+
+def test_what_ran_where_is_told(project: Path) -> None:
+    data = measured()
+    assert "\n- On CPU" not in page(project, data)
+    data["rows"][2]["hardware"] = ["a GPU", "another"]
+    text = page(project, data)
+    assert "- On a GPU and another: qvit (3bit)." in text and "- On CPU: lsq+ (4bit, 3bit); fisher (3bit);" in text
 
 
 def test_one_seed_has_no_differences(project: Path) -> None:

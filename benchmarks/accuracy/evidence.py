@@ -4,10 +4,11 @@ Every row starts from the same float weights per seed, with the same images, sch
 table:
 
     budgets         LSQ+, Q-ViT, VVTQ without soft labels, and the last two together, at the bit operations of w4a4,
-                    w3a3, w2a2 (Table 1); what scales have to do with it
+                    w3a3, w2a2                                                                              (Table 1)
     post-training   widths from a sensitivity and an integer program: as they are, and as the start of Q-ViT
     rivals          other ways to find widths: FracBits, DQ, EdMIPS; sensitivities (Fisher in one pass, KL of one tensor
                     at a time) with an integer program, trained as LSQ+; other ways to train: OFQ, IRM
+    scales          the scales of LSQ+ in VVTQ, and those of VVTQ in LSQ+
     widths alone    LSQ+ from the start at the widths that Q-ViT ended with: what they are worth without the search; and
                     at the same widths in the wrong blocks
     ablations       at one budget: the gradient of widths, where they start, when they come to rest; widths per head, on
@@ -101,8 +102,6 @@ PARTS: dict[str, list[Row]] = {
         Row("qvit by differences", "qvit", DIFFERENCES),
         Row("qvit, the published search", "qvit", PUBLISHED),
         Row("vvtq", "vvtq"),
-        Row("vvtq with a scale per head", "vvtq", {"scales": "per-head"}),
-        Row("lsq+ with one scale for all heads", "lsq+", {"scales": "shared"}),
         Row("qvit+vvtq", "qvit+vvtq"),
     ],
     "post-training": [
@@ -119,6 +118,10 @@ PARTS: dict[str, list[Row]] = {
         Row("KL one by one + integer program", "lsq+", start="kl"),
         Row("OFQ", "ofq"),
         Row("IRM", "irm"),
+    ],
+    "scales": [
+        Row("vvtq with a scale per head", "vvtq", {"scales": "per-head"}),
+        Row("lsq+ with one scale for all heads", "lsq+", {"scales": "shared"}),
     ],
     "widths alone": [
         Row("lsq+ at the widths of qvit", "lsq+", start="qvit"),
@@ -164,8 +167,8 @@ def main() -> None:
         failed = error
     rows = []
     for part, budget, row in wanted:
-        places = [[runs / jobs.place(budget, row, seed, repeat) for repeat in repeats] for seed in options.seeds]
-        found = [[run for run in own if (run / RESULT).is_file()] for own in places]
+        places = [{jobs.place(budget, row, seed, repeat): None for repeat in repeats} for seed in options.seeds]
+        found = [[runs / name for name in own if (runs / name / RESULT).is_file()] for own in places]
         found = [own for own in found if own]
         if found:
             about = {"part": part, "budget": budget, "row": row.name, "method": row.method, "start": row.start}
@@ -232,9 +235,13 @@ def read(run: Path) -> dict[str, Any]:
     return json.loads((run / RESULT).read_text(encoding="utf-8"))
 
 
+def config_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / CONFIG).read_text(encoding="utf-8"))
+
+
 def where_and_when(runs: list[Path]) -> dict[str, Any]:
     """Hardware, versions and date, as the runs themselves have them: they may have come from another machine."""
-    configs = [json.loads((run / CONFIG).read_text(encoding="utf-8")) for run in runs]
+    configs = [config_of(run) for run in runs]
     versions = {name: sorted({own["versions"][name] for own in configs}) for name in configs[0]["versions"]}
     return {
         "hardware": " and ".join(sorted({own["hardware"] for own in configs})),
@@ -262,6 +269,7 @@ def summary(by_seed: list[list[Path]]) -> dict[str, Any]:
         "weight_bytes": statistics.mean(result["weight_bytes"] for result in results),
         "mean_widths": {kind: statistics.mean(own.elements()) for kind, own in counts.items()},
         "width_counts": {kind: {str(width): own[width] for width in sorted(own)} for kind, own in counts.items()},
+        "hardware": sorted({config_of(run)["hardware"] for runs in by_seed for run in runs}),
         "images": results[0]["images"],
         "seconds_mean": statistics.mean(seconds_of(result) for result in results),
         "seeds": [own[0]["seed"] for own in of_seeds],
