@@ -35,6 +35,7 @@ from qvit.files import write_json
 from qvit.plan import QuantPlan
 from qvit.sensitivity import Sensitivity, agreement_of, measure_sensitivity
 from qvit.sensitivity.kl import divergence
+from qvit.sensitivity.prefix import Prefix
 from qvit.sensitivity.probe import Probe
 from qvit.training.data import calibration_batches, data_config_of, open_source
 from qvit.training.models import create_model
@@ -67,11 +68,13 @@ def sampled_kl(
     raw = {site: np.full((probe.heads(site), len(probe.widths)), np.nan) for site, _ in chosen}
     started = time.monotonic()
     with torch.no_grad():
-        reference = [probe.logits(batch).float().log_softmax(-1) for batch in batches]
+        prefix = Prefix(probe, batches)
+        reference = [prefix.log_answers(index) for index in range(len(batches))]
         images = sum(map(len, batches))
         for site, head in chosen:
+            prefix.leave_out(prefix.before(site), reference)
             for column, width in enumerate(probe.widths):
-                raw[site][head, column] = divergence(probe, site, head, width, batches, reference) / images
+                raw[site][head, column] = divergence(prefix, site, head, width, reference) / images
     seconds = time.monotonic() - started
     passes, total = len(chosen) * len(probe.widths), len(everything) * len(options.all_widths)
     scale = options.images / images

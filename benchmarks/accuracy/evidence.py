@@ -116,6 +116,7 @@ PARTS: dict[str, list[Row]] = {
         Row("Fisher + integer program", "lsq+", start="fisher"),
         Row("Fisher + integer program, all layers", "lsq+", start="fisher-free"),
         Row("KL one by one + integer program", "lsq+", start="kl"),
+        Row("KL one by one + integer program, all layers", "lsq+", start="kl-free"),
         Row("OFQ", "ofq"),
         Row("IRM", "irm"),
     ],
@@ -136,8 +137,10 @@ PARTS: dict[str, list[Row]] = {
         Row(f"{name}, by differences", "qvit", DIFFERENCES | options) for name, options in ABLATIONS.items()
     ],
 }
-STARTS = {metric: Row(metric, "ptq", {**GRIDS, "metric": metric}) for metric in ("fisher", "kl")}
-STARTS["fisher-free"] = Row("fisher-free", "ptq", {**GRIDS, "metric": "fisher", "boundary": "free"})
+STARTS = {
+    name: Row(name, "ptq", {**GRIDS, "metric": name.split("-")[0], **({"boundary": "free"} if "-" in name else {})})
+    for name in ("fisher", "kl", "fisher-free", "kl-free")
+}
 STARTS["qvit"] = Row("qvit", "qvit")
 
 

@@ -2,8 +2,9 @@
 
     Ω(b) = mean over images of  Σ_k p_k · (log p_k - log p̂_k)          ZeroQ (Cai et al., CVPR 2020), section 3.2
 
-One forward over all images for every head of every site at every width: 2,700 for DeiT-T with widths 2 to 8. It is the
-yardstick for the estimates, and slow: what is done is kept in a file (`partial.py`) and taken up by the next call.
+One forward over all images for every head of every site at every width, from the site's block on (`prefix.py`): 2,700
+for DeiT-T with widths 2 to 8. It is the yardstick for the estimates, and slow: what is done is kept in a file
+(`partial.py`) and taken up by the next call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qvit.sensitivity.partial import Partial
+from qvit.sensitivity.prefix import Prefix
 from qvit.sensitivity.probe import Probe, require_finite
 
 
@@ -32,12 +34,14 @@ def kl_table(
         partial: Keeps the sites that are done.
     """
     _, done = partial.load()
-    reference = [probe.logits(batch).float().log_softmax(-1) for batch in batches]
+    prefix = Prefix(probe, batches)
+    reference = [prefix.log_answers(index) for index in range(len(batches))]
     images = sum(len(batch) for batch in batches)
     for count, site in enumerate(probe.quantizers, 1):
         if site not in done:
+            prefix.leave_out(prefix.before(site), reference)
             rows = [
-                [divergence(probe, site, head, width, batches, reference) / images for width in probe.widths]
+                [divergence(prefix, site, head, width, reference) / images for width in probe.widths]
                 for head in range(probe.heads(site))
             ]
             done[site] = torch.tensor(rows, dtype=torch.float64)
@@ -47,20 +51,18 @@ def kl_table(
 
 
 @torch.no_grad()
-def divergence(
-    probe: Probe, site: str, head: int, width: int, batches: Sequence[Tensor], reference: Sequence[Tensor]
-) -> float:
+def divergence(prefix: Prefix, site: str, head: int, width: int, reference: Sequence[Tensor]) -> float:
     """The sum over images of KL(p || p̂) with one head of one site at `width` bits.
 
     Args:
-        probe, site, head, width: What is quantized; see `Probe.only`.
-        batches: Images.
+        prefix: Model and images; it leaves out no more than what runs before the site.
+        site, head, width: What is quantized; see `Probe.only`.
         reference: log p of each batch.
     """
     total = 0.0
-    with probe.only(site, head, width):
-        for batch, before in zip(batches, reference, strict=True):
-            after = probe.logits(batch).float().log_softmax(-1)
+    with prefix.probe.only(site, head, width):
+        for index, before in enumerate(reference):
+            after = prefix.log_answers(index)
             require_finite(site, after, "answers once it is quantized")
             total += float((before.exp() * (before - after)).sum())
     return total
