@@ -199,6 +199,8 @@ def _execute(
         notify = _silence
     micro_batch(config, processes.world_size)  # refused before anything is read
     config.require_labels_alone()
+    if state is not None:
+        require_same_labels(run)
     setup = _prepare(config, run, processes, state is None, notify)
     model = _starting_model(config, run, setup, state, notify)
     trainer = _trainer(config, run, setup, model)
@@ -249,6 +251,7 @@ def run_record(config: TrainConfig, bundle: DataBundle, processes: Processes) ->
         "num_classes": bundle.num_classes,
         "class_names": list(bundle.class_names),
         "data_note": bundle.note,
+        "labels_digest": None if config.labels is None else SoftLabelStore(config.labels).digest,
         "versions": {
             "qvit": __version__,
             "torch": torch.__version__,
@@ -349,6 +352,16 @@ def teacher_model(name: str, weights: str | None, kwargs: Mapping[str, Any], num
         return load_run(name)
     classes = {} if weights is None else {"num_classes": num_classes}
     return create_model(name, weights=weights, pretrained=weights is None, **(classes | dict(kwargs)))
+
+
+def require_same_labels(run: Path) -> None:
+    """Raises QvitError if the soft labels of a run are not those that it began with."""
+    config, record = read_config(run)
+    began_with = record.get("labels_digest")
+    if config.labels is not None and began_with is not None and SoftLabelStore(config.labels).digest != began_with:
+        raise QvitError(
+            f"{config.labels} holds other soft labels than those that {run} began with: put these back, or start anew"
+        )
 
 
 def stored_labels(config: TrainConfig, num_classes: int) -> StoredLabels | None:

@@ -298,6 +298,12 @@ def test_a_run_from_labels_resumes_bit_for_bit(
         for attempt in (train, resume):
             with pytest.raises(Killed):
                 attempt(*([config] if attempt is train else []), tmp_path / "run", quiet=True)  # type: ignore[operator]
+    own = digits_store.rename(tmp_path / "own")
+    write_labels(LabelRequest.create(**digits_request(tmp_path, seed=8)), digits_store)
+    with pytest.raises(QvitError, match="other soft labels than those that"):
+        resume(tmp_path / "run", quiet=True)
+    digits_store.rename(tmp_path / "other")
+    own.rename(digits_store)
     resume(tmp_path / "run", quiet=True)
     weights = [(tmp_path / run / "model.safetensors").read_bytes() for run in ("run", "whole")]
     assert stopped == [5, 16] and weights[0] == weights[1]

@@ -241,6 +241,12 @@ class SoftLabelStore:
     def __len__(self) -> int:
         return self.call.images
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the call and of the shards: the same for stores of the same content."""
+        content = self._header.model_dump(mode="json", exclude={"origin"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def describe(self) -> dict[str, Any]:
         """The call that decided the content, and where it is from, as plain data."""
         return {"call": self.call.model_dump(mode="json"), "origin": self._header.origin}
