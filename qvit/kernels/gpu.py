@@ -8,7 +8,8 @@ that change from element to element (per channel) have the formulas in backward.
 
 A model has hundreds of quantizers with a few numbers each, and every small operation on them is a launch:
 `resolve` makes the grid of the current widths in one launch, `parameter_gradients` all gradients of
-scales, offsets and widths in another.
+scales, offsets and widths in another. Where a width is learned by interpolation (`MIXED`), each of these launches deals
+with both grids.
 
 Division is the rounded one, and products and sums are not contracted: an approximate quotient would put values on the
 edge between two integers on the wrong side. What a GPU computes is tried beside the formulas before the first use;
