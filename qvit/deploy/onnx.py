@@ -189,7 +189,8 @@ class OpenVinoArithmetic(GraphArithmetic):
     """int8 without zero points; numbers per head are repeated over the tokens, codes dequantized where they are made.
 
     Where Q and DQ are apart, OpenVINO leaves the product of q and k in float. A product followed by a vector (H, 1, 1)
-    is taken for one with a scale per channel by its CPU plugin, which then fails; with (H, N, 1) it is left alone.
+    is taken for one with a scale per channel by its CPU plugin, which then fails; with (H, N, 1), or (H, 1, d) where
+    there is one token (class attention), it is left alone.
     """
 
     left = right = projected = (torch.int8, 0)
@@ -198,7 +199,10 @@ class OpenVinoArithmetic(GraphArithmetic):
         return replace(operand, codes=_dequantize(operand.codes, operand.zero), zero=0)
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
-        return values if values.dim() < 3 else values.expand(-1, x.shape[-2], -1).contiguous()
+        if values.dim() < 3:
+            return values
+        rows, columns = x.shape[-2:]
+        return values.expand(-1, rows, columns if rows == 1 else -1).contiguous()
 
 
 def _node(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
