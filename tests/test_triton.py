@@ -185,9 +185,9 @@ def test_learned_widths_on_a_gpu_are_those_on_a_cpu(gradient: str, linear: bool)
 def test_triton_kernels_compile_for_a_gpu_that_is_not_there(kernel: str, dtype: str, flag: bool, mixed: bool) -> None:
     triton = pytest.importorskip("triton")
     compiler, backends = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
-    from qvit.kernels import gpu
+    from qvit.kernels import gpu_kernels
 
-    function: Any = getattr(gpu, f"_{kernel}_kernel")
+    function: Any = getattr(gpu_kernels, f"{kernel}_kernel")
     constants = {"SHIFTED": flag, "COLUMNS": 7 if flag else 0, "VARIES": flag, "BLOCK": 1024, "MIXED": mixed}
     if kernel in ("resolve", "gradients"):
         constants |= {"SIGNED": flag, "LIMITED": flag, "OF_SCALE": int(flag), "OF_WIDTH": int(flag), "BLOCK": 16}

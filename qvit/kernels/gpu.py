@@ -36,202 +36,7 @@ MOST_NUMBERS = 8192
 _Grid = tuple[Tensor | None, ...]
 
 if importlib.util.find_spec("triton") is not None:
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def _read(tensor, a, b, c, d, i, s0, s1, s2, s3, inside, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-        """Elements i of tile (a, b), which lie at rows c and columns d, or one after another if COLUMNS is 0."""
-        start = tensor + a * s0 + b * s1
-        place = start + c * s2 + d * s3 if COLUMNS > 0 else start + i
-        return tl.load(place, mask=inside, other=0.0).to(tl.float32)
-
-    @triton.jit
-    def _steps(value, scale, offset, low, high, at, inside, SHIFTED: tl.constexpr):  # type: ignore[no-untyped-def]
-        """u, clamp(u), q and x̂ of values, whose numbers lie at `at`."""
-        s = tl.load(scale + at, mask=inside, other=1.0) + tl.zeros_like(value)
-        shift = tl.load(offset + at, mask=inside, other=0.0) if SHIFTED else 0.0
-        lo, hi = tl.load(low + at, mask=inside, other=0.0), tl.load(high + at, mask=inside, other=0.0)
-        u = tl.div_rn(value - shift, s)
-        clamped = tl.where(u < lo, lo, u)
-        clamped = tl.where(clamped > hi, hi, clamped)
-        q = (clamped + 12582912.0) - 12582912.0
-        return u, clamped, q, q * s + shift if SHIFTED else q * s
-
-    @triton.jit
-    def _forward_kernel(  # type: ignore[no-untyped-def]
-        x, out, scale, offset, low, high, scale2, offset2, low2, high2, share, chunks, b_count, size,
-        x0, x1, x2, x3, g0, g1, g2, g3,
-        COLUMNS: tl.constexpr, VARIES: tl.constexpr, SHIFTED: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        program = tl.program_id(0)
-        tile = program // chunks
-        a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
-        i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < size
-        d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
-        value = _read(x, a, b, c, d, i, x0, x1, x2, x3, inside, COLUMNS)
-        at = a * g0 + b * g1 + c * g2 + d * g3 if VARIES else a * g0 + b * g1
-        known = inside if VARIES else True
-        _, _, _, result = _steps(value, scale, offset, low, high, at, known, SHIFTED)
-        if MIXED:
-            _, _, _, above = _steps(value, scale2, offset2, low2, high2, at, known, SHIFTED)
-            result += tl.load(share + at, mask=known, other=0.0) * (above - result)
-        tl.store(out + tile.to(tl.int64) * size + i, result.to(out.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _backward_kernel(  # type: ignore[no-untyped-def]
-        grad, x, grad_x, partial, scale, offset, low, high, scale2, offset2, low2, high2, share, chunks, b_count, size,
-        x0, x1, x2, x3, y0, y1, y2, y3, o0, o1, o2, o3, g0, g1, programs,
-        COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        program = tl.program_id(0)
-        tile = program // chunks
-        a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
-        i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < size
-        d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
-        value = _read(x, a, b, c, d, i, x0, x1, x2, x3, inside, COLUMNS)
-        g = _read(grad, a, b, c, d, i, y0, y1, y2, y3, inside, COLUMNS)
-        at = a * g0 + b * g1
-        u, clamped, q, below = _steps(value, scale, offset, low, high, at, True, SHIFTED)
-        part = g * (1.0 - tl.load(share + at)) if MIXED else g
-        cut = tl.where(u != clamped, part, 0.0)
-        passed = part - cut
-        zero = tl.zeros_like(g)
-        tl.store(partial + program, tl.sum(tl.where(inside, (q - clamped) * part, zero)))
-        tl.store(partial + programs + program, tl.sum(tl.where(inside, cut * clamped, zero)))
-        tl.store(partial + 2 * programs + program, tl.sum(tl.where(inside, cut, zero)))
-        if MIXED:
-            u, clamped, q, above = _steps(value, scale2, offset2, low2, high2, at, True, SHIFTED)
-            part = g * tl.load(share + at)
-            cut = tl.where(u != clamped, part, 0.0)
-            passed += part - cut
-            tl.store(partial + 3 * programs + program, tl.sum(tl.where(inside, (q - clamped) * part, zero)))
-            tl.store(partial + 4 * programs + program, tl.sum(tl.where(inside, cut * clamped, zero)))
-            tl.store(partial + 5 * programs + program, tl.sum(tl.where(inside, cut, zero)))
-            tl.store(partial + 6 * programs + program, tl.sum(tl.where(inside, (above - below) * g, zero)))
-        of_out = grad_x + a * o0 + b * o1
-        of_out += c * o2 + d * o3 if COLUMNS > 0 else i
-        tl.store(of_out, passed.to(grad_x.dtype.element_ty), mask=inside)
-
-    @triton.jit
-    def _difference_kernel(  # type: ignore[no-untyped-def]
-        grad, x, partial, scale, offset, low, high, scale2, offset2, low2, high2, chunks, b_count, size,
-        x0, x1, x2, x3, y0, y1, y2, y3, g0, g1,
-        COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        program = tl.program_id(0)
-        tile = program // chunks
-        a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
-        i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
-        inside = i < size
-        d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
-        value = _read(x, a, b, c, d, i, x0, x1, x2, x3, inside, COLUMNS)
-        g = _read(grad, a, b, c, d, i, y0, y1, y2, y3, inside, COLUMNS)
-        at = a * g0 + b * g1
-        _, _, _, above = _steps(value, scale, offset, low, high, at, True, SHIFTED)
-        _, _, _, below = _steps(value, scale2, offset2, low2, high2, at, True, SHIFTED)
-        tl.store(partial + program, tl.sum(tl.where(inside, (above - below) * g, tl.zeros_like(value))))
-
-    @triton.jit
-    def _resolve_kernel(  # type: ignore[no-untyped-def]
-        scales, offsets, widths, out, count, first, least, most, smallest, OF_SCALE: tl.constexpr,
-        OF_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, SIGNED: tl.constexpr, SHIFTED: tl.constexpr,
-        LIMITED: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        g = tl.arange(0, BLOCK)
-        inside = g < count
-        w = tl.load(widths + g * OF_WIDTH, mask=inside, other=2.0).to(tl.float32)
-        if LIMITED:
-            w = tl.where(w < least, least, w)
-            w = tl.where(w > most, most, w)
-        if MIXED:  # a program for each of both grids
-            lower = tl.floor(w)
-            lower = tl.where(lower > most - 1.0, tl.where(most - 1.0 < least, least, most - 1.0), lower)
-            tl.store(out + 10 * count + g, w - lower, mask=inside)
-            upper = tl.where(lower + 1.0 > most, most, lower + 1.0)
-            w = tl.where(tl.program_id(0) == 0, lower, upper)
-            out += tl.program_id(0) * 5 * count
-        elif LIMITED:
-            w = (w + 12582912.0) - 12582912.0
-        bits = w.to(tl.int32)
-        column = bits - first if COLUMNS > 1 else tl.zeros_like(bits)
-        known = inside & (column >= 0) & (column < COLUMNS)
-        s = tl.load(scales + g * OF_SCALE * COLUMNS + column, mask=known, other=0.0).to(tl.float32)
-        tl.store(out + g, tl.where(s < smallest, smallest, s), mask=inside)
-        if SHIFTED:
-            shift = tl.load(offsets + g * OF_SCALE * COLUMNS + column, mask=known, other=0.0).to(tl.float32)
-            tl.store(out + count + g, shift, mask=inside)
-        bits = tl.where(bits < 0, 0, tl.where(bits > 30, 30, bits))
-        levels = ((tl.zeros_like(bits) + 1) << bits).to(tl.float32) + (w - w)  # of a width that is no number: neither
-        tl.store(out + 2 * count + g, levels * -0.5 if SIGNED else levels * 0.0, mask=inside)
-        tl.store(out + 3 * count + g, levels * 0.5 - 1.0 if SIGNED else levels - 1.0, mask=inside)
-        tl.store(out + 4 * count + g, w, mask=inside)
-
-    @triton.jit
-    def _gradients_kernel(  # type: ignore[no-untyped-def]
-        sums, grid, widths, elements, to_scales, to_offsets, to_width, count, of_elements, number, first, least, most,
-        OF_SCALE: tl.constexpr, OF_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
-        SIGNED: tl.constexpr, SHIFTED: tl.constexpr, LIMITED: tl.constexpr, MIXED: tl.constexpr, SCALED: tl.constexpr,
-        LINEAR: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        g = tl.arange(0, BLOCK)
-        inside = g < count
-        c = tl.arange(0, PADDED)
-        for_scales = tl.zeros((BLOCK, PADDED), dtype=tl.float32)
-        for_offsets = tl.zeros((BLOCK, PADDED), dtype=tl.float32)
-        for side in tl.static_range(2 if MIXED else 1):  # type: ignore[attr-defined]
-            own = grid + side * 5 * count
-            rounding = tl.load(sums + 3 * side * count + g, mask=inside, other=0.0)
-            clipped = tl.load(sums + (3 * side + 1) * count + g, mask=inside, other=0.0)
-            total = tl.load(sums + (3 * side + 2) * count + g, mask=inside, other=0.0)
-            lo = tl.load(own + 2 * count + g, mask=inside, other=0.0)
-            hi = tl.load(own + 3 * count + g, mask=inside, other=1.0)
-            s = tl.load(own + g, mask=inside, other=0.0)
-            w = tl.load(own + 4 * count + g, mask=inside, other=0.0)
-            for_scale = rounding + clipped
-            if SCALED > 0:
-                per_scale = tl.zeros_like(hi) + number
-                if SCALED == 2:
-                    per_scale = tl.load(elements + g * of_elements, mask=inside, other=1.0).to(tl.float32)
-                if LINEAR:
-                    per_scale *= hi
-                for_scale = tl.div_rn(for_scale, tl.sqrt_rn(hi * per_scale))
-            column = w.to(tl.int32) - first if COLUMNS > 1 else tl.zeros_like(w).to(tl.int32)
-            here = (column[:, None] == c[None, :]) & inside[:, None]
-            for_scales += tl.where(here, for_scale[:, None], 0.0)
-            for_offsets += tl.where(here, total[:, None], 0.0)
-        place = g[:, None] * COLUMNS + c[None, :]
-        writes = inside[:, None] & (c < COLUMNS)[None, :]
-        if OF_SCALE == 0:
-            tl.store(to_scales + c, tl.sum(for_scales, 0), mask=c < COLUMNS)
-        else:
-            tl.store(to_scales + place, for_scales, mask=writes)
-        if SHIFTED:
-            if OF_SCALE == 0:
-                tl.store(to_offsets + c, tl.sum(for_offsets, 0), mask=c < COLUMNS)
-            else:
-                tl.store(to_offsets + place, for_offsets, mask=writes)
-        if MIXED:
-            for_width = tl.load(sums + 6 * count + g, mask=inside, other=0.0)
-            if OF_WIDTH == 0:
-                tl.store(to_width, tl.sum(for_width, 0))
-            else:
-                tl.store(to_width + g, for_width, mask=inside)
-        elif LIMITED:
-            above = tl.div_rn(clipped - lo * total, hi - lo)  # type: ignore[operator]
-            outward = 2.0 * above - total if SIGNED else above
-            for_width = tl.where(inside, outward * (s * (hi + 1.0) * 0.6931471805599453), 0.0)  # type: ignore[operator]
-            if OF_WIDTH == 0:
-                summed = tl.sum(for_width, 0)
-                b = tl.load(widths).to(tl.float32)
-                passes = tl.where(summed < 0, b < most, b > least)  # type: ignore[operator]
-                tl.store(to_width, tl.where(passes, summed, 0.0))
-            else:
-                b = tl.load(widths + g, mask=inside, other=0.0).to(tl.float32)
-                passes = tl.where(tl.where(for_width < 0, b < most, b > least), for_width, 0.0)
-                tl.store(to_width + g, passes, mask=inside)
+    from qvit.kernels import gpu_kernels as kernels
 
 
 def handles(*tensors: Tensor) -> bool:
@@ -262,7 +67,7 @@ def forward(x: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor | None:
     (a, b, rows, columns), strides, of_group = axes.size, axes.strides[0], axes.group
     varies = bool(of_group[2] or of_group[3])
     chunks = math.ceil(rows * columns / _BLOCK)
-    launch: Any = _forward_kernel
+    launch: Any = kernels.forward_kernel
     launch[(a * b * chunks,)](
         x, out, *_nine(flat), chunks, b, rows * columns, *strides, *of_group,
         COLUMNS=columns if varies or not _in_one_piece(axes, 0) else 0, VARIES=varies, SHIFTED=flat[1] is not None,
@@ -287,7 +92,7 @@ def backward(grad: Tensor, x: Tensor, grid: _Grid, out: Tensor | None = None) ->
     chunks = math.ceil(rows * columns / _BLOCK)
     mixed = len(flat) > 4
     partial = torch.empty(7 if mixed else 3, a, b, chunks, dtype=torch.float32, device=x.device)
-    launch: Any = _backward_kernel
+    launch: Any = kernels.backward_kernel
     launch[(a * b * chunks,)](
         grad, x, out, partial, *_nine(flat), chunks, b, rows * columns,
         *axes.strides[0], *axes.strides[1], *axes.strides[2], axes.group[0], axes.group[1], a * b * chunks,
@@ -310,7 +115,7 @@ def difference(grad: Tensor, x: Tensor, above: _Grid, below: _Grid) -> Tensor | 
     a, b, rows, columns = axes.size
     chunks = math.ceil(rows * columns / _BLOCK)
     partial = torch.empty(a, b, chunks, dtype=torch.float32, device=x.device)
-    launch: Any = _difference_kernel
+    launch: Any = kernels.difference_kernel
     launch[(a * b * chunks,)](
         grad, x, partial, *_nine([*flat, *others])[:8], chunks, b, rows * columns, *axes.strides[0], *axes.strides[1],
         axes.group[0], axes.group[1], COLUMNS=0 if _in_one_piece(axes, 0, 1) else columns,
@@ -391,7 +196,7 @@ def resolve(
     groups, count, of_scale, of_width = place
     out = torch.empty(11 if mixed else 5, count, dtype=torch.float32, device=scales.device)
     least, most = limits or (0, 0)
-    launch: Any = _resolve_kernel
+    launch: Any = kernels.resolve_kernel
     launch[(2 if mixed else 1,)](
         scales, scales if offsets is None else offsets, bit_width, out, count, first, float(least), float(most),
         smallest, OF_SCALE=of_scale, OF_WIDTH=of_width, COLUMNS=scales.shape[-1], SIGNED=signed,
@@ -432,7 +237,7 @@ def parameter_gradients(
     to_width = None if limits is None else torch.empty_like(bit_width)
     least, most = limits or (0, 0)
     columns = scales.shape[-1]
-    launch: Any = _gradients_kernel
+    launch: Any = kernels.gradients_kernel
     launch[(1,)](
         sums, numbers, bit_width, elements if isinstance(elements, Tensor) else sums, to_scales,
         to_scales if to_offsets is None else to_offsets, to_scales if to_width is None else to_width, count,

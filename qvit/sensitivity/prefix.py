@@ -30,7 +30,7 @@ class Prefix:
     def __init__(self, probe: Probe, batches: Sequence[Tensor]) -> None:
         self.probe, self.batches = probe, batches
         self.blocks = self._in_order()
-        self.left_out = 0
+        self.asked = self.left_out = 0
         self.outputs: list[Any] = []
 
     @torch.no_grad()
@@ -63,9 +63,9 @@ class Prefix:
             count: Blocks, in the order in which they run.
             reference: The logarithms of the model's answers to each batch, as `log_answers` returns them.
         """
-        if count == self.left_out:
+        if count == self.asked:
             return
-        self.left_out, self.outputs = 0, []
+        self.asked, self.left_out, self.outputs = count, 0, []
         if count:
             last = list(self.blocks.values())[count - 1]
             hook = last.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output))
