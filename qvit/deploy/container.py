@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from qvit.errors import QvitError, UsageError
-from qvit.files import write_atomically
+from qvit.files import parse_json, write_atomically
 
 #: The longest header that is read. That of DeiT-T is 20 kB, that of ViT-H below 100 kB; class names are in it, too.
 MAX_HEADER = 4 << 20
@@ -184,22 +184,11 @@ def _check_digest(content: bytearray, header: bytes) -> None:
 
 
 def parse(text: bytes | str) -> Any:
-    """JSON of an untrusted text. Raises QvitError: not JSON, not UTF-8, NaN, too deep, a key that is there twice."""
+    """Plain data of an untrusted JSON text, see `files.parse_json`. Raises QvitError."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise QvitError(f"its JSON cannot be read: {str(error) or type(error).__name__}") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")
+        return parse_json(text)
+    except ValueError as error:
+        raise QvitError(f"its JSON cannot be read: {error}") from None
 
 
 Place = tuple[torch.dtype, tuple[int, ...], int, int]
