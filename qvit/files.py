@@ -50,7 +50,7 @@ def read_bytes(path: str | Path, what: str, *, limit: int) -> bytes:
                 raise QvitError(f"cannot read the {what} {path}: it is no regular file")
             if about.st_size > limit:
                 raise QvitError(f"the {what} {path} has {about.st_size:,} bytes; at most {limit:,} are read")
-            content = file.read(limit + 1)
+            content = file.read(about.st_size + 1)  # as much memory is taken at once
     except FileNotFoundError:
         raise MissingFile(f"no {what} at {path}") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path

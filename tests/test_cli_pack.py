@@ -102,7 +102,7 @@ def test_what_is_no_packed_model_is_not_replaced(qvit: Qvit, run: Path) -> None:
 def test_failures_are_one_line(qvit: Qvit, runs: Path, run: Path) -> None:  # noqa: F811
     assert "holds a float model: quantize it" in qvit("pack", runs / "float").failed(2)
     assert "no run at" in qvit("pack", runs / "none").failed(1)
-    assert "no such file" in qvit("inspect", runs / "none").failed(1)
+    assert "no packed model at" in qvit("inspect", runs / "none").failed(1)
     assert "directory" in qvit("inspect", runs).failed(1)
     assert "no checksum of a packed model" in qvit("inspect", runs / "mixed" / "model.safetensors").failed(1)
     qvit("pack", run)

@@ -44,9 +44,11 @@ from qvit.deploy.skeleton import compare, float_tensors, grids_of, skeleton, wei
 from qvit.deploy.versions import FORMAT, VERSION, upgraded
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
+from qvit.files import read_bytes
 from qvit.layers import weight_of
 from qvit.plan import QuantPlan
 from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
+from qvit.tensors import MAX_FILE, Contents
 from qvit.training.data import data_config_of
 from qvit.training.models import create_model
 from qvit.version import __version__
@@ -150,8 +152,9 @@ class Artifact:
 
         Raises QvitError, with the file and what is wrong, for anything that `save` did not write.
         """
+        content = read_bytes(path, "packed model", limit=MAX_FILE)
         try:
-            return cls._from_contents(container.read(Path(path)))
+            return cls._from_contents(container.opened(content))
         except QvitError as error:
             raise QvitError(f"cannot load {path}: {error}") from None
         except Exception as error:
@@ -239,7 +242,7 @@ class Artifact:
         }
 
     @classmethod
-    def _from_contents(cls, contents: container.Contents) -> Artifact:
+    def _from_contents(cls, contents: Contents) -> Artifact:
         texts, tensors = upgraded(contents.metadata, contents.tensors)
         if set(texts) != _DOCUMENTS:
             odd = sorted(set(texts) ^ _DOCUMENTS)[0]

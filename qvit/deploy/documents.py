@@ -29,12 +29,12 @@ from typing import Any
 
 from torch import Tensor
 
-from qvit.deploy.container import compact, parse
 from qvit.errors import QvitError, UsageError
 from qvit.plan import FORMAT as PLAN_FORMAT
 from qvit.plan import VERSION as PLAN_VERSION
 from qvit.plan import QuantPlan
 from qvit.spec import TensorSpec
+from qvit.tensors import compact, parse
 
 Values = Mapping[str, Mapping[str, Tensor]]
 _LAST_NUMBER = re.compile(r"(?P<before>.*\.)(?P<number>0|[1-9]\d{0,5})(?P<after>\..*)")

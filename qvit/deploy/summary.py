@@ -16,9 +16,9 @@ from torch import Tensor
 
 from qvit.cost import FLOAT_BITS
 from qvit.deploy.artifact import Artifact
-from qvit.deploy.container import total_bytes
 from qvit.deploy.packing import site_size
 from qvit.deploy.versions import VERSION
+from qvit.tensors import total_bytes
 
 
 def describe(artifact: Artifact, file_bytes: int) -> dict[str, Any]:
