@@ -29,11 +29,18 @@ from qvit.convert import plan_of, quantize
 from qvit.cost import CostModel
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
-from qvit.files import write_json
+from qvit.files import parse_json, write_json
 from qvit.methods import Method, create_method
 from qvit.plan import QuantPlan
 from qvit.rundir import CONFIG, COST, PLAN, RESULT, claim, clear, read_config, require_finished
-from qvit.training.checkpoint import last_checkpoint, load_checkpoint, save_weights, seed_everything
+from qvit.training.checkpoint import (
+    last_checkpoint,
+    load_checkpoint,
+    load_state,
+    read_tensors,
+    save_weights,
+    seed_everything,
+)
 from qvit.training.config import TrainConfig
 from qvit.training.data import (
     AugmentConfig,
@@ -115,12 +122,12 @@ def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
     model = create_float_model(config, int(record["num_classes"]), load=False)
     if create_method(config).quantizes:
         model = quantize(model, QuantPlan.load(run / PLAN), in_place=True)
-    from safetensors.torch import load_file
-
+    path = run / WEIGHTS_FILE
+    state = read_tensors(path, "weights")
     try:
-        model.load_state_dict(load_file(str(run / WEIGHTS_FILE)))
-    except Exception as error:
-        raise QvitError(f"cannot read the weights of {run}: {str(error).splitlines()[0]}") from error
+        load_state(model, state)
+    except QvitError as error:
+        raise QvitError(f"the weights {path} do not fit the run's config and plan: {error}") from None
     return model.to(device).eval()
 
 
@@ -272,7 +279,7 @@ def _starting_model(
     if setup.plan is None:
         return setup.float_model
     if state is not None:
-        model = quantize(setup.float_model, QuantPlan.from_json(json.loads(state["plan"])))
+        model = quantize(setup.float_model, QuantPlan.from_json(_plan_of_checkpoint(run, state)))
         return model.to(setup.device)
     if setup.processes.is_main:
         replace(setup.plan, model=config.model).save(run / PLAN)
@@ -289,6 +296,13 @@ def _starting_model(
         on_bad_image=config.on_bad_image,
     )
     return setup.processes.share(calibrate(model, batches))
+
+
+def _plan_of_checkpoint(run: Path, state: dict[str, Any]) -> Any:
+    try:
+        return parse_json(state["plan"])
+    except ValueError as error:
+        raise QvitError(f"the checkpoint of {run} does not fit this run: its plan cannot be read: {error}") from None
 
 
 def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) -> Trainer:

@@ -11,12 +11,15 @@ import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save as safetensors_bytes
+from timm.optim import list_optimizers
 from tiny_models import (
     Evil,
     events,
@@ -29,15 +32,19 @@ from torch import nn
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_json
 from qvit.training.checkpoint import (
+    PARTS,
     checkpoints_of,
     last_checkpoint,
     load_checkpoint,
+    load_state,
     save_checkpoint,
     save_weights,
     seed_everything,
     step_of,
 )
 from qvit.training.log import RunLog
+from qvit.training.optimizer import create_optimizer, require_fitting_state
+from qvit.training.trees import flatten, require_alike, unflatten
 
 
 @contextmanager
@@ -79,7 +86,7 @@ def _renamed(path: Path, content: bytes) -> None:
     """Puts content there under the name that it must have: what somebody would do who means harm."""
     path.unlink()
     digest = hashlib.sha256(content).hexdigest()[:16]
-    (path.parent / f"{path.name.rpartition('-')[0]}-{digest}.pt").write_bytes(content)
+    (path.parent / f"{path.name.rpartition('-')[0]}-{digest}.safetensors").write_bytes(content)
 
 
 def _saved(value: Any) -> bytes:
@@ -115,11 +122,12 @@ def _named_garbage(path: Path) -> None:
 
 
 def _other_content(path: Path) -> None:
-    _renamed(path, _saved(torch.zeros(3)))
+    _renamed(path, safetensors_bytes({"a": torch.zeros(3)}))
 
 
 def _incomplete(path: Path) -> None:
-    _renamed(path, _saved({"step": 1, "model": {}}))
+    path.unlink()
+    save_checkpoint(path.parents[1], {"step": step_of(path), "model": {}})
 
 
 def _code(path: Path) -> None:
@@ -154,6 +162,148 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
     assert bad is not None and step_of(bad) == 3
     assert load_checkpoint(tmp_path)["step"] == 0
     assert str(bad) in caplog.text
+
+
+def test_checkpoints_of_the_first_version_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    content = _saved({"step": 3, "model": Evil(tmp_path / "executed")})
+    path = tmp_path / "checkpoints" / f"step-000000003-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(QvitError, match="0.1.0.*finish this run with that version, or start it again with --overwrite"):
+        load_checkpoint(tmp_path)
+    assert last_checkpoint(tmp_path) == path, "a run that began with it is not taken for one without checkpoints"
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    path = saved(float_trainer(tmp_path))
+    path.rename(path.with_name(path.name.replace("step-00000", "step-10000")))
+    with pytest.raises(QvitError, match="'step' is 0, not the 100000000 of its name"):
+        load_checkpoint(tmp_path)
+
+
+STATES = {
+    "model/head.bias": lambda s: s["model"].update({"head.bias": torch.zeros(3)}),
+    "model/norm.bias": lambda s: s["model"]["norm.bias"].fill_(math.nan),
+    "model/norm.weight": lambda s: s["model"].update({"norm.weight": 1.0}),
+    "model/more": lambda s: s["model"].update({"more": torch.zeros(1)}),
+    "ema/cls_token": lambda s: s["ema"].pop("cls_token"),
+    "model/blocks.0.attn.query_quantizer.bit_width": lambda s: s["model"][
+        "blocks.0.attn.query_quantizer.bit_width"
+    ].fill_(8),
+    "optimizer/state/3/exp_avg": lambda s: s["optimizer"]["state"][3].update(exp_avg=torch.zeros(1)),
+    "optimizer/state/0/exp_avg_sq": lambda s: s["optimizer"]["state"][0]["exp_avg_sq"].fill_(math.inf),
+    "optimizer/state/0/step": lambda s: s["optimizer"]["state"][0].update(step=3),
+    "optimizer/state/1/momentum": lambda s: s["optimizer"]["state"][1].update(momentum=1.0),
+    "optimizer/state/999": lambda s: s["optimizer"]["state"].update({999: {}}),
+    "optimizer/param_groups/0/betas/1": lambda s: s["optimizer"]["param_groups"][0].update(betas=(0.9, 5.0)),
+    "optimizer/param_groups/1/fused": lambda s: s["optimizer"]["param_groups"][1].update(fused=None),
+    "optimizer/param_groups/0/lr": lambda s: s["optimizer"]["param_groups"][0].update(lr=-1.0),
+    "optimizer/param_groups/2": lambda s: s["optimizer"]["param_groups"][2].update(more=1),
+    "optimizer/param_groups": lambda s: s["optimizer"]["param_groups"].pop(),
+    "sums/parts": lambda s: s.update(sums={"parts": torch.zeros(7), "images": 3}),
+    "sums/images": lambda s: s.update(sums={"parts": torch.zeros(4), "images": -3}),
+    "hooks/blocks.0.mlp.fc1.weight/frozen": lambda s: s["hooks"]["blocks.0.mlp.fc1.weight"].update(
+        frozen=torch.zeros(1, dtype=torch.bool)
+    ),
+    "diagnostics/codes": lambda s: s["diagnostics"].update(codes=torch.zeros(1, dtype=torch.int8)),
+    "step": lambda s: s.update(step=99),
+}
+
+
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose checkpoint has everything that one can have."""
+    run = tmp_path_factory.mktemp("remembering")
+    trainer, _, _ = tiny_trainer(run, **REMEMBERING)
+    trainer.fit(quiet=True)
+    return run
+
+
+REMEMBERING: dict[str, Any] = {
+    "method": "vvtq", "epochs": 1, "ema_decay": 0.5,
+    "method_options": {"oscillation": "freezing", "freezing_from": 0.1, "freezing_to": 0.05},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", STATES)
+def test_a_state_that_is_not_of_this_run_is_refused_by_name(remembering: Path, key: str, tmp_path: Path) -> None:
+    state = load_checkpoint(remembering)
+    STATES[key](state)
+    trainer, _, _ = tiny_trainer(tmp_path, **REMEMBERING)
+    with pytest.raises(QvitError, match="does not fit this run: ") as caught:
+        trainer.restore(state)
+    assert f"'{key}'" in str(caught.value)
+
+
+def test_a_checkpoint_gives_back_what_was_saved_exactly(tmp_path: Path) -> None:
+    state: dict[str, Any] = {
+        "a/b": torch.tensor(1.5, dtype=torch.bfloat16), "a": {"b": torch.tensor([], dtype=torch.int64), "": None},
+        "numbers": {0: {}, 7: [0.1, -0.0, 1e-320, math.inf, -math.inf, 2**62, True, torch.float16]},
+        "tuples": (3, (), [("x", False)]),
+        "bool": torch.tensor([True, False]),
+    }  # fmt: skip
+    structure, tensors = flatten(state)
+    found = unflatten(json.loads(json.dumps(structure, allow_nan=False)), tensors)
+    require_alike(found, state, "", equal=True)
+    assert found["tuples"] == state["tuples"] and repr(found["numbers"]) == repr(state["numbers"])
+    assert found["a/b"] is state["a/b"] and found["a"]["b"] is state["a"]["b"] and found["bool"] is state["bool"]
+    for odd in ({1.5: 0}, {"a": object()}, {"a": 2**64}, {True: 1}):
+        with pytest.raises(UsageError, match="a state cannot be saved"):
+            flatten(odd)
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        ({"tensor": "none"}, "none of a state"),
+        ([{"tensor": "a"}, {"tensor": "a"}], "none of a state"),
+        ({"object": {}, "tuple": []}, "none of a state"),
+        ({"float": "1.0"}, "none of a state"),
+        ({"dtype": "Tensor"}, "none of a state"),
+        ({"numbered": {"x": 1}}, "no numbers"),
+        ({}, "none of a state"),
+        ([], "'a' belongs to nothing"),
+    ],
+)
+def test_a_structure_that_nobody_saved_is_refused(structure: Any, message: str) -> None:
+    with pytest.raises(QvitError, match=message):
+        unflatten(structure, {"a": torch.zeros(1)})
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.parametrize("opt", list_optimizers(exclude_filters=["bnb*", "fused*"]))
+def test_every_optimizer_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, opt: str) -> None:
+    def started() -> tuple[nn.Module, Callable[[], torch.optim.Optimizer]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 4, 2), nn.Flatten(), nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+        return model, partial(create_optimizer, model, opt=opt, lr=1e-2, weight_decay=0.01, width_lr=1e-2)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+        seed_everything(number)
+        model(torch.randn(5, 1, 2, 2)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    model, create = started()
+    try:
+        optimizer = create()
+        step(model, optimizer, 0)
+    except (UsageError, RuntimeError):
+        pytest.skip("not an optimizer for this loop, or not for this machine")
+    parts = dict.fromkeys(PARTS, "")
+    save_checkpoint(tmp_path, parts | {"step": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    state = load_checkpoint(tmp_path)
+    other, create = started()
+    resumed = create()
+    require_fitting_state(state["optimizer"], resumed, create)
+    load_state(other, state["model"])
+    resumed.load_state_dict(state["optimizer"])
+    for number in range(1, 4):
+        step(model, optimizer, number)
+        step(other, resumed, number)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[key]), key
 
 
 def test_the_newest_checkpoints_are_kept_and_nothing_half_written(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     actions: dict[str, str] = {}
     for job in write_results(tmp_path, ACCURACIES):
         (tmp_path / "runs" / job.name / FOLDER).mkdir()
-        (tmp_path / "runs" / job.name / FOLDER / f"step-{1:09d}-{0:016x}.pt").write_bytes(b"")
+        (tmp_path / "runs" / job.name / FOLDER / f"step-{1:09d}-{0:016x}.safetensors").write_bytes(b"")
 
     def act(what: str) -> Callable[..., dict[str, Any]]:
         def action(*arguments: Any, **_: Any) -> dict[str, Any]:

@@ -195,14 +195,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, name: str) -> No
         assert any(bool(frozen.any()) for frozen in method.remedy.frozen.values())
 
 
-def test_checkpoints_of_before_are_read(tmp_path: Path) -> None:
-    trainer, _, _ = tiny_trainer(tmp_path, method="vvtq", epochs=1)
-    trainer.fit(quiet=True)
-    state = load_checkpoint(tmp_path)
-    del state["hooks"], state["diagnostics"]
-    trainer.restore(state)
-
-
 def test_diagnostics_of_any_method_and_without(tmp_path: Path) -> None:
     for method in ("lsq+", "qvit"):
         trainer, _, model = tiny_trainer(tmp_path / method, method=method, epochs=2)

@@ -214,7 +214,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(
 ) -> None:
     trainer, _, _ = tiny_trainer(tmp_path, epochs=3, log_every=log_every)
     poison(trainer, step)
-    name = f"{tmp_path}/checkpoints/step-{3 * epoch:09d}-[0-9a-f]+.pt"
+    name = f"{tmp_path}/checkpoints/step-{3 * epoch:09d}-[0-9a-f]+.safetensors"
     kept = f"the last good checkpoint is {name}" if epoch else "there is no checkpoint yet"
     with pytest.raises(QvitError, match=f"not finite at step {step} .*epoch {epoch}.*{kept}"):
         trainer.fit(quiet=True)

@@ -128,7 +128,8 @@ def test_what_is_no_file_of_ours(tmp_path: Path, whole: bytes) -> None:
     for content in (b"", b"\0" * 8, b"\0" * 100, b"{}", (2).to_bytes(8, "little") + b"{}", os.urandom(5000)):
         refused(tmp_path / "a", content)
     refused(tmp_path / "a", (1 << 63).to_bytes(8, "little") + b"{}" * 100, "no safetensors file")
-    for path, message in ((tmp_path, "directory"), (tmp_path / "none", "no packed model at"), (Path("/dev/null"), "no regular file")):
+    none, null = tmp_path / "none", Path("/dev/null")
+    for path, message in ((tmp_path, "directory"), (none, "no packed model at"), (null, "no regular file")):
         with pytest.raises(QvitError, match=message):
             Artifact.load(path)
     os.mkfifo(tmp_path / "pipe")

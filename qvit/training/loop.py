@@ -25,6 +25,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ from qvit.kernels import cpu
 from qvit.layers import QuantLinear, QuantQKV
 from qvit.oscillation import Diagnostics, quantized_weights
 from qvit.quantizers import quantizers_of
-from qvit.training.checkpoint import last_checkpoint, save_checkpoint, seed_everything
+from qvit.training.checkpoint import last_checkpoint, load_state, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
 from qvit.training.distill import distillation_loss
 from qvit.training.graphs import GraphedModel, can_be_graphed
@@ -51,11 +52,12 @@ from qvit.training.hooks import Hooks
 from qvit.training.labels.recovery import SoftLabelLoss, first_classes
 from qvit.training.loading import LoaderLike
 from qvit.training.log import RunLog
-from qvit.training.optimizer import create_optimizer
+from qvit.training.optimizer import create_optimizer, require_fitting_state
 from qvit.training.processes import Processes
 from qvit.training.progress import TrainingProgress
 from qvit.training.schedule import create_schedule
 from qvit.training.signals import StopRequest, Terminated
+from qvit.training.trees import require_alike
 
 
 class Trainer:
@@ -105,9 +107,10 @@ class Trainer:
             raise QvitError(f"too few training images for one batch of {config.batch_size}: use a smaller --batch-size")
         if config.integer_forward:
             run_on_integers(model, config)
-        self.optimizer = create_optimizer(
-            model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, width_lr=width_lr
+        self._create_optimizer = partial(
+            create_optimizer, model, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, width_lr=width_lr
         )
+        self.optimizer = self._create_optimizer()
         self.scheduler = create_schedule(self.optimizer, config, self.steps_per_epoch)
         self.mixup = None
         if config.mixup or config.cutmix:
@@ -198,20 +201,29 @@ class Trainer:
         return save_checkpoint(self.run, state, keep=self.config.keep_checkpoints)
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues from a checkpoint; the model has been built from the checkpoint's plan already."""
+        """Continues from a checkpoint; the model has been built from the checkpoint's plan already.
+
+        Raises QvitError, naming the key, for a state that is not that of this model, optimizer and method.
+        """
         try:
-            self.model.load_state_dict(state["model"])
+            if not 0 <= state["step"] <= self.total_steps:
+                raise QvitError(f"'step' is {state['step']}, and this run has {self.total_steps}")
+            require_fitting_state(state["optimizer"], self.optimizer, self._create_optimizer)
+            load_state(self.model, state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             if self.ema:
-                self.ema.module.load_state_dict(state["ema"])
-            self.step = int(state["step"])
+                load_state(self.ema.module, state["ema"], "ema")
+            self.step = state["step"]
             if state["sums"] is not None:
+                require_alike(state["sums"], {"parts": torch.zeros(4), "images": 0}, "sums")
                 device = next(self.model.parameters()).device
-                self.sums, self.seen = state["sums"]["parts"].to(device), int(state["sums"]["images"])
-            if "hooks" in state:  # not in checkpoints of before there were such states
-                self.hooks.load_state_dict(state["hooks"])
-            if self.diagnostics:
-                self.diagnostics.load_state_dict(state.get("diagnostics", {}))
+                self.sums, self.seen = state["sums"]["parts"].to(device), state["sums"]["images"]
+            remembering = {"hooks": self.hooks} | ({"diagnostics": self.diagnostics} if self.diagnostics else {})
+            for name, part in remembering.items():
+                part.load_state_dict(state[name])
+                require_alike(state[name], part.state_dict(), name)
+        except QvitError as error:
+            raise QvitError(f"the checkpoint of {self.run} does not fit this run: {error}") from None
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise QvitError(
                 f"the checkpoint of {self.run} does not fit this run: {str(error).splitlines()[0]}"

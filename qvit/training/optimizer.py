@@ -27,15 +27,18 @@ stage.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from qvit.errors import UsageError
+from qvit.errors import QvitError, UsageError
 from qvit.functional import inward
 from qvit.quantizers import quantizers_of
+from qvit.training.trees import require_alike
 
 LARGEST_RELATIVE_STEP = 0.1
 WIDTH_BETA2 = 0.95
@@ -90,6 +93,66 @@ def drop_widths(optimizer: torch.optim.Optimizer) -> None:
             for parameter in group["params"]:
                 optimizer.state.pop(parameter, None)
             group["params"] = []
+
+
+def require_fitting_state(found: Any, own: Optimizer, create: Callable[[], Optimizer]) -> None:
+    """Raises QvitError, naming the key, unless a state that was read is one of this optimizer.
+
+    torch takes a state as it is, and its kernels trust the shapes. What a state looks like is known to the optimizer
+    alone, and only after a step: so another one takes a step, with the same parameters, which it changes. Settings that
+    a step does not change have to be the same, except the learning rate, which the schedule changes.
+
+    Args:
+        found: What was read.
+        own: The optimizer that is to take it; nothing of it is changed.
+        create: Makes another one like it.
+    """
+    other = create()
+    before = [dict(group) for group in other.param_groups]
+    with torch.random.fork_rng(devices=[]):
+        for group in other.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.full_like(parameter, 1e-3)
+        other.step()
+        other.zero_grad(set_to_none=True)
+    changed = {
+        key
+        for group, old in zip(other.param_groups, before, strict=True)
+        for key, value in group.items()
+        if key != "params" and (key not in old or not _same(value, old[key]))
+    }
+    like = other.state_dict() | {"param_groups": own.state_dict()["param_groups"]}
+    require_alike(_kinds(found), _kinds(like), "optimizer")
+    for index, (group, expected) in enumerate(zip(found["param_groups"], like["param_groups"], strict=True)):
+        path = f"optimizer/param_groups/{index}"
+        stepped = {key: other.param_groups[index][key] for key in changed & set(other.param_groups[index])}
+        if not isinstance(group, Mapping) or set(group) - {*expected, *stepped}:
+            raise QvitError(f"'{path}' has unknown settings")
+        for key, value in group.items():
+            reference = stepped.get(key, expected.get(key))
+            require_alike(value, reference, f"{path}/{key}", equal=key not in {"lr", *changed})
+    for key, value in found["state"].items():
+        if key not in like["state"]:
+            raise QvitError(f"'optimizer/state/{key}' is of a parameter that there is not")
+        require_alike(value, like["state"][key], f"optimizer/state/{key}")
+    for key in set(like) - {"state", "param_groups"}:
+        require_alike(found[key], like[key], f"optimizer/{key}")
+
+
+def _kinds(state: Any) -> Any:
+    """The outline of an optimizer's state: its entries, and how many groups there are."""
+    if not isinstance(state, Mapping):
+        return state
+    outline = dict.fromkeys(state, True)
+    groups, states = state.get("param_groups"), state.get("state")
+    return outline | {
+        "param_groups": [True] * len(groups) if isinstance(groups, list) else groups,
+        "state": {} if isinstance(states, Mapping) else states,
+    }
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one is other
 
 
 class _ScaleRules:
