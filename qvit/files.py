@@ -53,6 +53,8 @@ def read_bytes(path: str | Path, what: str, *, limit: int) -> bytes:
             content = file.read(about.st_size + 1)  # as much memory is taken at once
     except FileNotFoundError:
         raise MissingFile(f"no {what} at {path}") from None
+    except MemoryError:
+        raise QvitError(f"the {what} {path} does not fit into memory") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         reason = getattr(error, "strerror", None) or str(error)
         raise QvitError(f"cannot read the {what} {path}: {reason}") from None

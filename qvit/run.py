@@ -33,6 +33,7 @@ from qvit.files import parse_json, write_json
 from qvit.methods import Method, create_method
 from qvit.plan import QuantPlan
 from qvit.rundir import CONFIG, COST, PLAN, RESULT, claim, clear, read_config, require_finished
+from qvit.tensors import total_bytes
 from qvit.training.checkpoint import (
     last_checkpoint,
     load_checkpoint,
@@ -122,12 +123,10 @@ def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
     model = create_float_model(config, int(record["num_classes"]), load=False)
     if create_method(config).quantizes:
         model = quantize(model, QuantPlan.load(run / PLAN), in_place=True)
-    path = run / WEIGHTS_FILE
-    state = read_tensors(path, "weights")
     try:
-        load_state(model, state)
+        load_state(model, read_tensors(run / WEIGHTS_FILE, "weights", limit=total_bytes(model.state_dict().values())))
     except QvitError as error:
-        raise QvitError(f"the weights {path} do not fit the run's config and plan: {error}") from None
+        raise QvitError(f"cannot read the weights of {run}: {error}") from None
     return model.to(device).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -9,9 +10,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from image_sets import CONFIG, drain, make_images, make_shards
@@ -22,7 +25,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.labels_run import LabelRequest, write_labels
 from qvit.training.data import open_data
 from qvit.training.labels import SoftLabelStore
-from qvit.training.labels.store import HEADER, read_header, shard_path
+from qvit.training.labels.store import HEADER, IMAGE, Shard, image_checksum, read_header, shard_path
 
 __all__ = ["folder", "teacher"]
 
@@ -162,11 +165,96 @@ def test_mutated_headers_are_refused(folder: Path, tmp_path: Path, teacher: Watc
             SoftLabelStore(store)
     for text in ("", "[]", "null", "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(QvitError, match="cannot read|is not the header"):
+        with pytest.raises(QvitError, match="cannot read|is not the header|must hold a JSON object"):
             SoftLabelStore(store)
     path.unlink()
     with pytest.raises(QvitError, match="no store of soft labels at .*qvit labels"):
         SoftLabelStore(store)
+
+
+def _resealed(store: Path, change: Callable[[np.ndarray, np.ndarray], Any]) -> None:
+    """Changes the records of the first shard, and all checksums with them."""
+    header = read_header(store)
+    call, path = header.call, shard_path(store, 0)
+    data = bytearray(path.read_bytes())
+    split = call.images_in(0) * IMAGE.itemsize
+    images = np.frombuffer(data, IMAGE, call.images_in(0))
+    crops = np.frombuffer(data, call.crop_dtype, offset=split).reshape(len(images), call.crops)
+    change(images, crops)
+    for image, own in zip(images, crops, strict=True):
+        image["checksum"] = image_checksum(image, own)
+    path.write_bytes(data)
+    shards = [Shard(sha256=hashlib.sha256(data).hexdigest(), unlabelled=0), *header.shards[1:]]
+    header.model_copy(update={"shards": shards}).save(store)
+
+
+def _set(name: str, value: Any) -> Callable[[np.ndarray, np.ndarray], None]:
+    def change(images: np.ndarray, crops: np.ndarray) -> None:
+        crops[name][3, 2] = value
+
+    return change
+
+
+IMPOSSIBLE: dict[str, tuple[Callable[[np.ndarray, np.ndarray], None], str]] = {
+    "not a number": (_set("probs", [np.nan, 0.1]), "a probability is not between 0 and 1"),
+    "infinite": (_set("probs", [np.inf, 0.1]), "a probability is not between 0 and 1"),
+    "negative": (_set("probs", [0.5, -0.1]), "a probability is not between 0 and 1"),
+    "more than 1": (_set("probs", [1.5, 0.0]), "a probability is not between 0 and 1"),
+    "more than 1 together": (_set("probs", [0.9, 0.2]), "do not add up to at most 1"),
+    "nothing": (_set("probs", [0.0, 0.0]), "do not add up to at most 1"),
+    "another class": (_set("ids", [0, 3]), "a class is not one of 3"),
+    "a class twice": (_set("ids", [1, 1]), "a class is there twice"),
+    "below": (_set("top", 60_000), "its box lies outside of the image"),
+    "too wide": (_set("width", 60_000), "its box lies outside of the image"),
+    "empty": (_set("height", 0), "its box lies outside of the image"),
+    "mirrored": (_set("flip", 2), "mirrored"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_labels_that_no_teacher_says_are_refused(folder: Path, tmp_path: Path, teacher: Watcher, kind: str) -> None:
+    store = tmp_path / "store"
+    write_labels(request_of(folder), store)
+    _resealed(store, lambda *_: None)
+    SoftLabelStore(store).read(3)
+    change, reason = IMPOSSIBLE[kind]
+    _resealed(store, change)
+    SoftLabelStore(store).verify()
+    with pytest.raises(QvitError, match=rf"labels-00000.bin holds impossible labels at image 3, crop 2: .*{reason}"):
+        SoftLabelStore(store).read(3)
+    loader = loader_of(folder, store, crops_per_image=6, drop_last=False)
+    with pytest.raises(QvitError, match="impossible labels at image 3"):
+        for epoch in range(50):
+            loader.set_epoch(epoch)
+            drain(loader)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("crops", 10**12, "'call.crops': Input should be less than"),
+        ("crops", "6", "'call.crops': Input should be a valid integer"),
+        ("top_k", 5, "'call.top_k' is 5, and there are 3 classes"),
+        ("top_k", 2**40, "'call.top_k"),
+        ("scale", [0.0, 7.0], "'call.scale.1'"),
+        ("interpolation", "best", "'call.interpolation'"),
+        ("flip", -1.0, "'call.flip'"),
+        ("teacher_input", [[3, 2**40, 1], [0.0], [1.0]], "'call.teacher_input.0.1'"),
+    ],
+)
+def test_headers_that_nobody_wrote_are_refused_by_key(
+    folder: Path, tmp_path: Path, teacher: Watcher, key: str, value: Any, message: str
+) -> None:
+    store = tmp_path / "store"
+    write_labels(request_of(folder), store)
+    header = json.loads((store / HEADER).read_text())
+    header["call"][key] = value
+    header.pop("checksum")
+    checksum = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    (store / HEADER).write_text(json.dumps(header | {"checksum": checksum}))
+    with pytest.raises(QvitError, match=message) as caught:
+        SoftLabelStore(store)
+    assert HEADER in str(caught.value)
 
 
 def test_stores_of_other_calls_are_refused(folder: Path, tmp_path: Path, teacher: Watcher) -> None:

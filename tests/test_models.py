@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
 import pickle
+import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,7 +22,7 @@ from tiny_models import (
     Evil,
     digits_model,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.training.models import create_model, load_weights, vit_digits
@@ -67,6 +71,96 @@ def test_a_whole_pickled_model_is_refused(tmp_path: Path) -> None:
     torch.save(digits_model(), tmp_path / "model.pth")
     with pytest.raises(QvitError, match=r"cannot read the weights .*model\.pth"):
         create_model("vit_digits", weights=tmp_path / "model.pth", **SMALL)
+
+
+def _quantized() -> Tensor:
+    return torch.quantize_per_tensor(torch.zeros(16), 0.1, 0, torch.qint8)
+
+
+ODD_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
+    "a number": (lambda: 3, "'norm.bias' in it is a int, not a dense tensor"),
+    "a list": (lambda: [0.0] * 16, "'norm.bias' in it is a list"),
+    "nothing": (lambda: None, "'norm.bias' in it is a NoneType"),
+    "sparse": (lambda: torch.zeros(16).to_sparse(), "'norm.bias' in it is torch._utils._rebuild_sparse_tensor"),
+    "quantized": (_quantized, "'norm.bias' in it is torch._utils._rebuild_qtensor"),
+    "without storage": (lambda: torch.zeros(16, device="meta"), "'norm.bias' in it is torch._utils._rebuild_meta"),
+    "complex": (lambda: torch.zeros(16, dtype=torch.complex64), "tensor 'norm.bias': it is of type torch.complex64"),
+    "integers": (lambda: torch.zeros(16, dtype=torch.int64), "'norm.bias' is torch.int64, not torch.float32"),
+    "truth values": (lambda: torch.zeros(16, dtype=torch.bool), "'norm.bias' is torch.bool, not torch.float32"),
+    "too large": (
+        lambda: torch.full((16,), 1e300, dtype=torch.float64),
+        "NaN or infinite values, first in 'norm.bias'",
+    ),
+    "huge": (lambda: torch.zeros(1).expand(10**6, 10**6), "tensor 'norm.bias': 1000000000000 elements"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation functions")
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", ODD_VALUES)
+def test_values_that_are_no_weights_are_refused_by_name(tmp_path: Path, kind: str, legacy: bool) -> None:
+    make, message = ODD_VALUES[kind]
+    path = tmp_path / "weights.pth"
+    state = digits_model(seed=4).state_dict() | {"norm.bias": make()}
+    torch.save({"model": state}, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(QvitError, match=re.escape(message)) as caught:
+        create_model("vit_digits", weights=path, **SMALL)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_other_objects_beside_the_weights_are_left_alone(tmp_path: Path, legacy: bool) -> None:
+    source = digits_model(seed=4)
+    optimizer = torch.optim.AdamW(source.parameters())
+    strided = nn.Parameter(source.state_dict()["head.weight"].T.contiguous().T)
+    file: dict[str, Any] = {
+        "model": source.state_dict() | {"head.weight": strided},
+        "args": argparse.Namespace(lr=1e-3), "optimizer": optimizer.state_dict(), "scores": [np.float64(1.0), {1, 2}],
+        "harm": Evil(tmp_path / "executed"),
+    }  # fmt: skip
+    torch.save(file, tmp_path / "w.pth", _use_new_zipfile_serialization=not legacy)
+    loaded = create_model("vit_digits", weights=tmp_path / "w.pth", **SMALL).state_dict()
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in loaded.items())
+    assert not (tmp_path / "executed").exists()
+
+
+def _rewritten(path: Path, change: Callable[[str, bytes], bytes], compression: int = zipfile.ZIP_STORED) -> None:
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, change(name, content))
+
+
+def test_archives_that_torch_does_not_write_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+
+    def refused(message: str) -> None:
+        with pytest.raises(QvitError, match=message):
+            create_model("vit_digits", weights=path, **SMALL)
+
+    def whole() -> None:
+        torch.save(digits_model(seed=4).state_dict(), path)
+
+    whole()
+    _rewritten(path, lambda _, content: content, zipfile.ZIP_DEFLATED)
+    refused("compressed, which torch.save does not do")
+    whole()
+    _rewritten(path, lambda name, content: content[:-4] if name.endswith("/data/0") else content)
+    refused("storage '0' should have 64 bytes, and has 60")
+    whole()
+    _rewritten(path, lambda name, content: b"big" if name.endswith("byteorder") else content)
+    refused("big-endian")
+    whole()
+    endless = b"\x80\x02" + b"]" * 1_000_001 + b"."
+    _rewritten(path, lambda name, content: endless if name.endswith("data.pkl") else content)
+    refused("more than 1,000,000 instructions")
+    whole()
+    nested = b"\x80\x02}" + b")" + b"\x85" * 100_000 + b"K\x01s."  # a key that Python hashes until its stack is full
+    _rewritten(path, lambda name, content: nested if name.endswith("data.pkl") else content)
+    refused("1 missing|missing, first")
+    path.write_bytes(b"PK" + bytes(100))
+    refused("it is damaged")
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from qvit.errors import QvitError
 from qvit.files import read_bytes, write_atomically
 from qvit.quantizers import quantizers_of
-from qvit.tensors import MAX_FILE, compact, decode, encode, parse
+from qvit.tensors import MAX_FILE, MAX_HEADER, compact, decode, encode, parse
 from qvit.training.trees import flatten, require_alike, unflatten
 
 _log = logging.getLogger(__name__)
@@ -142,9 +142,9 @@ def save_weights(path: Path, model: nn.Module) -> None:
     write_atomically(path, lambda file: file.writelines(blocks))
 
 
-def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name. Raises QvitError naming it."""
-    content = read_bytes(path, what, limit=MAX_FILE)
+def read_tensors(path: Path, what: str, *, limit: int) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name, of at most `limit` bytes of data. Raises QvitError naming it."""
+    content = read_bytes(path, what, limit=limit + MAX_HEADER)
     try:
         return decode(content).tensors
     except QvitError as error:

@@ -14,13 +14,20 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import VisionTransformer, generate_default_cfgs, load_state_dict, register_model
+from timm.models import VisionTransformer, clean_state_dict, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError, nearest
+from qvit.files import read_bytes
+from qvit.tensors import decode, not_finite, total_bytes
+from qvit.training.pickles import read_pickled, weights_in
 
 _log = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
+# The largest file of weights: that of a training holds model, average and what an optimizer remembers in one file.
+_LARGEST_FILE, _MOST_TIMES = 1 << 30, 16
+#: Sides of the largest patch kernel that is resampled: the work grows with their fourth power.
+_LARGEST_KERNEL = 64
 
 default_cfgs = generate_default_cfgs(
     {
@@ -114,12 +121,7 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     path = Path(source)
     if path.is_dir():
         path = path / WEIGHTS_FILE
-    if not path.is_file():
-        raise QvitError(f"no weights at {path}")
-    try:
-        state = dict(load_state_dict(str(path), use_ema=False, weights_only=True))
-    except Exception as error:
-        raise QvitError(f"cannot read the weights {path}: {_first_line(error)}") from error
+    state = _read_weights(path, model)
     if any(key.endswith("_quantizer.scale") for key in state):
         raise QvitError(f"{path} holds a quantized model; give the weights of the float model")
     own = model.state_dict()
@@ -142,9 +144,27 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
     for what, keys in (("wrong shape", wrong), ("missing", missing), ("unknown", unknown)):
         if keys:
             raise QvitError(f"the weights {path} do not fit this model: {len(keys)} {what}, first {keys[0]}")
-    if not all(bool(torch.isfinite(value).all()) for value in state.values() if value.is_floating_point()):
-        raise QvitError(f"the weights {path} hold NaN or infinite values")
+    for key, value in state.items():
+        if (value.is_floating_point(), value.dtype == torch.bool) != (
+            own[key].is_floating_point(),
+            own[key].dtype == torch.bool,
+        ):
+            raise QvitError(f"the weights {path} do not fit this model: '{key}' is {value.dtype}, not {own[key].dtype}")
+    if (key := not_finite({key: value.to(own[key].dtype) for key, value in state.items()})) is not None:
+        raise QvitError(f"the weights {path} hold NaN or infinite values, first in '{key}'")
     model.load_state_dict(state)
+
+
+def _read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file by the names that they have without the wrappers of training."""
+    own = total_bytes(model.state_dict().values())
+    content = read_bytes(path, "weights", limit=_LARGEST_FILE + _MOST_TIMES * own)
+    try:
+        if path.suffix == ".safetensors":
+            return clean_state_dict(decode(content).tensors)
+        return clean_state_dict(weights_in(read_pickled(content)))
+    except QvitError as error:
+        raise QvitError(f"cannot read the weights {path}: {error}; save them as safetensors, by timm's names") from None
 
 
 def _wrong_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
@@ -168,7 +188,8 @@ def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         ),
         None,
     )
-    if resample is None:
+    kernels = [value for value in state.values() if value.dim() == 4]
+    if resample is None or any(max(kernel.shape[-2:]) > _LARGEST_KERNEL for kernel in kernels):
         return state
     try:
         found = dict(resample(dict(state), model))

@@ -162,7 +162,7 @@ class _StoredCrops(RowSamples):
     def sample(self, image: Any, index: int, key: Any, bad: tuple[tuple[str, str], ...]) -> Sample:
         whole = picture(image)
         try:
-            size, records = self._store.read(int(self._numbers[index]))
+            size, chosen = self._store.read(int(self._numbers[index]), key)
         except QvitError as error:
             return Sample(None, bad=bad, failure=str(error))
         if size != (whole.height, whole.width):
@@ -172,7 +172,6 @@ class _StoredCrops(RowSamples):
                 failure=f"image {self._source.filename(index)!r} has {whole.height}x{whole.width} pixels (height x "
                 f"width) and had {size[0]}x{size[1]} when it was labelled: make the labels again",
             )
-        chosen = records[list(key)]
         boxes = (record.item()[:5] for record in chosen)
         pixels = np.stack([replay(whole, box, self._size, self._interpolation) for box in boxes])
         return Sample(pixels, self._store.targets(chosen), bad)

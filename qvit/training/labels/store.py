@@ -11,6 +11,10 @@ All little-endian, without padding: 29 bytes a crop for k = 5, 18.6 GB for Image
 of the decoded image; ids are in falling order of probability. `checksum` is CRC-32 over the image's two sizes and its M
 crops: it is compared whenever an image is read, so that opening a store looks at sizes of files alone, and yet no
 damaged label is learned from. `verify` compares the SHA-256 of everything.
+
+Checksums say that the labels are as somebody wrote them. What is learned from is also what a teacher can have said:
+every crop that is read lies within its image, its classes are different ones of the store's, and their probabilities
+lie between 0 and 1 and add up to no more than 1, but for rounding.
 """
 
 from __future__ import annotations
@@ -21,18 +25,26 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qvit.errors import QvitError, UsageError
-from qvit.files import write_json
+from qvit.files import MissingFile, read_object, write_json
 
 HEADER, FORMAT, VERSION = "labels.json", "qvit-soft-labels", 1
 IMAGE = np.dtype([("height", "<u2"), ("width", "<u2"), ("checksum", "<u4")])
 _BOX = [("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flip", "u1")]
 _OPEN_SHARDS = 64
+_LARGEST_HEADER, _MOST_CROPS = 256 << 20, 1 << 32
+_ROUNDING = 0.01
+"""How far probabilities of 11 bits may be from adding up to 1: 65,536 of them by less than 0.003."""
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=1, le=2**14)]
+Level = Annotated[float, Field(ge=-1e3, le=1e3, allow_inf_nan=False)]
+Deviation = Annotated[float, Field(ge=1e-6, le=1e3, allow_inf_nan=False)]
 
 
 class LabelCall(BaseModel):
@@ -56,18 +68,18 @@ class LabelCall(BaseModel):
 
     teacher: str
     teacher_digest: str
-    teacher_input: tuple[tuple[int, int, int], tuple[float, ...], tuple[float, ...]]
-    images: int = Field(ge=1)
+    teacher_input: tuple[tuple[Side, Side, Side], tuple[Level, ...], tuple[Deviation, ...]]
+    images: int = Field(ge=1, le=2**40)
     images_digest: str
     num_classes: int = Field(ge=2, le=2**16)
-    crops: int = Field(ge=1)
-    top_k: int | Literal["full"]
-    scale: tuple[float, float]
-    ratio: tuple[float, float]
-    interpolation: str
-    flip: float
+    crops: int = Field(ge=1, le=_MOST_CROPS)
+    top_k: Annotated[int, Field(ge=1, le=2**16)] | Literal["full"]
+    scale: tuple[Share, Share]
+    ratio: tuple[Ratio, Ratio]
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"]
+    flip: Share
     seed: int
-    images_per_shard: int = Field(ge=1)
+    images_per_shard: int = Field(ge=1, le=2**40)
 
     @property
     def channels(self) -> int:
@@ -143,21 +155,28 @@ def read_header(folder: Path) -> Header:
     """Reads and checks the header of a store, finished or not. Raises QvitError if there is none, or a damaged one."""
     path = folder / HEADER
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        content = read_object(path, "header of a store of soft labels", limit=_LARGEST_HEADER)
+    except MissingFile:
         raise QvitError(f"no store of soft labels at {folder}: it has no {HEADER}; `qvit labels` makes one") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise QvitError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if content.get("format") != FORMAT:
         raise QvitError(f"{path} is not the header of a store of soft labels")
     if content.get("version") != VERSION:
         raise QvitError(f"{path} has version {content.get('version')!r}; this qvit reads version {VERSION}")
     try:
         if content.pop("checksum", None) != _checksum(content):
             raise QvitError(f"{path} is damaged: its content does not have its checksum; make the store again")
-        header = Header.model_validate({key: content.get(key) for key in Header.model_fields})
-    except (ValidationError, ValueError) as error:
+        given = json.dumps({key: content.get(key) for key in Header.model_fields})
+        header = Header.model_validate_json(given, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise QvitError(f"{path} is damaged: '{key}': {' '.join(first['msg'].split())}") from None
+    except ValueError as error:
         raise QvitError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    if header.call.top_k != "full" and header.call.top_k > header.call.num_classes:
+        raise QvitError(
+            f"{path} is damaged: 'call.top_k' is {header.call.top_k}, and there are {header.call.num_classes} classes"
+        )
     if header.missing < 0:
         raise QvitError(f"{path} is damaged: it lists {len(header.shards)} shards of {header.call.shards}")
     return header
@@ -251,8 +270,11 @@ class SoftLabelStore:
         """The call that decided the content, and where it is from, as plain data."""
         return {"call": self.call.model_dump(mode="json"), "origin": self._header.origin}
 
-    def read(self, image: int) -> tuple[tuple[int, int], np.ndarray]:
-        """Height and width of an image, and its crops `[M]`. Raises QvitError if they are damaged."""
+    def read(self, image: int, chosen: Sequence[int] | None = None) -> tuple[tuple[int, int], np.ndarray]:
+        """Height and width of an image, and its crops `[M]`, or those that are chosen.
+
+        Raises QvitError if they are damaged, or hold what no teacher says.
+        """
         shard, place = divmod(image, self.call.images_per_shard)
         images, crops = self._shard(shard)
         record, own = images[place], crops[place]
@@ -261,7 +283,37 @@ class SoftLabelStore:
                 f"{shard_path(self.folder, shard)} is damaged at image {image}: repeat the call of `qvit labels` that "
                 "made the store, which writes this shard again"
             )
-        return (int(record["height"]), int(record["width"])), own
+        size = (int(record["height"]), int(record["width"]))
+        numbers = np.arange(len(own)) if chosen is None else np.asarray(chosen, np.int64)
+        own = own[numbers]
+        if any(size):
+            self._require_possible(image, size, own, numbers)
+        return size, own
+
+    def _require_possible(self, image: int, size: tuple[int, int], crops: np.ndarray, numbers: np.ndarray) -> None:
+        """Raises QvitError, naming file, image and crop, for crops that cannot be learned from."""
+        height, width = (crops[name].astype(np.int64) for name in ("height", "width"))
+        outside = (height < 1) | (width < 1) | (crops["top"] + height > size[0]) | (crops["left"] + width > size[1])
+        probs = crops["probs"].astype(np.float32)
+        sums = probs.sum(1)
+        least = 1 - _ROUNDING if self.call.top_k == "full" else 0
+        checks = [
+            ("its box lies outside of the image", outside),
+            ("it is mirrored neither 0 nor 1 times", crops["flip"] > 1),
+            ("a probability is not between 0 and 1", ~((probs >= 0) & (probs <= 1)).all(1)),
+            ("its probabilities do not add up to at most 1", ~((sums > least) & (sums <= 1 + _ROUNDING))),
+        ]
+        if self.call.top_k != "full":
+            ids = np.sort(crops["ids"], 1)
+            checks.append((f"a class is not one of {self.call.num_classes}", ids[:, -1] >= self.call.num_classes))
+            checks.append(("a class is there twice", (ids[:, 1:] == ids[:, :-1]).any(1)))
+        for reason, wrong in checks:
+            if wrong.any():
+                shard = image // self.call.images_per_shard
+                raise QvitError(
+                    f"{shard_path(self.folder, shard)} holds impossible labels at image {image}, crop "
+                    f"{numbers[int(wrong.argmax())]}: {reason}; make the store again, with another --out"
+                )
 
     def targets(self, crops: np.ndarray) -> np.ndarray:
         """Ids over probabilities of some crops, `[count, 2, k]` float32, as `recover` takes them."""
