@@ -330,7 +330,7 @@ def test_archives_that_are_none(folder: Path, tmp_path: Path, cache: Path) -> No
 def test_an_image_that_vanished_is_named(folder: Path) -> None:
     source = open_source(folder)
     (folder / "eel" / "eel_0.jpg").unlink()
-    with pytest.raises(QvitError, match=r"cannot read image 'eel/eel_0\.jpg' in .*No such file"):
+    with pytest.raises(QvitError, match=r"cannot read image 'eel/eel_0\.jpg' in .*no image at"):
         drain(eval_loader(source, CONFIG, batch_size=4))
 
 

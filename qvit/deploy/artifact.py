@@ -38,7 +38,7 @@ from qvit.deploy.documents import (
     provenance_from_text,
     to_text,
 )
-from qvit.deploy.grids import by_kind, cut, grid_values, set_grid
+from qvit.deploy.grids import LARGEST, by_kind, cut, grid_values, set_grid
 from qvit.deploy.packing import code_dtype, pack_site, unpack_site
 from qvit.deploy.skeleton import compare, float_tensors, grids_of, skeleton, weight_sites
 from qvit.deploy.versions import FORMAT, VERSION, upgraded
@@ -298,8 +298,8 @@ class Artifact:
         if grids:
             raise QvitError(f"it has numbers of '{min(grids)}', which has no quantizer")
         for key, tensor in self.floats.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise QvitError(f"tensor '{key}' has NaN or infinite values")
+            if tensor.is_floating_point() and not bool((tensor.abs() <= LARGEST).all()):
+                raise QvitError(f"tensor '{key}' has NaN or infinite values, or some beyond {LARGEST:,.0f}")
         classes = getattr(model, "num_classes", None)
         if isinstance(classes, int) and len(self.class_names) > classes:
             raise QvitError(f"it names {len(self.class_names)} classes, the model has {classes}")

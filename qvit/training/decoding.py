@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 BadImagePolicy = Literal["fatal", "skip"]
 
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""Read whatever a file's name says. Other formats of Pillow start programs, or are hardly tried on damaged files."""
+
 IN_A_ROW = 100
 """So many unreadable images one after another are no damaged files: a disk has gone, or a folder holds no images."""
 
@@ -76,7 +79,7 @@ def decode(read: Callable[[], bytes], mode: str, name: Callable[[], str], origin
             # would take all memory.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(read())) as opened:
+            with Image.open(io.BytesIO(read()), formats=FORMATS) as opened:
                 return opened.convert(mode)
     except MemoryError:
         raise

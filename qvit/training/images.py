@@ -1,9 +1,10 @@
 """Images on disk: folders, archives and Hugging Face data sets as rows of encoded images with a class folder each.
 
-Listing is timm's. Three things differ from its `ImageDataset`: an unreadable image is an error that names it,
-where timm warns and returns the next; names that tie in natural order ("a1", "a01") get a fixed order; and members of
-archives are read by offset through a file opened per image, so that forked workers share no handle, and no index is
-written or unpickled. A compressed archive is unpacked once, into the user's cache.
+Listing is as in timm. What differs from its `ImageDataset`: an unreadable image is an error that names it, where timm
+warns and returns the next; names that tie in natural order ("a1", "a01") get a fixed order; archives are read by
+`archives.py`, their members by offset through a file opened per image, so that forked workers share no handle, and no
+index is written or unpickled; links that lead back to a folder above are not followed. A compressed archive is
+unpacked once, into the user's cache.
 
 A store has rows; an `ImageSource` is a selection of rows with their targets; its `dataset` decodes and transforms them.
 """
@@ -15,31 +16,31 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import shutil
-import tarfile
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from qvit.errors import QvitError, UsageError, nearest
+from qvit.files import read_bytes
+from qvit.training.archives import LARGEST_IMAGE, DamagedArchive, Member, Unpacking, content_of, members
 from qvit.training.decoding import BadImages, decode, one_line
 from qvit.training.digits import DIGITS
 
 logger = logging.getLogger(__name__)
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
+_MOST_FOLDERS = 1 << 20
 
 
 class ImageStore(Protocol):
@@ -57,8 +58,8 @@ class ImageStore(Protocol):
 class _FileStore:
     """Encoded images with names `.../class/image.ext`; subclasses say how the bytes of a row are read.
 
-    Names are kept as one array of file-system bytes and not as Python strings, so that forked workers do not copy a
-    list of a million objects as they touch its reference counts.
+    Names are kept as one string of file-system bytes and where each ends, and not as Python strings, so that forked
+    workers do not copy a list of a million objects as they touch its reference counts.
     """
 
     def __init__(self, origin: str, names: Sequence[str]) -> None:
@@ -66,14 +67,16 @@ class _FileStore:
         homeless = next((name for name in names if "/" not in name), None)
         if homeless is not None:
             raise QvitError(f"image {homeless!r} in {origin} lies in no class folder; each class needs a folder")
-        self._names = np.array([os.fsencode(name) for name in names])
+        encoded = [os.fsencode(name) for name in names]
+        self._names, self._ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
         labels = [name.rsplit("/", 2)[-2] for name in names]
-        self.folders = sorted(set(labels), key=lambda label: (natural_key(label), label))
+        self.folders = _in_order(set(labels))
         index = {label: code for code, label in enumerate(self.folders)}
         self.codes = np.array([index[label] for label in labels], dtype=np.int64)
 
     def name(self, row: int) -> str:
-        return os.fsdecode(self._names[row])
+        begin, end = self._ends[row : row + 2].tolist()
+        return os.fsdecode(self._names[begin:end])
 
     def read(self, row: int) -> bytes:
         raise NotImplementedError
@@ -85,15 +88,14 @@ class _FileStore:
 
 class _FolderStore(_FileStore):
     def __init__(self, root: Path, origin: str) -> None:
-        try:
-            samples = ReaderImageFolder(str(root)).samples
-        except RuntimeError:
-            raise _no_images(origin) from None
+        names = _images_below(root)
+        if not names:
+            raise _no_images(origin)
         self._root = root
-        super().__init__(origin, _in_order([os.path.relpath(path, root).replace(os.sep, "/") for path, _ in samples]))
+        super().__init__(origin, _in_order(names))
 
     def read(self, row: int) -> bytes:
-        return (self._root / self.name(row)).read_bytes()
+        return read_bytes(self._root / self.name(row), "image", limit=LARGEST_IMAGE)
 
 
 class _TarStore(_FileStore):
@@ -101,25 +103,19 @@ class _TarStore(_FileStore):
 
     def __init__(self, path: Path, origin: str) -> None:
         try:
-            samples = ReaderImageInTar(str(path), cache_tarfiles=False, cache_tarinfo=False).samples
-        except tarfile.TarError as error:
-            raise QvitError(f"{origin} is not a tar archive, or it is damaged: {one_line(error)}") from error
-        except ValueError:  # timm unpacks an empty list of samples
-            raise _no_images(origin) from None
-        members = {}
-        for member, _, archive in samples:
-            prefix, start = (f"{archive.name[: -len('.tar')]}/", archive.offset_data) if archive else ("", 0)
-            members[os.path.normpath(prefix + member.path).lstrip("/")] = (start + member.offset_data, member.size)
-        names = _in_order(members)
+            found = {os.path.normpath(member.name).lstrip("/"): member for member in _images_in(path)}
+        except DamagedArchive as error:
+            raise QvitError(f"{origin} is not a tar archive, or it is damaged: {error}") from None
+        if not found:
+            raise _no_images(origin)
+        names = _in_order(found)
         self._path = path
-        self._extents = np.array([members[name] for name in names], dtype=np.int64)
+        self._extents = np.array([(found[name].offset, found[name].size) for name in names], dtype=np.int64)
         super().__init__(origin, names)
 
     def read(self, row: int) -> bytes:
-        offset, size = self._extents[row].tolist()
         with self._path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+            return content_of(file, Member(self.name(row), *self._extents[row].tolist()))
 
 
 class HubStore(_FileStore):
@@ -156,7 +152,57 @@ class HubStore(_FileStore):
 
 
 def _in_order(names: Any) -> list[str]:
-    return sorted(names, key=lambda name: (natural_key(name), name))
+    """Names in natural order: numbers in them by their value."""
+    return sorted(names, key=lambda name: (_natural(name), name))
+
+
+def _natural(name: str) -> list[int | str]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in get_img_extensions(as_set=True)
+
+
+def _images_below(root: Path) -> list[str]:
+    """Paths of the images below a folder, relative to it; folders that cannot be opened are passed over."""
+    found: list[str] = []
+    status = root.stat()
+    waiting = [("", ((status.st_dev, status.st_ino),))]
+    folders = 0
+    while waiting:
+        folder, above = waiting.pop()
+        folders += 1
+        if folders > _MOST_FOLDERS:
+            raise QvitError(f"{root} has more than {_MOST_FOLDERS:,} folders, or links that lead in circles")
+        try:
+            entries = sorted(os.scandir(root / folder), key=lambda entry: entry.name)
+        except OSError:
+            continue
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                status = entry.stat() if entry.is_dir() else None
+            except OSError:
+                continue
+            if status is None:
+                found += [path] * _is_image(entry.name)
+            elif (own := (status.st_dev, status.st_ino)) not in above:
+                waiting.append((path, (*above, own)))
+    return found
+
+
+def _images_in(path: Path) -> Iterator[Member]:
+    """The images of an archive and of archives in it, which count as folders."""
+    with path.open("rb") as file:
+        for member in members(file, path.stat().st_size):
+            stem, extension = os.path.splitext(member.name)
+            if extension.lower() == ".tar":
+                for inner in members(file, member.offset + member.size, member.offset):
+                    if _is_image(inner.name):
+                        yield Member(f"{stem}/{inner.name}", inner.offset, inner.size)
+            elif _is_image(member.name):
+                yield member
 
 
 def _no_images(origin: str) -> QvitError:
@@ -190,7 +236,7 @@ def _unpacked(path: Path) -> Path:
                 left_over.unlink(missing_ok=True)
         handle, partial = tempfile.mkstemp(suffix=".part", dir=cache)
         with os.fdopen(handle, "wb") as out, gzip.open(path) as source:
-            shutil.copyfileobj(source, out, 1 << 20)
+            shutil.copyfileobj(Unpacking(source, path), out, 1 << 20)  # type: ignore[arg-type]
         os.replace(partial, target)
         partial = None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:

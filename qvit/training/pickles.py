@@ -21,7 +21,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch import Tensor
@@ -204,7 +204,7 @@ class _Machine:
         stack: list[Any] = []
         marks: list[int] = []
         memo: dict[Any, Any] = {}
-        for opcode, argument, position in pickletools.genops(_Reader(program)):
+        for opcode, argument, position in pickletools.genops(cast(IO[bytes], _Reader(program))):
             self.left -= 1
             if self.left < 0:
                 raise QvitError(f"its program has more than {_MOST_INSTRUCTIONS:,} instructions")

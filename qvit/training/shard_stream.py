@@ -16,6 +16,7 @@ and processes.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,14 @@ from timm.data.readers.reader_wds import SAMPLE_INITIAL_SIZE, SAMPLE_SHUFFLE_SIZ
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qvit.errors import QvitError, UsageError
+from qvit.training.archives import DamagedArchive, content_of, members, open_archive
 from qvit.training.batches import BatchLoader, Sample, too_many_in_a_row, transformed
 from qvit.training.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, decode, is_fatal, mode_of, one_line
 from qvit.training.sampling import CALIBRATION, SHARDS, derived_seed
-from qvit.training.shards import IMAGE_EXTENSIONS, ShardSource
+from qvit.training.shards import IMAGE_EXTENSIONS, SHARD_ERRORS, ShardSource, label_of
+
+_META = re.compile(r"__[^/]*__($|/)")
+"""Names of files that belong to no image."""
 
 
 class ShardSamples(IterableDataset):
@@ -147,25 +152,18 @@ class ShardSamples(IterableDataset):
             draw.shuffle(shards)
 
     def _read(self, shards: list[str]) -> Iterator[dict[str, Any]]:
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import group_by_keys
 
         for path in shards:
 
             def damaged(error: Exception, path: str = path) -> bool:
-                if isinstance(error, QvitError):  # raised here, at an inner level
-                    raise error
+                if isinstance(error, QvitError) and not isinstance(error, DamagedArchive):
+                    raise error  # raised here, at an inner level
                 reason = f"the shard is damaged: {one_line(Exception(*error.args[:1]))}"
                 self._note(UnreadableImage(Path(path).name, self._source.name, reason))
                 return True
 
-            try:
-                stream = open(path, "rb")
-            except OSError as error:
-                damaged(error)
-                continue
-            with stream:
-                files = tar_file_expander([{"url": path, "stream": stream}], handler=damaged)
-                yield from group_by_keys(files, handler=damaged)
+            yield from group_by_keys(_files_of(path, damaged), handler=damaged)
 
     def _decode(self, raw: dict[str, Any]) -> tuple[Any, int]:
         name = f"{Path(raw['__url__']).name}/{raw['__key__']}"
@@ -173,16 +171,31 @@ class ShardSamples(IterableDataset):
         if encoded is None or "cls" not in raw:
             lacking = "no label (KEY.cls)" if encoded else f"no image (KEY.{', KEY.'.join(IMAGE_EXTENSIONS)})"
             raise UnreadableImage(name, self._source.name, f"it has {lacking}")
-        try:
-            target = int(raw["cls"])
-        except ValueError:
-            target = -1
-        if not 0 <= target < self._source.num_classes:
+        target = label_of(raw["cls"])
+        if target is None or target >= self._source.num_classes:
             raise QvitError(
                 f"sample {name!r} in {self._source.name} has the label {raw['cls'][:20]!r}; "
                 f"classes are numbered 0 to {self._source.num_classes - 1}"
             )
         return decode(lambda: encoded, self._mode, lambda: name, self._source.name), target
+
+
+def _files_of(path: str, damaged: Callable[[Exception], bool]) -> Iterator[dict[str, Any]]:
+    """The files of a shard, as `group_by_keys` takes them; of those that are neither image nor label only the names."""
+    from webdataset.tariterators import base_plus_ext
+
+    try:
+        file, end = open_archive(Path(path))
+        with file:
+            for member in members(file, end):
+                name = member.name
+                if _META.match(name):
+                    continue
+                extension = (base_plus_ext(name)[1] or "").lower()
+                wanted = extension in (*IMAGE_EXTENSIONS, "cls")
+                yield {"fname": name, "data": content_of(file, member) if wanted else b"", "__url__": path}
+    except SHARD_ERRORS as error:
+        damaged(error)
 
 
 def shard_loader(

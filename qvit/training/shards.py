@@ -14,15 +14,17 @@ class map or the training data), the headers and labels of all shards are read o
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
-import tarfile
+import os
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qvit.errors import QvitError, UsageError
+from qvit.files import read_object
+from qvit.training.archives import BLOCK, DamagedArchive, members, open_archive, read_exactly
 from qvit.training.decoding import BadImages, one_line
 from qvit.training.images import missing_path
 
@@ -31,6 +33,10 @@ logger = logging.getLogger(__name__)
 PREFIX = "wds/"
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _INFO = ("_info.json", "info.json")
+MOST_CLASSES = 2**16
+_LONGEST_LABEL = 20
+#: What reading a shard may end with.
+SHARD_ERRORS = (DamagedArchive, OSError, EOFError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -158,21 +164,40 @@ def _by_pattern(place: str, data: str) -> Shards:
 
 
 def _by_info(path: Path, data: str) -> dict[str, Shards]:
+    splits = read_object(path, f"index of {data}").get("splits")
     try:
-        splits: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["splits"]
-        return {
-            name: Shards(
-                tuple(str(path.parent / file) for file in split["filenames"]),
-                tuple(int(length) for length in split["shard_lengths"]),
-                int(split["num_samples"]),
-            )
-            for name, split in splits.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not isinstance(splits, dict):
+            raise ValueError("there are no splits")
+        return {name: _split(path.parent, name, split) for name, split in splits.items()}
+    except ValueError as error:
         raise QvitError(
-            f"cannot read {path} of {data} ({type(error).__name__}: {one_line(error)}); it should have 'splits', each "
-            "with 'filenames', 'shard_lengths' and 'num_samples'"
-        ) from error
+            f"cannot read {path} of {data}: {error}; it should have 'splits', each with 'filenames', 'shard_lengths' "
+            "and 'num_samples'"
+        ) from None
+
+
+def _split(folder: Path, name: str, split: Any) -> Shards:
+    """A split of an index. Raises ValueError, with the key, for what is none or cannot be true."""
+    files, lengths, images = (
+        split.get(key) if isinstance(split, dict) else None for key in ("filenames", "shard_lengths", "num_samples")
+    )
+    if not isinstance(files, list) or not all(isinstance(file, str) and "\0" not in file for file in files):
+        raise ValueError(f"'splits.{name}.filenames' is no list of names")
+    if not isinstance(lengths, list) or len(lengths) != len(files) or not all(map(_is_count, lengths)):
+        raise ValueError(f"'splits.{name}.shard_lengths' is no list of a number for each file")
+    if not _is_count(images):
+        raise ValueError(f"'splits.{name}.num_samples' is no number of images")
+    paths = tuple(str(folder / file) for file in files)
+    for path, length in zip(paths, lengths, strict=True):
+        if path.endswith(".tar") and os.path.isfile(path) and length * 2 * BLOCK > os.path.getsize(path):
+            raise ValueError(f"'splits.{name}.shard_lengths' says that '{path}' has {length} images, too many for it")
+    if images > sum(lengths):
+        raise ValueError(f"'splits.{name}.num_samples' is {images}, more than the sum of its shards")
+    return Shards(paths, tuple(lengths), images)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
 
 
 def _survey(path: str, name: str) -> tuple[int, int]:
@@ -181,14 +206,23 @@ def _survey(path: str, name: str) -> tuple[int, int]:
 
     images, largest = 0, -1
     try:
-        with tarfile.open(path) as tar:
-            for member in tar:
+        file, end = open_archive(Path(path))
+        with file:
+            for member in members(file, end):
                 extension = (base_plus_ext(member.name)[1] or "").lower()
                 images += extension in IMAGE_EXTENSIONS
-                file = tar.extractfile(member) if extension == "cls" else None
-                if file is not None:
-                    largest = max(largest, int(file.read()))
-                tar.members = []  # type: ignore[assignment]  # else it remembers a million of them
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+                if extension == "cls":
+                    label = label_of(read_exactly(file, member.offset, min(member.size, _LONGEST_LABEL + 1)))
+                    if label is None:
+                        raise DamagedArchive(f"the label in '{member.name}' is no class from 0 to {MOST_CLASSES - 1}")
+                    largest = max(largest, label)
+    except SHARD_ERRORS as error:
         raise QvitError(f"cannot read the shard '{path}' of {name}: {one_line(error)}") from error
     return images, largest
+
+
+def label_of(text: bytes) -> int | None:
+    """The class in a file `KEY.cls`; None if it is none."""
+    digits = text.strip()
+    label = int(digits) if len(text) <= _LONGEST_LABEL and digits.isdigit() else -1
+    return label if 0 <= label < MOST_CLASSES else None
