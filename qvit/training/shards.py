@@ -166,7 +166,7 @@ def _by_pattern(place: str, data: str) -> Shards:
 def _by_info(path: Path, data: str) -> dict[str, Shards]:
     splits = read_object(path, f"index of {data}").get("splits")
     try:
-        if not isinstance(splits, dict):
+        if not isinstance(splits, dict) or not splits:
             raise ValueError("there are no splits")
         return {name: _split(path.parent, name, split) for name, split in splits.items()}
     except ValueError as error:
@@ -181,7 +181,7 @@ def _split(folder: Path, name: str, split: Any) -> Shards:
     files, lengths, images = (
         split.get(key) if isinstance(split, dict) else None for key in ("filenames", "shard_lengths", "num_samples")
     )
-    if not isinstance(files, list) or not all(isinstance(file, str) and "\0" not in file for file in files):
+    if not isinstance(files, list) or not all(map(_is_name, files)):
         raise ValueError(f"'splits.{name}.filenames' is no list of names")
     if not isinstance(lengths, list) or len(lengths) != len(files) or not all(map(_is_count, lengths)):
         raise ValueError(f"'splits.{name}.shard_lengths' is no list of a number for each file")
@@ -194,6 +194,14 @@ def _split(folder: Path, name: str, split: Any) -> Shards:
     if images > sum(lengths):
         raise ValueError(f"'splits.{name}.num_samples' is {images}, more than the sum of its shards")
     return Shards(paths, tuple(lengths), images)
+
+
+def _is_name(value: Any) -> bool:
+    return (
+        isinstance(value, str)
+        and "\0" not in value
+        and not any("\ud800" <= character <= "\udfff" for character in value)
+    )
 
 
 def _is_count(value: Any) -> bool:
