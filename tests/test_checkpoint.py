@@ -164,12 +164,12 @@ def test_the_checkpoint_before_a_damaged_one_is_taken(
     assert str(bad) in caplog.text
 
 
-def test_checkpoints_of_the_first_version_are_refused_with_what_to_do(tmp_path: Path) -> None:
+def test_checkpoints_in_the_format_of_torch_are_refused_with_what_to_do(tmp_path: Path) -> None:
     content = _saved({"step": 3, "model": Evil(tmp_path / "executed")})
     path = tmp_path / "checkpoints" / f"step-000000003-{hashlib.sha256(content).hexdigest()[:16]}.pt"
     path.parent.mkdir()
     path.write_bytes(content)
-    with pytest.raises(QvitError, match="0.1.0.*finish this run with that version, or start it again with --overwrite"):
+    with pytest.raises(QvitError, match="finish this run with the version of qvit that began it, or .* --overwrite"):
         load_checkpoint(tmp_path)
     assert last_checkpoint(tmp_path) == path, "a run that began with it is not taken for one without checkpoints"
     assert not (tmp_path / "executed").exists()
@@ -191,6 +191,7 @@ STATES = {
     "model/blocks.0.attn.query_quantizer.bit_width": lambda s: s["model"][
         "blocks.0.attn.query_quantizer.bit_width"
     ].fill_(8),
+    "model/blocks.0.attn.query_quantizer.scale": lambda s: s["model"]["blocks.0.attn.query_quantizer.scale"].neg_(),
     "optimizer/state/3/exp_avg": lambda s: s["optimizer"]["state"][3].update(exp_avg=torch.zeros(1)),
     "optimizer/state/0/exp_avg_sq": lambda s: s["optimizer"]["state"][0]["exp_avg_sq"].fill_(math.inf),
     "optimizer/state/0/step": lambda s: s["optimizer"]["state"][0].update(step=3),

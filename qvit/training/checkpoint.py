@@ -10,8 +10,8 @@ A checkpoint holds everything that the next step needs: model, optimizer, EMA, s
 epoch's log line, and what the method and the diagnostics remember. Its tensors have names such as
 `optimizer/state/12/exp_avg`; how they hang together, and every number that is no tensor, is JSON in the metadata entry
 `state` (`trees.py`). Nothing in it can be executed, and what it says is compared with the model and the optimizer that
-are to take it (`Trainer.restore`). Checkpoints of qvit 0.1.0 (`.pt`) are refused: torch's reader of them can be made to
-crash.
+are to take it (`Trainer.restore`). Checkpoints in torch's format (`.pt`), which qvit once wrote, are refused: its reader
+can be made to crash.
 
 Random numbers are not in it: every step seeds all generators from (seed, step, process), and what a loader yields
 depends on seed and position alone, so a resumed run draws what the uninterrupted one would have drawn.
@@ -100,8 +100,8 @@ def load_checkpoint(run: Path) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     if path.suffix == _OLD:
         raise QvitError(
-            f"the checkpoint {path} is of qvit 0.1.0, whose format is not read any more: finish this run with that "
-            "version, or start it again with --overwrite"
+            f"the checkpoint {path} is in torch's format, which is not read any more: finish this run with the version "
+            "of qvit that began it, or start it again with --overwrite"
         )
     content = read_bytes(path, "checkpoint", limit=MAX_FILE)
     if _digest([content]) not in path.name:
@@ -154,14 +154,17 @@ def read_tensors(path: Path, what: str, *, limit: int) -> dict[str, Tensor]:
 def load_state(model: nn.Module, state: Any, path: str = "model") -> None:
     """Gives a model the state of one with the same plan, in place.
 
-    Raises QvitError, naming the key below `path`, unless names, shapes and types are the same, the values finite, and
-    widths that are no longer learned those of the plan.
+    Raises QvitError, naming the key below `path`, unless names, shapes and types are the same, the values finite,
+    scales positive, and widths that are no longer learned those of the plan.
     """
     require_alike(state, model.state_dict(), path)
     for site, quantizer in quantizers_of(model):
         key = f"{site}{quantizer.SUFFIX}.bit_width"
         if not quantizer.learns_width and not torch.equal(state[key].cpu(), quantizer.bit_width.cpu()):
             raise QvitError(f"'{path}/{key}' has other widths than the plan")
+        scale = state.get(key := f"{site}{quantizer.SUFFIX}.scale")
+        if scale is not None and not bool((scale > 0).all()):
+            raise QvitError(f"'{path}/{key}' is not positive")
     model.load_state_dict(state)
 
 
