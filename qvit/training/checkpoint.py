@@ -10,8 +10,8 @@ A checkpoint holds everything that the next step needs: model, optimizer, EMA, s
 epoch's log line, and what the method and the diagnostics remember. Its tensors have names such as
 `optimizer/state/12/exp_avg`; how they hang together, and every number that is no tensor, is JSON in the metadata entry
 `state` (`trees.py`). Nothing in it can be executed, and what it says is compared with the model and the optimizer that
-are to take it (`Trainer.restore`). Checkpoints in torch's format (`.pt`), which qvit once wrote, are refused: its reader
-can be made to crash.
+are to take it (`Trainer.restore`). Checkpoints in torch's format (`.pt`), which qvit once wrote, are refused: torch's
+reader can be made to crash.
 
 Random numbers are not in it: every step seeds all generators from (seed, step, process), and what a loader yields
 depends on seed and position alone, so a resumed run draws what the uninterrupted one would have drawn.

@@ -168,7 +168,7 @@ def _images_below(root: Path) -> list[str]:
     """Paths of the images below a folder, relative to it; folders that cannot be opened are passed over."""
     found: list[str] = []
     status = root.stat()
-    waiting = [("", ((status.st_dev, status.st_ino),))]
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ((status.st_dev, status.st_ino),))]
     folders = 0
     while waiting:
         folder, above = waiting.pop()
@@ -258,7 +258,7 @@ def open_files(path: Path, origin: str) -> _FileStore:
         return _FolderStore(path, origin)
     if not path.exists():
         raise missing_path(path, "the data", DIGITS)
-    if not path.name.lower().endswith(_ARCHIVES):
+    if not path.is_file() or not path.name.lower().endswith(_ARCHIVES):
         raise UsageError(f"{origin} is neither a folder nor an archive ({', '.join(_ARCHIVES)}) of class folders")
     try:
         with path.open("rb") as file:

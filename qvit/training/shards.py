@@ -185,7 +185,7 @@ def _split(folder: Path, name: str, split: Any) -> Shards:
         raise ValueError(f"'splits.{name}.filenames' is no list of names")
     if not isinstance(lengths, list) or len(lengths) != len(files) or not all(map(_is_count, lengths)):
         raise ValueError(f"'splits.{name}.shard_lengths' is no list of a number for each file")
-    if not _is_count(images):
+    if not isinstance(images, int) or not _is_count(images):
         raise ValueError(f"'splits.{name}.num_samples' is no number of images")
     paths = tuple(str(folder / file) for file in files)
     for path, length in zip(paths, lengths, strict=True):
