@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
-from timm.layers.activations import GELU, GELUTanh
 from torch import nn
 
 from qvit.cost import Matmul
 from qvit.errors import UsageError
+from qvit.families.activations import activation_spec
 from qvit.families.tokens import RankedMlp
 from qvit.layers import (
     QKV,
@@ -146,14 +146,19 @@ def classifiers(model: nn.Module, tokens: int, *paths: str) -> Iterator[Part]:
 def mlp_parts(path: str, mlp: nn.Module, tokens: int) -> Iterator[Part]:
     """The linear layers of a feed-forward module, in the order of its definition.
 
-    The input of the second one gets LSQ+'s offset where a GELU's output arrives there unchanged.
+    The input of the second one has the grid that the activation function asks for, where that function's output arrives
+    there unchanged: neither multiplied by a gate nor normalised.
     """
-    act, gated = getattr(mlp, "act", None), hasattr(mlp, "gate_last")
-    offset = isinstance(act, (nn.GELU, GELU, GELUTanh)) and isinstance(getattr(mlp, "norm", None), nn.Identity)
-    after_gelu = TensorSpec(signed=False, symmetric=False)
+    first, second = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
+    direct = (
+        isinstance(first, nn.Linear)
+        and isinstance(second, nn.Linear)
+        and first.out_features == second.in_features
+        and isinstance(getattr(mlp, "norm", None), nn.Identity)
+    )
     for name, module in mlp.named_children():
         if isinstance(module, nn.Linear):
-            inputs = after_gelu if name == "fc2" and offset and not gated else None
+            inputs = activation_spec(getattr(mlp, "act", None)) if module is second and direct else None
             yield linear_part(f"{path}.{name}", module, tokens, inputs=inputs)
 
 
