@@ -10,7 +10,8 @@ its values:
     bounded below, longer above                unsigned grid with offset    all GELUs, SiLU, hard-swish, Mish, ELU, SELU
     never negative                             unsigned grid                ReLU, ReLU6, sigmoid, softplus
 
-A function with parameters or buffers of its own (PReLU) may have another range after training: it keeps the signed grid.
+A function with parameters or buffers of its own (PReLU) may have another range after training: it keeps the signed
+grid.
 """
 
 from __future__ import annotations
