@@ -1,6 +1,6 @@
 """bfloat16: gradients of scales, offsets and widths are those that float64 gives from the same numbers.
 
-Values, incoming gradients and, with `parameters`, scales, offsets and widths are rounded to bfloat16 first; float64 then
+Values, incoming gradients and, with `parameters`, scales, offsets and widths are rounded to bfloat16; float64 then
 starts from the same numbers. A sum over many elements is far smaller than its parts, so roundings within would show.
 """
 
