@@ -7,8 +7,10 @@
 Post-training: nothing is trained (the paper fine-tunes for Figures 1 and 2a). The model is calibrated once, with a
 scale for each width of each site; a point is the same model with other widths (`Probe`). A part is told from the site:
 
-    gelu    inputs whose default has an offset: what a GELU put out           msa     everything below `attn`
-    fc      the other operands of the layers below `mlp`: weights, and the input of fc1
+    msa     everything below `attn`
+    gelu    inputs below `mlp` with an unsigned default: what GELU, or another activation function whose negative side
+            is bounded, put out
+    fc      the other operands of the layers below `mlp`
 
 Head h of a layer is q, k, v, probs and output of that head, its rows of W_q, W_k, W_v and its columns of W_o. First and
 last layer have 8 bits in `widths` and `heads`, as in the paper's tables.
@@ -96,7 +98,7 @@ def part_of(site: Site) -> str | None:
     if "attn" in modules:
         return "msa"
     if "mlp" in modules:
-        return "fc" if site.default.symmetric else "gelu"
+        return "fc" if site.default.signed else "gelu"
     return None
 
 

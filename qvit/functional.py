@@ -169,6 +169,8 @@ def fake_quantize(
         elements_per_scale: n of LSQ's gradient factor 1/sqrt(n·quant_max), a number or one for each scale; None leaves
             the gradient of `scale` as it is.
     """
+    # Parameters of half precision, too: their gradients are sums over all elements, and the parts of a sum cancel.
+    scale, bit_width, offset = wide(scale), wide(bit_width), None if offset is None else wide(offset)
     quant_min, quant_max = integer_range(bit_width, signed)
     if elements_per_scale is not None:
         factor = torch.rsqrt(elements_per_scale * quant_max.detach())

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +29,7 @@ from qvit.convert import quantize
 from qvit.cost import CostModel, format_bops, parse_budget
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.families import inspect_model
+from qvit.families.tokens import patch_grid
 from qvit.files import write_json
 from qvit.methods.pmq import (
     HIGH,
@@ -225,7 +225,7 @@ def important_patches(model: nn.Module, images: Tensor) -> dict[str, tuple[Tenso
         images: (B, channels, height, width).
 
     Returns:
-        By block: bool (B, patches), row by row, and the widths of important and other patches.
+        By block: bool (B, rows, columns), and the widths of important and other patches.
     """
     ranks: dict[str, Tensor] = {}
     specs: dict[str, TensorSpec] = {}
@@ -252,7 +252,9 @@ def important_patches(model: nn.Module, images: Tensor) -> dict[str, tuple[Tenso
         split = specs[block].token_bit_width
         assert split is not None
         prefix = int((rank[0] < 0).sum())
-        found[block] = (rank[:, prefix:] < split.important(rank.shape[1]), specs[block].widths[0], split.low)
+        important = rank[:, prefix:] < split.important(rank.shape[1])
+        grid = patch_grid(model, block, (images.shape[2], images.shape[3]))
+        found[block] = (important.unflatten(1, grid), specs[block].widths[0], split.low)
     return found
 
 
@@ -265,13 +267,11 @@ def _pictures(subject: Subject, model: nn.Module, count: int) -> list[dict[str, 
     for number, image in enumerate(images.cpu()):
         layers = []
         for block, (important, high, low) in found.items():
-            rows = math.isqrt(important.shape[1])
-            marks = "".join("1" if mark else "0" for mark in important[number].tolist())
-            columns = important.shape[1] // rows
-            grid = {"rows": rows, "columns": columns, "important": marks}
+            marks = "".join("1" if mark else "0" for mark in important[number].flatten().tolist())
+            grid = {"rows": important.shape[1], "columns": important.shape[2], "important": marks}
             layers.append({"layer": block, "high": high, "low": low} | grid)
         pixels = ((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-        pictures.append({"png": _png(pixels), "layers": layers})
+        pictures.append({"png": _png(pixels), "height": pixels.shape[1], "width": pixels.shape[2], "layers": layers})
     return pictures
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import timm
 import torch
-from timm.layers import SwiGLUPacked
+from timm.layers import SwiGLUPacked, get_norm_layer
 from timm.models.vision_transformer import (
     Attention,
     DiffParallelScalingBlock,
@@ -366,6 +367,53 @@ def test_what_is_not_supported_is_refused_by_name(name: str) -> None:
     with pytest.raises(UsageError):
         inspect_model(model)
     assert list(model.state_dict()) == keys, "a refused model stays as it was"
+
+
+NORMS = {
+    "batchnorm2d": "BatchNorm2d",
+    "groupnorm1": "GroupNorm1",
+    "layernorm2d": "LayerNorm2d",
+    "rmsnorm2d": "RmsNorm2d",
+    "simplenorm2d": "SimpleNorm2d",
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_of_channels_that_come_first_are_refused_by_name(norm: str) -> None:
+    """Built they are, and no float model with them answers."""
+    size = {"img_size": 32, "num_classes": 3}
+    vit = {"depth": 1, "embed_dim": 24, "num_heads": 3, "norm_layer": get_norm_layer(norm)}
+    swin = {"depths": (1, 1), "embed_dim": 16, "num_heads": (2, 4), "window_size": 4, "norm_layer": vit["norm_layer"]}
+    models = {
+        "patch_embed.norm": VisionTransformer(**SIZE, embed_norm_layer=get_norm_layer(norm)),
+        "norm": VisionTransformer(**SIZE, norm_layer=norm),
+        "blocks.0.norm1": timm.create_model("cait_xxs24_224", **size, **vit),
+        "blocks.0.norm2": timm.create_model("eva02_tiny_patch14_224", **(size | {"img_size": 28}), **vit),
+        "patch_embed.norm ": timm.create_model("swin_tiny_patch4_window7_224", **size, **swin),
+    }
+    for path, model in models.items():
+        assert path.strip() in dict(model.named_modules())
+        with pytest.raises(UsageError, match=rf"norm of another axis.*'[\w.]*norm\w*' \({NORMS[norm]}\)"):
+            quantize(model, "w4a4")
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32", "simplenorm"])
+def test_norms_of_the_last_axis_are_known(norm: str) -> None:
+    model, images = VisionTransformer(**SIZE, norm_layer=norm).eval(), torch.randn(2, 3, 16, 16)
+    quantized = calibrate(quantize(model, "w4a4"), [images]).eval()
+    with torch.no_grad(), quantizers_disabled(quantized):
+        torch.testing.assert_close(quantized(images), model(images), rtol=1e-5, atol=1e-6)
+
+
+def test_hybrid_stems_are_refused_by_name() -> None:
+    """Every one of timm, without storage, as `train --dry-run` builds them."""
+    names = [n for n in timm.list_models("vit_*") if re.search(r"_(r|r26|r50|resnet\d+d?)(_s\d+.*)?_\d+$", n)]
+    assert len(names) > 10
+    for name in names:
+        with torch.device("meta"):
+            model = timm.create_model(name, depth=1)
+        with pytest.raises(UsageError, match=r"'patch_embed\.backbone\."):
+            quantize(model, "w4a4")
 
 
 def test_a_subclass_of_the_model_is_refused() -> None:

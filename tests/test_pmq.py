@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,20 @@ class TestModel:
         assert not torch.equal(
             model(digit_batches(1)[0]), calibrated_model("w4a4", depth=2).eval()(digit_batches(1)[0])
         )
+
+    @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+    def test_patches_lie_where_the_model_has_them(self, name: str) -> None:
+        tiny: dict[str, Any] = {"embed_dim": 16, "num_heads": 2, "depth": 2}
+        expected = {"blocks.0": (4, 2), "blocks.1": (4, 2)}
+        if name.startswith("swin"):
+            tiny = {"embed_dim": 16, "num_heads": (2, 4), "depths": (1, 1), "window_size": 2}
+            expected = {"layers.0.blocks.0": (16, 8), "layers.1.blocks.0": (8, 4)}
+        model = create_model(name, img_size=(64, 32), num_classes=3, **tiny).eval()
+        cost, images = inspect_model(model), torch.randn(2, 3, 64, 32)
+        splits = dict.fromkeys(token_blocks(cost), Split(8, 4, 0.5))
+        quantized = quantize(model, split_plan(QuantPlan.preset("w6a6"), cost, splits))
+        found = important_patches(calibrate(quantized, [images]).eval(), images)
+        assert {block: tuple(important.shape[1:]) for block, (important, *_) in found.items()} == expected
 
     def test_float_keys_and_numbers_survive(self) -> None:
         model = digits_model(depth=2)
@@ -444,6 +459,29 @@ class TestEndToEnd:
         record["images"][0]["layers"][0]["important"] = "01"
         with pytest.raises(ValueError, match="2 patches do not fill"):
             render_patches(record)
+
+    def test_eight_rows_of_four_patches_are_drawn_so(self, tmp_path: Path) -> None:
+        kwargs = {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": (1, 2)}
+        patchwise(replace(self.REQUEST, model_kwargs=kwargs), tmp_path, budget="4bit", picture=2)
+        record = json.loads((tmp_path / "patches.json").read_text())
+        (image, *_) = record["images"]
+        assert (image["height"], image["width"]) == (8, 8)
+        assert {(layer["rows"], layer["columns"]) for layer in image["layers"]} == {(8, 4)}
+        image["layers"][0]["important"] = "1" * 29 + "011"  # one low patch: row 7, column 1
+        path = render_patches(record).split('fill="#6a1fb0"')[0].rpartition("<path")[2]
+        assert path == ' d="M35.00 122.50h35.00v17.50h-35.00z" '
+
+    def test_an_image_is_drawn_with_its_own_sides(self) -> None:
+        layer = {"layer": "blocks.0", "high": 5, "low": 3, "rows": 2, "columns": 4, "important": "11111110"}
+        image = {"png": "", "height": 100, "width": 200, "layers": [layer]}
+        page = render_patches({"model": "vit", "plan": "p", "images": [image]})
+        assert page.count('viewBox="0 0 140 70" width="140" height="70"') == 2
+        assert '<image id="picture-0" width="140" height="70" preserveAspectRatio="none"' in page
+        assert "M105.00 35.00h35.00v35.00h-35.00z" in page
+        old = {key: value for key, value in image.items() if key not in ("height", "width")}
+        assert 'viewBox="0 0 140 140"' in render_patches({"model": "vit", "plan": "p", "images": [old]})
+        with pytest.raises(ValueError, match="no sides of 200 × 0 pixels"):
+            render_patches({"model": "vit", "plan": "p", "images": [image | {"height": 0}]})
 
     def test_mistakes(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="unknown allocation 'averge'; did you mean 'average'"):

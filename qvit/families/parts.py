@@ -4,6 +4,7 @@ A `Part` is a layer or an attention module with all that qvit has to know: its s
 take its modules' place. A `FamilyOfParts` names the parts of a model once; sites, costs and conversion all follow from
 that one list, so they cannot disagree. So does the refusal: a layer with weights that is in no part raises, with its
 path. The few that stay in float on purpose are listed by the family (`float_modules`), with the reason beside them.
+A norm whose channels come first raises, too: such a model computes nothing, in float neither.
 
 MACs, for N tokens of which each attends to M (M = N without windows), C input channels and H·d channels of all heads:
 
@@ -22,12 +23,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
-from timm.layers.activations import GELU, GELUTanh
 from torch import nn
 
 from qvit.cost import Matmul
 from qvit.errors import UsageError
+from qvit.families.activations import activation_spec
 from qvit.families.tokens import RankedMlp
 from qvit.layers import (
     QKV,
@@ -87,7 +89,7 @@ class FamilyOfParts:
                 model.set_submodule(path, quantized)
 
     def _all_parts(self, model: nn.Module) -> list[Part]:
-        """All parts. Raises UsageError if a layer with weights is in none of them."""
+        """All parts. Raises UsageError if a layer with weights is in none of them, or a norm takes channels first."""
         parts = list(self.parts(model))
         known = {path for part in parts for path, _ in part.replacements}
         exempt = set(self.float_modules(model))
@@ -97,13 +99,40 @@ class FamilyOfParts:
                     f"this {type(model).__name__} has a layer that qvit does not quantize yet: '{path}' "
                     f"({type(module).__name__}). Supported are {self.supported}"
                 )
+            if not channels_last(module):
+                raise UsageError(
+                    f"this {type(model).__name__} has a norm of another axis than the channels of tokens, which come "
+                    f"last: '{path}' ({type(module).__name__}). Supported are norms such as LayerNorm and RmsNorm, and "
+                    f"{self.supported}"
+                )
         return parts
 
 
 #: Layers that multiply by weights. A parameter's outer and element-wise products are no such layer.
 _WITH_WEIGHTS = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+#: Norms of axis 1, or of groups of it.
+_CHANNELS_FIRST = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.GroupNorm, nn.LocalResponseNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
 #: Feed-forward modules of timm that are sequences of linear layers, with at most an element-wise gate between.
 MLPS = (Mlp, RankedMlp, GluMlp, SwiGLU)
+
+
+def channels_last(module: nn.Module) -> bool:
+    """False for a norm that cannot be applied to tokens (B, N, C); anything else than a norm can."""
+    if isinstance(module, _CHANNELS_FIRST):
+        return False
+    shape = getattr(module, "normalized_shape", None)
+    if not isinstance(shape, tuple):
+        return True
+    weight = next(module.parameters(), torch.zeros(()))  # LayerNorm2d is a LayerNorm: only trying tells them apart
+    tokens = weight.new_zeros(2, 3, *shape)
+    try:
+        with torch.no_grad():
+            return len(shape) == 1 and module.forward(tokens).shape == tokens.shape
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -146,14 +175,19 @@ def classifiers(model: nn.Module, tokens: int, *paths: str) -> Iterator[Part]:
 def mlp_parts(path: str, mlp: nn.Module, tokens: int) -> Iterator[Part]:
     """The linear layers of a feed-forward module, in the order of its definition.
 
-    The input of the second one gets LSQ+'s offset where a GELU's output arrives there unchanged.
+    The input of the second one has the grid that the activation function asks for, where that function's output arrives
+    there unchanged: neither multiplied by a gate nor normalised.
     """
-    act, gated = getattr(mlp, "act", None), hasattr(mlp, "gate_last")
-    offset = isinstance(act, (nn.GELU, GELU, GELUTanh)) and isinstance(getattr(mlp, "norm", None), nn.Identity)
-    after_gelu = TensorSpec(signed=False, symmetric=False)
+    first, second = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
+    direct = (
+        isinstance(first, nn.Linear)
+        and isinstance(second, nn.Linear)
+        and first.out_features == second.in_features
+        and isinstance(getattr(mlp, "norm", None), nn.Identity)
+    )
     for name, module in mlp.named_children():
         if isinstance(module, nn.Linear):
-            inputs = after_gelu if name == "fc2" and offset and not gated else None
+            inputs = activation_spec(getattr(mlp, "act", None)) if module is second and direct else None
             yield linear_part(f"{path}.{name}", module, tokens, inputs=inputs)
 
 

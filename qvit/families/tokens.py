@@ -130,6 +130,16 @@ def with_tokens(sites: list[Site], tokens: int, prefix: int) -> list[Site]:
     ]
 
 
+def patch_grid(model: nn.Module, block: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of the patches that the block at path `block` sees of an image of `size` (height, width)."""
+    resolution = getattr(model.get_submodule(block), "input_resolution", None)  # Swin: each stage has its own
+    if resolution is None:
+        embed: Any = model.get_submodule("patch_embed")
+        resolution = embed.dynamic_feat_size(size)
+    rows, columns = resolution
+    return int(rows), int(columns)
+
+
 def rank_blocks(model: nn.Module) -> None:
     """Makes the blocks of a converted VisionTransformer rank their tokens, in place."""
     vit: Any = model

@@ -9,7 +9,8 @@ Prefix tokens may be any number; qk-norm, LayerScale, pre- and post-norm blocks 
     attn.probs                         H    softmax output, unsigned
     attn.output                        H    head outputs before concatenation: the input of proj
     attn.proj.weight                   H    blocks of input columns
-    mlp.fc1.input, mlp.fc1.weight, mlp.fc2.input (the GELU's output), mlp.fc2.weight
+    mlp.fc1.input, mlp.fc1.weight, mlp.fc2.input (the GELU's output, see
+                                            `families/activations.py`), mlp.fc2.weight
 
 and `patch_embed.proj.{input,weight}`, `head.{input,weight}` (`head_dist` too for distilled DeiT). LayerNorm, softmax,
 GELU, residuals, biases, tokens and position embeddings stay in float. MACs for N tokens (prefix tokens included): N·C²

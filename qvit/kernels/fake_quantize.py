@@ -124,7 +124,7 @@ def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Met
         found: Any = gpu.resolve(scales, offsets, bit_width, *about, mixed=True)
         if found is not None:
             return Mixed(Grid(*found[:4]), Grid(*found[5:9]), found[10]), found[4]
-    width = bit_width.detach().clamp(least, most)
+    width = wide(bit_width.detach()).clamp(least, most)
     lower = width.floor().clamp_max(max(least, most - 1))
     upper = _fixed(scales, offsets, (lower + 1).clamp_max(most), meta)
     return Mixed(_fixed(scales, offsets, lower, meta), upper, width - lower), lower
@@ -152,9 +152,9 @@ def _at_once(scales: Tensor, meta: Meta) -> bool:
 
 def formula_resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid, Tensor]:
     """`resolve`, operation by operation."""
-    width = bit_width if meta.limits is None else bit_width.clamp(*meta.limits).round()
-    scale = pick_column(scales, width, meta.candidates).clamp_min(SMALLEST_SCALE)
-    offset = None if offsets is None else pick_column(offsets, width, meta.candidates)
+    width = wide(bit_width) if meta.limits is None else wide(bit_width).clamp(*meta.limits).round()
+    scale = wide(pick_column(scales, width, meta.candidates)).clamp_min(SMALLEST_SCALE)
+    offset = None if offsets is None else wide(pick_column(offsets, width, meta.candidates))
     return Grid(scale, offset, *(meta.known_range or integer_range(width, meta.signed))), width
 
 
@@ -243,8 +243,9 @@ def quantize_on(
             if cpu.handles(x):
                 out = None if scratch is None else cpu.scratch(scratch, x.shape, dtype, x)
                 return cpu.forward_mixed(x, grid, dtype, out)
-        values, upper = quantize_on(x, grid.lower, dtype), quantize_on(x, grid.upper, dtype)
-        return values.lerp_(upper, grid.share.to(values.dtype))
+        within = torch.promote_types(dtype, torch.float32)  # the mixture is rounded, not its parts
+        values, upper = (quantize_on(x, own, within) for own in (grid.lower, grid.upper))
+        return values.lerp_(upper, grid.share.to(within)).to(dtype)
     if torch.compiler.is_compiling():
         return _forward(x, *grid, dtype=dtype)
     if _directly(x) and (found := gpu.forward(x, grid, dtype or x.dtype)) is not None:
@@ -283,7 +284,9 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid | Mixed, out: Tensor | None 
         slope = difference_on(grad, x, grid.upper, grid.lower)
         of_upper, above = backward_on(grad, x, grid.upper)
         grad_x, below = backward_on(grad, x, grid.lower, out)
-        grad_x = grad_x.lerp_(of_upper, grid.share.to(grad_x.dtype))
+        mixed = wide(grad_x)
+        mixed.lerp_(wide(of_upper), grid.share.to(mixed.dtype))
+        grad_x = mixed if mixed.dtype == grad_x.dtype else grad_x.copy_(mixed)
         return grad_x, torch.cat([below * (1 - grid.share), above * grid.share, slope[None]])
     if torch.compiler.is_compiling():
         return _backward(grad, x, *grid)

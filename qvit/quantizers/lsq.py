@@ -39,7 +39,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from qvit.functional import SMALLEST_SCALE, integer_range, pick_column
+from qvit.functional import SMALLEST_SCALE, integer_range, pick_column, wide
 from qvit.kernels.fake_quantize import FakeQuantize, Learned, Meta, fuses
 from qvit.quantizers.base import Quantizer, has_hooks, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
@@ -85,7 +85,7 @@ class LSQQuantizer(Quantizer):
         form = self.spec.scale_gradient
         if form in NORMS:
             assert x is not None
-            norm = x.abs().sum_to_size(self.groups).to(self.scale.dtype) * self.batch_parts
+            norm = wide(x.abs()).sum_to_size(self.groups).to(self.scale.dtype) * self.batch_parts
             norm = norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.25)
             return norm.square() if form == "norm-squared" else norm
         return count * self.batch_parts // self.num_groups

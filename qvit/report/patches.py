@@ -1,7 +1,7 @@
 """The picture of patch-wise widths, from its JSON file alone: which patches of real images got which bits.
 
 Every image is drawn once per block, the patches with the lower width in violet. The picture itself is in the
-page once: the drawings refer to it.
+page once: the drawings refer to it. Files of earlier versions do not tell the image's sides: it is drawn as a square.
 """
 
 from __future__ import annotations
@@ -38,24 +38,35 @@ def render_patches(record: Mapping[str, Any], *, title: str | None = None) -> st
 
 def _image(number: int, image: Mapping[str, Any]) -> str:
     source = f"data:image/png;base64,{escape(image['png'])}"
-    picture = f'<image id="picture-{number}" width="{SIDE}" height="{SIDE}" href="{source}"/>'
-    drawings = [_drawing(picture, "", "the image", "the image")]
+    width, height = sides = _sides(image)
+    box = f'width="{width:g}" height="{height:g}"'
+    picture = f'<image id="picture-{number}" {box} preserveAspectRatio="none" href="{source}"/>'
+    drawings = [_drawing(sides, picture, "", "the image", "the image")]
     for layer in image["layers"]:
         marks = str(layer["important"])
         few = marks.count("1")
         text = f"{layer['layer']}: {layer['high']} or {layer['low']} bits"
         alt = f"{layer['layer']}: {few} of {len(marks)} patches have {layer['high']} bits, the others {layer['low']}"
-        drawings.append(_drawing(f'<use href="#picture-{number}"/>', _low(layer, marks), text, alt))
+        drawings.append(_drawing(sides, f'<use href="#picture-{number}"/>', _low(layer, marks, sides), text, alt))
     style = f"display:grid;grid-template-columns:repeat(auto-fill,minmax({SIDE + 20}px,1fr));gap:12px"
     return f'<div style="{style}">{"".join(drawings)}</div>'
 
 
-def _low(layer: Mapping[str, Any], marks: str) -> str:
+def _sides(image: Mapping[str, Any]) -> tuple[float, float]:
+    """Width and height of the drawing of an image, the longer one `SIDE`."""
+    width, height = int(image.get("width", 1)), int(image.get("height", 1))
+    if min(width, height) < 1:
+        raise ValueError(f"an image has no sides of {width} × {height} pixels")
+    longer = max(width, height)
+    return max(1.0, SIDE * width / longer), max(1.0, SIDE * height / longer)
+
+
+def _low(layer: Mapping[str, Any], marks: str, sides: tuple[float, float]) -> str:
     """The patches of the lower width, as one path."""
     columns, rows = int(layer["columns"]), int(layer["rows"])
     if columns * rows != len(marks) or not rows:
         raise ValueError(f"{len(marks)} patches do not fill {rows} × {columns}")
-    width, height = SIDE / columns, SIDE / rows
+    width, height = sides[0] / columns, sides[1] / rows
     steps = [
         f"M{index % columns * width:.2f} {index // columns * height:.2f}h{width:.2f}v{height:.2f}h{-width:.2f}z"
         for index, mark in enumerate(marks)
@@ -64,7 +75,8 @@ def _low(layer: Mapping[str, Any], marks: str) -> str:
     return f'<path d="{"".join(steps)}" fill="#6a1fb0" fill-opacity="0.7"/>'
 
 
-def _drawing(picture: str, overlay: str, caption: str, alt: str) -> str:
-    box = f'viewBox="0 0 {SIDE} {SIDE}" width="{SIDE}" height="{SIDE}"'
+def _drawing(sides: tuple[float, float], picture: str, overlay: str, caption: str, alt: str) -> str:
+    width, height = sides
+    box = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
     drawn = f'<svg {box} role="img" aria-label="{escape(alt)}">{picture}{overlay}</svg>'
     return f'<figure style="margin:0">{drawn}<figcaption>{escape(caption)}</figcaption></figure>'
