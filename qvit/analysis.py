@@ -21,7 +21,6 @@ stopped, or that asks for more, goes on where the file ends.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 from qvit.calibration import calibrate
 from qvit.convert import quantize
 from qvit.cost import CostModel
+from qvit.documents import Analysis, read_document
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.families import inspect_model
 from qvit.files import write_json
@@ -336,11 +336,11 @@ def _begun(file: Path, settings: dict[str, Any], cost: CostModel) -> dict[str, A
     if not file.is_file():
         return _fresh(settings, cost)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        same = record["format"] == FORMAT and record["version"] == VERSION
-        before: dict[str, Any] = record["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QvitError(f"cannot read the analysis {file}: {error}; --overwrite begins anew") from None
+        record = read_document(Analysis, file, "analysis")
+    except QvitError as error:
+        raise QvitError(f"{error}; --overwrite begins anew") from None
+    same = record["format"] == FORMAT and record["version"] == VERSION
+    before: dict[str, Any] = record["settings"]
     differing = [key for key in settings if before.get(key) != settings[key]]
     if not same or differing:
         key = differing[0] if differing else "version"

@@ -209,7 +209,7 @@ class DifferentiableCost(torch.nn.Module):
         return (self.coefficients * wide[self.left] * wide[self.right]).sum()
 
 
-_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>bits?|g|m|%|)", re.IGNORECASE)
+_BUDGET = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>bits?|g|m|%|)", re.IGNORECASE)
 
 
 def parse_budget(text: str, cost: CostModel) -> int:

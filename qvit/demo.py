@@ -13,7 +13,6 @@ table and the sentences below it are computed from the runs.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -22,11 +21,12 @@ from typing import Any
 from rich.console import Console
 
 from qvit.deploy.summary import describe
-from qvit.errors import UsageError
+from qvit.documents import DemoResults, Result, read_document
+from qvit.errors import QvitError, UsageError
 from qvit.files import write_json
 from qvit.jobs import Job, run_jobs
 from qvit.packed_run import compare_packed, write_packed
-from qvit.rundir import LOG, RESULT
+from qvit.rundir import RESULT
 from qvit.training.config import TrainConfig
 from qvit.training.data import open_data
 from qvit.training.models import WEIGHTS_FILE
@@ -126,15 +126,13 @@ def run_demo(
 
 def summarize(folder: Path, listed: list[Job]) -> dict[str, Any]:
     """The table of the demo from the runs' results. Accuracies in percent, deviation over seeds (n - 1)."""
-    results = {
-        job.name: json.loads((folder / "runs" / job.name / RESULT).read_text(encoding="utf-8")) for job in listed
-    }
-    floats = [result["accuracy"] for result in results.values() if result["method"] == "float"]
+    results = {job.name: read_document(Result, folder / "runs" / job.name / RESULT, "result") for job in listed}
+    floats = [results[job.name]["accuracy"] for job in listed if job.config.method == "float"]
     rows = []
     for budget in BUDGETS:
         for method in METHODS:
-            names = [name for name, own in results.items() if (own["method"], own["budget"]) == (method, budget)]
-            group = [results[name] for name in names]
+            own = [job for job in listed if (job.config.method, job.config.budget) == (method, budget)]
+            group = [results[job.name] for job in own]
             accuracies = [result["accuracy"] for result in group]
             rows.append(
                 {
@@ -144,8 +142,8 @@ def summarize(folder: Path, listed: list[Job]) -> dict[str, Any]:
                     "weight_bytes": round(statistics.mean(result["weight_bytes"] for result in group)),
                     "accuracy_mean": statistics.mean(accuracies),
                     "accuracy_std": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
-                    "train_loss_mean": _final_loss([folder / "runs" / name for name in names]),
-                    "seeds": [result["seed"] for result in group],
+                    "train_loss_mean": _final_loss([folder / "runs" / job.name for job in own]),
+                    "seeds": [job.config.seed for job in own],
                 }
             )
     return {
@@ -223,16 +221,15 @@ def verdict(results: dict[str, Any]) -> list[str]:
 def _previous(folder: Path) -> dict[str, Any]:
     """What a complete demo has written already."""
     try:
-        return dict(json.loads((folder / RESULTS).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        return read_document(DemoResults, folder / RESULTS, "results")
+    except QvitError:
         return {}
 
 
 def _final_loss(runs: list[Path]) -> float | None:
     """Mean training loss over the last five epochs of some runs: what accuracy on few test images cannot resolve."""
-    losses: list[float] = []
-    for run in runs:
-        lines = (run / LOG).read_text(encoding="utf-8").splitlines() if (run / LOG).is_file() else []
-        epochs = [json.loads(line) for line in lines if line.startswith('{"event": "epoch"')]
-        losses += [epoch["train_loss"] for epoch in epochs[-5:]]
+    from qvit.report import load_runs
+
+    epochs = [epoch for run in load_runs(runs) for epoch in run.log.epochs[-5:]]
+    losses = [epoch.train_loss for epoch in epochs if epoch.train_loss is not None]
     return statistics.mean(losses) if losses else None

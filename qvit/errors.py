@@ -19,6 +19,15 @@ class UsageError(QvitError, ValueError):
     """A request that cannot be meant: an unknown name, a contradiction between options, a wrong order of calls."""
 
 
+_LONGEST_NAME, _LONGEST_VALUE = 120, 60
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: cut short, because files of strangers hold texts of any length."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Completes an "unknown name" message: `"; did you mean 'a' or 'b'?"`, or an empty string if nothing is close.
 
@@ -27,7 +36,7 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
         candidates: What is allowed.
         count: The largest number of names offered.
     """
-    given = name.lower()
+    given = name.lower()[:_LONGEST_NAME]
     scored = []
     for candidate in dict.fromkeys(candidates):
         other = candidate.lower()

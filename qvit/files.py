@@ -68,23 +68,29 @@ def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
 
 
-def read_text(path: str | Path, what: str, *, limit: int = TEXT_LIMIT) -> str:
-    """The text of a UTF-8 file; see `read_bytes`."""
+def read_text(path: str | Path, what: str, *, limit: int = TEXT_LIMIT, errors: str = "strict") -> str:
+    """The text of a UTF-8 file; see `read_bytes`, and `bytes.decode` for `errors`."""
     try:
-        return read_bytes(path, what, limit=limit).decode("utf-8-sig")
+        return read_bytes(path, what, limit=limit).decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
         raise QvitError(f"the {what} {path} is not UTF-8 (byte {error.start}): it cannot be read") from None
 
 
-def parse_json(text: str | bytes) -> Any:
-    """Plain data of a JSON text. Raises ValueError, with the reason, for anything outside the limits above."""
+def parse_json(text: str | bytes, *, gaps: bool = False) -> Any:
+    """Plain data of a JSON text. Raises ValueError, with the reason, for anything outside the limits above.
+
+    Args:
+        text: As text or UTF-8.
+        gaps: Puts None for numbers that are none or too large, as logs of diverged runs have them.
+    """
+    number: Callable[[Callable[[str], Any]], Callable[[str], Any]] = _or_none if gaps else lambda parse: parse
     try:
         data = json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_int=_integer,
-            parse_float=_finite,
+            parse_constant=number(_no_constant),
+            parse_int=number(_integer),
+            parse_float=number(_finite),
         )
     except RecursionError:
         data = None
@@ -115,6 +121,16 @@ def read_object(path: str | Path, what: str, *, limit: int = TEXT_LIMIT) -> dict
 def _kind(value: Any) -> str:
     kinds = {list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
     return kinds.get(type(value), "null")
+
+
+def _or_none(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parsed(digits: str) -> Any:
+        try:
+            return parse(digits)
+        except ValueError:
+            return None
+
+    return parsed
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ with those that started from it. A job that fails takes with it those that start
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -26,7 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from qvit.errors import QvitError
 from qvit.ptq_run import ptq
 from qvit.run import resume, train
-from qvit.rundir import CONFIG, LOG, RESULT, forget_progress
+from qvit.rundir import LOG, RESULT, forget_progress, read_config
 from qvit.training.checkpoint import last_checkpoint
 from qvit.training.config import TrainConfig
 
@@ -93,8 +92,8 @@ def run_jobs(
 
 def _same_config(run: Path, config: TrainConfig) -> bool:
     try:
-        record = json.loads((run / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        _, record = read_config(run)
+    except QvitError:
         return False
     wanted = config.model_dump(mode="json")
     for values in (record, wanted):  # the folder may have been moved
@@ -190,7 +189,8 @@ def _run(function: Callable[[str, dict[str, Any]], dict[str, Any]], run: str, va
 
 def seconds_of(result: dict[str, Any]) -> float:
     """What a run took, training or not."""
-    return result.get("seconds_total", result["seconds"])
+    total = result.get("seconds_total")
+    return result["seconds"] if total is None else total
 
 
 def _announce(job: Job, result: dict[str, Any], console: Console) -> None:
@@ -201,7 +201,8 @@ def _epochs_done(run: Path) -> int:
     """Epochs in the log of a run that may be writing it."""
     try:
         return sum(
-            line.startswith('{"event": "epoch"') for line in (run / LOG).read_text(encoding="utf-8").splitlines()
+            line.startswith('{"event": "epoch"')
+            for line in (run / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
         )
     except OSError:
         return 0

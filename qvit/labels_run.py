@@ -45,7 +45,7 @@ class LabelRequest(BaseModel):
     and 0 for digits. `top_k` is a number of classes, or "full". By default a shard has about 2¹⁸ crops.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     model: str
     model_kwargs: dict[str, Any] = Field(default_factory=dict)

@@ -6,7 +6,6 @@ seed and accuracies; of paths only their last part.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from qvit.deploy.artifact import Artifact
 from qvit.deploy.container import is_packed
 from qvit.deploy.engines import Engine, load
-from qvit.errors import QvitError, UsageError
+from qvit.documents import Result, read_document
+from qvit.errors import UsageError
 from qvit.methods import create_method
 from qvit.plan import QuantPlan
 from qvit.ptq_run import score_beside
@@ -34,15 +34,6 @@ _OPTIONS = (
     "calibration_images", "precision",
 )  # fmt: skip
 _RESULTS = ("accuracy", "top5", "float_accuracy", "images", "bit_operations")
-#: Arguments of `timm.create_model` that say where weights come from, not what the model is.
-_ORIGIN = {
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_strict",
-    "checkpoint_path",
-    "cache_dir",
-    "pretrained",
-}
 
 
 def pack_run(run: str | Path) -> Artifact:
@@ -65,7 +56,7 @@ def pack_run(run: str | Path) -> Artifact:
     return Artifact.from_model(
         model,
         model_name=config.model.removeprefix("timm/"),
-        model_kwargs={key: value for key, value in kwargs.items() if key not in _ORIGIN},
+        model_kwargs=kwargs,
         data_config=data_config_of(model),
         class_names=tuple(record.get("class_names", ())),
         provenance=_provenance(record, _read_result(folder)),
@@ -157,12 +148,7 @@ def compare_packed(
 
 
 def _read_result(folder: Path) -> dict[str, Any]:
-    try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise QvitError(f"cannot read {folder / RESULT}: {error}") from None
-    if not isinstance(result, dict):
-        raise QvitError(f"cannot read {folder / RESULT}: it is no JSON object")
+    result = read_document(Result, folder / RESULT, "result")
     return {key: result[key] for key in _RESULTS if key in result}
 
 

@@ -18,7 +18,6 @@ nearest site: a typo must not become a silent default.
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,11 +25,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from qvit.cost import FLOAT_BITS, TokenWidths, Widths
-from qvit.errors import QvitError, UsageError, nearest
-from qvit.files import write_json
-from qvit.spec import Site, TensorSpec
+from qvit.errors import UsageError, nearest, shown
+from qvit.files import read_json, write_json
+from qvit.spec import MOST_SITES, Site, TensorSpec
 
 FORMAT, VERSION = "qvit-plan", 1
+_MOST_RULES, _LONGEST_NAME = 1000, 500
 _PRESET = re.compile(r"w(\d{1,2})a(\d{1,2})")
 
 
@@ -199,29 +199,30 @@ class QuantPlan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise UsageError(f'not a plan: a plan is a JSON object with "format": "{FORMAT}"')
         if data.get("version") != VERSION:
-            raise UsageError(f"plan of version {data.get('version')!r}; this qvit reads version {VERSION}")
+            raise UsageError(f"plan of version {shown(data.get('version'))}; this qvit reads version {VERSION}")
         allowed = {"format", "version", "name", "model", "rules", "sites"}
         for key in data:
             if key not in allowed:
-                raise UsageError(f"unknown key '{key}' in a plan{nearest(key, allowed)}")
+                raise UsageError(f"unknown key {shown(key)} in a plan{nearest(key, allowed)}")
         rules, sites = data.get("rules", []), data.get("sites", {})
         if not isinstance(rules, list) or not isinstance(sites, dict) or not (rules or sites):
             raise UsageError('a plan has "rules" (a list) or "sites" (an object), and at least one entry')
+        if len(rules) > _MOST_RULES or len(sites) > MOST_SITES:
+            raise UsageError(
+                f"the plan has {len(rules):,} rules and {len(sites):,} sites; at most {_MOST_RULES:,} and "
+                f"{MOST_SITES:,} are read"
+            )
+        name, model = (_checked_name(data.get(key), key) for key in ("name", "model"))
         parsed: dict[str, TensorSpec | None] = {}
         for site, value in sites.items():
+            _checked_name(site, "site")
             if value is not None and not isinstance(value, dict):
-                raise UsageError(f"site '{site}' of a plan must be an object or null, not {value!r}")
+                raise UsageError(f"site '{site}' of a plan must be an object or null, not {shown(value)}")
             try:
                 parsed[site] = None if value is None else TensorSpec().changed(value)
             except UsageError as error:
                 raise UsageError(f"site '{site}' of the plan: {error}") from None
-        model = data.get("model")
-        return cls(
-            str(data.get("name", "plan")),
-            tuple(_rule_from_json(rule) for rule in rules),
-            parsed,
-            None if model is None else str(model),
-        )
+        return cls("plan" if name is None else name, tuple(_rule_from_json(rule) for rule in rules), parsed, model)
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON; a reader sees the old file or the new one, never half of it."""
@@ -232,13 +233,16 @@ class QuantPlan:
         """Reads a plan file, or the plan of a run directory. Raises QvitError naming the file."""
         file = Path(path) / "plan.json" if Path(path).is_dir() else Path(path)
         try:
-            return cls.from_json(json.loads(file.read_text(encoding="utf-8")))
+            return cls.from_json(read_json(file, "plan"))
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
-        except FileNotFoundError:
-            raise QvitError(f"no plan at {file}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise QvitError(f"cannot read the plan {file}: {error}") from None
+
+
+def _checked_name(value: Any, key: str) -> str | None:
+    """A name of a plan, or None. Raises UsageError for anything but a text of moderate length."""
+    if value is not None and not (isinstance(value, str) and len(value) <= _LONGEST_NAME):
+        raise UsageError(f"'{key}' of a plan must be a text of at most {_LONGEST_NAME} characters, not {shown(value)}")
+    return value
 
 
 def _widths_of(spec: TensorSpec) -> Sequence[int]:
@@ -260,14 +264,20 @@ def _rule_to_json(rule: Rule) -> dict[str, Any]:
 
 def _rule_from_json(data: Any) -> Rule:
     if not isinstance(data, dict) or not isinstance(data.get("pattern"), str):
-        raise UsageError(f'a rule is an object with a "pattern", not {data!r}')
+        raise UsageError(f'a rule is an object with a "pattern", not {shown(data)}')
+    _checked_name(data["pattern"], "pattern")
+    for key in ("optional", "float"):
+        if not isinstance(data.get(key, False), bool):
+            raise UsageError(f"{key} of rule '{data['pattern']}' must be true or false, not {shown(data[key])}")
     changes = {
         key: value for key, value in data.items() if key not in ("pattern", "role", "position", "optional", "float")
     }
     _check_changes(data["pattern"], changes)
     for key, allowed in (("role", ("weight", "activation")), ("position", ("first", "block", "last"))):
         if data.get(key) is not None and data[key] not in allowed:
-            raise UsageError(f"{key} '{data[key]}' of rule '{data['pattern']}' must be one of {', '.join(allowed)}")
+            raise UsageError(
+                f"{key} {shown(data[key])} of rule '{data['pattern']}' must be one of {', '.join(allowed)}"
+            )
     return Rule(
         data["pattern"],
         None if data.get("float") else changes,

@@ -27,6 +27,7 @@ from torch import nn
 from qvit.calibration import calibrate
 from qvit.convert import plan_of, quantize
 from qvit.cost import CostModel
+from qvit.documents import Outcome, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.families import inspect_model
 from qvit.files import parse_json, write_json
@@ -60,7 +61,7 @@ from qvit.training.labels import SoftLabelStore
 from qvit.training.labels.loading import StoredLabels
 from qvit.training.loading import Source
 from qvit.training.loop import Trainer, micro_batch
-from qvit.training.models import WEIGHTS_FILE, create_model
+from qvit.training.models import WEIGHTS_FILE, create_model, without_storage
 from qvit.training.processes import Processes
 from qvit.version import __version__
 
@@ -102,7 +103,7 @@ def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) 
     config, _ = read_config(run)
     if (run / RESULT).is_file():
         notify(f"{run} is finished")
-        return json.loads((run / RESULT).read_text(encoding="utf-8"))
+        return read_document(Outcome, run / RESULT, "result")
     processes = Processes(config.device)
     with processes.lost_ones_are_reported():
         state = None
@@ -120,7 +121,9 @@ def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
     run = Path(out)
     config, record = read_config(run)
     require_finished(run)
-    model = create_float_model(config, int(record["num_classes"]), load=False)
+    classes = int(record["num_classes"])
+    _require_bytes(run, without_storage(lambda: create_float_model(config, classes, load=False)))
+    model = create_float_model(config, classes, load=False)
     if create_method(config).quantizes:
         model = quantize(model, QuantPlan.load(run / PLAN), in_place=True)
     try:
@@ -128,6 +131,19 @@ def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
     except QvitError as error:
         raise QvitError(f"cannot read the weights of {run}: {error}") from None
     return model.to(device).eval()
+
+
+def _require_bytes(run: Path, model: nn.Module) -> None:
+    """Raises QvitError if a run's file of weights cannot hold those of its model, given without storage."""
+    try:
+        there = (run / WEIGHTS_FILE).stat().st_size
+    except OSError as error:
+        raise QvitError(f"cannot read the weights of {run}: {error.strerror}") from None
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    if needed > there:
+        raise QvitError(
+            f"cannot read the weights of {run}: {WEIGHTS_FILE} has {there:,} bytes, its model takes {needed:,}"
+        )
 
 
 def evaluate_run(

@@ -14,12 +14,13 @@ RUN/checkpoints/        the last checkpoints, from which a run continues bit for
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from qvit.documents import RunRecord, read_document
 from qvit.errors import QvitError, UsageError
+from qvit.files import MissingFile
 from qvit.training.checkpoint import FOLDER, last_checkpoint
 from qvit.training.config import TrainConfig
 from qvit.training.models import WEIGHTS_FILE
@@ -71,15 +72,16 @@ def read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """The config of a run and everything recorded beside it. Raises QvitError if this is no run directory."""
     if not run.is_dir():
         raise QvitError(f"no run at {run}")
+    file = run / CONFIG
     try:
-        record = json.loads((run / CONFIG).read_text(encoding="utf-8"))
-        return TrainConfig.create(
-            **{key: value for key, value in record.items() if key in TrainConfig.model_fields}
-        ), record
-    except FileNotFoundError:
+        record = read_document(RunRecord, file, "config")
+    except MissingFile:
         raise QvitError(f"{run} is not a run directory: it has no {CONFIG}") from None
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise QvitError(f"cannot read {run / CONFIG}: {error}") from None
+    try:
+        config = TrainConfig.create(**{key: value for key, value in record.items() if key in TrainConfig.model_fields})
+    except UsageError as error:
+        raise QvitError(f"the config {file}: {error}") from None
+    return config, record
 
 
 def require_finished(run: Path) -> None:

@@ -25,7 +25,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from qvit.errors import UsageError, nearest
+from qvit.errors import UsageError, nearest, shown
+
+#: No model has more, and no file may ask for more: blocks, attention heads of a block, tensors that are quantized.
+MOST_BLOCKS, MOST_HEADS, MOST_SITES = 256, 1024, 20_000
 
 
 @dataclass(frozen=True)
@@ -121,21 +124,22 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not isinstance(self.bit_width_range, tuple) or len(self.bit_width_range) != 2:
-            raise UsageError(f"bit_width_range {self.bit_width_range!r} must be two integers, the smaller first")
+            raise UsageError(f"bit_width_range {shown(self.bit_width_range)} must be two integers, the smaller first")
         if not isinstance(self.granularity, (PerTensor, PerChannel, PerHead)):
-            raise UsageError(f"granularity {self.granularity!r} must be one of {', '.join(GRANULARITIES)}")
+            raise UsageError(f"granularity {shown(self.granularity)} must be one of {', '.join(GRANULARITIES)}")
         if not self.widths:
             raise UsageError("bit_width is empty: give one width, or one per head")
+        if len(self.widths) > MOST_HEADS:
+            raise UsageError(f"bit_width has {len(self.widths):,} widths; a tensor has at most {MOST_HEADS:,} heads")
         low, high = self.bit_width_range
         if isinstance(low, bool) or isinstance(high, bool):
-            raise UsageError(f"bit_width_range {self.bit_width_range!r} must be two integers, the smaller first")
+            raise UsageError(f"bit_width_range {shown(self.bit_width_range)} must be two integers, the smaller first")
         if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= 16):
-            raise UsageError(
-                f"bit_width_range {self.bit_width_range} must be two integers between 1 and 16, the smaller first"
-            )
+            given = shown(self.bit_width_range)
+            raise UsageError(f"bit_width_range {given} must be two integers between 1 and 16, the smaller first")
         for width in self.widths:
             if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= 16:
-                raise UsageError(f"bit_width {width!r} must be an integer between 1 and 16")
+                raise UsageError(f"bit_width {shown(width)} must be an integer between 1 and 16")
             if self.learn_bit_width and not low <= width <= high:
                 raise UsageError(
                     f"bit_width {width} lies outside of the range {low} to {high} in which it is to be learned"
@@ -150,25 +154,25 @@ class TensorSpec:
             raise UsageError("an asymmetric spec has an unsigned grid and an offset: set signed=False")
         if self.width_gradient not in ("clipping", "interpolation", "difference"):
             raise UsageError(
-                f"width_gradient {self.width_gradient!r} must be 'clipping', 'interpolation' or 'difference'"
+                f"width_gradient {shown(self.width_gradient)} must be 'clipping', 'interpolation' or 'difference'"
             )
         if self.scale_gradient not in get_args(ScaleGradient):
             raise UsageError(
-                f"scale_gradient {self.scale_gradient!r} must be one of {', '.join(get_args(ScaleGradient))}"
+                f"scale_gradient {shown(self.scale_gradient)} must be one of {', '.join(get_args(ScaleGradient))}"
             )
         if self.token_bit_width is not None:
             self._check_tokens(self.token_bit_width)
 
     def _check_tokens(self, split: TokenSplit) -> None:
         if not isinstance(split, TokenSplit):
-            raise UsageError(f'token_bit_width must be {{"share": 0.5, "low": 3}} or null, not {split!r}')
+            raise UsageError(f'token_bit_width must be {{"share": 0.5, "low": 3}} or null, not {shown(split)}')
         low, share = split.low, split.share
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
-            raise UsageError(f"the share of important tokens must lie between 0 and 1, unlike {share!r}")
+            raise UsageError(f"the share of important tokens must lie between 0 and 1, unlike {shown(share)}")
         if isinstance(low, bool) or not isinstance(low, int) or not self.bit_width_range[0] <= low <= min(self.widths):
             raise UsageError(
                 f"the width of less important tokens must be an integer from {self.bit_width_range[0]} to the "
-                f"tensor's width, {min(self.widths)}, unlike {low!r}"
+                f"tensor's width, {min(self.widths)}, unlike {shown(low)}"
             )
         if not self.switchable_scale or self.learn_bit_width:
             raise UsageError("two widths in a tensor need a scale for each: set switchable_scale and fixed widths")
@@ -188,21 +192,22 @@ class TensorSpec:
         for key, value in changes.items():
             if key not in known:
                 raise UsageError(
-                    f"unknown key '{key}' in a tensor spec{nearest(key, known)} (keys: {', '.join(sorted(known))})"
+                    f"unknown key {shown(key)} in a tensor spec{nearest(key, known)} (keys: {', '.join(sorted(known))})"
                 )
             if key == "granularity" and isinstance(value, str):
                 if value not in GRANULARITIES:
-                    raise UsageError(
-                        f"unknown granularity '{value}'{nearest(value, GRANULARITIES)} ({', '.join(GRANULARITIES)})"
-                    )
+                    close = nearest(value, GRANULARITIES)
+                    raise UsageError(f"unknown granularity {shown(value)}{close} ({', '.join(GRANULARITIES)})")
                 value = GRANULARITIES[value]
             if key == "token_bit_width" and isinstance(value, Mapping):
                 if set(value) != {"share", "low"}:
-                    raise UsageError(f'token_bit_width must be {{"share": 0.5, "low": 3}} or null, not {dict(value)!r}')
+                    raise UsageError(
+                        f'token_bit_width must be {{"share": 0.5, "low": 3}} or null, not {shown(dict(value))}'
+                    )
                 value = TokenSplit(**value)
             expected = _PLAIN_TYPES.get(key)
             if expected is not None and not isinstance(value, expected):
-                raise UsageError(f"'{key}' of a tensor spec must be {expected.__name__}, not {value!r}")
+                raise UsageError(f"'{key}' of a tensor spec must be {expected.__name__}, not {shown(value)}")
             values[key] = tuple(value) if isinstance(value, list) else value
         return dataclasses.replace(self, **values)
 

@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qvit"
 # From the bottom up. A part may import from the layers below its own, and from its own layer as long as nothing goes in
 # a circle. The package itself (`qvit/__init__.py`, which re-exports the public API) is above all of them.
 LAYERS: list[set[str]] = [
-    {"version", "errors", "files", "tensors", "spec", "functional", "bins"},
+    {"version", "errors", "files", "documents", "tensors", "spec", "functional", "bins"},
     {"kernels"},
     {"plan", "cost", "quantizers"},
     {"layers"},
@@ -59,7 +59,7 @@ LAYERS: list[set[str]] = [
 NARROWER: dict[str, set[str]] = {
     "quantizers": {"errors", "spec", "functional", "kernels"},  # a quantizer knows nothing of plans or of what it costs
     "cost": {"errors", "spec", "functional"},  # costs are arithmetic on sites, whatever the plan or the model
-    "report": {"errors", "files"},  # reads JSON only: a run can be looked at wherever its files are
+    "report": {"errors", "files", "documents"},  # reads JSON only: a run can be looked at wherever its files are
 }
 
 # (file, imported module) → why this one import against the direction is right.

@@ -277,7 +277,7 @@ def test_unknown_models_and_arguments() -> None:
         create_model("deit_tinny_patch16_224")
     with pytest.raises(UsageError, match="unknown model 'vit_digit'.*'vit_digits'"):
         create_model("vit_digit")
-    with pytest.raises(UsageError, match="cannot make 'vit_digits'.*embed_dimm"):
+    with pytest.raises(UsageError, match="no argument 'embed_dimm'; did you mean 'embed_dim'"):
         create_model("vit_digits", embed_dimm=4)
     with pytest.raises(UsageError, match="cannot make 'vit_digits'"):
         create_model("vit_digits", embed_dim=5, num_heads=2)

@@ -128,7 +128,7 @@ class TestPage:
             "versions": {HOSTILE: HOSTILE},
             HOSTILE: HOSTILE,
         }
-        sites = {**vit_sites(2, 2), f"blocks.0.{HOSTILE}": 2, f"{HOSTILE}.weight": 1, "blocks.1.\ud800": 1}
+        sites = {**vit_sites(2, 2), f"blocks.0.{HOSTILE}": 2, f"{HOSTILE}.weight": 1}
         one = write_run(tmp_path / "a", sites=sites, command=[HOSTILE], seed=3, **hostile)
         two = write_run(tmp_path / "b<i>", sites=sites, killed=True, command=HOSTILE, **hostile)
         with (two / "log.jsonl").open("a") as file:

@@ -411,7 +411,7 @@ GOOD: dict[str, Any] = {"format": "qvit-plan", "version": 1, "name": "x", "rules
         (GOOD | {"rules": [{"pattern": 4}]}, 'a rule is an object with a "pattern"'),
         (GOOD | {"rules": [{"pattern": "*", "bitwidth": 4}]}, "unknown key 'bitwidth' in a tensor spec; did you mean"),
         (GOOD | {"rules": [{"pattern": "*", "role": "wieght"}]}, r"role 'wieght' of rule '\*' must be one of weight"),
-        (GOOD | {"rules": [{"pattern": "*", "position": 1}]}, r"position '1' of rule '\*' must be one of first"),
+        (GOOD | {"rules": [{"pattern": "*", "position": 1}]}, r"position 1 of rule '\*' must be one of first"),
         (GOOD | {"rules": [{"pattern": "*", "granularity": "per-row"}]}, "unknown granularity 'per-row'"),
         (GOOD | {"rules": [{"pattern": "*", "granularity": 1}]}, "granularity"),
         (GOOD | {"rules": [{"pattern": "*", "bit_width_range": 8}]}, "bit_width_range"),
@@ -451,7 +451,7 @@ def test_malformed_plans_are_refused(data: Any, message: str, tmp_path: Path) ->
 def test_files_that_are_no_json_give_one_clear_line(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "broken.json"
     file.write_bytes(content)
-    with pytest.raises(QvitError, match=r"cannot read the plan .*broken\.json") as caught:
+    with pytest.raises(QvitError, match=r"broken\.json(: |\b.* UTF-8)") as caught:
         QuantPlan.load(file)
     assert "\n" not in str(caught.value)
 

@@ -11,7 +11,6 @@ every head, which is exact where a head's weights are a multiple of eight, as in
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from qvit.cost import CostModel, Widths, format_bops, parse_budget
-from qvit.errors import QvitError, UsageError, nearest
+from qvit.errors import UsageError, nearest, shown
+from qvit.files import read_json
 from qvit.spec import Site
 
 BIT_OPERATIONS, WEIGHT_BYTES, MILLISECONDS = "bit_operations", "weight_bytes", "milliseconds"
-_LIMIT = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>bits?|gb|mb|kb|b|ms|%|)", re.IGNORECASE)
+_LIMIT = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>bits?|gb|mb|kb|b|ms|%|)", re.IGNORECASE)
+_WIDTH, _MOST = re.compile(r"[0-9]{1,2}"), 1e12
 _SIZES = {"gb": 1e9, "mb": 1e6, "kb": 1e3, "b": 1.0}
 
 
@@ -55,11 +56,9 @@ class Unit:
                 "({site: {width: milliseconds}} as JSON)"
             )
         try:
-            return cls(MILLISECONDS, _checked_table(json.loads(Path(value).read_text(encoding="utf-8")), cost))
+            return cls(MILLISECONDS, _checked_table(read_json(value, "latency table"), cost))
         except UsageError as error:
             raise UsageError(f"{value}: {error}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise QvitError(f"cannot read the latency table {value}: {error}") from None
 
     @property
     def is_additive(self) -> bool:
@@ -135,17 +134,19 @@ def _checked_table(data: Any, cost: CostModel) -> dict[str, dict[int, float]]:
     for site, row in data.items():
         if site not in cost.sites:
             raise UsageError(
-                f"the latency table names a site that this model does not have: '{site}'{nearest(site, cost.sites)}"
+                f"the latency table names a site that is not in this model: {shown(site)}{nearest(site, cost.sites)}"
             )
         if not isinstance(row, Mapping) or not row:
             raise UsageError(
-                f"site '{site}' of the latency table must be an object {{width: milliseconds}}, not {row!r}"
+                f"site '{site}' of the latency table must be an object {{width: milliseconds}}, not {shown(row)}"
             )
         table[site] = {}
         for width, value in row.items():
-            if not str(width).isdecimal() or not 1 <= int(width) <= 32:
-                raise UsageError(f"site '{site}' of the latency table: width {width!r} must be an integer from 1 to 32")
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-                raise UsageError(f"site '{site}' of the latency table: {value!r} is no number of milliseconds")
+            if not _WIDTH.fullmatch(str(width)) or not 1 <= int(width) <= 32:
+                raise UsageError(
+                    f"site '{site}' of the latency table: width {shown(width)} must be an integer from 1 to 32"
+                )
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _MOST:
+                raise UsageError(f"site '{site}' of the latency table: {shown(value)} is no number of milliseconds")
             table[site][int(width)] = float(value)
     return table

@@ -43,6 +43,9 @@ app = typer.Typer(
 plan_app = typer.Typer(no_args_is_help=True, help="Look at plans: which tensor has how many bits.")
 
 
+_LONGEST_MESSAGE = 4000
+
+
 def main() -> NoReturn:
     """Entry point of the `qvit` command."""
     click_error = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -78,6 +81,7 @@ def main() -> NoReturn:
 
 def _fail(message: str, code: int) -> NoReturn:
     text = " ".join(message.split())
+    text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
     rank = os.environ.get("RANK", "0")
     sys.stderr.write(f"error: {'' if rank == '0' else f'process {rank}: '}{text}\n")
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # a launcher sums up why its processes failed from these

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qvit.errors import UsageError
+from qvit.files import parse_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
@@ -73,8 +74,8 @@ def pairs(items: list[str] | None) -> dict[str, Any]:
         if not sign or not key:
             raise UsageError(f"'{item}' is not KEY=VALUE")
         try:
-            found[key.strip()] = json.loads(text)
-        except json.JSONDecodeError:
+            found[key.strip()] = parse_json(text)
+        except ValueError:
             found[key.strip()] = {"True": True, "False": False, "None": None}.get(text, text)
     return found
 

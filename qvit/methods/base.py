@@ -27,7 +27,7 @@ _REGISTRY: dict[str, type[Method]] = {}
 class MethodOptions(BaseModel):
     """Base of a method's own options; unknown ones are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Method(NoHooks):

@@ -44,7 +44,7 @@ class RemedyOptions(BaseModel):
         annealing_distance: From a rounding boundary, in steps of the grid: weights within it move.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     oscillation: Literal["regularizer", "freezing", "annealing", "none"] = "regularizer"
     regularizer_start: float = Field(0.25, ge=0, le=1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from qvit.documents import Analysis
 from qvit.report.figures import COLOURS, GREY, SYMBOLS, label, new_figure
 from qvit.report.markup import Canvas, escape, folded, table
 from qvit.report.shell import document, write_page_of
@@ -29,7 +30,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def write_analysis_page(data: str | Path, out: str | Path, *, title: str | None = None) -> Path:
     """Writes the page of an analysis file. Raises QvitError if it cannot be read or written."""
-    return write_page_of(data, out, lambda record: render_analysis(record, title=title), "analysis")
+    return write_page_of(data, out, lambda record: render_analysis(record, title=title), Analysis, "analysis")
 
 
 def render_analysis(record: Mapping[str, Any], *, title: str | None = None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from qvit.documents import Bench
 from qvit.errors import UsageError
 from qvit.report.figures import COLOURS, label, new_figure
 from qvit.report.markup import Canvas, escape, table
@@ -36,7 +37,7 @@ def write_bench_page(data: str | Path, out: str | Path, *, title: str | None = N
         UsageError: If the file is no benchmark.
         QvitError: If it cannot be read, or the page cannot be written.
     """
-    return write_page_of(data, out, lambda record: render_bench(record, title=title), "benchmark")
+    return write_page_of(data, out, lambda record: render_bench(record, title=title), Bench, "benchmark")
 
 
 def render_bench(record: Mapping[str, Any], *, title: str | None = None) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qvit.documents import Patches
 from qvit.report.markup import Canvas, escape
 from qvit.report.shell import document, write_page_of
 
@@ -18,7 +19,7 @@ SIDE = 140
 
 def write_patches_page(data: str | Path, out: str | Path, *, title: str | None = None) -> Path:
     """Writes the page of a `patches.json`. Raises QvitError if it cannot be read or written."""
-    return write_page_of(data, out, lambda record: render_patches(record, title=title), "patches")
+    return write_page_of(data, out, lambda record: render_patches(record, title=title), Patches, "patches")
 
 
 def render_patches(record: Mapping[str, Any], *, title: str | None = None) -> str:

@@ -10,19 +10,32 @@ apart:
 - A directory that is no run, or a file that holds something else, is an error that names the file, the key and what
   belongs there.
 
-Numbers of the log that are not finite become None, so a curve has a gap there; a result must be finite.
+Numbers of the log that are not finite become None, so a curve has a gap there; a result must be finite. What belongs
+into each file says `qvit.documents`; a line of the log that is no such event is counted and left out.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qvit.documents import (
+    EVENTS,
+    Costs,
+    Document,
+    FreezeEvent,
+    OtherEvent,
+    Plan,
+    Result,
+    RunHead,
+    StartEvent,
+    read_document,
+)
 from qvit.errors import QvitError
+from qvit.files import MissingFile, parse_json, read_text
 from qvit.report.runs import (
     Change,
     Cost,
@@ -30,17 +43,19 @@ from qvit.report.runs import (
     Epoch,
     Freeze,
     Log,
-    Result,
     Run,
     SiteCost,
     SitePlan,
     Step,
     WeightRecord,
 )
+from qvit.report.runs import Result as Outcome
 
 logger = logging.getLogger(__name__)
 
-PLAN_FORMAT, PLAN_VERSION = "qvit-plan", 1
+#: The largest log that is read, and the longest line that counts: hundreds of epochs of the largest models.
+LOG_LIMIT, LINE_LIMIT = 128 << 20, 8 << 20
+_BITS = re.compile("[0-9]{1,2}")
 RUN_FILES = "config.json, plan.json, cost.json, log.jsonl and, once the run has ended, result.json"
 
 
@@ -56,29 +71,25 @@ def load_run(path: str | Path) -> Run:
     directory = Path(path)
     if not directory.is_dir():
         raise QvitError(f"no run directory at {directory}: a run directory holds {RUN_FILES}")
-    config = _read_object(directory / "config.json")
+    config = _read(directory / "config.json", "config", RunHead)
     if config is None:
         raise QvitError(
             f"{directory} is not a run directory: config.json is missing; a run directory holds {RUN_FILES}"
         )
-    result = _read_object(directory / "result.json")
+    result = _read(directory / "result.json", "result", Result)
     plan_name, plan = _read_plan(directory / "plan.json")
-    for key in ("model", "method"):
-        if not isinstance(config.get(key), str):
-            raise QvitError(f'{directory / "config.json"}: "{key}" must be a string, not {config.get(key)!r}')
-    said = {**config, **{key: value for key, value in (result or {}).items() if value is not None}}
-    budget, seed = said.get("budget"), said.get("seed")
+    said = config | {key: value for key, value in (result or {}).items() if value is not None}
     return Run(
         path=directory,
         model=config["model"],
         method=config["method"],
-        budget=None if budget is None else str(budget),
-        seed=seed if isinstance(seed, int) else None,
+        budget=said.get("budget"),
+        seed=said.get("seed"),
         config=config,
         plan_name=plan_name,
         plan=plan,
         cost=_read_cost(directory / "cost.json"),
-        result=None if result is None else _parse_result(directory / "result.json", result),
+        result=None if result is None else _parse_result(result),
         log=_read_log(directory / "log.jsonl"),
     )
 
@@ -109,181 +120,128 @@ def load_runs(paths: Iterable[str | Path]) -> list[Run]:
     return [load_run(directory) for directory in directories.values()]
 
 
-def _read_object(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file, or None if there is no such file."""
+def _read(file: Path, what: str, document: type[Document]) -> dict[str, Any] | None:
+    """The content of a document, or None if there is no such file."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+        return read_document(document, file, what)
+    except MissingFile:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise QvitError(f"cannot read {file}: {error}") from None
-    if not isinstance(data, dict):
-        raise QvitError(f"{file} must hold a JSON object, not a {type(data).__name__}")
-    return data
-
-
-def _number(value: Any) -> float | None:
-    """The value as a finite number, or None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    try:
-        return value if math.isfinite(value) else None
-    except OverflowError:
-        return None
-
-
-def _required(file: Path, data: Mapping[str, Any], key: str) -> float:
-    value = _number(data.get(key))
-    if value is None:
-        raise QvitError(f'{file}: "{key}" must be a finite number, not {data.get(key)!r}')
-    return value
-
-
-def _numbers(value: Any) -> tuple[float, ...]:
-    """One number or a list of them as a tuple; empty if it is anything else."""
-    numbers = [_number(entry) for entry in (value if isinstance(value, list) else [value])]
-    return () if None in numbers else tuple(entry for entry in numbers if entry is not None)
 
 
 def _read_plan(file: Path) -> tuple[str | None, dict[str, SitePlan]]:
-    data = _read_object(file)
+    data = _read(file, "plan", Plan)
     if data is None:
         return None, {}
-    if data.get("format") != PLAN_FORMAT or data.get("version") != PLAN_VERSION:
-        raise QvitError(
-            f'{file} must have "format": "{PLAN_FORMAT}" and "version": {PLAN_VERSION}, '
-            f"not {data.get('format')!r} and {data.get('version')!r}"
-        )
-    sites = data.get("sites", {})
-    if not isinstance(sites, dict):
-        raise QvitError(f'{file}: "sites" must be an object')
-    plan = {}
-    for name, spec in sites.items():
-        if spec is None:
-            continue
-        widths = _numbers(spec.get("bit_width")) if isinstance(spec, dict) else ()
-        if not widths or any(width != int(width) for width in widths):
-            raise QvitError(
-                f'{file}: site "{name}" needs a "bit_width": an integer or a list of integers, one per head'
-            )
-        plan[name] = SitePlan(tuple(int(width) for width in widths), spec.get("learn_bit_width") is True)
-    return str(data.get("name", "plan")), plan
+    plan = {
+        name: SitePlan(_tuple(spec["bit_width"]), spec.get("learn_bit_width") is True)
+        for name, spec in data.get("sites", {}).items()
+        if spec is not None
+    }
+    return data.get("name") or "plan", plan
+
+
+def _tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 def _read_cost(file: Path) -> Cost | None:
-    data = _read_object(file)
+    data = _read(file, "costs", Costs)
     if data is None:
         return None
-    rows = data.get("sites", [])
-    named = isinstance(rows, list) and all(isinstance(row, dict) and isinstance(row.get("site"), str) for row in rows)
-    if not named:
-        raise QvitError(f'{file}: "sites" must be a list of objects with a "site"')
     keys = ("macs", "bit_operations", "weight_bytes")
-    sites = tuple(SiteCost(row["site"], *(int(_required(file, row, key)) for key in keys)) for row in rows)
-    return Cost(*(int(_required(file, data, key)) for key in keys), sites=sites)
+    sites = tuple(SiteCost(row["site"], *(row[key] for key in keys)) for row in data.get("sites", []))
+    return Cost(*(data[key] for key in keys), sites=sites)
 
 
-def _parse_result(file: Path, data: Mapping[str, Any]) -> Result:
-    return Result(
-        accuracy=_required(file, data, "accuracy"),
-        bit_operations=int(_required(file, data, "bit_operations")),
-        weight_bytes=int(_required(file, data, "weight_bytes")),
-        float_accuracy=_number(data.get("float_accuracy")),
-        seconds=_number(data.get("seconds_total", data.get("seconds"))),
+def _parse_result(data: Mapping[str, Any]) -> Outcome:
+    total, own = data.get("seconds_total"), data.get("seconds")
+    return Outcome(
+        accuracy=data["accuracy"],
+        bit_operations=data["bit_operations"],
+        weight_bytes=data["weight_bytes"],
+        float_accuracy=data.get("float_accuracy"),
+        seconds=own if total is None and not isinstance(own, dict) else total,
     )
 
 
 def _read_log(file: Path) -> Log:
     try:
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
+        lines = read_text(file, "log", limit=LOG_LIMIT, errors="replace").splitlines()
+    except MissingFile:
         return Log()
-    except OSError as error:
-        raise QvitError(f"cannot read {file}: {error}") from None
-    events: dict[tuple[str, int], dict[str, Any]] = {}
-    unreadable, last_step, started, failure = 0, 0, None, None
+    events: dict[str, dict[int, Any]] = {name: {} for name in EVENTS}
+    read, unreadable, last_step, started, failure = 0, 0, 0, None, None
     for line in filter(str.strip, lines):
-        try:
-            event = json.loads(line)
-            name, step = event["event"], int(_number(event.get("step")) or 0)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        event = _parse_event(line)
+        if event is None:
             unreadable += 1
             continue
-        events[str(name), step] = event
-        last_step = max(last_step, step)
-        failure = str(event.get("reason", "no reason given")) if name == "failed" else None
+        name, parsed = event
+        read += 1
+        if name in events:
+            events[name][parsed.step] = parsed
+        last_step = max(last_step, parsed.step)
+        failure = (parsed.reason or "no reason given") if name == "failed" else None
         if name == "start" and started is None:
-            started = _number(event.get("time"))
-    if unreadable and not events:
+            started = parsed.time
+    if unreadable and not read:
         raise QvitError(f'{file} is not a log: none of its {unreadable} lines is a JSON object with an "event"')
 
-    def of(name: str) -> list[dict[str, Any]]:
-        return [event for (kind, _), event in sorted(events.items(), key=lambda item: item[0][1]) if kind == name]
+    def of(name: str) -> list[Any]:
+        return [event for _, event in sorted(events[name].items())]
 
-    start = (of("start") or [{}])[-1]
-    per_epoch, epochs = _number(start.get("steps_per_epoch")), _number(start.get("epochs"))
-    uniform = start.get("uniform_bit_operations")
-    uniform = uniform if isinstance(uniform, dict) else {}
+    start = (of("start") or [StartEvent()])[-1]
+    uniform = start.uniform_bit_operations or {}
     return Log(
         started=started,
-        total_steps=None if per_epoch is None or epochs is None else int(per_epoch * epochs),
-        steps_per_epoch=None if not per_epoch else int(per_epoch),
-        budget_bit_operations=_number(start.get("budget_bit_operations")),
+        total_steps=None if None in (start.steps_per_epoch, start.epochs) else start.steps_per_epoch * start.epochs,
+        steps_per_epoch=start.steps_per_epoch or None,
+        budget_bit_operations=start.budget_bit_operations,
         uniform_bit_operations={
-            int(bits): cost
-            for bits, value in uniform.items()
-            if bits.isdecimal() and (cost := _number(value)) is not None
+            int(bits): cost for bits, cost in uniform.items() if _BITS.fullmatch(bits) and cost is not None
         },
-        steps=tuple(_parse_step(event) for event in of("step")),
-        epochs=tuple(_parse_epoch(event) for event in of("epoch")),
-        diagnostics=tuple(_parse_diagnostics(event) for event in of("diagnostics")),
-        freeze=next((_parse_freeze(event) for event in reversed(of("freeze"))), None),
+        steps=tuple(
+            Step(e.step, e.loss, e.task_loss, e.penalty, e.bit_operations, e.lr) for e in of("step")
+        ),
+        epochs=tuple(
+            Epoch(
+                e.epoch, e.step, e.train_loss, e.accuracy, e.bit_operations,
+                {site: tuple(own) for site, own in (e.bit_widths or {}).items()},
+            )
+            for e in of("epoch")
+        ),
+        diagnostics=tuple(
+            Diagnostics(
+                e.step,
+                {s: WeightRecord(w.oscillating, w.variation, w.outliers) for s, w in (e.sites or {}).items()},
+            )
+            for e in of("diagnostics")
+        ),
+        freeze=next((_freeze(event) for event in reversed(of("freeze"))), None),
         failure=failure,
         last_step=last_step,
         unreadable_lines=unreadable,
-    )
+    )  # fmt: skip
 
 
-def _parse_step(event: Mapping[str, Any]) -> Step:
-    keys = ("loss", "task_loss", "penalty", "bit_operations", "lr")
-    return Step(int(_number(event.get("step")) or 0), *(_number(event.get(key)) for key in keys))
+def _parse_event(line: str) -> tuple[str, Any] | None:
+    """Name and content of a line; None if it is no event."""
+    if len(line) > LINE_LIMIT:
+        return None
+    try:
+        data = parse_json(line, gaps=True)
+        name = data["event"]
+        return name, EVENTS.get(name, OtherEvent).model_validate(data)
+    except (ValueError, KeyError, TypeError):  # ValidationError of pydantic is a ValueError
+        return None
 
 
-def _parse_epoch(event: Mapping[str, Any]) -> Epoch:
-    widths = event.get("bit_widths")
-    widths = widths if isinstance(widths, dict) else {}
-    return Epoch(
-        epoch=int(_number(event.get("epoch")) or 0),
-        step=int(_number(event.get("step")) or 0),
-        train_loss=_number(event.get("train_loss")),
-        accuracy=_number(event.get("accuracy")),
-        bit_operations=_number(event.get("bit_operations")),
-        bit_widths={site: parsed for site, values in widths.items() if (parsed := _numbers(values))},
-    )
-
-
-def _parse_diagnostics(event: Mapping[str, Any]) -> Diagnostics:
-    sites = event.get("sites")
-    rows = {site: row for site, row in sites.items() if isinstance(row, dict)} if isinstance(sites, dict) else {}
-    keys = ("oscillating", "variation", "outliers")
-    return Diagnostics(
-        int(_number(event.get("step")) or 0),
-        {site: WeightRecord(*(_number(row.get(key)) for key in keys)) for site, row in rows.items()},
-    )
-
-
-def _parse_freeze(event: Mapping[str, Any]) -> Freeze:
-    changes = []
-    rows = event.get("changes")
-    for row in rows if isinstance(rows, list) else []:
-        if not isinstance(row, dict):
-            continue
-        learned, rounded, final = (_number(row.get(key)) for key in ("learned", "rounded", "final"))
-        if learned is not None and rounded is not None and final is not None:
-            head = row.get("head")
-            head = head if isinstance(head, int) else None
-            changes.append(Change(str(row.get("site")), head, learned, int(rounded), int(final)))
-    keys = ("budget_bit_operations", "bit_operations_learned", "bit_operations_rounded", "bit_operations")
+def _freeze(event: FreezeEvent) -> Freeze:
     return Freeze(
-        int(_number(event.get("step")) or 0), *(_number(event.get(key)) for key in keys), changes=tuple(changes)
+        event.step,
+        event.budget_bit_operations,
+        event.bit_operations_learned,
+        event.bit_operations_rounded,
+        event.bit_operations,
+        tuple(Change(c.site, c.head, c.learned, c.rounded, c.final) for c in event.changes or ()),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from qvit.errors import QvitError
+from qvit.documents import Document, read_document
 from qvit.files import write_atomically
 from qvit.report.assets import CSS, SCRIPT
 from qvit.report.markup import Canvas, escape
@@ -95,15 +94,14 @@ def document(
 """
 
 
-def write_page_of(data: str | Path, out: str | Path, render: Callable[[Any], str], what: str) -> Path:
+def write_page_of(
+    data: str | Path, out: str | Path, render: Callable[[Any], str], document: type[Document], what: str
+) -> Path:
     """Renders a JSON file to a page; `what` it is called in messages.
 
-    Raises QvitError if it cannot be read, is not what `render` takes, or the page cannot be written.
+    Raises QvitError if it cannot be read, is no such document, or the page cannot be written.
     """
-    try:
-        page = render(json.loads(Path(data).read_text(encoding="utf-8"))).encode("utf-8", errors="replace")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise QvitError(f"cannot read the {what} {data}: {type(error).__name__} {error}") from None
+    page = render(read_document(document, data, what)).encode("utf-8", errors="replace")
     write_atomically(Path(out), lambda file: file.write(page))
     return Path(out)
 

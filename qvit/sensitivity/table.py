@@ -16,8 +16,6 @@ the order inside a type and gives up the comparison between types, so a sum over
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,12 +25,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qvit.errors import QvitError, UsageError, nearest
-from qvit.files import write_json
+from qvit.errors import QvitError, UsageError, nearest, shown
+from qvit.files import MissingFile, read_json, write_json
 from qvit.plan import QuantPlan
-from qvit.spec import Site
+from qvit.spec import MOST_HEADS, MOST_SITES, Site
 
 FORMAT, VERSION = "qvit-sensitivity", 1
+_LARGEST, _LONGEST_NAME = 1e30, 500  # sums of many such numbers are finite
 Table = Mapping[str, NDArray[np.float64]]
 _KEYS = (
     "format",
@@ -151,25 +150,30 @@ class Sensitivity:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise UsageError(f'not a sensitivity: it is a JSON object with "format": "{FORMAT}"')
         if data.get("version") != VERSION:
-            raise UsageError(f"sensitivity of version {data.get('version')!r}; this qvit reads version {VERSION}")
+            raise UsageError(f"sensitivity of version {shown(data.get('version'))}; this qvit reads version {VERSION}")
         for key in data:
             if key not in _KEYS:
-                raise UsageError(f"unknown key '{key}' in a sensitivity{nearest(key, _KEYS)}")
+                raise UsageError(f"unknown key {shown(key)} in a sensitivity{nearest(key, _KEYS)}")
         if missing := [key for key in _KEYS if key not in data]:
             raise UsageError(f"the sensitivity lacks the key '{missing[0]}'")
         for key, kind in (("model", str), ("metric", str), ("images", int), ("seed", int), ("type_normalised", bool)):
             if not isinstance(data[key], kind) or (kind is int and isinstance(data[key], bool)):
-                raise UsageError(f"'{key}' of a sensitivity must be {kind.__name__}, not {data[key]!r}")
-        if data["images"] < 0:
-            raise UsageError(f"'images' of a sensitivity must not be negative, unlike {data['images']}")
+                raise UsageError(f"'{key}' of a sensitivity must be {kind.__name__}, not {shown(data[key])}")
+            if kind is str and len(data[key]) > _LONGEST_NAME:
+                raise UsageError(f"'{key}' of a sensitivity has {len(data[key]):,} characters")
+        for key in ("images", "seed"):
+            if data[key] < 0:
+                raise UsageError(f"'{key}' of a sensitivity must not be negative, unlike {data[key]}")
         if not _is_number(data["seconds"]) or data["seconds"] < 0:
-            raise UsageError(f"'seconds' of a sensitivity must be a number of seconds, not {data['seconds']!r}")
+            raise UsageError(f"'seconds' of a sensitivity must be a number of seconds, not {shown(data['seconds'])}")
         widths, sites = data["widths"], data["sites"]
         if not isinstance(widths, list):
-            raise UsageError(f"'widths' of a sensitivity must be a list, not {widths!r}")
+            raise UsageError(f"'widths' of a sensitivity must be a list, not {shown(widths)}")
         widths = check_widths(widths)
         if not isinstance(sites, dict) or not sites:
             raise UsageError("'sites' of a sensitivity must be an object with at least one site")
+        if len(sites) > MOST_SITES:
+            raise UsageError(f"'sites' of a sensitivity has {len(sites):,} sites; at most {MOST_SITES:,} are read")
         table, raw = {}, {}
         for name, entry in sites.items():
             if not isinstance(entry, dict) or set(entry) != {"table", "raw"}:
@@ -193,13 +197,11 @@ class Sensitivity:
     def load(cls, path: str | Path) -> Sensitivity:
         """Reads such a file. Raises QvitError naming it."""
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_json(read_json(path, "sensitivity"))
         except UsageError as error:
             raise UsageError(f"{path}: {error}") from None
-        except FileNotFoundError:
+        except MissingFile:
             raise QvitError(f"no sensitivity at {path}: measure one with `qvit sensitivity`") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise QvitError(f"cannot read the sensitivity {path}: {error}") from None
 
 
 def monotone(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -230,22 +232,24 @@ def check_widths(widths: Any) -> tuple[int, ...]:
     """Candidate widths as an ascending tuple. Raises UsageError for anything but different integers from 2 to 16."""
     given = list(widths)
     if not given or any(isinstance(width, bool) or not isinstance(width, int) for width in given):
-        raise UsageError(f"'widths' must be integers such as 2, 3, 4, 6, 8, not {given!r}")
+        raise UsageError(f"'widths' must be integers such as 2, 3, 4, 6, 8, not {shown(given)}")
     if len(set(given)) < len(given) or not 2 <= min(given) <= max(given) <= 16:
-        raise UsageError(f"'widths' must be different and lie between 2 and 16, unlike {given!r}")
+        raise UsageError(f"'widths' must be different and lie between 2 and 16, unlike {shown(given)}")
     return tuple(sorted(given))
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _array(value: Any, what: str, widths: tuple[int, ...]) -> NDArray[np.float64]:
     if not isinstance(value, list) or not value or not all(isinstance(row, list) for row in value):
         raise UsageError(f"{what} must be a list of rows, one per head")
+    if len(value) > MOST_HEADS:
+        raise UsageError(f"{what} has {len(value):,} rows; a tensor has at most {MOST_HEADS:,} heads")
     for row in value:
         if len(row) != len(widths):
             raise UsageError(f"{what} has a row of {len(row)} numbers; there are {len(widths)} widths")
         if wrong := [number for number in row if not _is_number(number)]:
-            raise UsageError(f"{what} holds {wrong[0]!r}, which is not a finite number")
+            raise UsageError(f"{what} holds {shown(wrong[0])}, which is not a finite number of moderate size")
     return np.array(value, dtype=np.float64)

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from qvit.documents import MOST_CLASSES
 from qvit.errors import QvitError, nearest
-from qvit.training.decoding import one_line
+from qvit.files import MissingFile, read_text
 from qvit.training.digits import DIGITS, TEST_IMAGES, DigitStore
 from qvit.training.images import HubStore, ImageSource, ImageStore, hub_splits, missing_path, open_files
 from qvit.training.shards import PREFIX, Shards, ShardSource, find_shards, open_shards
 
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("val", "validation", "valid", "test", "testing")
+_DIGITS, _LONGEST_NAME = 5, 500
 SPLIT_SEED = 0  # never the run's seed: the test images of a data set are the same in every run
 
 
@@ -127,14 +129,12 @@ def read_class_map(path: str | Path) -> dict[str, int]:
         QvitError: A malformed or contradictory line, by its number.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise missing_path(path, "the class map")
+    try:
+        lines = read_text(path, "class map").splitlines()
+    except MissingFile:
+        raise missing_path(path, "the class map") from None
     classes: dict[str, int] = {}
     taken: set[int] = set()
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise QvitError(f"cannot read the class map {path}: {one_line(error)}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -142,6 +142,11 @@ def read_class_map(path: str | Path) -> dict[str, int]:
         folder = rest.split("\t")[0].strip()
         if not (index.strip().isdecimal() and folder):
             raise QvitError(f"line {number} of the class map {path} should read 'index<TAB>folder', not {line[:60]!r}")
+        if len(index.strip()) > _DIGITS or int(index) >= MOST_CLASSES or len(folder) > _LONGEST_NAME:
+            raise QvitError(
+                f"line {number} of the class map {path} is out of range: there are at most {MOST_CLASSES:,} classes, "
+                f"with names of at most {_LONGEST_NAME} characters, not {line[:60]!r}"
+            )
         if folder in classes or int(index) in taken:
             raise QvitError(f"line {number} of the class map {path} repeats an index or a folder: {line[:60]!r}")
         classes[folder] = int(index)

@@ -6,15 +6,20 @@ name. A run is reproduced by its config: the same config, seed and hardware give
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from qvit.documents import Name, mistakes
 from qvit.errors import UsageError
+from qvit.training.architecture import check_arguments
 
 T = TypeVar("T", bound=BaseModel)
+Location = Annotated[str, Field(max_length=4096)]
+#: Numbers have an end: options are read from files of strangers, too.
+Many, Times = Annotated[int, Field(ge=1, le=10**9)], Annotated[int, Field(ge=1, le=10**6)]
+Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 
 class TrainConfig(BaseModel):
@@ -25,68 +30,74 @@ class TrainConfig(BaseModel):
     same config on more processes is the same training.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
-    model: str
+    model: Name
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    weights: str | None = None
+    weights: Location | None = None
     pretrained: bool = False
-    method: str = "qvit"
+    method: Name = "qvit"
     method_options: dict[str, Any] = Field(default_factory=dict)
-    budget: str | None = None
-    plan: str | None = None
+    budget: Name | None = None
+    plan: Location | None = None
 
-    data: str = "digits"
-    eval_data: str | None = None
-    class_map: str | None = None
+    data: Location = "digits"
+    eval_data: Location | None = None
+    class_map: Location | None = None
     test_share: float = Field(0.2, gt=0, lt=1)
     monitor_share: float = Field(0.0, ge=0, lt=1)
-    workers: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0, le=4096)
     on_bad_image: Literal["fatal", "skip"] = "fatal"
     augment: Literal["none", "light", "deit"] = "light"
-    repeated_augmentation: int = Field(0, ge=0)
-    mixup: float = Field(0.0, ge=0)
-    cutmix: float = Field(0.0, ge=0)
+    repeated_augmentation: int = Field(0, ge=0, le=1000)
+    mixup: float = Field(0.0, ge=0, le=1000)
+    cutmix: float = Field(0.0, ge=0, le=1000)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    labels: str | None = None
-    crops_per_image: int = Field(4, ge=1)
-    single_crop_epochs: int = Field(0, ge=0)
+    labels: Location | None = None
+    crops_per_image: Times = 4
+    single_crop_epochs: int = Field(0, ge=0, le=10**6)
     label_recovery: Literal["smoothing", "renormalise", "hard", "label-smoothing"] = "smoothing"
     crop_interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
 
-    epochs: int = Field(30, ge=1)
-    batch_size: int = Field(64, ge=1)
-    accumulate: int = Field(1, ge=1)
-    opt: str = "adamw"
-    lr: float = Field(5e-4, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    warmup_epochs: int = Field(0, ge=0)
-    sched: str = "cosine"
-    weight_decay: float = Field(0.05, ge=0)
-    clip_grad: float | None = Field(None, gt=0)
+    epochs: Times = 30
+    batch_size: Times = 64
+    accumulate: Times = 1
+    opt: Name = "adamw"
+    lr: Rate = 5e-4
+    min_lr: float = Field(0.0, ge=0, le=1e6)
+    warmup_epochs: int = Field(0, ge=0, le=10**6)
+    sched: Name = "cosine"
+    weight_decay: float = Field(0.05, ge=0, le=1e6)
+    clip_grad: float | None = Field(None, gt=0, le=1e30)
     ema_decay: float | None = Field(None, gt=0, lt=1)
     distill: float = Field(0.0, ge=0, le=1)
     distill_kind: Literal["soft", "hard"] = "soft"
-    distill_temperature: float = Field(1.0, gt=0)
-    teacher: str | None = None
-    teacher_weights: str | None = None
+    distill_temperature: Rate = 1.0
+    teacher: Location | None = None
+    teacher_weights: Location | None = None
     teacher_kwargs: dict[str, Any] = Field(default_factory=dict)
     stochastic_depth: bool = False
 
-    calibration_images: int = Field(256, ge=1)
-    seed: int = Field(0, ge=0)
-    device: str = "auto"
+    calibration_images: Many = 256
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    device: Name = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     cuda_graphs: bool = True
     integer_forward: bool = False
-    threads: int | None = Field(None, ge=1)
-    log_every: int = Field(10, ge=1)
-    checkpoint_every: int = Field(1, ge=1)
-    checkpoint_steps: int | None = Field(None, ge=1)
-    keep_checkpoints: int = Field(2, ge=1)
+    threads: int | None = Field(None, ge=1, le=4096)
+    log_every: Many = 10
+    checkpoint_every: Many = 1
+    checkpoint_steps: Many | None = None
+    keep_checkpoints: Many = 2
     tensorboard: bool = False
     diagnostics: bool = True
+
+    @field_validator("model_kwargs", "teacher_kwargs")
+    @classmethod
+    def _architecture_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_arguments(value)
+        return value
 
     @field_validator("data", "eval_data", "class_map", "weights", "plan", "teacher", "teacher_weights", "labels")
     @classmethod
@@ -94,10 +105,13 @@ class TrainConfig(BaseModel):
         """Paths become absolute, so that a run can be resumed from another directory."""
         if not value or value == "digits":
             return value
-        if value.startswith("wds/"):  # a folder, or a pattern of file names in one
-            path = Path(value.removeprefix("wds/"))
-            return f"wds/{path.absolute()}" if path.exists() or path.parent.is_dir() else value
-        return str(Path(value).resolve()) if Path(value).exists() else value
+        try:
+            if value.startswith("wds/"):  # a folder, or a pattern of file names in one
+                path = Path(value.removeprefix("wds/"))
+                return f"wds/{path.absolute()}" if path.exists() or path.parent.is_dir() else value
+            return str(Path(value).resolve()) if Path(value).exists() else value
+        except OSError as error:  # such as a name that no file can have
+            raise ValueError(f"no path: {error.strerror}") from None
 
     def require_labels_alone(self) -> None:
         """Raises UsageError for options that contradict learning from stored soft labels."""
@@ -111,7 +125,7 @@ class TrainConfig(BaseModel):
                 )
 
     @classmethod
-    def create(cls, **values: Any) -> TrainConfig:
+    def create(cls, /, **values: Any) -> TrainConfig:
         """Validates `values`. Raises UsageError with one line per mistake."""
         return validated(cls, values)
 
@@ -121,15 +135,4 @@ def validated(cls: type[T], values: dict[str, Any]) -> T:
     try:
         return cls(**values)
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            key = ".".join(str(part) for part in item["loc"])
-            close = difflib.get_close_matches(key, list(cls.model_fields), n=1)
-            if item["type"] == "extra_forbidden":
-                lines.append(
-                    f"unknown option '{key}'"
-                    + (f"; did you mean '{close[0]}'?" if close else f" (known: {', '.join(cls.model_fields)})")
-                )
-            else:
-                lines.append(f"{key} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}")
-        raise UsageError("; ".join(lines)) from None
+        raise UsageError(mistakes(error, cls)) from None

@@ -2,13 +2,18 @@
 
 `vit_digits` is a VisionTransformer for 8×8 grey images: patches of 2, width 32, 4 blocks of 4 heads, 16 patches and a
 class token. Registered with timm, so that `timm.create_model("vit_digits")` works once qvit is imported.
+
+Name and arguments may be a stranger's (`architecture.py`). A model is first made without storage and refused beyond
+`MOST_PARAMETERS`, beyond the memory of the machine, or with more patches than attention can be computed over.
 """
 
 from __future__ import annotations
 
 import logging
+import math
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +25,12 @@ from torch import Tensor, nn
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.files import read_bytes
 from qvit.tensors import decode, not_finite, total_bytes
+from qvit.training.architecture import MOST_PARAMETERS, check_arguments, check_name
 from qvit.training.pickles import read_pickled, weights_in
 
 _log = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"
+MOST_PATCHES = 1 << 16
 # The largest file of weights: that of a training holds model, average and what an optimizer remembers in one file.
 _LARGEST_FILE, _MOST_TIMES = 1 << 30, 16
 #: Sides of the largest patch kernel that is resampled: the work grows with their fourth power.
@@ -82,23 +89,27 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
         name: timm's name, with or without a pretrained tag.
         weights: A `.safetensors`, `.pth` or `.pt` file with timm's keys, or the run directory of a float model.
         pretrained: Takes the weights from timm's hub (needs a network).
-        kwargs: For `timm.create_model`; `num_classes` other than that of the weights leaves the classifier untrained,
-            with a warning.
+        kwargs: Arguments of the architecture (`architecture.Architecture`; in Python also modules and functions);
+            `num_classes` other than that of the weights leaves the classifier untrained, with a warning.
 
     Raises:
-        UsageError: Unknown model (the nearest names are shown) or arguments it does not take.
+        UsageError: Unknown model (the nearest names are shown), arguments it does not take, or too large a model.
         QvitError: Weights that cannot be read or do not fit.
     """
+    check_name(name)
+    check_arguments({key: value for key, value in kwargs.items() if not callable(value)})  # no file holds a function
     base = name.split(".")[0].removeprefix("timm/")
     if not timm.is_model(base):
         raise UsageError(
             f"unknown model '{name}'{nearest(base, timm.list_models())} (`timm.list_models('*vit*')` lists all)"
         )
     try:
+        if torch.get_default_device().type != "meta":
+            _check_size(name, without_storage(lambda: timm.create_model(name.removeprefix("timm/"), **kwargs)))
         model = timm.create_model(name.removeprefix("timm/"), pretrained=pretrained, **kwargs)
     except UsageError:
         raise
-    except (TypeError, AssertionError, RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # of timm, for any arguments that it did not expect together
         where = "cannot fetch the pretrained weights of" if pretrained else "cannot make"
         hint = "; without a network, give a file with --weights" if pretrained else ""
         raise (QvitError if pretrained else UsageError)(f"{where} '{name}': {_first_line(error)}{hint}") from error
@@ -110,6 +121,38 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
     if weights is not None:
         load_weights(model, weights)
     return model
+
+
+def without_storage(make: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `make` makes, on torch's meta device: shapes, no memory; random numbers stay as they are."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return make()
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _check_size(name: str, model: nn.Module) -> None:
+    """Raises UsageError if a model, given without storage, is larger than this machine can take."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > MOST_PARAMETERS:
+        raise UsageError(f"'{name}' would have {parameters:,} parameters; at most {MOST_PARAMETERS:,} are made")
+    size, memory = bytes_of(model), _memory()
+    if size > memory:
+        raise UsageError(f"'{name}' would take {size / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB of memory")
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None) or 0
+    if patches > MOST_PATCHES:
+        raise UsageError(f"'{name}' would cut an image into {patches:,} patches; at most {MOST_PATCHES:,} are computed")
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def load_weights(model: nn.Module, source: str | Path) -> None:

@@ -23,10 +23,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qvit.errors import UsageError, nearest
+from qvit.errors import QvitError, UsageError, nearest
+from qvit.files import MissingFile, read_text
 from qvit.training.config import TrainConfig
 
 SUFFIX = ".toml"
+_LIMIT = 1 << 20
 TABLES = ("method_options", "model_kwargs", "teacher_kwargs")
 
 
@@ -37,12 +39,14 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         UsageError: No such file, no TOML, an unknown key or a value of the wrong type; the message names the file.
     """
     path = Path(path)
-    if not path.is_file():
-        others = [str(other) for other in path.parent.glob(f"*{SUFFIX}")] if path.parent.is_dir() else []
-        raise UsageError(f"no recipe at {path}{nearest(str(path), others)}")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        values = tomllib.loads(read_text(path, "recipe", limit=_LIMIT))
+    except MissingFile:
+        others = [str(other) for other in path.parent.glob(f"*{SUFFIX}")] if path.parent.is_dir() else []
+        raise UsageError(f"no recipe at {path}{nearest(str(path), others)}") from None
+    except RecursionError:
+        raise UsageError(f"the recipe {path} cannot be read: it is nested too deeply") from None
+    except (QvitError, ValueError) as error:  # ValueError: no TOML, or a number of thousands of digits
         raise UsageError(f"the recipe {path} cannot be read: {error}") from None
     try:
         TrainConfig.create(**values)

@@ -1,0 +1,487 @@
+"""What the JSON documents hold that people hand on: of a run, an analysis, a benchmark, and how they are checked.
+
+    RunRecord    config.json of a run, beside its options     Analysis     analysis.json
+    Result       result.json                                  Bench        a benchmark's page, as JSON
+    Costs        cost.json                                    Patches      patches.json
+    EVENTS       lines of log.jsonl, by event                 DemoResults  results.json of a demo
+
+A document is a model of pydantic: every key that something reads has a type and a range, numbers are finite, texts and
+lists have an end. Keys that nothing reads may be there, so that documents of other versions can be read. `checked`
+turns what pydantic finds into one sentence that names file and key:
+
+    the result runs/a/result.json: key 'accuracy' must be a number, not 'high'
+
+Plans, sensitivities and packed files have readers of their own, in `plan.py`, `sensitivity/table.py` and `deploy/`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from qvit.errors import QvitError, shown
+from qvit.files import read_object
+from qvit.spec import MOST_BLOCKS, MOST_HEADS, MOST_SITES
+
+T = TypeVar("T", bound=BaseModel)
+MOST_CLASSES = 1 << 16  # labels are 16-bit numbers, also in stores of soft labels
+_MOST_PATCHES, _MOST_CHANGES, _SHOWN_MISTAKES = 2_000_000, 1_000_000, 5
+
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+Step = Annotated[int, Field(ge=0, le=10**12)]
+Number = Annotated[float, Field(ge=-1e30, le=1e30)]
+Positive = Annotated[float, Field(ge=0, le=1e30)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+Width = Annotated[int, Field(ge=1, le=32)]
+Name = Annotated[str, Field(max_length=500)]
+Text = Annotated[str, Field(max_length=10_000)]
+Classes = Annotated[int, Field(ge=1, le=MOST_CLASSES)]
+ClassNames = Annotated[list[Name], Field(max_length=MOST_CLASSES)]
+
+
+class Document(BaseModel):
+    """Base class: nothing is converted, numbers are finite, further keys are let be."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def read_document(cls: type[BaseModel], path: str | Path, what: str, **options: Any) -> dict[str, Any]:
+    """The checked content of a JSON file; see `files.read_object` and `checked`."""
+    data = read_object(path, what, **options)
+    checked(cls, data, f"the {what} {path}")
+    return data
+
+
+def checked(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    """Plain data as a `cls`. Raises QvitError that begins with `where`: `the result runs/a/result.json`."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise QvitError(f"{where}: {_in_short(_sentences(error, cls))}") from None
+
+
+def mistakes(error: ValidationError, cls: type[BaseModel]) -> str:
+    """What pydantic found in options, as one line; unknown ones with the nearest name."""
+    return _in_short(_of_options(error, cls))
+
+
+def _in_short(lines: Iterator[str]) -> str:
+    every = list(lines)
+    more = len(every) - _SHOWN_MISTAKES
+    return "; ".join(every[:_SHOWN_MISTAKES]) + (f"; and {more} more" if more > 0 else "")
+
+
+def _of_options(error: ValidationError, cls: type[BaseModel]) -> Iterator[str]:
+    known = list(cls.model_fields)
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in item["loc"])[:200]
+        if item["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else f" (known: {', '.join(known)})"
+            yield f"unknown option '{key}'{hint}"
+        elif item["type"] == "value_error":
+            yield f"{key}: {item['ctx']['error']}"
+        else:
+            yield f"{key} = {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+_KINDS = {
+    "int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false",
+    "list": "a list", "dict": "an object", "model": "an object", "tuple": "a list", "model_attributes": "an object",
+}  # fmt: skip
+_LIMITS = {
+    "greater_than_equal": "at least {ge}", "less_than_equal": "at most {le}", "greater_than": "more than {gt}",
+    "less_than": "less than {lt}", "string_too_long": "a text of at most {max_length} characters",
+    "too_long": "of at most {max_length} entries", "too_short": "of at least {min_length} entries",
+    "literal_error": "{expected}", "finite_number": "a finite number", "int_from_float": "a whole number",
+    "string_pattern_mismatch": "of the form {pattern}", "string_unicode": "Unicode",
+}  # fmt: skip
+
+
+def _sentences(error: ValidationError, cls: type[BaseModel]) -> Iterator[str]:
+    for item in error.errors(include_url=False):
+        key, kind = ".".join(str(part) for part in item["loc"] if part != "[key]")[:200], item["type"]
+        key = key.encode("utf-8", "replace").decode()  # half a character is no text, in a message neither
+        if kind == "missing":
+            yield f"key '{key}' is missing"
+        elif kind == "value_error":
+            yield f"key '{key}' {item['ctx']['error']}" if key else f"it {item['ctx']['error']}"
+        elif kind == "extra_forbidden":
+            close = difflib.get_close_matches(key, list(cls.model_fields), n=1)
+            yield f"key '{key}' is unknown" + (f"; did you mean '{close[0]}'?" if close else "")
+        else:
+            limit = _LIMITS.get(kind)
+            must = _KINDS.get(kind.removesuffix("_type")) if limit is None else limit.format(**item.get("ctx", {}))
+            yield f"key '{key}' must be {must or item['msg']}, not {shown(item['input'])}"
+
+
+def _several(value: Any) -> Any:
+    return value if value is None or isinstance(value, list) else [value]
+
+
+#: One number, or one per head.
+Widths = Annotated[list[Width], BeforeValidator(_several), Field(min_length=1, max_length=MOST_HEADS)]
+RealWidths = Annotated[
+    list[Annotated[float, Field(ge=0, le=32)]], BeforeValidator(_several), Field(min_length=1, max_length=MOST_HEADS)
+]
+
+
+class RunHead(Document):
+    """What every reader of a run's `config.json` needs; results say some of it again."""
+
+    model: Name
+    method: Name
+    model_kwargs: dict[Name, Any] | None = None
+    method_options: dict[Name, Any] | None = None
+    data: Text | None = None
+    budget: Name | None = None
+    seed: Count | None = None
+    versions: dict[Name, Name] | None = None
+    hardware: Text | None = None
+    command: Annotated[list[Text] | None, BeforeValidator(_several)] = None
+
+
+class RunRecord(RunHead):
+    """`config.json` beside the options of the run."""
+
+    num_classes: Classes
+    class_names: ClassNames = []
+    data_note: Text | None = None
+    labels_digest: Name | None = None
+    processes: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    started: Name | None = None
+
+
+def _seconds(value: Any) -> Any:
+    """Seconds in all, where a document has them by stage."""
+    return None if isinstance(value, dict) else value
+
+
+class Result(Document):
+    """`result.json`: the outcome of a finished run. Accuracies are percent, the other numbers plain counts."""
+
+    accuracy: Percent
+    bit_operations: Count
+    weight_bytes: Count
+    float_accuracy: Percent | None = None
+    top5: Percent | None = None
+    images: Count | None = None
+    seconds: Annotated[Positive | None, BeforeValidator(_seconds)] = None
+    seconds_total: Positive | None = None
+    model: Name | None = None
+    method: Name | None = None
+    budget: Name | None = None
+    seed: Count | None = None
+
+
+class Outcome(Result):
+    """A result that commands print."""
+
+    method: Name
+    float_accuracy: Percent
+
+    @model_validator(mode="after")
+    def _is_timed(self) -> Outcome:
+        if self.seconds is None and self.seconds_total is None:
+            raise ValueError("has no 'seconds'")
+        return self
+
+
+class PlannedSite(Document):
+    """What a page needs of a site's spec."""
+
+    bit_width: Widths
+    learn_bit_width: bool = False
+
+
+class Plan(Document):
+    """What a page needs of `plan.json`; `plan.py` reads all of it."""
+
+    format: Literal["qvit-plan"]
+    version: Literal[1]
+    name: Name | None = None
+    sites: Annotated[dict[Name, PlannedSite | None], Field(max_length=MOST_SITES)] = {}
+
+
+class SiteCosts(Document):
+    """A row of `cost.json`."""
+
+    site: Name
+    macs: Count
+    bit_operations: Count
+    weight_bytes: Count
+
+
+class Costs(Document):
+    """`cost.json`: totals, and what is counted at each site."""
+
+    macs: Count
+    bit_operations: Count
+    weight_bytes: Count
+    sites: Annotated[list[SiteCosts], Field(max_length=MOST_SITES)] = []
+
+
+class Judged(Document):
+    """The float model of an analysis."""
+
+    top1: Percent
+    standard_error: Positive
+    images: Count
+
+
+class StartEvent(Document):
+    """A line of `log.jsonl`: a run starts or goes on."""
+
+    step: Step = 0
+    time: Positive | None = None
+    epochs: Step | None = None
+    steps_per_epoch: Step | None = None
+    budget_bit_operations: Positive | None = None
+    uniform_bit_operations: Annotated[dict[Name, Positive | None], Field(max_length=32)] | None = None
+
+
+class StepEvent(Document):
+    """A training step; None for a number that was not finite."""
+
+    step: Step
+    loss: Number | None = None
+    task_loss: Number | None = None
+    penalty: Number | None = None
+    bit_operations: Positive | None = None
+    lr: Number | None = None
+
+
+class EpochEvent(Document):
+    """The end of an epoch, with the widths that are being learned."""
+
+    step: Step
+    epoch: Step = 0
+    train_loss: Number | None = None
+    accuracy: Percent | None = None
+    bit_operations: Positive | None = None
+    bit_widths: Annotated[dict[Name, RealWidths], Field(max_length=MOST_SITES)] | None = None
+
+
+class WeightEvent(Document):
+    """The weights of a site at the end of an epoch."""
+
+    oscillating: Number | None = None
+    variation: Number | None = None
+    outliers: Number | None = None
+
+
+class DiagnosticsEvent(Document):
+    """The weights of all sites at the end of an epoch."""
+
+    step: Step
+    sites: Annotated[dict[Name, WeightEvent], Field(max_length=MOST_SITES)] | None = None
+
+
+class ChangeEvent(Document):
+    """A width at the freeze."""
+
+    site: Name
+    head: Annotated[int, Field(ge=0, lt=MOST_HEADS)] | None = None
+    learned: Annotated[float, Field(ge=0, le=32)]
+    rounded: Width
+    final: Width
+
+
+class FreezeEvent(Document):
+    """The end of the searching stage."""
+
+    step: Step
+    budget_bit_operations: Positive | None = None
+    bit_operations_learned: Positive | None = None
+    bit_operations_rounded: Positive | None = None
+    bit_operations: Positive | None = None
+    changes: Annotated[list[ChangeEvent], Field(max_length=_MOST_CHANGES)] | None = None
+
+
+class OtherEvent(Document):
+    """Any other event: the end of a run, a failure and its reason."""
+
+    step: Step = 0
+    reason: Text | None = None
+
+
+EVENTS: dict[str, type[Document]] = {
+    "start": StartEvent, "resume": StartEvent, "step": StepEvent, "epoch": EpochEvent, "diagnostics": DiagnosticsEvent,
+    "freeze": FreezeEvent,
+}  # fmt: skip
+
+
+class AnalysisSettings(Document):
+    """What an analysis depends on."""
+
+    model: Name
+    data: Text
+    eval_data: Text | None
+    images: Count
+    calibration_images: Count
+    seed: Count
+
+
+class AnalysisPoint(Document):
+    """One measurement of an analysis."""
+
+    what: Literal["widths", "parts", "heads"]
+    bit_width: Width
+    part: Name | None
+    layer: Name | None
+    head: Annotated[int, Field(ge=0, lt=MOST_HEADS)] | None
+    others: Width | None
+    top1: Percent
+    standard_error: Positive
+    drop: Annotated[float, Field(ge=-100, le=100)]
+    drop_standard_error: Positive
+    agreement: Percent
+    bit_operations: Count | None
+
+    @model_validator(mode="after")
+    def _has_a_place(self) -> AnalysisPoint:
+        if self.what == "parts" and self.part is None or self.head is not None and self.layer is None:
+            raise ValueError("has no part, or a head without its layer")
+        return self
+
+
+class AnalysisLayer(Document):
+    """A layer with attention heads."""
+
+    layer: Name
+    heads: Annotated[int, Field(ge=1, le=MOST_HEADS)]
+
+
+class Analysis(Document):
+    """`analysis.json`."""
+
+    format: Name
+    version: Count
+    settings: AnalysisSettings
+    layers: Annotated[list[AnalysisLayer], Field(max_length=MOST_BLOCKS)] = []
+    float_: Annotated[Judged | None, Field(alias="float")]
+    points: Annotated[list[AnalysisPoint], Field(max_length=20_000)]
+    seconds: Positive
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Analysis:
+        if self.points and self.float_ is None:
+            raise ValueError("has points, but no float model beside them")
+        if len({point.layer for point in self.points}) > MOST_BLOCKS:
+            raise ValueError(f"has points of more than {MOST_BLOCKS} layers")
+        return self
+
+
+class BenchRow(Document):
+    """The times of one engine at one batch size."""
+
+    engine: Name
+    precision: Name
+    arithmetic: Text
+    ours: bool
+    batch: Annotated[int, Field(ge=1, le=1_000_000)]
+    milliseconds_median: Positive
+    milliseconds_quartiles: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    images_per_second: Positive
+    ratio_to_openvino_int8: Positive | None
+    ratio_to_pytorch_fp32: Positive | None
+    top1_agreement: Percent
+    error_to_float: Positive
+    error_to_simulated: Positive | None
+    agreement_with_simulated: Percent | None
+    file_bytes: Count | None
+    calls: Count
+
+
+class SkippedEngine(Document):
+    """An engine that a benchmark left out."""
+
+    engine: Name
+    precision: Name
+    reason: Text
+
+
+class Bench(Document):
+    """The JSON file beside a benchmark's page."""
+
+    model: Name
+    plan: Name
+    threads: Count
+    rows: Annotated[list[BenchRow], Field(max_length=2000)]
+    skipped: Annotated[list[SkippedEngine], Field(max_length=2000)] | None = None
+    images: Text
+    speed_only: bool
+    calibration_images: Count
+    compared_images: Count
+    float_weights: Text
+    hardware: Text
+    instructions: Annotated[list[Name], Field(max_length=1000)] | None = None
+    versions: dict[Name, Name | None]
+    date: Name
+    command: Text
+
+
+class PatchLayer(Document):
+    """Which patches of an image have the higher width in one block: `0` and `1`, row by row."""
+
+    layer: Name
+    high: Width
+    low: Width
+    columns: Annotated[int, Field(ge=1, le=1000)]
+    rows: Annotated[int, Field(ge=1, le=1000)]
+    important: Annotated[str, Field(max_length=1 << 16, pattern="^[01]*$")]
+
+    @model_validator(mode="after")
+    def _fills_the_image(self) -> PatchLayer:
+        if self.rows * self.columns != len(self.important):
+            raise ValueError(f"has {len(self.important)} patches, which do not fill {self.rows} × {self.columns}")
+        return self
+
+
+class PatchImage(Document):
+    """An image and its patches."""
+
+    png: Annotated[str, Field(max_length=1 << 22, pattern="^[A-Za-z0-9+/=]*$")]
+    layers: Annotated[list[PatchLayer], Field(max_length=1000)]
+
+
+class Patches(Document):
+    """`patches.json`."""
+
+    model: Name
+    plan: Name
+    images: Annotated[list[PatchImage], Field(max_length=1000)]
+
+    @model_validator(mode="after")
+    def _can_be_drawn(self) -> Patches:
+        if sum(len(layer.important) for image in self.images for layer in image.layers) > _MOST_PATCHES:
+            raise ValueError(f"has more than {_MOST_PATCHES:,} patches in all, too many to be drawn")
+        return self
+
+
+class PackedRow(Document):
+    """A packed file of a demo."""
+
+    file: Name
+    method: Name
+    budget: Name | None
+    seed: Count
+    file_bytes: Count
+    float_bytes: Count
+    weight_bytes: Count
+    arithmetic: Text
+    top1: Percent
+    top1_simulated: Percent
+    agreement: Percent
+    images: Count
+
+
+class DemoResults(Document):
+    """What a demo needs of the `results.json` of the call before."""
+
+    packed: Annotated[list[PackedRow], Field(max_length=1000)] = []
+    seconds: Positive | None = None
