@@ -49,7 +49,7 @@ def test_wrong_use_is_one_line(qvit: Qvit, tmp_path: Path) -> None:  # noqa: F81
     ).failed(2)
     assert "bench.html" in qvit("bench", *QUICK, "--out", tmp_path / "page.json").failed(2)
     assert "unknown model" in qvit("bench", "vit_digit").failed(2)
-    assert "no packed model at" in qvit("bench", tmp_path / "x.safetensors").failed(1)
+    assert "no file" in qvit("bench", tmp_path / "x.safetensors").failed(1)
 
 
 def record(**changes: Any) -> dict[str, Any]:
