@@ -29,7 +29,7 @@ from qvit.spec import MOST_BLOCKS, MOST_HEADS, MOST_SITES
 
 T = TypeVar("T", bound=BaseModel)
 MOST_CLASSES = 1 << 16  # labels are 16-bit numbers, also in stores of soft labels
-_MOST_PATCHES, _MOST_CHANGES, _SHOWN_MISTAKES = 2_000_000, 1_000_000, 5
+_MOST_PATCHES, _MOST_CHANGES, _MOST_CELLS, _SHOWN_MISTAKES = 2_000_000, 1_000_000, 1_000_000, 5
 
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 Step = Annotated[int, Field(ge=0, le=10**12)]
@@ -199,7 +199,7 @@ class PlannedSite(Document):
 
 
 class Plan(Document):
-    """What a page needs of `plan.json`; `plan.py` reads all of it."""
+    """What a page needs of a run's `plan.json`; `plan.py` reads all of it."""
 
     format: Literal["qvit-plan"]
     version: Literal[1]
@@ -373,6 +373,9 @@ class Analysis(Document):
             raise ValueError("has points, but no float model beside them")
         if len({point.layer for point in self.points}) > MOST_BLOCKS:
             raise ValueError(f"has points of more than {MOST_BLOCKS} layers")
+        setups = {(point.bit_width, point.others) for point in self.points if point.head is not None}
+        if len(setups) * MOST_BLOCKS * max((point.head or 0 for point in self.points), default=0) > _MOST_CELLS:
+            raise ValueError("has too many heads at too many widths to be drawn")
         return self
 
 

@@ -98,8 +98,8 @@ def _curve(figure: go.Figure, rows: Rows, name: str, index: int) -> None:
         y=[row["top1"] for row in ordered],
         name=label(name),
         mode="lines+markers",
-        line={"color": COLOURS[index], "width": 2},
-        marker={"size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)], "color": COLOURS[index]},
+        line={"color": COLOURS[index % len(COLOURS)], "width": 2},
+        marker={"size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)], "color": COLOURS[index % len(COLOURS)]},
         error_y={"array": [row["standard_error"] for row in ordered], "thickness": 1.2, "width": 4},
         customdata=[[row["drop"], row["agreement"]] for row in ordered],
         hovertemplate=f"{label(name)}, %{{x}} bits<br>top-1 %{{y:.2f}} %<br>float minus this %{{customdata[0]:.2f}}"

@@ -8,15 +8,15 @@ are the largest |w| over the standard deviation, both of the weight of a site at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 import plotly.graph_objects as go
 
 from qvit.report.figures import COLOURS, label, new_figure, thin, with_room
 from qvit.report.markup import Canvas, escape, folded, select, table, tensor_name
-from qvit.report.runs import Diagnostics, Run, WeightRecord
-from qvit.report.sites import layer_labels, layers_of, locate, tensors_of
+from qvit.report.runs import Diagnostics, Run
+from qvit.report.sites import Place, layer_labels, layers_of, locate, tensors_of
 from qvit.report.tables import Group
 from qvit.report.units import percent
 
@@ -52,8 +52,9 @@ def oscillation_figure(run: Run) -> go.Figure:
     """The share of oscillating weights over training steps, a line per kind of tensor."""
     records = thin([record for record in run.log.diagnostics if record.sites])
     figure = new_figure("Share of oscillating weights over training steps.", "training step", "oscillating (%)")
+    means = [_oscillating(record) for record in records]
     for index, tensor in enumerate(_tensors(records[-1])):
-        shares = [_mean(record, tensor, lambda own: own.oscillating) for record in records]
+        shares = [mean.get(tensor) for mean in means]
         figure.add_scatter(
             x=[record.step for record in records],
             y=[None if share is None else 100 * share for share in shares],
@@ -71,11 +72,9 @@ def spread_figure(run: Run, key: str) -> go.Figure:
     layers = layers_of(last.sites)
     short = layer_labels(layers)
     figure = new_figure(f"{key.capitalize()} of weights by layer.", "layer", NAMES[key])
+    own = {locate(site): getattr(record, key) for site, record in last.sites.items()}
     for index, tensor in enumerate(_tensors(last)):
-        own = {locate(site): getattr(record, key) for site, record in last.sites.items()}
-        points = [
-            next((v for place, v in own.items() if place.layer == x and place.tensor == tensor), None) for x in layers
-        ]
+        points = [own.get(Place(layer, tensor)) for layer in layers]
         if any(point is not None for point in points):
             figure.add_scatter(
                 x=short,
@@ -112,7 +111,10 @@ def _tensors(record: Diagnostics) -> list[str]:
     return inner + [site for site in record.sites if not locate(site).layer]
 
 
-def _mean(record: Diagnostics, tensor: str, value: Callable[[WeightRecord], float | None]) -> float | None:
-    own = [value(one) for site, one in record.sites.items() if locate(site).tensor == tensor]
-    found = [number for number in own if number is not None]
-    return fmean(found) if found else None
+def _oscillating(record: Diagnostics) -> dict[str, float]:
+    """The mean share of oscillating weights by kind of tensor, as far as it was written."""
+    pooled: dict[str, list[float]] = {}
+    for site, own in record.sites.items():
+        if own.oscillating is not None:
+            pooled.setdefault(locate(site).tensor, []).append(own.oscillating)
+    return {tensor: fmean(shares) for tensor, shares in pooled.items()}

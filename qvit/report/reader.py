@@ -50,6 +50,7 @@ from qvit.report.runs import (
     WeightRecord,
 )
 from qvit.report.runs import Result as Outcome
+from qvit.report.sites import problem_of
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,13 @@ def _read_plan(file: Path) -> tuple[str | None, dict[str, SitePlan]]:
         for name, spec in data.get("sites", {}).items()
         if spec is not None
     }
+    _require_few(file, {site: len(own.bit_widths) for site, own in plan.items()})
     return data.get("name") or "plan", plan
+
+
+def _require_few(file: Path, sites: Mapping[str, int]) -> None:
+    if problem := problem_of(sites):
+        raise QvitError(f"{file} has {problem}")
 
 
 def _tuple(value: Any) -> tuple[Any, ...]:
@@ -150,6 +157,7 @@ def _read_cost(file: Path) -> Cost | None:
         return None
     keys = ("macs", "bit_operations", "weight_bytes")
     sites = tuple(SiteCost(row["site"], *(row[key] for key in keys)) for row in data.get("sites", []))
+    _require_few(file, {site.site: 1 for site in sites})
     return Cost(*(data[key] for key in keys), sites=sites)
 
 
@@ -186,6 +194,10 @@ def _read_log(file: Path) -> Log:
             started = parsed.time
     if unreadable and not read:
         raise QvitError(f'{file} is not a log: none of its {unreadable} lines is a JSON object with an "event"')
+
+    widths = {site: len(own) for e in events["epoch"].values() for site, own in (e.bit_widths or {}).items()}
+    _require_few(file, widths)
+    _require_few(file, {site: 1 for e in events["diagnostics"].values() for site in e.sites or ()})
 
     def of(name: str) -> list[Any]:
         return [event for _, event in sorted(events[name].items())]

@@ -14,8 +14,9 @@ plural (`blocks`, `stages`), because `blocks.3.mlp.0` is the first part of an ML
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 TENSORS = {
     "attn.qkv.input": "qkv in",
@@ -40,6 +41,8 @@ TENSORS = {
     "attn.v.weight": "W_v",
 }
 GELU = "GELU out"
+#: What a page is drawn for, see `problem_of`.
+MOST = {"layers": 512, "kinds of tensors": 200, "widths": 250_000}
 ATTENTION_PANELS = {"q": "q (queries)", "k": "k (keys)", "v": "v (values)", "probs": "A (attention probabilities)"}
 
 _LAYER = re.compile(r"[^.]+\.\d+(?:\.[^.]*s\.\d+)*(?=\.)")
@@ -53,6 +56,7 @@ class Place:
     tensor: str
 
 
+@lru_cache(maxsize=1 << 16)
 def locate(site: str) -> Place:
     """Splits the name of a site into layer and tensor."""
     match = _LAYER.match(site)
@@ -60,6 +64,23 @@ def locate(site: str) -> Place:
         return Place("", site)
     rest = site[match.end() + 1 :]
     return Place(match.group(), TENSORS.get(rest, rest))
+
+
+def problem_of(sites: Mapping[str, int]) -> str | None:
+    """Why sites, given with their numbers of widths, are too many to be drawn; None if they are not.
+
+    A page takes time and space for the product of layers, kinds of tensors and heads. The limits are some times those
+    of the largest models.
+    """
+    places = [locate(site) for site in sites]
+    counts = {
+        "layers": len({place.layer for place in places}),
+        "kinds of tensors": len({place.tensor for place in places}),
+        "widths": sum(sites.values()),
+    }
+    return next(
+        (f"{n:,} {what}; at most {MOST[what]:,} are drawn" for what, n in counts.items() if n > MOST[what]), None
+    )
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

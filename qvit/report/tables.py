@@ -24,6 +24,7 @@ from qvit.report.units import bytes_text, column, difference, duration, percent,
 
 FLOAT_BOPS_PER_MAC = 32 * 32
 METHODS = ("float", "lsq", "lsq+")
+_LONGEST_OPTION = 2000
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,8 @@ def common_options(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, list[
 def _option_text(value: Any) -> str:
     if value is None:
         return "-"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_OPTION else f"{text[:_LONGEST_OPTION]}…"
 
 
 def _settings(runs: Sequence[Run]) -> list[str]:

@@ -22,6 +22,7 @@ from qvit.report.tables import Group
 # From few bits (light) to many (dark), distinct in brightness, so that the map also reads without colours.
 WIDTH_COLOURS = {2: "#fdf3c4", 3: "#d5e8a8", 4: "#8fd0a5", 5: "#4bb3b0", 6: "#2f8bb5", 7: "#2f5ea3", 8: "#2b2f7a"}
 DARK_ABOVE = 5
+MOST_CELLS = 200_000  # some times those of the largest models
 # Partners of a product share a colour; weights are dashed.
 PARTNERS = (("qkv in",), ("q", "W_q"), ("k", "W_k"), ("v", "W_v"), ("probs",), ("output", "W_o"), ("fc1 in", "W_fc1"))
 TENSOR_COLOURS = {name: COLOURS[i] for i, names in enumerate((*PARTNERS, (GELU, "W_fc2"))) for name in names}
@@ -43,7 +44,11 @@ def map_of(widths_by_site: Mapping[str, Sequence[int]], name: str) -> go.Figure 
     if not inner:
         return None
     layers, tensors = layers_of(inner), tensors_of(inner)
-    heads = {tensor: max(len(w) for site, w in inner.items() if locate(site).tensor == tensor) for tensor in tensors}
+    heads = dict.fromkeys(tensors, 1)
+    for site, own in inner.items():
+        heads[locate(site).tensor] = max(heads[locate(site).tensor], len(own))
+    if len(layers) * sum(heads.values()) > MOST_CELLS:
+        return None
     start, column = {}, 0
     for tensor in tensors:
         start[tensor] = column
@@ -267,7 +272,7 @@ def uniform_width(run: Run) -> float | None:
     A budget such as `3bit` says it; for others it is interpolated between the uniform costs that the log gives. None
     if neither is known.
     """
-    named = re.fullmatch(r"\s*(\d+)\s*bits?\s*", run.budget or "", re.IGNORECASE)
+    named = re.fullmatch(r"\s*(\d{1,2})\s*bits?\s*", run.budget or "", re.IGNORECASE)
     if named:
         return float(named.group(1))
     return _interpolated(run.log)
@@ -295,13 +300,15 @@ def mean_width_figure(run: Run) -> go.Figure | None:
         height=420,
     )
     per_epoch = run.log.steps_per_epoch
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for epoch in epochs:
+        pooled: dict[str, list[float]] = {}
+        for site, own in epoch.bit_widths.items():
+            pooled.setdefault(locate(site).tensor, []).extend(own)
+        for tensor, own in pooled.items():
+            curves.setdefault(tensor, []).append((epoch.step / per_epoch if per_epoch else epoch.epoch, fmean(own)))
     for position, tensor in enumerate(tensors_of(site for epoch in epochs for site in epoch.bit_widths)):
-        points = []
-        for epoch in epochs:
-            widths = [w for site, ws in epoch.bit_widths.items() if locate(site).tensor == tensor for w in ws]
-            if widths:
-                points.append((epoch.step / per_epoch if per_epoch else epoch.epoch, fmean(widths)))
-        points = thin(points)
+        points = thin(curves[tensor])
         colour = TENSOR_COLOURS.get(tensor, COLOURS[position % len(COLOURS)])
         figure.add_scatter(
             x=[x for x, _ in points],

@@ -181,7 +181,8 @@ def check_arguments(kwargs: Mapping[str, Any]) -> None:
     try:
         Architecture.model_validate(plain)
     except ValidationError as error:
-        item = error.errors(include_url=False)[-1]
+        items = error.errors(include_url=False)  # of a number or a list of them, the one that says more
+        item = next((item for item in items if not item["type"].endswith("_type")), items[0])
         if item["type"] == "value_error":
             raise UsageError(str(item["ctx"]["error"])) from None
         key = str(item["loc"][0])
