@@ -75,10 +75,20 @@ class Row:
     work: Callable[[str, dict[str, Any]], dict[str, Any]] = work
 
 
-#: In a row's options: the N of a budget of N bits, and the next.
-AT_BUDGET, ABOVE = "N", "N + 1"
-#: The search of the paper, as far as it differs from the default.
-PUBLISHED = {"width_gradient": "clipping", "initial_bits": ABOVE, "width_schedule": "run"}
+#: In a row's options: the N of a budget of N bits, and the next; the learning rate of the weights.
+AT_BUDGET, ABOVE, OF_WEIGHTS = "N", "N + 1", "that of the weights"
+#: Some choices of the paper alone.
+CLIPPING = {"width_gradient": "clipping", "initial_bits": ABOVE, "width_schedule": "run"}
+#: The search of the paper: all options of `recipes/*-qvit-paper.toml`.
+PUBLISHED = CLIPPING | {
+    "searching_ratio": 0.9,
+    "penalty": "absolute",
+    "penalty_weight": 0.1,
+    "penalty_widths": "rounded",
+    "width_lr": OF_WEIGHTS,
+}
+#: The same with a penalty as strong as the paper's on DeiT-T (at 3 bits), in units that do not depend on the model.
+AS_STRONG = PUBLISHED | {"penalty": "relative", "penalty_weight": 16.6}
 
 
 #: The cheaper of the two gradients that every element has its say in.
@@ -101,6 +111,8 @@ PARTS: dict[str, list[Row]] = {
         Row("qvit", "qvit"),
         Row("qvit by differences", "qvit", DIFFERENCES),
         Row("qvit, the published search", "qvit", PUBLISHED),
+        Row("qvit, the published search, penalty as on DeiT-T", "qvit", AS_STRONG),
+        Row("qvit, by clipping from N + 1, rate over the run", "qvit", CLIPPING),
         Row("vvtq", "vvtq"),
         Row("qvit+vvtq", "qvit+vvtq"),
     ],
@@ -215,8 +227,10 @@ class Jobs:
 
     def add(self, budget: str, row: Row, seed: int, repeat: int = 0) -> None:
         """Adds the run of a row, and before it the run of the plan that it starts from."""
-        bits = {AT_BUDGET: int(budget[0]), ABOVE: int(budget[0]) + 1}
-        values = {key: bits.get(value, value) if key == "initial_bits" else value for key, value in row.options.items()}
+        known = {AT_BUDGET: int(budget[0]), ABOVE: int(budget[0]) + 1, OF_WEIGHTS: self.common["lr"]}
+        values = {
+            key: known.get(value, value) if isinstance(value, str) else value for key, value in row.options.items()
+        }
         about = {"seed": seed, "budget": budget, "method": row.method, "method_options": values}
         own = {**self.common, **about, **row.settings}
         if row.options.get("metric") == "fisher":  # so that they can be made elsewhere, before a GPU is at hand
