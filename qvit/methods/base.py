@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
 from qvit.cost import CostModel
 from qvit.errors import UsageError, nearest
 from qvit.plan import QuantPlan

@@ -218,7 +218,7 @@ class QViTMethod(Method):
     def widths(self) -> Tensor:
         """The current widths of all sites as one vector, real-valued and differentiable while they are learned.
 
-        With `clipping`, their gradient counts at the limits as well: the optimizer judges its sum with that of the task.
+        With `clipping`, their gradient counts at the limits, too: the optimizer judges its sum with that of the task.
         """
         widths = torch.cat([q.bit_width.flatten() for q in self.quantizers])
         if self.spec_changes().get("width_gradient") == "clipping":

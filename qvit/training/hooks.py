@@ -1,8 +1,8 @@
 """How a method takes part in training: calls from the loop, and a base class that composes the parts of a method.
 
-A method is often several classes, such as Q-ViT and what VVTQ adds to it. Each defines its own part of a hook, under the
-hook's name, and knows nothing of the others; `ComposedHooks` calls all parts, those of base classes first. No part calls
-another one, so none can be left out: `super()` in a hook is an error.
+A method is often several classes, such as Q-ViT and what VVTQ adds to it. Each defines its own part of a hook, under
+the hook's name, and knows nothing of the others; `ComposedHooks` calls all parts, those of base classes first. No part
+calls another one, so none can be left out: `super()` in a hook is an error.
 
     attach, on_epoch, before_step, after_step, finish    every part is called
     penalty                                              the sum of the parts that are not None
@@ -119,7 +119,7 @@ def _parts_of(cls: type, name: str) -> tuple[Part, ...]:
 
 def _composed(cls: type[ComposedHooks], name: str) -> Callable[..., Any]:
     """The hook that calls all parts. Raises TypeError if it is called by one of them."""
-    combine, parts = COMPOSED[name], cls._parts[name]
+    combine = COMPOSED[name]
 
     @functools.wraps(cls._own.get(name, getattr(ComposedHooks, name)))
     def hook(self: ComposedHooks, *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ def _composed(cls: type[ComposedHooks], name: str) -> Callable[..., Any]:
                 f"'{name}' of {type(self).__name__} calls that of {cls.__name__}: each class defines its own part "
                 "alone, and all parts are called; leave out super()"
             )
-        return combine(parts, self, *args, **kwargs)
+        return combine(cls._parts[name], self, *args, **kwargs)
 
     return hook
 
