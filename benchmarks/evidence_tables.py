@@ -46,15 +46,14 @@ def evidence_tables(data: Data) -> str:
     pieces += _ablations(data, shown)
     pieces += _widths(data, shown)
     hours = f" All runs together: {data['hours']:.1f} hours." if data.get("hours") else ""
-    return "\n\n".join([*pieces, origin(data) + hours + _where(data)])
+    return "\n\n".join([*pieces, origin(data) + hours + _added(data) + _where(data)])
 
 
 @table_of("evidence_tiny-imagenet.json", "`python benchmarks/accuracy/evidence.py --help`")
 def budgets_tables(data: Data) -> str:
     """What Q-ViT is worth at equal bit operations, on the set that is nearest to ImageNet."""
-    cells, verdict_on = _compared(rows_of(data, "budgets"), data, "lsq+")
     title = f"{title_of(data)} {data['rows'][0]['images']} test images."
-    return "\n\n".join([title, cells, verdict_on, origin(data)])
+    return "\n\n".join([title, *_compared(rows_of(data, "budgets"), data, "lsq+"), origin(data)])
 
 
 def _above_float(data: Data, floats: float) -> str:
@@ -96,7 +95,30 @@ def _compared(rows: list[Row], data: Data, reference: str) -> list[str]:
         for row, gain, cost, size in zip(rows, gains, costs, sizes, strict=True)
     ]
     header = ["budget", "method", "top-1 (%)", f"less {reference}, paired", titled("bit operations", prefix)]
-    return [table([*header, titled("weights", unit)], cells, left=2), verdict(rows, gains, reference)]
+    pieces = [table([*header, titled("weights", unit)], cells, left=2), *_settings(rows)]
+    return [*pieces, verdict(rows, gains, reference)]
+
+
+def _settings(rows: list[Row]) -> list[str]:
+    """What rows set that is not the default of their method, and what is to be known about them."""
+    told = {
+        row["row"]: ", ".join(f"{name} = {_value(value)}" for name, value in row["method_options"].items())
+        for row in rows
+        if row["method_options"] and row["method"] != "ptq"
+    }
+    notes: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "note" in row:
+            notes.setdefault((row["row"], row["note"]), []).append(row["budget"])
+    lines = [f"- *{name}*: `{options}`" for name, options in told.items()]
+    pieces = ["Options that rows set:\n\n" + "\n".join(lines)] if lines else []
+    if notes:
+        pieces.append("\n".join(f"- *{name}* at {', '.join(own)}: {text}" for (name, text), own in notes.items()))
+    return pieces
+
+
+def _value(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _about(row: Row, seeds: int) -> str:
@@ -125,6 +147,18 @@ def verdict(rows: list[Row], gains: list[Gain | None], reference: str) -> str:
         f"By more than the deviation of the paired differences above `{reference}`: {above}. Below it: {below}. "
         f"Within the deviation: {rest}."
     )
+
+
+def _added(data: Data) -> str:
+    """Rows that were measured later than the others, and with which command."""
+    pieces = []
+    for one in data.get("added", []):
+        rows: dict[str, list[str]] = {}
+        for _, budget, name in one["rows"]:
+            rows.setdefault(name, []).append(budget)
+        named = "; ".join(f"{name} ({', '.join(dict.fromkeys(budgets))})" for name, budgets in rows.items())
+        pieces.append(f"\n\nAdded later: {named}. {origin(one)}")
+    return "".join(pieces)
 
 
 def _where(data: Data) -> str:

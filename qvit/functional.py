@@ -273,6 +273,8 @@ def switchable_fake_quantize(
         limits: Range of a learned width, clamped and rounded here (Q-ViT eq. 7); None for a fixed one.
         signed, elements_per_scale: See `fake_quantize`.
     """
-    width = bit_width if limits is None else round_ste(clamp_inward(bit_width, *limits))
+    width = bit_width
+    if limits is not None:  # a gradient beyond them counts in the sum over a batch: it is judged there (optimizer.py)
+        width = straight_through(bit_width, bit_width.detach().clamp(*limits).round())
     offset = None if offsets is None else pick_column(offsets, width, candidates)
     return fake_quantize(x, pick_column(scales, width, candidates), width, signed, offset, elements_per_scale)

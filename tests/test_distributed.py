@@ -139,6 +139,42 @@ def test_two_processes_train_the_model_that_one_trains(tmp_path: Path) -> None:
         assert events(run, "freeze")[0]["bit_operations"] == events(one, "freeze")[0]["bit_operations"]
 
 
+NOTING_GRADIENTS = TRAIN.replace(
+    "trainer.fit(quiet=True)",
+    """from safetensors.torch import save_file
+from qvit.quantizers import quantizers_of
+widths = {name: quantizer.bit_width for name, quantizer in quantizers_of(model)}
+def note(*_):
+    if trainer.step == 0:
+        save_file({name: width.grad.clone() for name, width in widths.items()}, out / f"gradients{processes.rank}")
+trainer.optimizer.register_step_pre_hook(note)
+trainer.fit(quiet=True)""",
+)
+
+
+def test_gradients_of_widths_are_judged_for_the_whole_batch(tmp_path: Path) -> None:
+    """By clipping, with all widths at a limit: as one batch, in four micro-batches, on two processes, and both.
+
+    Parts of a batch that would push a width beyond its limit count against those that would lead it back inside.
+    """
+    options = {"width_gradient": "clipping", "initial_bits": 2, "searching_ratio": 1.0}
+    values = QVIT | {"budget": "2bit", "epochs": 1, "method_options": options}
+    found = {}
+    for count, accumulate in ((1, 1), (1, 4), (2, 1), (2, 2)):
+        out = tmp_path / f"{count}-{accumulate}"
+        script = ["-c", NOTING_GRADIENTS, json.dumps(values | {"accumulate": accumulate}), str(out)]
+        for code, _, err in finish(launch(count, script)):
+            assert code == 0, err
+        found[count, accumulate] = [load_file(out / f"gradients{rank}") for rank in range(count)]
+    (expected,) = found.pop((1, 1))
+    everything = torch.cat([gradient.flatten() for gradient in expected.values()])
+    assert (everything == 0).sum() > 5 and (everything != 0).sum() > 5
+    for ranks in found.values():
+        for gradients in ranks:
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
 DYING = TRAIN.replace(
     "trainer.fit(quiet=True)",
     """import os, signal

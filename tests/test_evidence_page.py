@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,21 @@ import pytest
 from test_readme import ROOT, render_module
 
 ORIGIN = {"command": "python run.py", "hardware": "CPU", "date": "2020-01-02", "versions": {"torch": "1"}}
+
+
+def benchmark(name: str) -> Any:
+    """A module of `benchmarks/accuracy`."""
+    folder = ROOT / "benchmarks/accuracy"
+    sys.path.insert(0, str(folder))
+    try:
+        spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(folder))
+    return module
 
 
 def row(part: str, budget: str, name: str, accuracies: list[float], **other: Any) -> dict[str, Any]:
@@ -262,3 +280,44 @@ def _hooks() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_rows_tell_what_they_set_and_what_is_to_be_known_about_them(project: Path) -> None:
+    data = measured()
+    data["rows"][2] |= {"method_options": {"initial_bits": "N + 1", "head_wise": False}, "note": "one run was lost"}
+    text = page(project, data)
+    assert "Options that rows set:\n\n- *qvit*: `initial_bits = N + 1, head_wise = false`\n" in text
+    assert "- *qvit* at 3bit: one run was lost" in text and text.count("Options that rows set") == 2
+
+
+def test_rows_that_were_added_later_tell_where_they_are_from(project: Path) -> None:
+    data = measured()
+    rows = [["budgets", "3bit", "qvit"], ["rivals", "3bit", "ofq"]]
+    data["added"] = [{**ORIGIN, "rows": rows, "command": "python again.py", "date": "2020-02-03"}]
+    found = "Added later: qvit (3bit); ofq (3bit). Measured with `python again.py` on CPU, 2020-02-03 (torch 1)."
+    assert found in page(project, data)
+
+
+def test_later_rows_take_the_place_of_those_of_their_name() -> None:
+    evidence = benchmark("evidence")
+    before = measured()
+    later = {**ORIGIN, "date": "2020-02-03", "hours": 0.5, "rows": [row("budgets", "3bit", "qvit", [1.0, 2.0])]}
+    later["rows"] += [row("budgets", "4bit", "vvtq", [3.0, 4.0])]
+    data = evidence.added_to(before, later)
+    names = [(own["part"], own["budget"], own["row"]) for own in data["rows"]]
+    first = [("4bit", "lsq+"), ("4bit", "vvtq"), ("3bit", "lsq+"), ("3bit", "qvit")]
+    assert names[:4] == [("budgets", *own) for own in first]
+    assert data["rows"][3]["accuracies"] == [1.0, 2.0] and len(names) == 8 and data["hours"] == 1.75
+    assert data["added"][0]["rows"] == [["budgets", "3bit", "qvit"], ["budgets", "4bit", "vvtq"]]
+    again = evidence.added_to(data, {**later, "rows": later["rows"][:1], "date": "2020-03-04"})
+    assert [(one["date"], len(one["rows"])) for one in again["added"]] == [("2020-02-03", 1), ("2020-03-04", 1)]
+
+
+def test_the_published_search_is_that_of_the_recipes() -> None:
+    """Row and recipe set the same options, but for the budget and the learning rate of the weights."""
+    evidence = benchmark("evidence")
+    (published,) = [own for own in evidence.PARTS["budgets"] if own.name == "qvit, the published search"]
+    for recipe in sorted((ROOT / "recipes").glob("*-qvit-paper.toml")):
+        values = tomllib.loads(recipe.read_text())
+        known = {evidence.ABOVE: int(values["budget"][0]) + 1, evidence.OF_WEIGHTS: values["lr"]}
+        assert {key: known.get(value, value) for key, value in published.options.items()} == values["method_options"]

@@ -18,7 +18,8 @@ table:
 and all rows tell the widths that they learned for each kind of tensor (Figures 4 and 5). Sets of images: `sets.py`.
 Nothing here was chosen by test images. Finished runs are not run again, so a run that was stopped goes on. Fisher plans
 are made on the CPU, whatever the device of the trainings. With --repeats, the accuracy of a seed is the mean of its
-runs: other hardware rounds otherwise, so they differ.
+runs: other hardware rounds otherwise, so they differ. With --add, rows are added to those of the results file, or put
+in their place; the others stay.
 
     python benchmarks/accuracy/evidence.py --set digits --runs DIR
     python benchmarks/accuracy/evidence.py --set cifar10-trained --data FOLDER --float-images 20000 \
@@ -75,10 +76,20 @@ class Row:
     work: Callable[[str, dict[str, Any]], dict[str, Any]] = work
 
 
-#: In a row's options: the N of a budget of N bits, and the next.
-AT_BUDGET, ABOVE = "N", "N + 1"
-#: The search of the paper, as far as it differs from the default.
-PUBLISHED = {"width_gradient": "clipping", "initial_bits": ABOVE, "width_schedule": "run"}
+#: In a row's options: the N of a budget of N bits, and the next; the learning rate of the weights.
+AT_BUDGET, ABOVE, OF_WEIGHTS = "N", "N + 1", "that of the weights"
+#: Some choices of the paper alone.
+CLIPPING = {"width_gradient": "clipping", "initial_bits": ABOVE, "width_schedule": "run"}
+#: The search of the paper: all options of `recipes/*-qvit-paper.toml`.
+PUBLISHED = CLIPPING | {
+    "searching_ratio": 0.9,
+    "penalty": "absolute",
+    "penalty_weight": 0.1,
+    "penalty_widths": "rounded",
+    "width_lr": OF_WEIGHTS,
+}
+#: The same with a penalty as strong as the paper's on DeiT-T (at 3 bits), in units that do not depend on the model.
+AS_STRONG = PUBLISHED | {"penalty": "relative", "penalty_weight": 16.6}
 
 
 #: The cheaper of the two gradients that every element has its say in.
@@ -101,8 +112,11 @@ PARTS: dict[str, list[Row]] = {
         Row("qvit", "qvit"),
         Row("qvit by differences", "qvit", DIFFERENCES),
         Row("qvit, the published search", "qvit", PUBLISHED),
+        Row("qvit, the published search, penalty as on DeiT-T", "qvit", AS_STRONG),
+        Row("qvit, by clipping from N + 1, rate over the run", "qvit", CLIPPING),
         Row("vvtq", "vvtq"),
         Row("qvit+vvtq", "qvit+vvtq"),
+        Row("qvit+vvtq, the widths' rate falling over the run", "qvit+vvtq", {"width_schedule": "run"}),
     ],
     "post-training": [
         Row("Fisher plan, not trained", "ptq", {**GRIDS, "metric": "fisher"}),
@@ -191,7 +205,8 @@ def main() -> None:
         **record_of("evidence.py"),
         **where_and_when(finished),
     }
-    write_json(options.out or Path(__file__).parents[1] / "results" / f"evidence_{options.set}.json", data)
+    out = options.out or Path(__file__).parents[1] / "results" / f"evidence_{options.set}.json"
+    write_json(out, added_to(json.loads(out.read_text(encoding="utf-8")), data) if options.add else data)
     if failed:
         raise SystemExit(str(failed))
 
@@ -215,8 +230,10 @@ class Jobs:
 
     def add(self, budget: str, row: Row, seed: int, repeat: int = 0) -> None:
         """Adds the run of a row, and before it the run of the plan that it starts from."""
-        bits = {AT_BUDGET: int(budget[0]), ABOVE: int(budget[0]) + 1}
-        values = {key: bits.get(value, value) if key == "initial_bits" else value for key, value in row.options.items()}
+        known = {AT_BUDGET: int(budget[0]), ABOVE: int(budget[0]) + 1, OF_WEIGHTS: self.common["lr"]}
+        values = {
+            key: known.get(value, value) if isinstance(value, str) else value for key, value in row.options.items()
+        }
         about = {"seed": seed, "budget": budget, "method": row.method, "method_options": values}
         own = {**self.common, **about, **row.settings}
         if row.options.get("metric") == "fisher":  # so that they can be made elsewhere, before a GPU is at hand
@@ -232,6 +249,31 @@ class Jobs:
                 del own["budget"]
         name = self.place(budget, row, seed, repeat)
         self.all.setdefault(name, Job(name, TrainConfig.create(**own), after, row.work))
+
+
+def added_to(before: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Results with the rows of later runs, which say in `added` where they are from."""
+
+    def key(row: dict[str, Any]) -> tuple[str, str, str]:
+        return row["part"], row["budget"], row["row"]
+
+    def place(row: dict[str, Any]) -> int:
+        """Rows have the order of `PARTS`."""
+        names = [own.name for own in PARTS[row["part"]]]
+        return names.index(row["row"]) if row["row"] in names else len(names)
+
+    new = {key(row): row for row in data["rows"]}
+    rows = [row for row in before["rows"] if key(row) not in new] + list(new.values())
+    order = list(dict.fromkeys((row["part"], row["budget"]) for row in before["rows"] + data["rows"]))
+    rows.sort(key=lambda row: (order.index((row["part"], row["budget"])), place(row)))
+    about = {name: data[name] for name in ("command", "hardware", "date", "versions")}
+    earlier = [
+        {**one, "rows": left}
+        for one in before.get("added", [])
+        if (left := [own for own in one["rows"] if tuple(own) not in new])
+    ]
+    added = [*earlier, {"rows": [list(own) for own in new], **about}]
+    return before | {"rows": rows, "added": added, "hours": round(before["hours"] + data["hours"], 2)}
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -299,6 +341,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", help="only these rows")
     parser.add_argument("--repeats", type=int, default=1, help="runs per row and seed; what is there is summed up")
     parser.add_argument("--table-only", action="store_true", help="run nothing: sum up what is there")
+    parser.add_argument("--add", action="store_true", help="to the rows that the results file has")
     parser.add_argument("--runs", type=Path, default=Path("runs/evidence"))
     options = parsed(parser)
     own = dict.fromkeys(PARTS, options.rivals) | {"budgets": options.budgets}

@@ -18,7 +18,7 @@ By interpolation x̂ is on two grids at a time (`Mixed`); its sums are those of 
 
     ∂b: Σ g·(q(x; l+1) - q(x; l))
 
-Both point beyond the width's limits, too: what counts is the sum over all parts of a batch (`training/optimizer.py`).
+All point beyond the width's limits, too: what counts is the sum over all parts of a batch (`training/optimizer.py`).
 
 `FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators: it saves `x` and a
 few numbers per group. On CPUs the operators are compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qvit.functional import SMALLEST_SCALE, integer_range, inward, pick_column, wide
+from qvit.functional import SMALLEST_SCALE, integer_range, pick_column, wide
 from qvit.kernels import cpu, gpu
 
 _LIBRARY = torch.library.Library("qvit", "DEF")
@@ -224,7 +224,6 @@ def formula_gradients(
         above = (clipped - quant_min * total) / (quant_max - quant_min)
         outward = 2 * above - total if meta.signed else above
         grad_width = (outward * (grid.scale * (quant_max + 1) * math.log(2.0))).sum_to_size(bit_width.shape)
-        grad_width = inward(bit_width, grad_width, *meta.limits)
     return grad_scales, grad_offsets, grad_width
 
 

@@ -235,13 +235,12 @@ def parameter_gradients(
     to_scales = torch.empty_like(scales)
     to_offsets = None if offsets is None else torch.empty_like(offsets)
     to_width = None if limits is None else torch.empty_like(bit_width)
-    least, most = limits or (0, 0)
     columns = scales.shape[-1]
     launch: Any = kernels.gradients_kernel
     launch[(1,)](
-        sums, numbers, bit_width, elements if isinstance(elements, Tensor) else sums, to_scales,
+        sums, numbers, elements if isinstance(elements, Tensor) else sums, to_scales,
         to_scales if to_offsets is None else to_offsets, to_scales if to_width is None else to_width, count,
-        of_elements, float(elements) if isinstance(elements, int) else 0.0, first, float(least), float(most),
+        of_elements, float(elements) if isinstance(elements, int) else 0.0, first,
         OF_SCALE=of_scale, OF_WIDTH=of_width, COLUMNS=columns, PADDED=1 << (columns - 1).bit_length(), SIGNED=signed,
         SHIFTED=offsets is not None, LIMITED=limits is not None, MIXED=mixed, SCALED=scaled, LINEAR=linear,
         BLOCK=_power_of_two(count), enable_fp_fusion=False,

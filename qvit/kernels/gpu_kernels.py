@@ -151,7 +151,7 @@ def resolve_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def gradients_kernel(  # type: ignore[no-untyped-def]
-    sums, grid, widths, elements, to_scales, to_offsets, to_width, count, of_elements, number, first, least, most,
+    sums, grid, elements, to_scales, to_offsets, to_width, count, of_elements, number, first,
     OF_SCALE: tl.constexpr, OF_WIDTH: tl.constexpr, COLUMNS: tl.constexpr, PADDED: tl.constexpr,
     SIGNED: tl.constexpr, SHIFTED: tl.constexpr, LIMITED: tl.constexpr, MIXED: tl.constexpr, SCALED: tl.constexpr,
     LINEAR: tl.constexpr, BLOCK: tl.constexpr,
@@ -205,11 +205,6 @@ def gradients_kernel(  # type: ignore[no-untyped-def]
         outward = 2.0 * above - total if SIGNED else above
         for_width = tl.where(inside, outward * (s * (hi + 1.0) * 0.6931471805599453), 0.0)  # type: ignore[operator]
         if OF_WIDTH == 0:
-            summed = tl.sum(for_width, 0)
-            b = tl.load(widths).to(tl.float32)
-            passes = tl.where(summed < 0, b < most, b > least)  # type: ignore[operator]
-            tl.store(to_width, tl.where(passes, summed, 0.0))
+            tl.store(to_width, tl.sum(for_width, 0))
         else:
-            b = tl.load(widths + g, mask=inside, other=0.0).to(tl.float32)
-            passes = tl.where(tl.where(for_width < 0, b < most, b > least), for_width, 0.0)
-            tl.store(to_width + g, passes, mask=inside)
+            tl.store(to_width + g, for_width, mask=inside)

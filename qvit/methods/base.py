@@ -1,8 +1,8 @@
 """What a method is: the plan it starts from, and its part in training.
 
 `plan` turns a budget into the starting plan for a model's sites (None for a method that does not quantize); `attach` is
-called with the calibrated model; the three hooks of `training.hooks.Hooks` do the rest. Everything else - data,
-calibration, loop, evaluation, files - is the same for all methods.
+called with the calibrated model, `finish` at the end; the hooks of `training/hooks.py` do the rest, of which a class
+defines its own part alone. Everything else - data, calibration, loop, evaluation, files - is the same for all methods.
 """
 
 from __future__ import annotations
@@ -11,14 +11,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict
-from torch import nn
 
 from qvit.cost import CostModel
 from qvit.errors import UsageError, nearest
 from qvit.plan import QuantPlan
 from qvit.training.config import TrainConfig, validated
-from qvit.training.hooks import NoHooks
-from qvit.training.loop import Trainer
+from qvit.training.hooks import ComposedHooks
 
 M = TypeVar("M", bound="Method")
 _REGISTRY: dict[str, type[Method]] = {}
@@ -30,7 +28,7 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Method(NoHooks):
+class Method(ComposedHooks):
     """Base class.
 
     Args:
@@ -49,12 +47,6 @@ class Method(NoHooks):
     def plan(self, cost: CostModel) -> QuantPlan | None:
         """The starting plan, resolved or as rules; None if nothing is quantized."""
         raise NotImplementedError
-
-    def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
-        """Called once with the calibrated (or resumed) model, before training."""
-
-    def finish(self, trainer: Trainer) -> None:
-        """Called after the last step, before the result is evaluated."""
 
     def budget(self, cost: CostModel) -> int | None:
         """The limit on BOPs that the run was given, as a number; None for none."""

@@ -47,7 +47,6 @@ class DQMethod(QViTMethod):
         return "per-head" if self.options.head_wise else "shared"
 
     def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
-        super().attach(model, cost, steps_per_epoch)
         signed = [float(q.spec.signed) for q in self.quantizers for _ in range(q.bit_width.numel())]
         self.signed = torch.tensor(signed, device=self.quantizers[0].bit_width.device)
         limits = [[integer_range(width, q.spec.signed)[1] for q in self.quantizers] for width in (LOW, HIGH)]

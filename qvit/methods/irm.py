@@ -71,7 +71,6 @@ class IRMMethod(LSQMethod):
         return [n for n, site in cost.sites.items() if site.role == "activation" and n.rpartition(".")[2] in GUIDED]
 
     def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
-        super().attach(model, cost, steps_per_epoch)
         self.seen: dict[str, Tensor] = {}
         self.wanted: dict[str, Tensor] = {}
         if not self.options.guidance:
@@ -96,14 +95,12 @@ class IRMMethod(LSQMethod):
         model.register_forward_pre_hook(ask)
 
     def penalty(self, step: int = 0) -> Tensor | None:
-        own = super().penalty(step)
         if not self.wanted:
-            return own
+            return None
         parts = [similarity_distance(x, self.wanted[name]) for name, x in self.seen.items()]
         self.seen.clear()
         self.wanted.clear()
-        guided = torch.stack(parts).sum() * self.options.guidance
-        return guided if own is None else own + guided
+        return torch.stack(parts).sum() * self.options.guidance
 
 
 def similarities(x: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ from qvit.allocate import round_to_budget
 from qvit.convert import freeze
 from qvit.cost import CostModel, DifferentiableCost, parse_budget
 from qvit.errors import UsageError
-from qvit.functional import clamp_inward, round_ste
+from qvit.functional import clamp_inward, round_ste, straight_through
 from qvit.methods.base import Method, MethodOptions, register_method
 from qvit.methods.lsq import offset_rules, scale_rules
 from qvit.plan import QuantPlan, Rule, plan_from
@@ -216,8 +216,14 @@ class QViTMethod(Method):
         return self.differentiable(round_ste(widths) if self.options.penalty_widths == "rounded" else widths)
 
     def widths(self) -> Tensor:
-        """The current widths of all sites as one vector, real-valued and differentiable while they are learned."""
-        return clamp_inward(torch.cat([q.bit_width.flatten() for q in self.quantizers]), LOW, HIGH)
+        """The current widths of all sites as one vector, real-valued and differentiable while they are learned.
+
+        With `clipping`, their gradient counts at the limits, too: the optimizer judges its sum with that of the task.
+        """
+        widths = torch.cat([q.bit_width.flatten() for q in self.quantizers])
+        if self.spec_changes().get("width_gradient") == "clipping":
+            return straight_through(widths, widths.detach().clamp(LOW, HIGH))
+        return clamp_inward(widths, LOW, HIGH)
 
     def wish(self, quantizer: Quantizer) -> Tensor:
         """What the search would have a site's widths be, at its end."""

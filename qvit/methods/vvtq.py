@@ -83,13 +83,11 @@ class WithRemedy(Method):
         return 0.0
 
     def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
-        super().attach(model, cost, steps_per_epoch)
         self.total_steps = self.config.epochs * steps_per_epoch
         self.remedy = create_remedy(model, self.options, self.not_before)
 
     def penalty(self, step: int = 0) -> Tensor | None:
-        own, added = super().penalty(step), self.remedy.penalty(step / self.total_steps)
-        return own if added is None else added if own is None else own + added
+        return self.remedy.penalty(step / self.total_steps)
 
     def before_step(self, trainer: Trainer) -> None:
         self.remedy.before_step(trainer.step / self.total_steps)

@@ -9,8 +9,9 @@ compiled model has no branch on data:
 
 A width is an argument of quantization like a scale. Learned, it is a float parameter b̃ that enters as b =
 round(clamp(b̃, b_min, b_max)) with the gradient straight through (Q-ViT eq. 7, rounding to nearest). The clamp lies in
-the graph (`clamp_inward`): forward writes to no parameter. `freeze` turns b̃ into integers for good: the parameter
-becomes a buffer of the same name, so the keys of a state dict do not change.
+the graph: forward writes to no parameter. Its gradient is unchanged at the limits; what leads beyond one is taken away
+once a step, when the whole batch is summed up (`training/optimizer.py`). `freeze` turns b̃ into integers for good: the
+parameter becomes a buffer of the same name, so the keys of a state dict do not change.
 
 Shapes: `bit_width` is `()` or one number per head, shaped to broadcast against the viewed tensor (`spec.Layout`).
 """
