@@ -70,8 +70,11 @@ def library(source: Path) -> ctypes.CDLL:
         folder = None
     if folder is not None and (found := _from_cache(folder, stem)):
         return found
-    with tempfile.TemporaryDirectory(prefix="qvit-kernels-", ignore_cleanup_errors=True) as private:
-        return _compiled(source, Path(private) / f"{stem}.so", folder)
+    try:
+        with tempfile.TemporaryDirectory(prefix="qvit-kernels-", ignore_cleanup_errors=True) as private:
+            return _compiled(source, Path(private) / f"{stem}.so", folder)
+    except OSError as error:
+        raise CannotBuild(f"no place to compile in: {error}") from error
 
 
 def _compiled(source: Path, made: Path, folder: Path | None) -> ctypes.CDLL:
