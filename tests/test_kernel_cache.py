@@ -237,6 +237,7 @@ def _load_together(source: str, barrier) -> None:
     assert build.library(Path(source)).answer() == 7
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_processes_that_compile_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     context = multiprocessing.get_context("fork")
     monkeypatch.undo()

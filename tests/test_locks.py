@@ -25,7 +25,11 @@ from qvit.errors import QvitError
 from qvit.files import write_atomically, write_json
 from qvit.locks import LOCK, TEMPORARY, BeingWritten, is_leftover, remove_leftovers, writer_of, writing, writing_file
 
-pytestmark = pytest.mark.skipif(locks.fcntl is None, reason="no locks on this system")
+pytestmark = [
+    pytest.mark.skipif(locks.fcntl is None, reason="no locks on this system"),
+    # From Python 3.12 on, where a library has started threads: what is forked here does not use them.
+    pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
+]
 FORK = multiprocessing.get_context("fork") if hasattr(os, "fork") else None
 
 
