@@ -38,10 +38,20 @@ from qvit.documents import Analysis, read_document
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.families import inspect_model
 from qvit.files import write_json
+from qvit.locks import writing
 from qvit.plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.spec import Site
-from qvit.subject import Progress, Request, logits, open_subject, paired_standard_error, percent_equal, standard_error
+from qvit.subject import (
+    Progress,
+    Request,
+    Subject,
+    logits,
+    open_subject,
+    paired_standard_error,
+    percent_equal,
+    standard_error,
+)
 
 WIDTHS = tuple(range(2, 9))
 KINDS = ("widths", "parts", "heads")
@@ -293,20 +303,25 @@ def analyze(
     for kind in what:
         if kind not in KINDS:
             raise UsageError(f"unknown analysis '{kind}'{nearest(kind, KINDS)} ({', '.join(KINDS)}, all)")
-    subject = open_subject(request)
-    cost = inspect_model(subject.model)
-    asked: list[Point] = []
-    asked += width_points(widths) if "widths" in what else []
-    asked += part_points(cost, parts, widths) if "parts" in what else []
-    asked += head_points(cost, layers, low_bits=low_bits, high_bits=high_bits) if "heads" in what else []
     file = Path(out) / ANALYSIS
-    record = _begun(file, subject.settings(), cost) if not overwrite else _fresh(subject.settings(), cost)
-    known = {_key(row) for row in record["points"]}
-    missing = [point for point in asked if _key(asdict(point)) not in known]
-    if not missing:
-        return record
+    with writing(file.parent):
+        subject = open_subject(request)
+        cost = inspect_model(subject.model)
+        asked: list[Point] = []
+        asked += width_points(widths) if "widths" in what else []
+        asked += part_points(cost, parts, widths) if "parts" in what else []
+        asked += head_points(cost, layers, low_bits=low_bits, high_bits=high_bits) if "heads" in what else []
+        record = _begun(file, subject.settings(), cost) if not overwrite else _fresh(subject.settings(), cost)
+        known = {_key(row) for row in record["points"]}
+        if missing := [point for point in asked if _key(asdict(point)) not in known]:
+            _add(missing, record, file, subject, progress or (lambda *_: None))
+    return record
+
+
+def _add(missing: list[Point], record: dict[str, Any], file: Path, subject: Subject, notify: Progress) -> None:
+    """Measures points into a record, which is written after each."""
     step = len(subject.judged)
-    total, notify = step * (len(missing) + 1), progress or (lambda *_: None)
+    total = step * (len(missing) + 1)
     start = time.perf_counter()
     notify("calibrating", 0, total)
     probe = Probe(subject.model, subject.calibration())
@@ -322,7 +337,6 @@ def analyze(
         record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 2)
         start = time.perf_counter()
         write_json(file, record)
-    return record
 
 
 def _fresh(settings: dict[str, Any], cost: CostModel) -> dict[str, Any]:

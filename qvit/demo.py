@@ -25,6 +25,7 @@ from qvit.documents import DemoResults, Result, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_json
 from qvit.jobs import Job, run_jobs
+from qvit.locks import writing
 from qvit.packed_run import compare_packed, write_packed
 from qvit.rundir import RESULT
 from qvit.training.config import TrainConfig
@@ -105,8 +106,13 @@ def run_demo(
         raise UsageError(f"a demo needs at least one seed, not {seeds}")
     if workers is not None and workers < 1:
         raise UsageError(f"a demo needs at least one process, not {workers}")
-    folder = Path(out)
-    console = console or Console(stderr=True)
+    with writing(Path(out)):
+        return _run(Path(out), seeds, workers, overwrite, short, console or Console(stderr=True))
+
+
+def _run(
+    folder: Path, seeds: int, workers: int | None, overwrite: bool, short: bool, console: Console
+) -> dict[str, Any]:
     started = time.perf_counter()
     listed = jobs(folder, list(range(seeds)), short=short)
     ran = run_jobs(folder / "runs", listed, workers=workers, overwrite=overwrite, console=console)

@@ -1,6 +1,7 @@
 """Files: written so that they survive a kill and a full disk, read without trusting what is in them.
 
-Writing: beside the old file, flushed, renamed; a reader sees the old content or the new.
+Writing: beside the old file, flushed, renamed; a reader sees the old content or the new. What a killed writer leaves
+beside it is deleted by the next one (`qvit.locks`).
 
 Reading: whoever wrote a file may have been a stranger, another version or a failing disk. Only regular files are
 opened, their size is limited before memory is taken, text is UTF-8, and JSON is plain data: every key once, no NaN or
@@ -10,6 +11,7 @@ What the data mean is checked by the reader of each format, which names the key.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from qvit.errors import QvitError
+from qvit.locks import TEMPORARY, announce, remove_leftovers
 
 #: The largest JSON or TOML file that is read, unless its format has another limit.
 TEXT_LIMIT = 16 << 20
@@ -186,13 +189,16 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     temporary = ""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        remove_leftovers(path.parent, (path.name,))
+        with _new_file_beside(path) as file:
             temporary = file.name
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            if os.name == "nt":  # where open files cannot be renamed; elsewhere its lock is kept until it has its name
+                file.close()
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise QvitError(f"cannot write {path}: {error}; the previous file is untouched") from error
     finally:
@@ -200,7 +206,37 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
+def _new_file_beside(path: Path) -> IO[bytes]:
+    """An empty temporary file that others know to be in use."""
+    while True:
+        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY, delete=False)  # noqa: SIM115
+        if announce(file.fileno()):
+            return file
+        file.close()
+        Path(file.name).unlink(missing_ok=True)
+
+
 def write_json(path: Path, data: Any) -> None:
     """Writes JSON atomically; NaN is refused rather than written as something that is not JSON."""
     text = json.dumps(data, indent=1, allow_nan=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def cache_folder() -> Path:
+    """Where this user's caches are: `$XDG_CACHE_HOME/qvit`, or `~/.cache/qvit`; it need not be there.
+
+    As the standard has it, a path that is not absolute counts as none. Raises QvitError if there is no home directory.
+    """
+    given = Path(os.environ.get("XDG_CACHE_HOME") or "")
+    try:
+        return (given if given.is_absolute() else Path.home() / ".cache") / "qvit"
+    except RuntimeError:
+        raise QvitError("there is no home directory for a cache: set XDG_CACHE_HOME to a folder") from None
+
+
+def make_private(folder: Path) -> None:
+    """Makes a folder, and those above it that are missing, so that no other user can write there."""
+    for place in reversed((folder, *folder.parents)):
+        with contextlib.suppress(FileExistsError):
+            if not place.is_dir():
+                place.mkdir(mode=0o700)

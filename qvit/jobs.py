@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qvit.errors import QvitError
+from qvit.locks import writer_of, writing
 from qvit.ptq_run import ptq
 from qvit.run import resume, train
-from qvit.rundir import LOG, RESULT, forget_progress, read_config
+from qvit.rundir import LOG, RESULT, forget_progress, read_config, written
 from qvit.training.checkpoint import last_checkpoint
 from qvit.training.config import TrainConfig
 
@@ -75,13 +76,26 @@ def run_jobs(
         console: Where progress goes.
 
     Raises:
+        BeingWritten: Another list is at work in this folder.
         QvitError: Jobs failed, told when all others are done.
     """
-    runs.mkdir(parents=True, exist_ok=True)
+    with writing(runs):
+        return _run_missing(runs, listed, workers, overwrite, console)
+
+
+def _run_missing(runs: Path, listed: list[Job], workers: int | None, overwrite: bool, console: Console) -> bool:
+    begun = [runs / job.name for job in listed if (runs / job.name).is_dir()]
+    for run in begun:  # processes of a list that was killed may be saving
+        if writer := writer_of(run):
+            console.print(f"waiting for {writer}, which writes in {run}", markup=False, highlight=False)
+        with written(run, patience=2 * GRACE):
+            pass
     again = {job.name for job in listed if overwrite or not _same_config(runs / job.name, job.config)}
     again |= {job.name for job in listed if job.after in again}  # what started from other weights is another run
-    for name in again:
-        forget_progress(runs / name)
+    for run in begun:
+        if run.name in again:
+            with written(run):
+                forget_progress(run)
     todo = [job for job in listed if not (runs / job.name / RESULT).is_file()]
     if todo:
         processes = min(workers or os.cpu_count() or 1, len(todo))

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
+from qvit.locks import is_leftover, writing
 from qvit.run import teacher_model
 from qvit.rundir import CONFIG, read_config
 from qvit.training.config import validated
@@ -104,7 +105,14 @@ def write_labels(
         UsageError: Options that cannot be meant, or a directory that holds something else.
         QvitError: Data or weights that cannot be read, a teacher that returns NaN, or a disk without space.
     """
-    device, folder = Processes(request.device).device, Path(out)
+    with writing(Path(out)):
+        return _write(request, Path(out), notify, progress or (lambda done, total: None))
+
+
+def _write(
+    request: LabelRequest, folder: Path, notify: Callable[[str], None], report: Callable[[int, int], None]
+) -> dict[str, Any]:
+    device = Processes(request.device).device
     bundle = open_data_of(request)
     source = require_rows(bundle.train)
     notify(bundle.note)
@@ -114,7 +122,6 @@ def write_labels(
     done = total - sum(map(call.images_in, writer.todo)) * call.crops
     if writer.todo and done:
         notify(f"going on with {folder}: {done} of {total} crops are labelled")
-    report = progress or (lambda done, total: None)
     report(done, total)
     start, before = time.perf_counter(), done
     loader = labelling_loader(
@@ -136,7 +143,7 @@ def write_labels(
         writer.write(shard, images, crops)
     seconds = time.perf_counter() - start
     store = SoftLabelStore(folder)
-    size = sum(file.stat().st_size for file in folder.iterdir())
+    size = sum(file.stat().st_size for file in folder.iterdir() if not is_leftover(file))
     return {
         "store": str(folder.absolute()),
         "images": call.images,

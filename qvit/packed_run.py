@@ -16,12 +16,13 @@ from qvit.deploy.artifact import Artifact
 from qvit.deploy.container import is_packed
 from qvit.deploy.engines import Engine, load
 from qvit.documents import Result, read_document
-from qvit.errors import UsageError
+from qvit.errors import QvitError, UsageError
+from qvit.locks import writing_file
 from qvit.methods import create_method
 from qvit.plan import QuantPlan
 from qvit.ptq_run import score_beside
 from qvit.run import load_run
-from qvit.rundir import PACKED, PLAN, RESULT, own_files, read_config, require_finished
+from qvit.rundir import PACKED, PLAN, RESULT, own_files, read_config, require_finished, written
 from qvit.training.config import TrainConfig
 from qvit.training.data import data_config_of, eval_loader, open_source
 from qvit.training.evaluate import evaluate
@@ -84,8 +85,10 @@ def write_packed(run: str | Path, out: str | Path | None = None, *, overwrite: b
         raise UsageError(f"{target} belongs to the run: choose another --out")
     if target.exists() and not overwrite and not is_packed(target):
         raise UsageError(f"{target} is there and is no packed model: choose another --out, or --overwrite")
-    artifact = pack_run(folder)
-    artifact.save(target)
+    read_config(folder)  # a directory that holds no run gets no lock
+    with written(folder) if target.parent.resolve() == folder.resolve() else writing_file(target):
+        artifact = pack_run(folder)
+        artifact.save(target)
     return artifact, target
 
 

@@ -31,6 +31,7 @@ from qvit.errors import QvitError, UsageError, nearest
 from qvit.families import inspect_model
 from qvit.families.tokens import patch_grid
 from qvit.files import write_json
+from qvit.locks import writing
 from qvit.methods.pmq import (
     HIGH,
     LOW,
@@ -96,56 +97,57 @@ def patchwise(
         meant = nearest(allocation, ALLOCATIONS)
         raise UsageError(f"unknown allocation '{allocation}'{meant} ({', '.join(ALLOCATIONS)})")
     folder = Path(out)
-    if (folder / RESULT).exists() and not overwrite:
-        raise UsageError(f"{folder} holds a result: choose another --out, or --overwrite")
-    watch, notify = Stopwatch(), progress or (lambda *_: None)
-    subject = open_subject(request)
-    cost = inspect_model(subject.model)
-    limit = parse_budget(budget, cost)
-    plain = _plain_plan(plan, cost, limit)
-    with watch("allocation"):
-        chosen = _chosen_plan(subject, cost, plain, limit, allocation, share, key, score_images, notify)
-    if any(spec is not None and spec.token_bit_width for spec in plain.sites.values()):
-        plain = _plain_plan(None, cost, limit)
-    chosen = replace(chosen, model=request.model)
-    with watch("calibration"):
-        uniform = calibrate(quantize(subject.model, switchable(plain, cost)), subject.calibration()).eval()
-        model = quantize(subject.model, chosen).eval()
-        model.load_state_dict(with_widths_of(uniform.state_dict(), model))
-    found: dict[str, Tensor] = {}
-    truth, count = torch.zeros(0), len(subject.judged)
-    for number, (name, own) in enumerate((("float", subject.model), ("uniform", uniform), ("patchwise", model))):
-        with watch(name):
-            found[name], truth = answers(
-                own, subject.loader(), lambda n, name=name, at=number * count: notify(name, at + n, 3 * count)
-            )
-    bit_operations = cost.bit_operations(chosen.widths())
-    result = {
-        "model": request.model,
-        "top1_float": percent_equal(found["float"], truth),
-        "top1": percent_equal(found["patchwise"], truth),
-        "agreement": percent_equal(found["patchwise"], found["float"]),
-        "bit_operations": bit_operations,
-        "budget": limit,
-        "weight_bytes": cost.weight_bytes(chosen.widths()),
-        "uniform_top1": percent_equal(found["uniform"], truth),
-        "uniform_agreement": percent_equal(found["uniform"], found["float"]),
-        "uniform_bit_operations": cost.bit_operations(plain.widths()),
-        "only_patchwise_right": int(((found["patchwise"] == truth) & (found["uniform"] != truth)).sum()),
-        "only_uniform_right": int(((found["uniform"] == truth) & (found["patchwise"] != truth)).sum()),
-        "allocation": allocation,
-        "splits": _splits_of(chosen),
-        "score_images": 0 if allocation == "same" else score_images,
-        "seconds": watch.seconds,
-        "settings": subject.settings(),
-    }
-    chosen.save(folder / PLAN)
-    write_json(folder / COST, cost.report(chosen.widths(), model=request.model, plan=chosen.name))
-    if picture:
-        pictures = _pictures(subject, model, picture)
-        write_json(folder / PATCHES, {"model": request.model, "plan": chosen.name, "images": pictures})
-    write_json(folder / RESULT, result)
-    return result
+    with writing(folder):
+        if (folder / RESULT).exists() and not overwrite:
+            raise UsageError(f"{folder} holds a result: choose another --out, or --overwrite")
+        watch, notify = Stopwatch(), progress or (lambda *_: None)
+        subject = open_subject(request)
+        cost = inspect_model(subject.model)
+        limit = parse_budget(budget, cost)
+        plain = _plain_plan(plan, cost, limit)
+        with watch("allocation"):
+            chosen = _chosen_plan(subject, cost, plain, limit, allocation, share, key, score_images, notify)
+        if any(spec is not None and spec.token_bit_width for spec in plain.sites.values()):
+            plain = _plain_plan(None, cost, limit)
+        chosen = replace(chosen, model=request.model)
+        with watch("calibration"):
+            uniform = calibrate(quantize(subject.model, switchable(plain, cost)), subject.calibration()).eval()
+            model = quantize(subject.model, chosen).eval()
+            model.load_state_dict(with_widths_of(uniform.state_dict(), model))
+        found: dict[str, Tensor] = {}
+        truth, count = torch.zeros(0), len(subject.judged)
+        for number, (name, own) in enumerate((("float", subject.model), ("uniform", uniform), ("patchwise", model))):
+            with watch(name):
+                found[name], truth = answers(
+                    own, subject.loader(), lambda n, name=name, at=number * count: notify(name, at + n, 3 * count)
+                )
+        bit_operations = cost.bit_operations(chosen.widths())
+        result = {
+            "model": request.model,
+            "top1_float": percent_equal(found["float"], truth),
+            "top1": percent_equal(found["patchwise"], truth),
+            "agreement": percent_equal(found["patchwise"], found["float"]),
+            "bit_operations": bit_operations,
+            "budget": limit,
+            "weight_bytes": cost.weight_bytes(chosen.widths()),
+            "uniform_top1": percent_equal(found["uniform"], truth),
+            "uniform_agreement": percent_equal(found["uniform"], found["float"]),
+            "uniform_bit_operations": cost.bit_operations(plain.widths()),
+            "only_patchwise_right": int(((found["patchwise"] == truth) & (found["uniform"] != truth)).sum()),
+            "only_uniform_right": int(((found["uniform"] == truth) & (found["patchwise"] != truth)).sum()),
+            "allocation": allocation,
+            "splits": _splits_of(chosen),
+            "score_images": 0 if allocation == "same" else score_images,
+            "seconds": watch.seconds,
+            "settings": subject.settings(),
+        }
+        chosen.save(folder / PLAN)
+        write_json(folder / COST, cost.report(chosen.widths(), model=request.model, plan=chosen.name))
+        if picture:
+            pictures = _pictures(subject, model, picture)
+            write_json(folder / PATCHES, {"model": request.model, "plan": chosen.name, "images": pictures})
+        write_json(folder / RESULT, result)
+        return result
 
 
 def _plain_plan(plan: QuantPlan | str | Path | None, cost: CostModel, limit: int) -> QuantPlan:

@@ -34,11 +34,11 @@ from qvit.plan import QuantPlan, plan_from
 from qvit.reconstruction import Progress
 from qvit.reparameterization import reparameterize
 from qvit.run import create_float_model, run_record
-from qvit.rundir import CONFIG, COST, LOG, PLAN, RESULT, SENSITIVITY, claim
+from qvit.rundir import CONFIG, COST, LOG, PLAN, RESULT, SENSITIVITY, claimed
 from qvit.sensitivity import Sensitivity, measure_sensitivity
 from qvit.training.checkpoint import save_weights, seed_everything
 from qvit.training.config import TrainConfig, validated
-from qvit.training.data import DataBundle, calibration_batches, data_config_of, eval_loader, open_data
+from qvit.training.data import calibration_batches, data_config_of, eval_loader, open_data
 from qvit.training.images import ImageSource
 from qvit.training.loading import Source
 from qvit.training.models import WEIGHTS_FILE
@@ -77,12 +77,8 @@ def ptq(
     if config.threads:
         torch.set_num_threads(config.threads)
     run = Path(out)
-    claim(run, overwrite)
-    try:
+    with claimed(run, overwrite):
         return _execute(config, options, run, processes, notify, progress)
-    finally:
-        if not any(run.iterdir()):
-            run.rmdir()
 
 
 def _execute(
@@ -106,7 +102,13 @@ def _execute(
     images = CalibrationImages(bundle.train, config, model, processes.device, options)
     cost = inspect_model(model)
     seconds: dict[str, float] = dict.fromkeys(("calibrate", "sensitivity", "allocate", "reconstruct"), 0.0)
-    plan, metric = _plan(run, config, options, cost, model, images, seconds, notify)
+    record = run_record(config, bundle, processes)
+
+    def keep(sensitivity: Sensitivity) -> None:
+        write_json(run / CONFIG, record)
+        sensitivity.save(run / SENSITIVITY)
+
+    plan, metric = _plan(keep, config, options, cost, model, images, seconds, notify)
     notify(f"calibrating on {config.calibration_images} images" + _recon_note(options))
 
     def note(stage: str, took: float) -> None:
@@ -155,7 +157,7 @@ def _execute(
         "calibration_images": config.calibration_images,
         "reconstruction": options.reconstruction_record(),
     }
-    _write(run, config, bundle, processes, final, report, quantized, result)
+    _write(run, record, final, report, quantized, result)
     return result
 
 
@@ -165,16 +167,14 @@ def _recon_note(options: PTQOptions) -> str:
 
 def _write(
     run: Path,
-    config: TrainConfig,
-    bundle: DataBundle,
-    processes: Processes,
+    record: dict[str, Any],
     plan: QuantPlan,
     report: dict[str, Any],
     model: nn.Module,
     result: dict[str, Any],
 ) -> None:
-    """All files of the run, the result last."""
-    write_json(run / CONFIG, run_record(config, bundle, processes))
+    """All files of the run, the config first and the result last."""
+    write_json(run / CONFIG, record)
     plan.save(run / PLAN)
     write_json(run / COST, report)
     (run / LOG).write_text(json.dumps({"event": "start", "step": 0, "time": time.time()}) + "\n", encoding="utf-8")
@@ -183,7 +183,7 @@ def _write(
 
 
 def _plan(
-    run: Path,
+    keep: Callable[[Sensitivity], None],
     config: TrainConfig,
     options: PTQOptions,
     cost: CostModel,
@@ -192,7 +192,7 @@ def _plan(
     seconds: dict[str, float],
     notify: Callable[[str], None],
 ) -> tuple[QuantPlan, str | None]:
-    """The plan that a budget or a plan file stands for, and the metric behind its widths."""
+    """The plan that a budget or a plan file stands for, and the metric behind its widths; `keep` gets what it found."""
     if (config.budget is None) == (config.plan is None):
         raise UsageError("give either --budget, such as w8a8 or 6bit, or --plan, a plan file")
     if config.plan is not None:
@@ -214,7 +214,7 @@ def _plan(
     started = time.perf_counter()
     sensitivity = _sensitivity(config, options, cost, model, images, notify)
     measured = time.perf_counter()
-    sensitivity.save(run / SENSITIVITY)
+    keep(sensitivity)
     limit = _limit(budget, cost)
     narrowest = options.min_width or (3 if cost.bit_operations(cost.uniform(3)) <= limit else 2)
     allowed = sensitivity.at_widths(width for width in sensitivity.widths if width >= narrowest)

@@ -9,6 +9,7 @@ files and speaks; calibration is its own, handed to the others, and an evaluatio
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -33,7 +34,7 @@ from qvit.families import inspect_model
 from qvit.files import parse_json, write_json
 from qvit.methods import Method, create_method
 from qvit.plan import QuantPlan
-from qvit.rundir import CONFIG, COST, PLAN, RESULT, claim, clear, read_config, require_finished
+from qvit.rundir import CONFIG, COST, PLAN, RESULT, claimed, clear, read_config, require_finished, written
 from qvit.tensors import total_bytes
 from qvit.training.checkpoint import (
     last_checkpoint,
@@ -86,15 +87,12 @@ def train(
         "weight_bytes", "seconds", "seed", ...}`, in percent, BOPs and bytes.
     """
     run, processes = Path(out), Processes(config.device)
-    with processes.lost_ones_are_reported():
-        if processes.is_main:
-            claim(run, overwrite)
+    with (
+        processes.lost_ones_are_reported(),
+        claimed(run, overwrite) if processes.is_main else contextlib.nullcontext(),
+    ):
         processes.wait()
-        try:
-            return _execute(config, run, processes, None, quiet=quiet, notify=notify)
-        finally:
-            if processes.is_main and not any(run.iterdir()):
-                run.rmdir()
+        return _execute(config, run, processes, None, quiet=quiet, notify=notify)
 
 
 def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) -> dict[str, Any]:
@@ -102,18 +100,26 @@ def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) 
     run = Path(out)
     config, _ = read_config(run)
     if (run / RESULT).is_file():
-        notify(f"{run} is finished")
-        return read_document(Outcome, run / RESULT, "result")
+        return _finished(run, notify)
     processes = Processes(config.device)
-    with processes.lost_ones_are_reported():
+    with processes.lost_ones_are_reported(), written(run) if processes.is_main else contextlib.nullcontext():
+        processes.wait()
+        config, _ = read_config(run)  # as it is now that nobody else writes
+        if (run / RESULT).is_file():
+            return _finished(run, notify)
         state = None
         if last_checkpoint(run):
             state = load_checkpoint(run)
         elif processes.is_main:
             notify(f"{run} stopped before its first checkpoint: it starts again")
-            clear(run)
+            clear(run, keep_config=True)
         processes.wait()
         return _execute(config, run, processes, state, quiet=quiet, notify=notify)
+
+
+def _finished(run: Path, notify: Notify) -> dict[str, Any]:
+    notify(f"{run} is finished")
+    return read_document(Outcome, run / RESULT, "result")
 
 
 def load_run(out: str | Path, device: str = "cpu") -> nn.Module:

@@ -10,17 +10,24 @@ RUN/model.safetensors   final weights and scales
 RUN/packed.safetensors  the packed model, after `qvit pack`
 RUN/result.json         the result, written last: a directory without it holds an interrupted run
 RUN/checkpoints/        the last checkpoints, from which a run continues bit for bit (on CPU)
+RUN/.qvit-lock          while a process writes here; with it come and go temporary files (`qvit.locks`)
+
+The config is the first file of a run and the last one that is deleted, so whatever moment a kill chooses, the directory
+is known for a run's: a call that began it can be repeated.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qvit.documents import RunRecord, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.files import MissingFile
+from qvit.locks import BeingWritten, is_leftover, writer_of, writing
 from qvit.training.checkpoint import FOLDER, last_checkpoint
 from qvit.training.config import TrainConfig
 from qvit.training.models import WEIGHTS_FILE
@@ -29,8 +36,25 @@ CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "co
 SENSITIVITY, PACKED = "sensitivity.json", "packed.safetensors"
 
 
-def claim(run: Path, overwrite: bool) -> None:
-    """Makes sure that nothing of another run is lost or mixed in."""
+@contextmanager
+def written(run: Path, *, patience: float = 0) -> Iterator[None]:
+    """Holds the lock of a run's directory. Raises BeingWritten, naming the other process, if it stays taken."""
+    with writing(run, formerly=own_files(), patience=patience):
+        yield
+
+
+@contextmanager
+def claimed(run: Path, overwrite: bool) -> Iterator[None]:
+    """Holds the lock of a directory in which a run begins, after making sure that nothing is lost or mixed in.
+
+    The directory is removed again if nothing is written there.
+    """
+    with written(run):
+        _claim(run, overwrite)
+        yield
+
+
+def _claim(run: Path, overwrite: bool) -> None:
     if (run / CONFIG).is_file():
         if not overwrite and ((run / RESULT).is_file() or last_checkpoint(run)):
             state = (
@@ -40,12 +64,8 @@ def claim(run: Path, overwrite: bool) -> None:
             )
             raise UsageError(f"{run} holds {state}: choose another --out, or --overwrite")
         clear(run)
-    elif run.is_dir() and any(run.iterdir()):
+    elif not all(map(is_leftover, run.iterdir())):
         raise UsageError(f"{run} is not empty and holds no run: choose another --out")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QvitError(f"cannot make {run}: {error}") from error
 
 
 def own_files() -> tuple[str, ...]:
@@ -53,12 +73,15 @@ def own_files() -> tuple[str, ...]:
     return (RESULT, PACKED, PLAN, COST, SENSITIVITY, LOG, WEIGHTS_FILE, CONFIG)
 
 
-def clear(run: Path) -> None:
+def clear(run: Path, *, keep_config: bool = False) -> None:
     """Deletes the files of a run, and nothing else."""
-    for name in own_files():
+    *others, config = own_files()
+    for name in others:
         (run / name).unlink(missing_ok=True)
     for folder in (FOLDER, "tensorboard"):
         shutil.rmtree(run / folder, ignore_errors=True)
+    if not keep_config:
+        (run / config).unlink(missing_ok=True)
 
 
 def forget_progress(run: Path) -> None:
@@ -85,8 +108,14 @@ def read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
 
 
 def require_finished(run: Path) -> None:
-    """Raises QvitError, with what to do, for the directory of an interrupted run."""
-    if not (run / RESULT).is_file():
-        raise QvitError(
-            f"{run} holds an interrupted run (it has no {RESULT}): continue it with `qvit train --resume {run}`"
-        )
+    """Raises QvitError, with what to do, for the directory of an interrupted run, or of one that is going on."""
+    if (run / RESULT).is_file():
+        return
+    if writer := writer_of(run):
+        raise BeingWritten(f"{run} holds no {RESULT} yet: it is being written by {writer}")
+    again = (
+        "repeat the `qvit ptq` that began it"
+        if read_config(run)[0].method == "ptq"
+        else f"continue it with `qvit train --resume {run}`"
+    )
+    raise QvitError(f"{run} holds an interrupted run (it has no {RESULT}): {again}")

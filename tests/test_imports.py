@@ -21,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "qvit"
 # From the bottom up. A part may import from the layers below its own, and from its own layer as long as nothing goes in
 # a circle. The package itself (`qvit/__init__.py`, which re-exports the public API) is above all of them.
 LAYERS: list[set[str]] = [
-    {"version", "errors", "files", "documents", "tensors", "spec", "functional", "bins"},
+    {"version", "errors", "files", "documents", "locks", "tensors", "spec", "functional", "bins"},
     {"kernels"},
     {"plan", "cost", "quantizers"},
     {"layers"},

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from tiny_models import small_config
 
 from qvit.errors import QvitError
 from qvit.jobs import Job, run_jobs
+from qvit.locks import writing
 
 
 def test_runs_that_start_from_the_plan_of_another(tmp_path: Path) -> None:
@@ -59,6 +62,24 @@ def test_a_job_that_fails_takes_with_it_those_that_start_from_it(tmp_path: Path)
     assert [line.split(":")[0].strip() for line in others] == ["broken", "after", "last"]
     assert "missing" in others[0] and "because after failed" in others[2]
     assert (tmp_path / "fine" / "result.json").is_file()
+
+
+def test_runs_that_a_killed_list_still_saves_are_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    held, console = threading.Event(), Console(record=True, quiet=False, file=io.StringIO())
+
+    def save() -> None:
+        with writing(tmp_path / "runs" / "a"):
+            held.set()
+            time.sleep(1)
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    held.wait()
+    assert run_jobs(tmp_path / "runs", [Job("a", small_config(method="float", epochs=1))], workers=1, console=console)
+    thread.join()
+    assert "waiting for process" in console.export_text()
+    assert (tmp_path / "runs" / "a" / "result.json").is_file() and not list((tmp_path / "runs").glob(".*"))
 
 
 ENDLESS = """

@@ -210,7 +210,7 @@ print(quantize_on(torch.tensor([0.3, 9.0]), grid).tolist(), cpu.available())
 """
 
 
-@pytest.mark.parametrize("case", ["no compiler", "a broken one", "nowhere to write", "switched off"])
+@pytest.mark.parametrize("case", ["no compiler", "a broken one", "switched off"])
 def test_without_compiled_kernels_the_formulas_run(case: str, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho 'internal compiler error' >&2\nexit 1\n")
@@ -219,7 +219,6 @@ def test_without_compiled_kernels_the_formulas_run(case: str, tmp_path: Path) ->
     environment |= {
         "no compiler": {"CXX": str(tmp_path / "none")},
         "a broken one": {"CXX": str(broken)},
-        "nowhere to write": {"XDG_CACHE_HOME": str(broken)},
         "switched off": {"QVIT_KERNELS": "0"},
     }[case]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))

@@ -28,6 +28,7 @@ from qvit.cli.console import (
     size,
 )
 from qvit.errors import QvitError, UsageError
+from qvit.locks import remove_leftovers, writing_file
 
 PARTIAL = ".partial"
 
@@ -75,20 +76,22 @@ def sensitivity(
         "type_normalised": type_normalised,
         "plan": plan,
     }
-    if metric == "learned":
-        if data is not None or weights is not None:
-            raise UsageError("metric 'learned' reads a finished run: leave out --data and --weights")
-        from qvit.run import load_run
-        from qvit.rundir import read_config
+    with writing_file(target):
+        if metric == "learned":
+            if data is not None or weights is not None:
+                raise UsageError("metric 'learned' reads a finished run: leave out --data and --weights")
+            from qvit.run import load_run
+            from qvit.rundir import read_config
 
-        options["name"] = read_config(Path(model))[0].model
-        found = measure_sensitivity(load_run(model), **options)
-    else:
-        found = _measured(
-            model, data, weights, pretrained, class_map, images, device, workers, model_arg, target, options
-        )
-    found.save(target)
-    Path(f"{target}{PARTIAL}").unlink(missing_ok=True)
+            options["name"] = read_config(Path(model))[0].model
+            found = measure_sensitivity(load_run(model), **options)
+        else:
+            found = _measured(
+                model, data, weights, pretrained, class_map, images, device, workers, model_arg, target, options
+            )
+        found.save(target)
+        Path(f"{target}{PARTIAL}").unlink(missing_ok=True)
+        remove_leftovers(target.parent, (target.name, f"{target.name}{PARTIAL}"))
     if as_json:
         return print_json(found.to_json())
     _show_types(found)

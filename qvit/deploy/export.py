@@ -19,6 +19,7 @@ from qvit.deploy.engines import ReferenceEngine, openvino_int8_is_exact
 from qvit.deploy.onnx import export_onnx, export_openvino, image_size
 from qvit.deploy.packages import missing, openvino_core
 from qvit.errors import UsageError, nearest
+from qvit.locks import writing_file
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
 CONTAINERS = ("small", "8bit")
@@ -77,10 +78,11 @@ def export(
     if there and not overwrite:
         raise UsageError(f"{there[0]} is there: choose another --out, or --overwrite")
     artifact = Artifact.load(source)
-    if to == "onnx":
-        export_onnx(artifact, target, small=containers != "8bit", batch=batch)
-    else:
-        export_openvino(artifact, target, batch=batch, exact_pairs=vnni)
+    with writing_file(target):
+        if to == "onnx":
+            export_onnx(artifact, target, small=containers != "8bit", batch=batch)
+        else:
+            export_openvino(artifact, target, batch=batch, exact_pairs=vnni)
     return {
         "file": str(target),
         "to": to,

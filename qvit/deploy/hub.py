@@ -18,6 +18,7 @@ from qvit.deploy.artifact import Artifact
 from qvit.deploy.summary import describe, widths_by_kind
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically, write_json
+from qvit.locks import writing
 from qvit.version import __version__
 
 MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -38,12 +39,13 @@ def save_pretrained(artifact: Artifact, folder: str | Path, *, repo_id: str | No
     target = Path(folder)
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target} is a file: give a folder")
-    artifact.save(target / MODEL)
-    facts = describe(artifact, (target / MODEL).stat().st_size)
-    write_json(target / CONFIG, _config(artifact, facts))
-    if not (target / CARD).exists():
-        text = model_card(artifact, facts, repo_id or target.resolve().name)
-        write_atomically(target / CARD, lambda file: file.write(text.encode()))
+    with writing(target):
+        artifact.save(target / MODEL)
+        facts = describe(artifact, (target / MODEL).stat().st_size)
+        write_json(target / CONFIG, _config(artifact, facts))
+        if not (target / CARD).exists():
+            text = model_card(artifact, facts, repo_id or target.resolve().name)
+            write_atomically(target / CARD, lambda file: file.write(text.encode()))
 
 
 def from_pretrained(

@@ -29,12 +29,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from shutil import copyfileobj
 from typing import Any
 
 import torch
@@ -378,14 +378,13 @@ def export_openvino(
     for key, text in metadata_of(graph).items():
         model.set_rt_info(text, key.split("."))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        with tempfile.TemporaryDirectory(prefix="qvit-export-") as folder:
             written = Path(folder) / target.name
             openvino.save_model(model, written, compress_to_fp16=False)
             target.unlink(missing_ok=True)
             for suffix in (".bin", ".xml"):
-                os.chmod(written.with_suffix(suffix), 0o644)
-                os.replace(written.with_suffix(suffix), target.with_suffix(suffix))
+                with written.with_suffix(suffix).open("rb") as source:
+                    write_atomically(target.with_suffix(suffix), lambda file, source=source: copyfileobj(source, file))
     except (OSError, RuntimeError) as error:
         raise QvitError(f"cannot write {target}: {error}") from error
     return target

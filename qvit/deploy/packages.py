@@ -8,7 +8,7 @@ import shutil
 from typing import Any
 
 from qvit.errors import UsageError
-from qvit.kernels.cpu import cxx
+from qvit.kernels.build import cxx
 
 
 def missing(*packages: str) -> list[str]:
@@ -25,7 +25,7 @@ def require(*packages: str) -> None:
 
 def has_compiler() -> bool:
     """Whether that compiler is there."""
-    return shutil.which(cxx()) is not None
+    return shutil.which(cxx()[0]) is not None
 
 
 @functools.cache

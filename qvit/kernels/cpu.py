@@ -1,8 +1,8 @@
 """`cpu.cpp`, compiled on first use for this very processor, and its calls.
 
-The library has no dependency but the C++ compiler that torch.compile needs, too: a second of work, kept in the user's
-cache (`$XDG_CACHE_HOME/qvit`) by the hash of source, compiler and processor. Where there is no compiler, or
-`QVIT_KERNELS=0` is set, `available` is false and the plain formulas of `functional.py` run.
+The library has no dependency but the C++ compiler that torch.compile needs, too: some seconds of work, kept in the
+user's cache (`build.py`). Where there is no compiler, or `QVIT_KERNELS=0` is set, `available` is false and the plain
+formulas of `functional.py` run.
 
 Tensors are described by four sizes and strides (`shapes.py`); what cannot be described so is copied into order first.
 """
@@ -11,14 +11,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
 import math
 import os
-import platform
-import subprocess
-import sys
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,14 +22,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from qvit.kernels.build import CannotBuild, library
 from qvit.kernels.shapes import DIMS, axes_of, groups_of
 
 log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-#: Tried in this order: threads need OpenMP, and not every compiler knows every processor by `native`.
-CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
 #: Whether the kernels are used where they can be.
 ENABLED = os.environ.get("QVIT_KERNELS") != "0"
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -55,11 +48,6 @@ _SIGNATURES = {
     "qvit_difference": (_POINTER, _INT, _POINTER, _INT, _POINTER, *_GRID[:5], *_GRID, _POINTER, _LONG, _INT),
     "qvit_scale_sums": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
 }
-
-
-def cxx() -> str:
-    """The C++ compiler that torch.compile calls."""
-    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def available() -> bool:
@@ -258,55 +246,13 @@ def _shape_numbers(
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None, and one line in the log, where they cannot be made."""
     try:
-        source = SOURCE.read_bytes()
-        about = f"{source!r} {FLAGS} {CHOICES} {cxx()} {platform.machine()} {_processor()}"
-        path = _folder() / f"cpu-{hashlib.sha256(about.encode()).hexdigest()[:20]}.so"
-        if not path.is_file():
-            _compile(path)
-        library = ctypes.CDLL(str(path))
-        for name, types in _SIGNATURES.items():
-            getattr(library, name).argtypes = types
-        return library
-    except (OSError, subprocess.SubprocessError) as error:
+        found = library(SOURCE)
+    except CannotBuild as error:
         log.warning("no compiled kernels, so quantization is slower: %s", error)
         return None
-
-
-def _compile(path: Path) -> None:
-    """Writes the library to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for choice in CHOICES:
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".so", delete=False) as file:
-            made = Path(file.name)
-        try:
-            done = subprocess.run(
-                [cxx(), *FLAGS, *choice, str(SOURCE), "-o", str(made)], capture_output=True, text=True, timeout=120
-            )
-            if done.returncode == 0:
-                ctypes.CDLL(str(made))
-                os.replace(made, path)
-                return
-        except OSError as error:
-            reason = str(error)
-        else:
-            reason = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit code {done.returncode}"
-        finally:
-            made.unlink(missing_ok=True)
-    raise OSError(f"{cxx()} cannot compile {SOURCE.name}: {reason}")
-
-
-def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvit"
-
-
-def _processor() -> str:
-    """What `-march=native` depends on, as far as the system tells."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.processor()
-    lines = (line for line in text.splitlines() if line.startswith(("model name", "flags", "Features", "CPU part")))
-    return " ".join(sorted(set(lines)))
+    for name, types in _SIGNATURES.items():
+        getattr(found, name).argtypes = types
+    return found
 
 
 @functools.cache

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from qvit.errors import QvitError, UsageError, nearest
-from qvit.files import read_bytes
+from qvit.files import cache_folder, make_private, read_bytes
 from qvit.training.archives import LARGEST_IMAGE, DamagedArchive, Member, Unpacking, content_of, members
 from qvit.training.decoding import BadImages, decode, one_line
 from qvit.training.digits import DIGITS
@@ -223,14 +223,14 @@ def _unpacked(path: Path) -> Path:
     """The uncompressed copy of a `.tar.gz` in the user's cache, made on first use and when the file has changed."""
     status = path.stat()
     key = f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvit"
+    cache = cache_folder()
     target = cache / f"{path.name.split('.')[0]}-{hashlib.sha256(os.fsencode(key)).hexdigest()[:16]}.tar"
     if target.exists():
         return target
     logger.info("unpacking %s once, to %s", path, target)
     partial: str | None = None
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        make_private(cache)
         for left_over in cache.glob("*.part"):  # of processes that were killed
             if time.time() - left_over.stat().st_mtime > 24 * 3600:
                 left_over.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
+from qvit.locks import is_leftover, remove_leftovers
 from qvit.training.labels.store import (
     HEADER,
     Header,
@@ -51,15 +52,14 @@ class StoreWriter:
     def __init__(self, folder: Path, call: LabelCall, origin: dict[str, str]) -> None:
         self.folder = folder
         if folder.is_dir():
-            for left_over in folder.glob(".labels*"):  # half-written, by a process that was killed
-                left_over.unlink(missing_ok=True)
+            remove_leftovers(folder, (HEADER, *(shard_path(folder, number).name for number in range(call.shards))))
         elif folder.exists():
             raise UsageError(f"{folder} is a file: choose another --out")
         if (folder / HEADER).is_file():
             self.header = read_header(folder)
             _require_same_call(folder, self.header.call, call)
             self.todo = self._damaged() + list(range(len(self.header.shards), call.shards))
-        elif folder.is_dir() and any(folder.iterdir()):
+        elif folder.is_dir() and not all(map(is_leftover, folder.iterdir())):
             raise UsageError(f"{folder} is not empty and holds no soft labels: choose another --out")
         else:
             self.header, self.todo = Header(call=call, shards=[], origin=origin), list(range(call.shards))
