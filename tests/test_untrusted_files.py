@@ -303,7 +303,7 @@ DOCUMENT_CASES: dict[str, tuple[Callable[[Header], None], str | None]] = {
     "more heads": (change(f"{META}|model|kwargs|num_heads", 4), "head"),
     "huge image": (change(f"{META}|model|kwargs|img_size", 1 << 24), "pos_embed|cannot|packed"),
     "negative image": (change(f"{META}|model|kwargs|img_size", -8), None),
-    "classes": (change(f"{META}|model|kwargs|num_classes", 1 << 24), "'num_classes' = 16777216: .* less than or equal to 65536"),
+    "classes": (change(f"{META}|model|kwargs|num_classes", 1 << 24), "'num_classes' = 16777216: .* 65536"),
     "no classes": (change(f"{META}|model|kwargs|num_classes", 0), "does not have"),
     "an object": (change(f"{META}|model|kwargs|num_heads", {"a": 1}), "neither a number nor a text"),
     "a long list": (change(f"{META}|model|kwargs|img_size", [8] * 100), "100 entries"),

@@ -78,9 +78,8 @@ def problem_of(sites: Mapping[str, int]) -> str | None:
         "kinds of tensors": len({place.tensor for place in places}),
         "widths": sum(sites.values()),
     }
-    return next(
-        (f"{n:,} {what}; at most {MOST[what]:,} are drawn" for what, n in counts.items() if n > MOST[what]), None
-    )
+    excess = [what for what in counts if counts[what] > MOST[what]]
+    return f"{counts[excess[0]]:,} {excess[0]}; at most {MOST[excess[0]]:,} are drawn" if excess else None
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

@@ -28,7 +28,7 @@ from qvit.files import MissingFile, read_text
 from qvit.training.config import TrainConfig
 
 SUFFIX = ".toml"
-_LIMIT = 1 << 20
+_LIMIT, _LONGEST_LINE = 1 << 16, 2000  # a key of thousands of parts takes seconds and gigabytes to parse
 TABLES = ("method_options", "model_kwargs", "teacher_kwargs")
 
 
@@ -40,7 +40,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        values = tomllib.loads(read_text(path, "recipe", limit=_LIMIT))
+        text = read_text(path, "recipe", limit=_LIMIT)
+        if max(map(len, text.split("\n"))) > _LONGEST_LINE:
+            raise QvitError(f"a line has more than {_LONGEST_LINE:,} characters")
+        values = tomllib.loads(text)
     except MissingFile:
         others = [str(other) for other in path.parent.glob(f"*{SUFFIX}")] if path.parent.is_dir() else []
         raise UsageError(f"no recipe at {path}{nearest(str(path), others)}") from None
