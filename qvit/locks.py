@@ -96,10 +96,12 @@ def writing_file(path: Path) -> Iterator[None]:
 
 
 def writer_of(folder: Path) -> str | None:
-    """The process that writes in a directory at the moment, in words; None if there is none."""
+    """The other process that writes in a directory at the moment, in words; None if there is none."""
     descriptor = None
     try:
         descriptor = os.open(folder / LOCK, _OPEN & ~os.O_RDWR)
+        if any(os.path.samestat(os.fstat(descriptor), os.fstat(own)) for own in _HELD):
+            return None
         return None if _lock(descriptor, shared=True) else _holder(descriptor)
     except OSError:
         return None

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from test_locks import hold, process
 from tiny_models import small_config
 
 from qvit.errors import QvitError
 from qvit.jobs import Job, run_jobs
-from qvit.locks import writing
 
 
 def test_runs_that_start_from_the_plan_of_another(tmp_path: Path) -> None:
@@ -64,22 +64,15 @@ def test_a_job_that_fails_takes_with_it_those_that_start_from_it(tmp_path: Path)
     assert (tmp_path / "fine" / "result.json").is_file()
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_runs_that_a_killed_list_still_saves_are_waited_for(tmp_path: Path) -> None:
-    (tmp_path / "runs" / "a").mkdir(parents=True)
-    held, console = threading.Event(), Console(record=True, quiet=False, file=io.StringIO())
-
-    def save() -> None:
-        with writing(tmp_path / "runs" / "a"):
-            held.set()
-            time.sleep(1)
-
-    thread = threading.Thread(target=save)
-    thread.start()
-    held.wait()
-    assert run_jobs(tmp_path / "runs", [Job("a", small_config(method="float", epochs=1))], workers=1, console=console)
-    thread.join()
+    runs, console = tmp_path / "runs", Console(record=True, file=io.StringIO())
+    (runs / "a").mkdir(parents=True)
+    with process(hold, runs / "a") as (saving, _):
+        threading.Timer(1, saving.kill).start()
+        assert run_jobs(runs, [Job("a", small_config(method="float", epochs=1))], workers=1, console=console)
     assert "waiting for process" in console.export_text()
-    assert (tmp_path / "runs" / "a" / "result.json").is_file() and not list((tmp_path / "runs").glob(".*"))
+    assert (runs / "a" / "result.json").is_file() and not list(runs.rglob(".*"))
 
 
 ENDLESS = """

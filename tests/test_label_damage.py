@@ -54,7 +54,7 @@ def test_interrupted_is_uninterrupted(
             break
         except Killed:
             if attempt % 3 == 0 and store.is_dir():
-                (store / f".{shard_path(store, 1).name}.abcd").write_bytes(b"half of a shard")
+                (store / f".{shard_path(store, 1).name}.abcd_123.qvit-tmp").write_bytes(b"half of a shard")
         finally:
             monkeypatch.setattr(files.os, call, real)
     assert attempt > 3

@@ -296,7 +296,7 @@ def test_a_file_that_is_being_written_is_left_alone_until_its_writer_is_dead(tmp
 
 def write_many(path: Path, pipe: Any) -> None:
     pipe.send("begun")
-    for number in range(200):
+    for number in range(40):
         write_json(path, {"number": number, "pid": os.getpid()})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from command_line import QUICK, SMALL_DIGITS, Qvit, qvit  # noqa: F401
+from test_locks import hold, process
 from tiny_models import small_config
 
 from qvit import locks
@@ -78,11 +79,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_readers_of_a_run_that_is_going_on_hear_of_its_writer(places: dict[str, Path], qvit: Qvit) -> None:  # noqa: F811
     run = places["interrupted"]
-    with writing(run):
+    with process(hold, run) as (_, pid):
         line = qvit("evaluate", run, "--data", "digits").failed(1)
-        assert "is being written by process " in line
+        assert f"is being written by process {pid} " in line
+    with writing(run):  # who holds the lock is not kept from reading
+        assert "--resume" in qvit("evaluate", run, "--data", "digits").failed(1)
     assert "--resume" in qvit("evaluate", run, "--data", "digits").failed(1)
 
 
@@ -113,13 +117,13 @@ def test_of_two_that_start_together_one_wins_the_whole(work: str, places: dict[s
         context.Process(target=race, args=(work, str(run), seed, barrier, theirs))  # type: ignore[attr-defined]
         for seed, (_, theirs) in enumerate(pipes)
     ]
-    for process in started:
-        process.start()
+    for own in started:
+        own.start()
     for _, theirs in pipes:
         theirs.close()
     answers = [ours.recv() for ours, _ in pipes]
-    for process in started:
-        process.join(120)
+    for own in started:
+        own.join(120)
     winners = [answer for answer in answers if isinstance(answer, int)]
     losers = [answer for answer in answers if isinstance(answer, str)]
     assert winners and len(answers) == 2
