@@ -81,7 +81,7 @@ METHODS = [LSQMethod, QViTMethod, DQMethod, EdMIPSMethod, IRMMethod, OFQMethod]
 CLASSES = [WithRemedy, _VariationAware, Notes, Doubled, *METHODS]
 
 
-def combined(*classes: type) -> type[Method] | None:
+def combined(*classes: type) -> Any:
     """A class of several; None where Python cannot put them into this order."""
     try:
         return type("Combined", classes, {})
@@ -229,5 +229,5 @@ def test_widths_come_to_rest_with_vvtq_as_well(tmp_path: Path) -> None:
 def test_without_its_additions_vvtq_leaves_qvit_as_it_is(tmp_path: Path) -> None:
     off = {"oscillation": "none", "scale_gradient": "count", "activation_scale_gradient": "count"}
     _, expected = rates_of_widths(tmp_path / "a", "qvit")
-    _, found = rates_of_widths(tmp_path / "b", "qvit+vvtq", **off)
+    _, found = rates_of_widths(tmp_path / "b", "qvit+vvtq", 5, **off)
     assert all(torch.equal(found[key], value) for key, value in expected.items())

@@ -120,8 +120,9 @@ def _parts_of(cls: type, name: str) -> tuple[Part, ...]:
 def _composed(cls: type[ComposedHooks], name: str) -> Callable[..., Any]:
     """The hook that calls all parts. Raises TypeError if it is called by one of them."""
     combine = COMPOSED[name]
+    documented: Any = cls._own.get(name, getattr(ComposedHooks, name))
 
-    @functools.wraps(cls._own.get(name, getattr(ComposedHooks, name)))
+    @functools.wraps(documented)
     def hook(self: ComposedHooks, *args: Any, **kwargs: Any) -> Any:
         if type(self) is not cls:
             raise TypeError(
