@@ -16,7 +16,7 @@ from qvit.deploy.artifact import Artifact
 from qvit.deploy.container import is_packed
 from qvit.deploy.engines import Engine, load
 from qvit.documents import Result, read_document
-from qvit.errors import QvitError, UsageError
+from qvit.errors import UsageError
 from qvit.locks import writing_file
 from qvit.methods import create_method
 from qvit.plan import QuantPlan

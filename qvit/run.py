@@ -10,7 +10,6 @@ files and speaks; calibration is its own, handed to the others, and an evaluatio
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import platform
