@@ -25,7 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from qvit.errors import QvitError, shown
 from qvit.files import read_object
-from qvit.spec import MOST_BLOCKS, MOST_HEADS, MOST_SITES
+from qvit.plan.spec import MOST_BLOCKS, MOST_HEADS, MOST_SITES
 
 T = TypeVar("T", bound=BaseModel)
 MOST_CLASSES = 1 << 16  # labels are 16-bit numbers, also in stores of soft labels

@@ -16,9 +16,9 @@ from image_sets import CONFIG, drain, make_images, make_shards, make_tar
 from PIL import Image
 
 from qvit.errors import QvitError
-from qvit.training import archives
-from qvit.training.archives import DamagedArchive, Member, content_of, members
-from qvit.training.data import eval_loader, open_source
+from qvit.data import archives
+from qvit.data.archives import DamagedArchive, Member, content_of, members
+from qvit.data.open import eval_loader, open_source
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 

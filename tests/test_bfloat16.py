@@ -18,7 +18,7 @@ from torch import Tensor
 from qvit.functional import switchable_fake_quantize
 from qvit.kernels import cpu
 from qvit.kernels.fake_quantize import FakeQuantize
-from qvit.spec import PerChannel, PerHead, TensorSpec
+from qvit.plan.spec import PerChannel, PerHead, TensorSpec
 
 CANDIDATES = torch.arange(2.0, 9.0)
 GROUPS = {"per-tensor": (), "per-head": (3, 1, 1), "per-channel": (3, 1, 8)}

@@ -21,7 +21,7 @@ from qvit.methods.lsq import LSQMethod
 from qvit.methods.ofq import OFQMethod
 from qvit.methods.qvit import QViTMethod
 from qvit.methods.vvtq import WithRemedy, _VariationAware
-from qvit.oscillation import RemedyOptions
+from qvit.training.oscillation import RemedyOptions
 from qvit.training.checkpoint import load_checkpoint
 from qvit.training.hooks import COMPOSED, ComposedHooks
 

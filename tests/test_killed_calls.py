@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from tiny_models import small_config
 
 from qvit import locks
-from qvit.jobs import _context
-from qvit.run import train
+from qvit.runs.jobs import _context
+from qvit.runs.run import train
 
 pytestmark = [
     pytest.mark.skipif(locks.fcntl is None, reason="no locks on this system"),

@@ -15,9 +15,9 @@ from tiny_models import small_config
 
 from qvit import locks
 from qvit.errors import QvitError
-from qvit.jobs import _context
+from qvit.runs.jobs import _context
 from qvit.locks import LOCK, writing, writing_file
-from qvit.run import resume, train
+from qvit.runs.run import resume, train
 
 pytestmark = pytest.mark.skipif(locks.fcntl is None, reason="no locks on this system")
 FROM_FLOAT = [*SMALL_DIGITS, "--weights", "{float}", "--data", "digits"]

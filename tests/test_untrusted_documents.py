@@ -20,22 +20,22 @@ from tiny_models import SMALL, Evil, small_config
 
 from qvit import files
 from qvit.allocate.units import Unit
-from qvit.deploy.skeleton import skeleton
+from qvit.deploy.file.skeleton import skeleton
 from qvit.documents import Costs, Result, checked
 from qvit.errors import QvitError, UsageError
-from qvit.families import constructor_arguments, inspect_model
-from qvit.jobs import Job, work
-from qvit.plan import QuantPlan
+from qvit.models.families import constructor_arguments, inspect_model
+from qvit.runs.jobs import Job, work
+from qvit.plan.quant_plan import QuantPlan
 from qvit.report import load_runs
 from qvit.report.analysis import write_analysis_page
 from qvit.report.page import render_page
-from qvit.run import evaluate_run, load_run, resume, teacher_model, train
-from qvit.rundir import read_config
-from qvit.sensitivity import Sensitivity
-from qvit.training.architecture import Architecture, check_arguments
-from qvit.training.collection import read_class_map
+from qvit.runs.run import evaluate_run, load_run, resume, teacher_model, train
+from qvit.runs.directory import read_config
+from qvit.measure import Sensitivity
+from qvit.models.architecture import Architecture, check_arguments
+from qvit.data.collection import read_class_map
 from qvit.training.config import TrainConfig
-from qvit.training.models import create_model
+from qvit.models.create import create_model
 from qvit.training.recipe import read_recipe
 
 Change = Callable[[dict[str, Any]], Any]
@@ -375,7 +375,7 @@ def test_an_analysis_is_checked(tmp_path: Path) -> None:
 
 
 def test_a_config_that_is_no_run_is_run_anew(run: Path) -> None:
-    from qvit import jobs
+    from qvit.runs import jobs
 
     config = small_config(method="lsq+", budget="4bit", epochs=1)
     assert jobs._same_config(run, Job("a", config, work=work).config)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from qvit.documents import Name, mistakes
 from qvit.errors import UsageError
-from qvit.training.architecture import check_arguments
+from qvit.models.architecture import check_arguments
 
 T = TypeVar("T", bound=BaseModel)
 Location = Annotated[str, Field(max_length=4096)]

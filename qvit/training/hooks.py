@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qvit.errors import QvitError
 
 if TYPE_CHECKING:
-    from qvit.cost import CostModel
+    from qvit.plan.cost import CostModel
     from qvit.training.loop import Trainer
 
 #: A class and its own part of a hook.

@@ -29,16 +29,18 @@ from safetensors.torch import save_file
 from tiny_models import SMALL, calibrated_model, digit_batches, digits_model, small_config
 from torch import Tensor
 
-from qvit import cli, labels_run
-from qvit.deploy.artifact import Artifact
+from qvit import cli
+from qvit.runs import labels as labels_run
+from qvit.deploy.file.artifact import Artifact
 from qvit.errors import QvitError
-from qvit.labels_run import LabelRequest
-from qvit.plan import QuantPlan, Rule
-from qvit.run import load_run, train
-from qvit.training.data import AugmentConfig, data_config_of, eval_loader, open_data, open_source, train_loader
-from qvit.training.labels import SoftLabelStore, store
-from qvit.training.labels.loading import StoredLabels
-from qvit.training.models import create_model
+from qvit.runs.labels import LabelRequest
+from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.runs.run import load_run, train
+from qvit.data.open import AugmentConfig, data_config_of, eval_loader, open_data, open_source, train_loader
+from qvit.data.labels import SoftLabelStore
+from qvit.data.labels import store
+from qvit.data.labels.loading import StoredLabels
+from qvit.models.create import create_model
 
 MODEL = ["vit_digits", *(word for key, value in SMALL.items() for word in ("-m", f"{key}={value}"))]
 PLAN = QuantPlan.preset("w3a3").with_rules(
@@ -134,7 +136,7 @@ class Plan(File):
 
     def write(self) -> None:
         model = digits_model()
-        from qvit.families import inspect_model
+        from qvit.models.families import inspect_model
 
         PLAN.resolve(inspect_model(model).sites).save(self.path)
         shutil.copy(self.path, self.folder / "other.json")

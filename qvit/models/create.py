@@ -1,0 +1,258 @@
+"""From a name to a float model with weights: timm's registry, plus the small model of the demo.
+
+`vit_digits` is a VisionTransformer for 8×8 grey images: patches of 2, width 32, 4 blocks of 4 heads, 16 patches and a
+class token. Registered with timm, so that `timm.create_model("vit_digits")` works once qvit is imported.
+
+Name and arguments may be a stranger's (`architecture.py`). A model is first made without storage and refused beyond
+`MOST_PARAMETERS`, beyond the memory of the machine, or with more patches than attention can be computed over.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import VisionTransformer, clean_state_dict, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from qvit.errors import QvitError, UsageError, nearest
+from qvit.files import read_bytes
+from qvit.tensors import decode, not_finite, total_bytes
+from qvit.models.architecture import MOST_PARAMETERS, check_arguments, check_name
+from qvit.models.pickles import read_pickled, weights_in
+
+_log = logging.getLogger(__name__)
+WEIGHTS_FILE = "model.safetensors"
+MOST_PATCHES = 1 << 16
+# The largest file of weights: that of a training holds model, average and what an optimizer remembers in one file.
+_LARGEST_FILE, _MOST_TIMES = 1 << 30, 16
+#: Sides of the largest patch kernel that is resampled: the work grows with their fourth power.
+_LARGEST_KERNEL = 64
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vit_digits.untrained": {
+            "url": "",
+            "num_classes": 10,
+            "input_size": (1, 8, 8),
+            "pool_size": None,
+            "crop_pct": 1.0,
+            "interpolation": "bilinear",
+            "mean": (0.3053,),
+            "std": (0.3760,),
+            "fixed_input_size": True,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        }
+    }
+)
+
+
+@register_model
+def vit_digits(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The demo's model: 8×8 images of one channel, patch 2, width 32, depth 4, 4 heads, 52 thousand parameters.
+
+    There are no pretrained weights.
+    """
+    if pretrained:
+        raise UsageError(
+            "vit_digits has no pretrained weights: train it with `qvit train vit_digits --method float --data digits`"
+        )
+    settings: dict[str, Any] = {
+        "img_size": 8,
+        "patch_size": 2,
+        "in_chans": 1,
+        "num_classes": 10,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 4,
+    }
+    for key in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(key, None)
+    model = VisionTransformer(**(settings | kwargs))
+    cfg = default_cfgs["vit_digits"].default.to_dict()
+    model.pretrained_cfg = model.default_cfg = cfg  # type: ignore[assignment]
+    return model
+
+
+def create_model(name: str, *, weights: str | Path | None = None, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A float timm model.
+
+    Args:
+        name: timm's name, with or without a pretrained tag.
+        weights: A `.safetensors`, `.pth` or `.pt` file with timm's keys, or the run directory of a float model.
+        pretrained: Takes the weights from timm's hub (needs a network).
+        kwargs: Arguments of the architecture (`architecture.Architecture`; in Python also modules and functions);
+            `num_classes` other than that of the weights leaves the classifier untrained, with a warning.
+
+    Raises:
+        UsageError: Unknown model (the nearest names are shown), arguments it does not take, or too large a model.
+        QvitError: Weights that cannot be read or do not fit.
+    """
+    check_name(name)
+    check_arguments({key: value for key, value in kwargs.items() if not callable(value)})  # no file holds a function
+    base = name.split(".")[0].removeprefix("timm/")
+    if not timm.is_model(base):
+        raise UsageError(
+            f"unknown model '{name}'{nearest(base, timm.list_models())} (`timm.list_models('*vit*')` lists all)"
+        )
+    try:
+        if torch.get_default_device().type != "meta":
+            _check_size(name, without_storage(lambda: timm.create_model(name.removeprefix("timm/"), **kwargs)))
+        model = timm.create_model(name.removeprefix("timm/"), pretrained=pretrained, **kwargs)
+    except UsageError:
+        raise
+    except Exception as error:  # of timm, for any arguments that it did not expect together
+        where = "cannot fetch the pretrained weights of" if pretrained else "cannot make"
+        hint = "; without a network, give a file with --weights" if pretrained else ""
+        raise (QvitError if pretrained else UsageError)(f"{where} '{name}': {_first_line(error)}{hint}") from error
+    known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+    if pretrained and kwargs.get("num_classes", known) != known:
+        _log.warning(
+            "the weights have %s classes, the model %s: its classifier starts untrained", known, kwargs["num_classes"]
+        )
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def without_storage(make: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `make` makes, on torch's meta device: shapes, no memory; random numbers stay as they are."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return make()
+
+
+def bytes_of(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _check_size(name: str, model: nn.Module) -> None:
+    """Raises UsageError if a model, given without storage, is larger than this machine can take."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if parameters > MOST_PARAMETERS:
+        raise UsageError(f"'{name}' would have {parameters:,} parameters; at most {MOST_PARAMETERS:,} are made")
+    size, memory = bytes_of(model), _memory()
+    if size > memory:
+        raise UsageError(f"'{name}' would take {size / 1e9:.1f} GB; this machine has {memory / 1e9:.1f} GB of memory")
+    patches = getattr(getattr(model, "patch_embed", None), "num_patches", None) or 0
+    if patches > MOST_PATCHES:
+        raise UsageError(f"'{name}' would cut an image into {patches:,} patches; at most {MOST_PATCHES:,} are computed")
+
+
+def _memory() -> float:
+    """Bytes of memory of this machine; infinite where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
+def load_weights(model: nn.Module, source: str | Path) -> None:
+    """Loads weights into a float model, in place.
+
+    Weights of a model for images or patches of another size are resampled as timm does it for its own, with a notice; a
+    classifier of another size is left as it is, with a warning. Raises QvitError if they do not fit.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / WEIGHTS_FILE
+    state = _read_weights(path, model)
+    if any(key.endswith("_quantizer.scale") for key in state):
+        raise QvitError(f"{path} holds a quantized model; give the weights of the float model")
+    own = model.state_dict()
+    classifiers = _classifiers(model)
+    heads = [
+        key
+        for key in own
+        if key.rpartition(".")[0] in classifiers and key in state and state[key].shape != own[key].shape
+    ]
+    for key in heads:
+        state[key] = own[key]
+    if heads:
+        _log.warning(
+            "the weights have another number of classes: the classifier (%s) starts untrained", ", ".join(heads)
+        )
+    if _wrong_shapes(state, own):
+        state = _resampled(state, model)
+    wrong = _wrong_shapes(state, own)
+    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
+    for what, keys in (("wrong shape", wrong), ("missing", missing), ("unknown", unknown)):
+        if keys:
+            raise QvitError(f"the weights {path} do not fit this model: {len(keys)} {what}, first {keys[0]}")
+    for key, value in state.items():
+        if (value.is_floating_point(), value.dtype == torch.bool) != (
+            own[key].is_floating_point(),
+            own[key].dtype == torch.bool,
+        ):
+            raise QvitError(f"the weights {path} do not fit this model: '{key}' is {value.dtype}, not {own[key].dtype}")
+    if (key := not_finite({key: value.to(own[key].dtype) for key, value in state.items()})) is not None:
+        raise QvitError(f"the weights {path} hold NaN or infinite values, first in '{key}'")
+    model.load_state_dict(state)
+
+
+def _read_weights(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file by the names that they have without the wrappers of training."""
+    own = total_bytes(model.state_dict().values())
+    content = read_bytes(path, "weights", limit=_LARGEST_FILE + _MOST_TIMES * own)
+    try:
+        if path.suffix == ".safetensors":
+            return clean_state_dict(decode(content).tensors)
+        return clean_state_dict(weights_in(read_pickled(content)))
+    except QvitError as error:
+        raise QvitError(f"cannot read the weights {path}: {error}; save them as safetensors, by timm's names") from None
+
+
+def _wrong_shapes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    return [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in state
+        if key in own and state[key].shape != own[key].shape
+    ]
+
+
+def _resampled(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Position embeddings and patch kernels at the sizes of `model`, by the function that timm's model file has for it.
+
+    `state` itself where there is none, or where it cannot help.
+    """
+    resample: Any = next(
+        (
+            function
+            for cls in type(model).__mro__
+            if (function := getattr(sys.modules.get(cls.__module__), "checkpoint_filter_fn", None)) is not None
+        ),
+        None,
+    )
+    kernels = [value for value in state.values() if value.dim() == 4]
+    if resample is None or any(max(kernel.shape[-2:]) > _LARGEST_KERNEL for kernel in kernels):
+        return state
+    try:
+        found = dict(resample(dict(state), model))
+    except Exception:  # written for the weights that timm publishes, it may stumble over any others
+        return state
+    own = model.state_dict()
+    changed = [key for key in found if key in state and key in own and found[key].shape != state[key].shape]
+    if _wrong_shapes(found, own) or found.keys() != state.keys():
+        return state
+    _log.info("resampled for images or patches of another size: %s", ", ".join(changed))
+    return found
+
+
+def _classifiers(model: nn.Module) -> set[str]:
+    """Paths of the layers that answer with classes: `head`, `head.fc`, or two for a distilled model."""
+    get: Any = getattr(model, "get_classifier", None)
+    found = get() if callable(get) else getattr(model, "head", None)
+    layers = found if isinstance(found, tuple) else (found,)
+    return {path for path, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
