@@ -11,7 +11,8 @@ turns what pydantic finds into one sentence that names file and key:
 
     the result runs/a/result.json: key 'accuracy' must be a number, not 'high'
 
-Plans, sensitivities and packed files have readers of their own, in `plan.py`, `sensitivity/table.py` and `deploy/`.
+Plans, sensitivities and packed files have readers of their own, in `plan/quant_plan.py`, `measure/table.py` and
+`deploy/`.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ class PlannedSite(Document):
 
 
 class Plan(Document):
-    """What a page needs of a run's `plan.json`; `plan.py` reads all of it."""
+    """What a page needs of a run's `plan.json`; `plan/quant_plan.py` reads all of it."""
 
     format: Literal["qvit-plan"]
     version: Literal[1]

@@ -15,16 +15,16 @@ from timm.layers.create_act import get_act_fn, get_act_layer
 from tiny_models import SMALL, digit_batches, digits_model
 from torch import Tensor, nn
 
-from qvit.runs.analysis import part_of
+from qvit.deploy.engines import ENGINES, available_engines, create_engine
+from qvit.deploy.file.artifact import Artifact
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, quantize
-from qvit.deploy.file.artifact import Artifact
-from qvit.deploy.engines import ENGINES, available_engines, create_engine
 from qvit.models.families import inspect_model
 from qvit.models.families.activations import activation_spec
 from qvit.models.families.parts import mlp_parts
-from qvit.quantizers import quantizers_of
 from qvit.plan.spec import TensorSpec
+from qvit.quantizers import quantizers_of
+from qvit.runs.analysis import part_of
 
 FC2 = "blocks.0.mlp.fc2.input"
 #: The grid of every activation that timm knows by name.

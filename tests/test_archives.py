@@ -15,10 +15,10 @@ import pytest
 from image_sets import CONFIG, drain, make_images, make_shards, make_tar
 from PIL import Image
 
-from qvit.errors import QvitError
 from qvit.data import archives
 from qvit.data.archives import DamagedArchive, Member, content_of, members
 from qvit.data.open import eval_loader, open_source
+from qvit.errors import QvitError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 

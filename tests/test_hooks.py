@@ -13,7 +13,7 @@ from tiny_models import saved, tiny_trainer
 from torch import Tensor
 
 from qvit.errors import QvitError
-from qvit.methods import Method, base, method_names
+from qvit.methods import METHODS, Method
 from qvit.methods.dq import DQMethod
 from qvit.methods.edmips import EdMIPSMethod
 from qvit.methods.irm import IRMMethod
@@ -21,9 +21,9 @@ from qvit.methods.lsq import LSQMethod
 from qvit.methods.ofq import OFQMethod
 from qvit.methods.qvit import QViTMethod
 from qvit.methods.vvtq import WithRemedy, _VariationAware
-from qvit.training.oscillation import RemedyOptions
 from qvit.training.checkpoint import load_checkpoint
 from qvit.training.hooks import COMPOSED, ComposedHooks
+from qvit.training.oscillation import RemedyOptions
 
 
 def own_parts(cls: type) -> list[tuple[str, Any]]:
@@ -114,8 +114,8 @@ def test_all_parts_of_a_pair_run_in_a_training(
     assert cls is not None
     if not issubclass(method, WithRemedy):
         cls.Options = type("Options", (method.Options, RemedyOptions), {})
-    name = next(name for name in method_names() if base._REGISTRY[name] is method and name != "lsq")
-    monkeypatch.setitem(base._REGISTRY, name, cls)
+    name = next(name for name in METHODS if METHODS[name] is method and name != "lsq")
+    monkeypatch.setitem(METHODS._found, name, cls)
     seen: list[tuple[str, str]] = []
     parts = dict(cls._parts)
 

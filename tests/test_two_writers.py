@@ -15,8 +15,8 @@ from tiny_models import small_config
 
 from qvit import locks
 from qvit.errors import QvitError
-from qvit.runs.jobs import _context
 from qvit.locks import LOCK, writing, writing_file
+from qvit.runs.jobs import _context
 from qvit.runs.run import resume, train
 
 pytestmark = pytest.mark.skipif(locks.fcntl is None, reason="no locks on this system")

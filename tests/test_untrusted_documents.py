@@ -20,22 +20,22 @@ from tiny_models import SMALL, Evil, small_config
 
 from qvit import files
 from qvit.allocate.units import Unit
+from qvit.data.collection import read_class_map
 from qvit.deploy.file.skeleton import skeleton
 from qvit.documents import Costs, Result, checked
 from qvit.errors import QvitError, UsageError
+from qvit.measure import Sensitivity
+from qvit.models.architecture import Architecture, check_arguments
+from qvit.models.create import create_model
 from qvit.models.families import constructor_arguments, inspect_model
-from qvit.runs.jobs import Job, work
 from qvit.plan.quant_plan import QuantPlan
 from qvit.report import load_runs
 from qvit.report.analysis import write_analysis_page
 from qvit.report.page import render_page
-from qvit.runs.run import evaluate_run, load_run, resume, teacher_model, train
 from qvit.runs.directory import read_config
-from qvit.measure import Sensitivity
-from qvit.models.architecture import Architecture, check_arguments
-from qvit.data.collection import read_class_map
+from qvit.runs.jobs import Job, work
+from qvit.runs.run import evaluate_run, load_run, resume, teacher_model, train
 from qvit.training.config import TrainConfig
-from qvit.models.create import create_model
 from qvit.training.recipe import read_recipe
 
 Change = Callable[[dict[str, Any]], Any]

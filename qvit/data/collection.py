@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from qvit.documents import MOST_CLASSES
-from qvit.errors import QvitError, nearest
-from qvit.files import MissingFile, read_text
 from qvit.data.digits import DIGITS, TEST_IMAGES, DigitStore
 from qvit.data.images import HubStore, ImageSource, ImageStore, hub_splits, missing_path, open_files
 from qvit.data.shards import PREFIX, Shards, ShardSource, find_shards, open_shards
+from qvit.documents import MOST_CLASSES
+from qvit.errors import QvitError, nearest
+from qvit.files import MissingFile, read_text
 
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("val", "validation", "valid", "test", "testing")

@@ -31,11 +31,11 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qvit.errors import QvitError, UsageError, nearest
-from qvit.files import cache_folder, make_private, read_bytes
 from qvit.data.archives import LARGEST_IMAGE, DamagedArchive, Member, Unpacking, content_of, members
 from qvit.data.decoding import BadImages, decode, one_line
 from qvit.data.digits import DIGITS
+from qvit.errors import QvitError, UsageError, nearest
+from qvit.files import cache_folder, make_private, read_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvit.errors import QvitError, UsageError
-from qvit.files import read_object
 from qvit.data.archives import BLOCK, DamagedArchive, members, open_archive, read_exactly
 from qvit.data.decoding import BadImages, one_line
 from qvit.data.images import missing_path
+from qvit.errors import QvitError, UsageError
+from qvit.files import read_object
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.files import read_bytes
-from qvit.tensors import decode, not_finite, total_bytes
 from qvit.models.architecture import MOST_PARAMETERS, check_arguments, check_name
 from qvit.models.pickles import read_pickled, weights_in
+from qvit.tensors import decode, not_finite, total_bytes
 
 _log = logging.getLogger(__name__)
 WEIGHTS_FILE = "model.safetensors"

@@ -24,9 +24,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from qvit.plan.cost import FLOAT_BITS, TokenWidths, Widths
 from qvit.errors import UsageError, nearest, shown
 from qvit.files import read_json, write_json
+from qvit.plan.cost import FLOAT_BITS, TokenWidths, Widths
 from qvit.plan.spec import MOST_SITES, Site, TensorSpec
 
 FORMAT, VERSION = "qvit-plan", 1

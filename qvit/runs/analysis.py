@@ -31,17 +31,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
-from qvit.plan.cost import CostModel
 from qvit.documents import Analysis, read_document
 from qvit.errors import QvitError, UsageError, nearest
-from qvit.models.families import inspect_model
 from qvit.files import write_json
 from qvit.locks import writing
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.models.families import inspect_model
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
-from qvit.quantizers import quantizers_of
 from qvit.plan.spec import Site
+from qvit.quantizers import quantizers_of
 from qvit.runs.subject import (
     Progress,
     Request,

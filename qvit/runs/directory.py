@@ -28,9 +28,9 @@ from qvit.documents import RunRecord, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.files import MissingFile
 from qvit.locks import BeingWritten, is_leftover, writer_of, writing
+from qvit.models.create import WEIGHTS_FILE
 from qvit.training.checkpoint import FOLDER, last_checkpoint
 from qvit.training.config import TrainConfig
-from qvit.models.create import WEIGHTS_FILE
 
 CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
 SENSITIVITY, PACKED = "sensitivity.json", "packed.safetensors"

@@ -24,9 +24,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from qvit.errors import QvitError
 from qvit.locks import writer_of, writing
+from qvit.runs.directory import LOG, RESULT, forget_progress, read_config, written
 from qvit.runs.ptq import ptq
 from qvit.runs.run import resume, train
-from qvit.runs.directory import LOG, RESULT, forget_progress, read_config, written
 from qvit.training.checkpoint import last_checkpoint
 from qvit.training.config import TrainConfig
 

@@ -30,17 +30,16 @@ from tiny_models import SMALL, calibrated_model, digit_batches, digits_model, sm
 from torch import Tensor
 
 from qvit import cli
-from qvit.runs import labels as labels_run
+from qvit.data.labels import SoftLabelStore, store
+from qvit.data.labels.loading import StoredLabels
+from qvit.data.open import AugmentConfig, data_config_of, eval_loader, open_data, open_source, train_loader
 from qvit.deploy.file.artifact import Artifact
 from qvit.errors import QvitError
-from qvit.runs.labels import LabelRequest
-from qvit.plan.quant_plan import QuantPlan, Rule
-from qvit.runs.run import load_run, train
-from qvit.data.open import AugmentConfig, data_config_of, eval_loader, open_data, open_source, train_loader
-from qvit.data.labels import SoftLabelStore
-from qvit.data.labels import store
-from qvit.data.labels.loading import StoredLabels
 from qvit.models.create import create_model
+from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.runs import labels as labels_run
+from qvit.runs.labels import LabelRequest
+from qvit.runs.run import load_run, train
 
 MODEL = ["vit_digits", *(word for key, value in SMALL.items() for word in ("-m", f"{key}={value}"))]
 PLAN = QuantPlan.preset("w3a3").with_rules(

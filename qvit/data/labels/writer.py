@@ -15,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from qvit.errors import QvitError, UsageError
-from qvit.files import write_atomically
-from qvit.locks import is_leftover, remove_leftovers
 from qvit.data.labels.store import (
     HEADER,
     Header,
@@ -28,6 +25,9 @@ from qvit.data.labels.store import (
     shard_digest,
     shard_path,
 )
+from qvit.errors import QvitError, UsageError
+from qvit.files import write_atomically
+from qvit.locks import is_leftover, remove_leftovers
 
 _log = logging.getLogger(__name__)
 

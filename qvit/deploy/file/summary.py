@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from qvit.plan.cost import FLOAT_BITS
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.packing import site_size
 from qvit.deploy.file.versions import VERSION
+from qvit.plan.cost import FLOAT_BITS
 from qvit.tensors import total_bytes
 
 

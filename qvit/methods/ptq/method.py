@@ -2,7 +2,7 @@
 
     reparameterize    LayerNorm outputs: the channels share one range           RepQ-ViT   (`reparameterization.py`)
     quantize          weights per channel, probabilities on a logarithmic grid below 5 bits
-    calibrate         scales and offsets of least squared error                            (`calibration.py`)
+    calibrate         scales and offsets of least squared error                            (`models/calibrate.py`)
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
@@ -29,18 +29,18 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from qvit.methods.ptq.bias_correction import correct_biases
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
-from qvit.plan.cost import CostModel
 from qvit.errors import UsageError
-from qvit.models.families import inspect_model
 from qvit.methods.base import Method, MethodOptions, register_method
 from qvit.methods.lsq import scale_rules
-from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
+from qvit.methods.ptq.bias_correction import correct_biases
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.models.families import inspect_model
+from qvit.plan.cost import CostModel
+from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
 from qvit.training.config import validated
 
 #: The largest width at which probabilities get a logarithmic grid unless another is asked for.

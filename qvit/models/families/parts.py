@@ -27,7 +27,6 @@ import torch
 from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
 from torch import nn
 
-from qvit.plan.cost import Matmul
 from qvit.errors import UsageError
 from qvit.models.families.activations import activation_spec
 from qvit.models.families.tokens import RankedMlp
@@ -43,6 +42,7 @@ from qvit.models.layers import (
     linear_sites,
     separate_attention_sites,
 )
+from qvit.plan.cost import Matmul
 from qvit.plan.spec import Position, Site, TensorSpec
 
 

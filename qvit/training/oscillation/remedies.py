@@ -25,10 +25,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from qvit.quantizers import Quantizer
 from qvit.training.oscillation.bins import bin_regularizer
 from qvit.training.oscillation.tracking import Oscillations, codes_of, fits_int8
 from qvit.training.oscillation.weights import quantized_weights
-from qvit.quantizers import Quantizer
 
 
 class RemedyOptions(BaseModel):
