@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import saved, tiny_trainer
+from tiny_models import tiny_trainer
 from torch import Tensor
 
 from qvit.errors import QvitError
@@ -21,7 +21,6 @@ from qvit.methods.lsq import LSQMethod
 from qvit.methods.ofq import OFQMethod
 from qvit.methods.qvit import QViTMethod
 from qvit.methods.vvtq import WithRemedy, _VariationAware
-from qvit.training.checkpoint import load_checkpoint
 from qvit.training.hooks import COMPOSED, ComposedHooks
 from qvit.training.oscillation import RemedyOptions
 
@@ -77,8 +76,8 @@ class Doubled:
         self.steps_seen = getattr(self, "steps_seen", 0) + 1
 
 
-METHODS = [LSQMethod, QViTMethod, DQMethod, EdMIPSMethod, IRMMethod, OFQMethod]
-CLASSES = [WithRemedy, _VariationAware, Notes, Doubled, *METHODS]
+EACH = [LSQMethod, QViTMethod, DQMethod, EdMIPSMethod, IRMMethod, OFQMethod]
+CLASSES = [WithRemedy, _VariationAware, Notes, Doubled, *EACH]
 
 
 def combined(*classes: type) -> Any:
@@ -103,7 +102,7 @@ def test_every_pair_of_classes_has_the_parts_of_both() -> None:
             assert set(found) == {part for name, part in expected if name == hook}, f"{pair}: {hook}"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EACH)
 @pytest.mark.parametrize("order", [0, 1])
 def test_all_parts_of_a_pair_run_in_a_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: type[Method], order: int
@@ -182,23 +181,6 @@ def test_figures_and_states_have_one_owner(tmp_path: Path) -> None:
     assert list(own.noted) == ["blocks.0.attn.qkv.query_weight"] and own.calls == ["load_state_dict"]
     with pytest.raises(QvitError, match="state of 'Other', which is no part of Both"):
         own.load_state_dict({"Other": {}})
-
-
-def test_a_checkpoint_of_a_single_state_without_owner_is_read(tmp_path: Path) -> None:
-    """Written before states had owners: the sites of frozen weights stood at the top."""
-    options = {"oscillation": "freezing", "freezing_momentum": 0.5}
-    trainer, method, _ = tiny_trainer(tmp_path / "a", method="vvtq", epochs=2, method_options=options)
-    trainer.fit(quiet=True)
-    saved(trainer)
-    state = load_checkpoint(tmp_path / "a")
-    (own,) = state["hooks"].values()
-    assert own and list(state["hooks"]) == ["WithRemedy"]
-    for hooks in (state["hooks"], own):
-        again, other, _ = tiny_trainer(tmp_path / "b", method="vvtq", epochs=2, method_options=options)
-        again.restore({**state, "hooks": hooks})
-        found = other.state_dict()["WithRemedy"]
-        assert found.keys() == own.keys()
-        assert all(torch.equal(found[site][key], own[site][key]) for site in own for key in own[site])
 
 
 def rates_of_widths(run: Path, method: str, epochs: int = 5, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
