@@ -1,8 +1,8 @@
-"""Makes the README the first page, and draws figures on the pages: `<div class="figure" data-
-figure="figures/NAME.json"></div>` becomes a plotly figure.
+"""Makes the README the first page, and draws figures on the pages.
 
-The figure's JSON is put into the page, because a browser does not fetch files beside a page that was opened from disk;
-plotly's script is copied out of the installed package, so the site needs no other server.
+`<div class="figure" data-figure="figures/NAME.json"></div>` becomes a plotly figure. Its JSON is put into the page,
+because a browser does not fetch files beside a page that was opened from disk; plotly's script is copied out of the
+installed package, so the site needs no other server.
 """
 
 from __future__ import annotations
