@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from qvit.deploy.packages import openvino_core
-from qvit.methods.ptq import post_training_quantize
-from qvit.training.data import calibration_batches, data_config_of, eval_loader, open_source
-from qvit.training.models import create_model
+from qvit.methods.ptq.method import post_training_quantize
+from qvit.data.open import calibration_batches, data_config_of, eval_loader, open_source
+from qvit.models.create import create_model
 
 Answer = Callable[[Tensor], Tensor]
 

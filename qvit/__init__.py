@@ -2,8 +2,8 @@
 
 The public API is what this file names; it is loaded on first use, so that `qvit --help` need not import torch.
 
-    plan → quantize → calibrate → [train] → freeze        (see `qvit.convert`)
-    TrainConfig → train → load_run                        (see `qvit.run`)
+    plan → quantize → calibrate → [train] → freeze        (see `qvit.models.convert`)
+    TrainConfig → train → load_run                        (see `qvit.runs.run`)
 """
 
 from __future__ import annotations
@@ -15,70 +15,70 @@ from qvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qvit.allocate import allocate_plan, frontier, round_to_budget
-    from qvit.analysis import Probe, analyze, analyze_heads, analyze_parts, analyze_widths
-    from qvit.bias_correction import correct_biases
-    from qvit.calibration import calibrate
-    from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
-    from qvit.cost import CostModel, parse_budget
-    from qvit.deploy.artifact import Artifact
+    from qvit.runs.analysis import Probe, analyze, analyze_heads, analyze_parts, analyze_widths
+    from qvit.methods.ptq.bias_correction import correct_biases
+    from qvit.models.calibrate import calibrate
+    from qvit.models.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
+    from qvit.plan.cost import CostModel, parse_budget
+    from qvit.deploy.file.artifact import Artifact
     from qvit.deploy.engines import create_engine, load
-    from qvit.deploy.onnx import export_onnx, export_openvino
-    from qvit.dry_run import plan_run
+    from qvit.deploy.export.onnx import export_onnx, export_openvino
+    from qvit.runs.dry_run import plan_run
     from qvit.errors import QvitError, UsageError
-    from qvit.families import inspect_model
-    from qvit.labels_run import LabelRequest, write_labels
-    from qvit.methods.ptq import post_training_quantize
-    from qvit.packed_run import pack_run
-    from qvit.plan import QuantPlan, Rule
-    from qvit.ptq_run import ptq
+    from qvit.models.families import inspect_model
+    from qvit.runs.labels import LabelRequest, write_labels
+    from qvit.methods.ptq.method import post_training_quantize
+    from qvit.runs.packed import pack_run
+    from qvit.plan.quant_plan import QuantPlan, Rule
+    from qvit.runs.ptq import ptq
     from qvit.quantizers import quantizers_of
-    from qvit.reconstruction import ReconstructOptions, reconstruct
-    from qvit.reparameterization import reparameterize
-    from qvit.run import evaluate_run, load_run, resume, train
-    from qvit.sensitivity import Sensitivity, measure_sensitivity
-    from qvit.spec import PerChannel, PerHead, PerTensor, TensorSpec
-    from qvit.subject import Request
+    from qvit.methods.ptq.reconstruction import ReconstructOptions, reconstruct
+    from qvit.methods.ptq.reparameterization import reparameterize
+    from qvit.runs.run import evaluate_run, load_run, resume, train
+    from qvit.measure import Sensitivity, measure_sensitivity
+    from qvit.plan.spec import PerChannel, PerHead, PerTensor, TensorSpec
+    from qvit.runs.subject import Request
     from qvit.training.config import TrainConfig
-    from qvit.training.data import calibration_batches as calibration_batches
-    from qvit.training.data import data_config_of as data_config_of
-    from qvit.training.data import eval_loader as eval_loader
-    from qvit.training.data import open_data as open_data
-    from qvit.training.data import train_loader as train_loader
+    from qvit.data.open import calibration_batches as calibration_batches
+    from qvit.data.open import data_config_of as data_config_of
+    from qvit.data.open import eval_loader as eval_loader
+    from qvit.data.open import open_data as open_data
+    from qvit.data.open import train_loader as train_loader
     from qvit.training.evaluate import evaluate
-    from qvit.training.labels.store import SoftLabelStore
-    from qvit.training.models import create_model
+    from qvit.data.labels.store import SoftLabelStore
+    from qvit.models.create import create_model
     from qvit.training.recipe import config_from_recipe
 
 _PUBLIC = {
     "qvit.allocate": ("allocate_plan", "frontier", "round_to_budget"),
-    "qvit.analysis": ("Probe", "analyze", "analyze_heads", "analyze_parts", "analyze_widths"),
-    "qvit.bias_correction": ("correct_biases",),
-    "qvit.calibration": ("calibrate",),
-    "qvit.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
-    "qvit.cost": ("CostModel", "parse_budget"),
-    "qvit.deploy.artifact": ("Artifact",),
+    "qvit.runs.analysis": ("Probe", "analyze", "analyze_heads", "analyze_parts", "analyze_widths"),
+    "qvit.methods.ptq.bias_correction": ("correct_biases",),
+    "qvit.models.calibrate": ("calibrate",),
+    "qvit.models.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
+    "qvit.plan.cost": ("CostModel", "parse_budget"),
+    "qvit.deploy.file.artifact": ("Artifact",),
     "qvit.deploy.engines": ("create_engine", "load"),
-    "qvit.deploy.onnx": ("export_onnx", "export_openvino"),
-    "qvit.dry_run": ("plan_run",),
+    "qvit.deploy.export.onnx": ("export_onnx", "export_openvino"),
+    "qvit.runs.dry_run": ("plan_run",),
     "qvit.errors": ("QvitError", "UsageError"),
-    "qvit.families": ("inspect_model",),
-    "qvit.labels_run": ("LabelRequest", "write_labels"),
-    "qvit.methods.ptq": ("post_training_quantize",),
-    "qvit.packed_run": ("pack_run",),
-    "qvit.plan": ("QuantPlan", "Rule"),
-    "qvit.ptq_run": ("ptq",),
+    "qvit.models.families": ("inspect_model",),
+    "qvit.runs.labels": ("LabelRequest", "write_labels"),
+    "qvit.methods.ptq.method": ("post_training_quantize",),
+    "qvit.runs.packed": ("pack_run",),
+    "qvit.plan.quant_plan": ("QuantPlan", "Rule"),
+    "qvit.runs.ptq": ("ptq",),
     "qvit.quantizers": ("quantizers_of",),
-    "qvit.reconstruction": ("ReconstructOptions", "reconstruct"),
-    "qvit.reparameterization": ("reparameterize",),
-    "qvit.run": ("evaluate_run", "load_run", "resume", "train"),
-    "qvit.sensitivity": ("Sensitivity", "measure_sensitivity"),
-    "qvit.spec": ("PerChannel", "PerHead", "PerTensor", "TensorSpec"),
-    "qvit.subject": ("Request",),
+    "qvit.methods.ptq.reconstruction": ("ReconstructOptions", "reconstruct"),
+    "qvit.methods.ptq.reparameterization": ("reparameterize",),
+    "qvit.runs.run": ("evaluate_run", "load_run", "resume", "train"),
+    "qvit.measure": ("Sensitivity", "measure_sensitivity"),
+    "qvit.plan.spec": ("PerChannel", "PerHead", "PerTensor", "TensorSpec"),
+    "qvit.runs.subject": ("Request",),
     "qvit.training.config": ("TrainConfig",),
-    "qvit.training.data": ("calibration_batches", "data_config_of", "eval_loader", "open_data", "train_loader"),
+    "qvit.data.open": ("calibration_batches", "data_config_of", "eval_loader", "open_data", "train_loader"),
     "qvit.training.evaluate": ("evaluate",),
-    "qvit.training.labels.store": ("SoftLabelStore",),
-    "qvit.training.models": ("create_model",),
+    "qvit.data.labels.store": ("SoftLabelStore",),
+    "qvit.models.create": ("create_model",),
     "qvit.training.recipe": ("config_from_recipe",),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}

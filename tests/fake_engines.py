@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qvit.convert import plan_of
+from qvit.models.convert import plan_of
 from qvit.errors import QvitError
-from qvit.plan import QuantPlan
-from qvit.training.data import data_config_of
+from qvit.plan.quant_plan import QuantPlan
+from qvit.data.open import data_config_of
 
 
 @dataclass
@@ -79,8 +79,8 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch) -> type[FakeArtifact]:
 
     engines = types.ModuleType("qvit.deploy.engines")
     vars(engines).update(available_engines=lambda: ["torch", "wrong"], create_engine=create_engine)
-    artifacts = types.ModuleType("qvit.deploy.artifact")
+    artifacts = types.ModuleType("qvit.deploy.file.artifact")
     vars(artifacts).update(Artifact=FakeArtifact)
     monkeypatch.setitem(sys.modules, "qvit.deploy.engines", engines)
-    monkeypatch.setitem(sys.modules, "qvit.deploy.artifact", artifacts)
+    monkeypatch.setitem(sys.modules, "qvit.deploy.file.artifact", artifacts)
     return FakeArtifact

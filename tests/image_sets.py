@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from qvit.training.data import AugmentConfig, ImageSource, LoaderLike
+from qvit.data.open import AugmentConfig, ImageSource, LoaderLike
 
 CONFIG: dict[str, Any] = {
     "input_size": (3, 16, 16),

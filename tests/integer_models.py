@@ -19,11 +19,11 @@ from tiny_models import digit_batches, digits_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qvit.calibration import calibrate
-from qvit.convert import freeze, quantize
-from qvit.deploy.integer import IntegerAttention, IntegerLinear
-from qvit.layers import AttentionSites, QuantLinear, QuantQKV, for_all_heads
-from qvit.plan import QuantPlan
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import freeze, quantize
+from qvit.deploy.integer.reference import IntegerAttention, IntegerLinear
+from qvit.models.layers import AttentionSites, QuantLinear, QuantQKV, for_all_heads
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, quantizers_of
 
 FAMILIES = ["vit", *TINY]

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from tiny_models import SMALL, digits_model
 from torch import Tensor, nn
 
-from qvit import labels_run
-from qvit.labels_run import LabelRequest
-from qvit.training.data import open_data, train_loader
-from qvit.training.labels import SoftLabelStore
-from qvit.training.labels.loading import StoredLabels
+from qvit.runs import labels as labels_run
+from qvit.runs.labels import LabelRequest
+from qvit.data.open import open_data, train_loader
+from qvit.data.labels import SoftLabelStore
+from qvit.data.labels.loading import StoredLabels
 
 
 class Watcher(nn.Module):

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qvit.allocate import Problem, program, round_to_budget, solve
-from qvit.cost import CostModel, Matmul, parse_budget
+from qvit.plan.cost import CostModel, Matmul, parse_budget
 from qvit.errors import QvitError
-from qvit.families import inspect_model
-from qvit.spec import Layout, Site, TensorSpec
-from qvit.training.models import create_model
+from qvit.models.families import inspect_model
+from qvit.plan.spec import Layout, Site, TensorSpec
+from qvit.models.create import create_model
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3}
 

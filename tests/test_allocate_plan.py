@@ -17,13 +17,13 @@ from qvit.allocate.choices import choices
 from qvit.allocate.frontier import lower_hull
 from qvit.allocate.relaxation import Relaxation, reduced
 from qvit.allocate.units import Unit
-from qvit.cost import CostModel, Matmul
+from qvit.plan.cost import CostModel, Matmul
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan
-from qvit.sensitivity import Sensitivity
-from qvit.spec import Layout, PerHead, Site, TensorSpec
-from qvit.training.models import create_model
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan
+from qvit.measure import Sensitivity
+from qvit.plan.spec import Layout, PerHead, Site, TensorSpec
+from qvit.models.create import create_model
 
 UNITS = ("bit_operations", "weight_bytes", "latency")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_models import digit_batches, digits_model
 
-from qvit import analysis as module
-from qvit.analysis import (
+from qvit.runs import analysis as module
+from qvit.runs.analysis import (
     Point,
     Probe,
     analyze,
@@ -24,15 +24,15 @@ from qvit.analysis import (
     part_points,
     width_points,
 )
-from qvit.calibration import calibrate
-from qvit.convert import quantize
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.report.analysis import render_analysis, write_analysis_page
-from qvit.subject import Request, fingerprint, open_subject, paired_standard_error, standard_error
-from qvit.training.models import create_model
+from qvit.runs.subject import Request, fingerprint, open_subject, paired_standard_error, standard_error
+from qvit.models.create import create_model
 
 REQUEST = Request(
     "vit_digits",

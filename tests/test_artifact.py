@@ -14,17 +14,17 @@ import torch
 from tiny_models import SMALL, calibrated_model, digit_batches, digits_model, shake
 from torch import Tensor, nn
 
-from qvit.calibration import calibrate
-from qvit.convert import Stage, freeze, plan_of, quantize, stage_of
-from qvit.deploy.artifact import Artifact
-from qvit.deploy.packing import unpack_site
-from qvit.deploy.summary import describe
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import Stage, freeze, plan_of, quantize, stage_of
+from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.file.packing import unpack_site
+from qvit.deploy.file.summary import describe
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan, Rule
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import quantizers_of
-from qvit.spec import TokenSplit
-from qvit.training.models import create_model
+from qvit.plan.spec import TokenSplit
+from qvit.models.create import create_model
 
 QKV_WEIGHTS = "blocks.*.attn.qkv.*_weight"
 SWIN = {"depths": [2, 1], "embed_dim": 16, "num_heads": [2, 4], "img_size": 32, "window_size": 4, "num_classes": 5}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
-from qvit.training.data import AugmentConfig, ImageSource, calibration_batches, eval_loader, open_source, train_loader
+from qvit.data.open import AugmentConfig, ImageSource, calibration_batches, eval_loader, open_source, train_loader
 from qvit.training.evaluate import evaluate
 
 PLAIN = AugmentConfig.preset("none")

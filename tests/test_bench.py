@@ -14,11 +14,12 @@ from fake_engines import FakeArtifact, fake_engines  # noqa: F401
 from tiny_models import SMALL, calibrated_model, digit_batches, digits_model
 from torch import Tensor
 
-from qvit.bench_run import BenchRequest, bench
-from qvit.deploy import hardware, peers
-from qvit.deploy.bench import Contender, Times, answers, batch_of, compare, measure, quartiles, rows_of
-from qvit.deploy.lineup import chosen
-from qvit.deploy.peers import PEERS, Material, Peer
+from qvit.runs.bench import BenchRequest, bench
+from qvit.deploy.bench import hardware
+from qvit.deploy.bench import peers
+from qvit.deploy.bench.timing import Contender, Times, answers, batch_of, compare, measure, quartiles, rows_of
+from qvit.deploy.bench.lineup import chosen
+from qvit.deploy.bench.peers import PEERS, Material, Peer
 from qvit.errors import QvitError, UsageError
 
 IMAGES = torch.zeros(1, 1, 8, 8)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qvit.bins import bin_regularizer
+from qvit.training.oscillation.bins import bin_regularizer
 from qvit.functional import integer_range
 
 # Shapes of a weight, of its scales and of its widths.

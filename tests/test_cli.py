@@ -17,12 +17,12 @@ from command_line import qvit as qvit  # a fixture
 from tiny_models import make_images, small_config
 
 from qvit import cli
-from qvit.cost import CostModel
+from qvit.plan.cost import CostModel
 from qvit.errors import QvitError
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan
-from qvit.run import train
-from qvit.training.models import create_model
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan
+from qvit.runs.run import train
+from qvit.models.create import create_model
 
 COST_KEYS = {"model", "plan", "macs", "bit_operations", "weight_bytes", "sites"}
 SITE_KEYS = {"site", "macs", "bit_width", "bit_operations", "weight_bytes"}
@@ -273,7 +273,7 @@ def test_an_interrupt_says_how_to_go_on(qvit: Qvit, monkeypatch: pytest.MonkeyPa
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("qvit.run.train", interrupt)
+    monkeypatch.setattr("qvit.runs.run.train", interrupt)
     assert "--resume" in qvit("train", *SMALL_DIGITS, "--method", "float", "--out", tmp_path / "run").failed(130)
 
 
@@ -281,7 +281,7 @@ def test_a_defect_is_called_one(qvit: Qvit, monkeypatch: pytest.MonkeyPatch) -> 
     def broken(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("division by zero\nwith a second line")
 
-    monkeypatch.setattr("qvit.families.inspect_model", broken)
+    monkeypatch.setattr("qvit.models.families.inspect_model", broken)
     answer = qvit("cost", "vit_digits")
     assert answer.code == 1 and len(answer.err.strip().splitlines()) == 1
     assert "ZeroDivisionError: division by zero with a second line" in answer.err and "--debug" in answer.err

@@ -21,13 +21,13 @@ from tiny_models import digits_model
 
 from qvit.allocate import allocate_plan, frontier_report
 from qvit.cli.allocation import _training_images
-from qvit.cost import parse_budget
+from qvit.plan.cost import parse_budget
 from qvit.errors import UsageError
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan
 from qvit.report import write_frontier_page
 from qvit.report.frontier import render_frontier
-from qvit.sensitivity import Sensitivity
+from qvit.measure import Sensitivity
 
 ARGS = SMALL_DIGITS[1:]
 

@@ -13,8 +13,8 @@ from tiny_models import SMALL, calibrated_model
 from torch import nn
 
 from qvit.cli.export import _words
-from qvit.deploy import export
-from qvit.deploy.artifact import Artifact
+from qvit.deploy.export import write as export
+from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.engines import openvino_int8_is_exact
 
 

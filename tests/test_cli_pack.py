@@ -12,9 +12,9 @@ from command_line import SMALL_DIGITS, Qvit, qvit  # noqa: F401
 from tiny_models import digit_batches, small_config
 
 import qvit as package
-from qvit.deploy.artifact import Artifact
+from qvit.deploy.file.artifact import Artifact
 from qvit.errors import UsageError
-from qvit.run import load_run, train
+from qvit.runs.run import load_run, train
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from image_sets import make_images, make_tar
 from safetensors.torch import load_file, save_file
 from tiny_models import small_config
 
-from qvit.run import load_run, train
+from qvit.runs.run import load_run, train
 
 SMALL_VIT = ["deit_tiny_patch16_224"]
 for _argument in ("img_size=16", "patch_size=4", "embed_dim=16", "depth=1", "num_heads=2"):

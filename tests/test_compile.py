@@ -13,10 +13,10 @@ from tiny_models import digit_batches, digits_model, events, small_config, tiny_
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qvit.calibration import calibrate
-from qvit.convert import freeze, quantize
-from qvit.cost import CostModel
-from qvit.families import inspect_model
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import freeze, quantize
+from qvit.plan.cost import CostModel
+from qvit.models.families import inspect_model
 from qvit.methods import create_method
 from qvit.quantizers import quantizers_of
 

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny_models import calibrated_model, digit_batches, digits_model
 from torch import Tensor, nn
 
-from qvit.calibration import calibrate
-from qvit.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
-from qvit.layers import QuantConv2d, QuantLinear
-from qvit.plan import QuantPlan, Rule
+from qvit.models.families import inspect_model
+from qvit.models.layers import QuantConv2d, QuantLinear
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import LSQQuantizer, Quantizer, quantizers_of
 from qvit.quantizers.observers import BINS, HistogramObserver
 

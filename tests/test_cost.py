@@ -12,12 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvit.cost import FLOAT_BITS, CostModel, DifferentiableCost, Matmul, format_bops, parse_budget
+from qvit.plan.cost import FLOAT_BITS, CostModel, DifferentiableCost, Matmul, format_bops, parse_budget
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan, Rule
-from qvit.spec import Layout, Site, TensorSpec
-from qvit.training.models import create_model
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.plan.spec import Layout, Site, TensorSpec
+from qvit.models.create import create_model
 
 # Bit operations in G of uniform models: the budgets and LSQ+ rows of Q-ViT's Table 1 (DeiT-T at 3 and 4 bits 12.9 and
 # 21.5, DeiT-S 44.6 and 76.4) with more digits; the rest by the same sum, 12 blocks of 12 N·C² + 2 N²·C multiplications.

@@ -26,7 +26,7 @@ from timm.data import create_transform
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 from qvit.errors import QvitError, UsageError
-from qvit.training.data import (
+from qvit.data.open import (
     AugmentConfig,
     calibration_batches,
     data_config_of,

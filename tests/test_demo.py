@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qvit import jobs as jobs_module
-from qvit.demo import BUDGETS, METHODS, RESULTS, Job, jobs, packed_in_words, run_demo, summarize, verdict
+from qvit.runs import jobs as jobs_module
+from qvit.runs.demo import BUDGETS, METHODS, RESULTS, Job, jobs, packed_in_words, run_demo, summarize, verdict
 from qvit.errors import QvitError, UsageError
-from qvit.run import RESULT
+from qvit.runs.run import RESULT
 from qvit.training.checkpoint import FOLDER
 from qvit.training.config import TrainConfig
 
@@ -137,7 +137,7 @@ def test_the_verdict_says_who_is_better_whoever_it_is(tmp_path: Path) -> None:
 def fake_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qvit.report.load_runs", lambda paths: paths)
     monkeypatch.setattr("qvit.report.write_page", lambda runs, path, **_: Path(path).write_text("<html>"))
-    monkeypatch.setattr("qvit.demo.pack", lambda folder, listed: [])
+    monkeypatch.setattr("qvit.runs.demo.pack", lambda folder, listed: [])
 
 
 def test_a_complete_demo_is_only_shown_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ import torch
 from image_sets import CONFIG, GREY, drain, names
 
 from qvit.errors import UsageError
-from qvit.training import digits
-from qvit.training.data import (
+from qvit.data import digits
+from qvit.data.open import (
     AugmentConfig,
     calibration_batches,
     eval_loader,

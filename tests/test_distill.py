@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvit.errors import UsageError
-from qvit.run import train
+from qvit.runs.run import train
 from qvit.training.distill import Teacher, distillation_loss
 
 

@@ -31,7 +31,7 @@ import json, sys
 import torch
 from tiny_models import Batches, digit_batches, digits_model, small_config, starting_point
 from pathlib import Path
-from qvit.families import inspect_model
+from qvit.models.families import inspect_model
 from qvit.training.checkpoint import save_weights
 from qvit.training.loop import Trainer, micro_batch
 from qvit.training.processes import Processes

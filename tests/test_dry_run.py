@@ -14,12 +14,12 @@ from command_line import qvit as qvit  # a fixture
 from tiny_models import SMALL, calibrated_model, digits_model, events, make_images, small_config
 from torch import Tensor, nn
 
-from qvit.dry_run import plan_run, saved_for_backward
+from qvit.runs.dry_run import plan_run, saved_for_backward
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan
-from qvit.run import train
-from qvit.training.models import create_model
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan
+from qvit.runs.run import train
+from qvit.models.create import create_model
 
 
 def really_saved(model: nn.Module, batch: int, *, bf16: bool = False) -> int:

@@ -16,7 +16,7 @@ from integer_models import frozen, packed_arguments
 from torch import Tensor
 
 import qvit
-from qvit.deploy.artifact import Artifact
+from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.engines import (
     ENGINES,
     available_engines,

@@ -18,12 +18,12 @@ from integer_models import float_model, frozen, packed_arguments
 from test_integer import patchwise
 from torch import Tensor, nn
 
-from qvit.calibration import calibrate
-from qvit.convert import freeze, quantize
-from qvit.deploy.artifact import Artifact
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import freeze, quantize
+from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.engines import openvino_int8_is_exact
-from qvit.deploy.integer import integer_form
-from qvit.deploy.onnx import (
+from qvit.deploy.integer.reference import integer_form
+from qvit.deploy.export.onnx import (
     OPSET,
     OPSET_OF_2_BITS,
     SAFE_WITHOUT_VNNI,
@@ -36,11 +36,11 @@ from qvit.deploy.onnx import (
 )
 from qvit.deploy.packages import openvino_core
 from qvit.errors import QvitError, UsageError
-from qvit.layers import QuantLinear, adopt
+from qvit.models.layers import QuantLinear, adopt
 from qvit.methods.pmq import Split
-from qvit.plan import QuantPlan, Rule
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import create_quantizer
-from qvit.spec import Layout, TensorSpec
+from qvit.plan.spec import Layout, TensorSpec
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -70,7 +70,7 @@ def graph(name: str, dialect: type[GraphArithmetic], *, small: bool = False, exa
     """An exported model; several tests look at the same one."""
     model, images = source(name)
     size = tuple(images.shape[1:])
-    return onnx_model(model, dialect(exact_pairs=exact_pairs), size, small=small, metadata={"qvit.plan": "p"})  # type: ignore[arg-type]
+    return onnx_model(model, dialect(exact_pairs=exact_pairs), size, small=small, metadata={"qvit.plan.quant_plan": "p"})  # type: ignore[arg-type]
 
 
 def in_onnxruntime(model: Any, images: Tensor, *, basic: bool = False, optimized: Path | None = None) -> Tensor:
@@ -149,7 +149,7 @@ def test_a_product_has_dequantized_integers_on_both_sides() -> None:
     assert kinds.count("DequantizeLinear") == kinds.count("QuantizeLinear") + 2 + weights
     stored = {i.name: i.data_type for i in model.graph.initializer}
     assert {stored[n.input[1]] for n in model.graph.node if n.op_type == "QuantizeLinear"} == {onnx.TensorProto.FLOAT}
-    assert {entry.key: entry.value for entry in model.metadata_props}["qvit.plan"] == "p"
+    assert {entry.key: entry.value for entry in model.metadata_props}["qvit.plan.quant_plan"] == "p"
     assert model.producer_name == "qvit" and not any(node.metadata_props for node in model.graph.node)
 
 
@@ -294,7 +294,7 @@ def test_files_of_openvino(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("no space left on device")
 
     monkeypatch.setattr(openvino, "save_model", full)
-    monkeypatch.setattr("qvit.deploy.onnx.openvino_model", lambda *_, **__: model)
+    monkeypatch.setattr("qvit.deploy.export.onnx.openvino_model", lambda *_, **__: model)
     with pytest.raises(QvitError, match=r"model\.xml.*no space left"):
         export_openvino(artifact(), path)
     assert path.read_bytes() == before and len(list(path.parent.iterdir())) == 2

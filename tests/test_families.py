@@ -21,13 +21,13 @@ from tiny_models import digit_batches, digits_model, shake
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qvit.calibration import calibrate
-from qvit.convert import plan_of, quantize, quantizers_disabled
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import plan_of, quantize, quantizers_disabled
 from qvit.errors import UsageError
-from qvit.families import inspect_model
-from qvit.families.vit import QuantAttention
-from qvit.layers import adopt
-from qvit.plan import QuantPlan
+from qvit.models.families import inspect_model
+from qvit.models.families.vit import QuantAttention
+from qvit.models.layers import adopt
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
 
 # Depth 2 where it costs nothing; small images keep every token kind and leave a few patches.

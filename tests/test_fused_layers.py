@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from qvit.errors import UsageError
 from qvit.kernels import cpu
 from qvit.kernels.attention import split_heads
-from qvit.layers import AttentionSites, QuantConv2d, QuantLinear, QuantQKV, add_quantizers, adopt, linear_sites
+from qvit.models.layers import AttentionSites, QuantConv2d, QuantLinear, QuantQKV, add_quantizers, adopt, linear_sites
 from qvit.quantizers import create_quantizer, quantizers_of
-from qvit.run import train
-from qvit.spec import Layout, PerChannel, PerHead, TensorSpec
+from qvit.runs.run import train
+from qvit.plan.spec import Layout, PerChannel, PerHead, TensorSpec
 from qvit.training.config import TrainConfig
 from qvit.training.held_weights import HeldWeights
 from qvit.training.loop import run_on_integers

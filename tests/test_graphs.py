@@ -12,7 +12,7 @@ import torch
 from tiny_models import small_config
 from torch import Tensor, nn
 
-from qvit.run import train
+from qvit.runs.run import train
 from qvit.training.graphs import GraphedModel, can_be_graphed
 
 

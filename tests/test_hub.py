@@ -12,9 +12,9 @@ import pytest
 import torch
 from tiny_models import SMALL, calibrated_model, digit_batches
 
-from qvit.deploy.artifact import Artifact
+from qvit.deploy.file.artifact import Artifact
 from qvit.errors import QvitError, UsageError
-from qvit.plan import QuantPlan, Rule
+from qvit.plan.quant_plan import QuantPlan, Rule
 
 
 @pytest.fixture(scope="module")

@@ -238,5 +238,5 @@ def test_the_rules_allow(path: str, text: str) -> None:
 
 
 def test_the_rules_see_print() -> None:
-    assert prints(Source("cost.py", "def f():\n    print('x')")) == ["qvit/cost.py:2"]
+    assert prints(Source("cost.py", "def f():\n    print('x')")) == ["qvit/plan/cost.py:2"]
     assert prints(Source("cost.py", "console.print('x')  # print(x)\npprint(x)")) == []

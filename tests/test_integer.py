@@ -20,18 +20,18 @@ from integer_models import FAMILIES, UNIT, float_model, frozen, make_dyadic, pro
 from tiny_models import calibrated_model, digit_batches, digits_model, shake
 from torch import Tensor, nn
 
-from qvit.calibration import calibrate
-from qvit.convert import freeze, quantize
-from qvit.deploy.arithmetic import Arithmetic
-from qvit.deploy.integer import IntegerAttention, IntegerLinear, arithmetic_in_words, integer_form, report_of
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import freeze, quantize
+from qvit.deploy.integer.arithmetic import Arithmetic
+from qvit.deploy.integer.reference import IntegerAttention, IntegerLinear, arithmetic_in_words, integer_form, report_of
 from qvit.errors import UsageError
-from qvit.families import inspect_model
-from qvit.layers import QuantConv2d, QuantLinear, adopt, linear_sites
+from qvit.models.families import inspect_model
+from qvit.models.layers import QuantConv2d, QuantLinear, adopt, linear_sites
 from qvit.methods.pmq import Split, split_plan
-from qvit.methods.ptq import post_training_quantize
-from qvit.plan import QuantPlan, Rule
+from qvit.methods.ptq.method import post_training_quantize
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import create_quantizer, quantizers_of
-from qvit.spec import Layout, PerChannel, PerHead, TensorSpec
+from qvit.plan.spec import Layout, PerChannel, PerHead, TensorSpec
 
 ATTENTION = ("query", "key", "value", "probs", "output")
 WEIGHTS = ("query_weight", "key_weight", "value_weight")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from tiny_models import digit_batches, digits_model
 
-from qvit.calibration import calibrate
-from qvit.convert import quantize, quantizers_disabled
-from qvit.plan import QuantPlan, Rule
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize, quantizers_disabled
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import create_quantizer, quantizers_of
-from qvit.spec import Layout, PerHead, TensorSpec
+from qvit.plan.spec import Layout, PerHead, TensorSpec
 
 RULES = [Rule(f"blocks.*.attn.{name}", {"quantizer": "irm"}) for name in ("query", "key")]
 

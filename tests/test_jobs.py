@@ -17,7 +17,7 @@ from rich.console import Console
 from tiny_models import small_config
 
 from qvit.errors import QvitError
-from qvit.jobs import Job, run_jobs
+from qvit.runs.jobs import Job, run_jobs
 
 
 def test_runs_that_start_from_the_plan_of_another(tmp_path: Path) -> None:
@@ -65,7 +65,7 @@ ENDLESS = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from qvit.jobs import Job, run_jobs
+from qvit.runs.jobs import Job, run_jobs
 from tiny_models import small_config
 if __name__ == "__main__":
     jobs = [Job(name, small_config(method="float", epochs=100_000)) for name in "ab"]

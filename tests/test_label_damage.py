@@ -17,12 +17,13 @@ import torch
 from image_sets import CONFIG, drain, make_images, make_shards
 from label_stores import STUDENT, Killed, Watcher, content, digits_request, folder, loader_of, request_of, teacher
 
-from qvit import files, labels_run
+from qvit import files
+from qvit.runs import labels as labels_run
 from qvit.errors import QvitError, UsageError
-from qvit.labels_run import LabelRequest, write_labels
-from qvit.training.data import open_data
-from qvit.training.labels import SoftLabelStore
-from qvit.training.labels.store import HEADER, read_header, shard_path
+from qvit.runs.labels import LabelRequest, write_labels
+from qvit.data.open import open_data
+from qvit.data.labels import SoftLabelStore
+from qvit.data.labels.store import HEADER, read_header, shard_path
 
 __all__ = ["folder", "teacher"]
 
@@ -62,7 +63,7 @@ def test_interrupted_is_uninterrupted(
 
 KILLED = """
 import sys
-from qvit.labels_run import LabelRequest, write_labels
+from qvit.runs.labels import LabelRequest, write_labels
 import json
 write_labels(LabelRequest.create(**json.loads(sys.argv[1])), sys.argv[2])
 """

@@ -19,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qvit.errors import QvitError, UsageError
-from qvit.labels_run import LabelRequest, write_labels
-from qvit.run import resume, train
-from qvit.training.data import open_data, train_loader
-from qvit.training.labels import SoftLabelStore
-from qvit.training.labels.crops import draw_crops, replay
-from qvit.training.labels.loading import StoredLabels, choose_crops
-from qvit.training.labels.recovery import SoftLabelLoss, first_classes, recover
-from qvit.training.labels.store import HEADER, shard_path
+from qvit.runs.labels import LabelRequest, write_labels
+from qvit.runs.run import resume, train
+from qvit.data.open import open_data, train_loader
+from qvit.data.labels import SoftLabelStore
+from qvit.data.labels.crops import draw_crops, replay
+from qvit.data.labels.loading import StoredLabels, choose_crops
+from qvit.data.labels.recovery import SoftLabelLoss, first_classes, recover
+from qvit.data.labels.store import HEADER, shard_path
 
 __all__ = ["folder", "qvit", "teacher"]
 RANGES: dict[str, Any] = {"scale": (0.3, 1.0), "ratio": (3 / 4, 4 / 3)}
@@ -318,8 +318,8 @@ def test_the_loss_of_a_step_is_that_of_the_labels(tmp_path: Path, digits_store: 
     train(config, tmp_path / "run", quiet=True)
     torch.manual_seed(0)
     labels = StoredLabels(SoftLabelStore(digits_store), 10, 4, single_from=1)
-    from qvit.run import load_run
-    from qvit.training.data import data_config_of
+    from qvit.runs.run import load_run
+    from qvit.data.open import data_config_of
 
     model = load_run(tmp_path / "run")
     loader = train_loader(open_data("digits").train, data_config_of(model), batch_size=200, labels=labels)

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
-from qvit.training.augment import _augment_ops, data_config_of, eval_config, train_transform
-from qvit.training.data import (
+from qvit.data.augment import _augment_ops, data_config_of, eval_config, train_transform
+from qvit.data.open import (
     AugmentConfig,
     ImageSource,
     calibration_batches,
@@ -28,7 +28,7 @@ from qvit.training.data import (
     train_loader,
 )
 from qvit.training.evaluate import evaluate
-from qvit.training.sampling import derived_seed, epoch_order, process_batches, seeded
+from qvit.data.sampling import derived_seed, epoch_order, process_batches, seeded
 
 UNERASED = AugmentConfig(random_erasing=0.0)
 Batch = tuple[Tensor, Tensor]

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from tiny_models import calibrated_model, digit_batches, digits_model
 from torch import Tensor
 
-from qvit.calibration import calibrate
-from qvit.convert import Stage, freeze, plan_of, quantize, stage_of
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import Stage, freeze, plan_of, quantize, stage_of
 from qvit.errors import UsageError
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan, Rule
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import Log2Quantizer, Quantizer, create_quantizer
-from qvit.spec import Layout, PerHead, TensorSpec
+from qvit.plan.spec import Layout, PerHead, TensorSpec
 
 NAMES = ("log2", "log-sqrt2")
 PROBS = Layout(heads=(2, 1, 1))

@@ -12,15 +12,15 @@ import torch
 from tiny_models import digits_model, events, small_config, starting_point, tiny_trainer
 from torch import Tensor, nn
 
-from qvit.convert import Stage, plan_of, quantize, stage_of
-from qvit.cost import CostModel
+from qvit.models.convert import Stage, plan_of, quantize, stage_of
+from qvit.plan.cost import CostModel
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
+from qvit.models.families import inspect_model
 from qvit.methods import Method, create_method, method_names
 from qvit.methods.qvit import QViTMethod
-from qvit.plan import QuantPlan
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
-from qvit.spec import PerHead, TensorSpec
+from qvit.plan.spec import PerHead, TensorSpec
 
 HEADS = 2
 GELU = "blocks.0.mlp.fc2.input"

@@ -21,7 +21,7 @@ from tiny_models import (
 from torch import Tensor
 
 from qvit.errors import QvitError, UsageError
-from qvit.training.models import create_model, load_weights, vit_digits
+from qvit.models.create import create_model, load_weights, vit_digits
 
 
 def weights_file(folder: Path, kind: str, state: dict[str, Tensor]) -> Path:

@@ -10,11 +10,11 @@ import torch
 from tiny_models import calibrated_model, digit_batches, digits_model
 from torch import Tensor, nn
 
-from qvit.convert import freeze, quantize
+from qvit.models.convert import freeze, quantize
 from qvit.errors import UsageError
-from qvit.plan import QuantPlan, Rule
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import LSQQuantizer, quantizers_of
-from qvit.training.models import create_model
+from qvit.models.create import create_model
 from qvit.training.optimizer import LARGEST_RELATIVE_STEP, WIDTH_BETA2, create_optimizer, drop_widths
 
 LEARNED = QuantPlan.preset("w4a4").with_rules(

@@ -11,9 +11,9 @@ import torch
 from tiny_models import calibrated_model, events, tiny_trainer
 from torch import nn
 
-from qvit.oscillation import Diagnostics, Oscillations, RemedyOptions, create_remedy, quantized_weights
-from qvit.oscillation.remedies import Annealing, Freezing, Regularizer
-from qvit.oscillation.tracking import codes_of
+from qvit.training.oscillation import Diagnostics, Oscillations, RemedyOptions, create_remedy, quantized_weights
+from qvit.training.oscillation.remedies import Annealing, Freezing, Regularizer
+from qvit.training.oscillation.tracking import codes_of
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import load_checkpoint
 

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qvit.cost import CostModel
-from qvit.deploy import packing
-from qvit.deploy.packing import code_dtype, pack, pack_site, packed_size, site_size, unpack, unpack_site
+from qvit.plan.cost import CostModel
+from qvit.deploy.file import packing
+from qvit.deploy.file.packing import code_dtype, pack, pack_site, packed_size, site_size, unpack, unpack_site
 from qvit.errors import QvitError, UsageError
 from qvit.functional import integer_range
-from qvit.spec import Layout, Site, TensorSpec
+from qvit.plan.spec import Layout, Site, TensorSpec
 
 ROWS = Layout(view=(3, 2, 5), heads=(3, 1, 1), channels=(3, 2, 1))
 COLUMNS = Layout(view=(5, 3, 2), heads=(3, 1), channels=(5, 1, 1))

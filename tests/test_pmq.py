@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from tiny_models import calibrated_model, digit_batches, digits_model, shake
 from torch import nn
 
-from qvit.calibration import calibrate
-from qvit.convert import freeze, plan_of, quantize, quantizers_disabled
-from qvit.cost import CostModel, TokenWidths
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import freeze, plan_of, quantize, quantizers_disabled
+from qvit.plan.cost import CostModel, TokenWidths
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
-from qvit.families.tokens import rank_tokens
+from qvit.models.families import inspect_model
+from qvit.models.families.tokens import rank_tokens
 from qvit.methods.pmq import (
     Split,
     allocate_splits,
@@ -33,13 +33,13 @@ from qvit.methods.pmq import (
     switchable,
     token_blocks,
 )
-from qvit.patchwise import important_patches, patchwise
-from qvit.plan import QuantPlan, Rule
+from qvit.runs.patchwise import important_patches, patchwise
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import create_quantizer, quantizers_of
 from qvit.report.patches import render_patches, write_patches_page
-from qvit.spec import Layout, TensorSpec, TokenSplit
-from qvit.subject import Request
-from qvit.training.models import create_model
+from qvit.plan.spec import Layout, TensorSpec, TokenSplit
+from qvit.runs.subject import Request
+from qvit.models.create import create_model
 
 
 def split_model(splits: dict[str, Split], model: nn.Module | None = None, plan: str = "w4a4") -> nn.Module:

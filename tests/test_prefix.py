@@ -14,12 +14,12 @@ from test_swin import images_for, tiny
 from tiny_models import digit_batches, digits_model, shake
 from torch import Tensor, nn
 
-from qvit.block_inputs import attention_blocks
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan
-from qvit.sensitivity import measure_sensitivity
-from qvit.sensitivity.prefix import Prefix
-from qvit.sensitivity.probe import Probe
+from qvit.models.block_inputs import attention_blocks
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan
+from qvit.measure import measure_sensitivity
+from qvit.measure.prefix import Prefix
+from qvit.measure.probe import Probe
 
 CAIT = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2, "num_classes": 4}
 EVA = {"img_size": 28, "depth": 3, "embed_dim": 24, "num_heads": 2, "num_classes": 4}

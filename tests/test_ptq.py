@@ -12,17 +12,17 @@ from tiny_models import calibrated_model, digit_batches, digits_model
 from torch import Tensor, nn
 
 import qvit
-from qvit.bias_correction import MOST_IMAGES, correct_biases, corrected_layers
-from qvit.calibration import calibrate
-from qvit.convert import Stage, plan_of, quantize, quantizers_disabled, stage_of
+from qvit.methods.ptq.bias_correction import MOST_IMAGES, correct_biases, corrected_layers
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import Stage, plan_of, quantize, quantizers_disabled, stage_of
 from qvit.errors import QvitError, UsageError
 from qvit.methods import create_method
-from qvit.methods.ptq import FirstImages, post_training_quantize, ptq_plan
-from qvit.plan import QuantPlan, Rule
-from qvit.ptq_run import score_beside
-from qvit.reconstruction import ReconstructOptions
+from qvit.methods.ptq.method import FirstImages, post_training_quantize, ptq_plan
+from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.runs.ptq import score_beside
+from qvit.methods.ptq.reconstruction import ReconstructOptions
 from qvit.training.config import TrainConfig
-from qvit.training.data import open_source
+from qvit.data.open import open_source
 
 QUICK = ReconstructOptions(steps=5, images=16, batch_size=8)
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.functional import integer_range
-from qvit.layers import attention_sites, linear_sites
+from qvit.models.layers import attention_sites, linear_sites
 from qvit.quantizers import HistogramObserver, LSQQuantizer, Quantizer, create_quantizer, quantizers_of
 from qvit.quantizers.base import register_quantizer
-from qvit.spec import GRANULARITIES, Layout, TensorSpec
+from qvit.plan.spec import GRANULARITIES, Layout, TensorSpec
 
 HEADS, DIM, INPUTS, OUTPUTS = 3, 4, 5, 6
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tiny_models import digit_batches, digits_model
 from torch import Tensor
 
-from qvit.calibration import calibrate
-from qvit.convert import quantize
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
 from qvit.errors import QvitError, UsageError
 from qvit.quantizers import HistogramObserver, quantizers_of
 from qvit.quantizers.observers import ValueObserver

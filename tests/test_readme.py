@@ -27,7 +27,7 @@ from qvit.methods.lsq import LSQOptions
 from qvit.methods.ofq import OFQOptions
 from qvit.methods.qvit import QViTOptions
 from qvit.methods.vvtq import VVTQOptions
-from qvit.oscillation import RemedyOptions
+from qvit.training.oscillation import RemedyOptions
 from qvit.training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,11 +14,11 @@ from command_line import QUICK, SMALL_DIGITS, Qvit
 from command_line import qvit as qvit  # a fixture
 from tiny_models import SMALL
 
-from qvit.cost import parse_budget
-from qvit.families import inspect_model
+from qvit.plan.cost import parse_budget
+from qvit.models.families import inspect_model
 from qvit.methods import create_method
 from qvit.training.config import TrainConfig
-from qvit.training.models import create_model
+from qvit.models.create import create_model
 from qvit.training.recipe import config_from_recipe, merged, read_recipe
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,12 +11,12 @@ import torch
 from tiny_models import digit_batches, digits_model, shake
 from torch import Tensor, nn
 
-from qvit.block_inputs import attention_blocks, capture, same_input
-from qvit.calibration import calibrate
-from qvit.convert import Stage, quantize, stage_of
+from qvit.models.block_inputs import attention_blocks, capture, same_input
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import Stage, quantize, stage_of
 from qvit.errors import QvitError, UsageError
 from qvit.quantizers import quantizers_of
-from qvit.reconstruction import ReconstructOptions, fisher_weights, reconstruct
+from qvit.methods.ptq.reconstruction import ReconstructOptions, fisher_weights, reconstruct
 
 QUICK = ReconstructOptions(steps=40, images=64, batch_size=16)
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}

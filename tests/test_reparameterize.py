@@ -10,11 +10,11 @@ import torch
 from tiny_models import calibrated_model, digit_batches, digits_model, shake
 from torch import Tensor, nn
 
-from qvit.calibration import calibrate
-from qvit.convert import quantize, quantizers_disabled
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize, quantizers_disabled
 from qvit.errors import QvitError, UsageError
-from qvit.plan import QuantPlan, Rule
-from qvit.reparameterization import folds_of, reparameterize
+from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.methods.ptq.reparameterization import folds_of, reparameterize
 
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 1), "num_heads": (2, 3)}
 TINY = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -11,11 +11,11 @@ import torch
 from tiny_models import digits_model, small_config
 
 from qvit.errors import UsageError
-from qvit.families import inspect_model
+from qvit.models.families import inspect_model
 from qvit.methods import create_method
 from qvit.methods.irm import similarity_distance
 from qvit.quantizers import StatsQuantizer, quantizers_of
-from qvit.run import load_run, resume, train
+from qvit.runs.run import load_run, resume, train
 from qvit.training import checkpoint as checkpoint_module
 
 

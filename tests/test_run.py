@@ -19,15 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import events, make_images, small_config
 
-from qvit import run as runs
-from qvit.convert import Stage, plan_of, stage_of
+from qvit.runs import run as runs
+from qvit.models.convert import Stage, plan_of, stage_of
 from qvit.errors import QvitError, UsageError
-from qvit.plan import QuantPlan
-from qvit.run import evaluate_run, load_run, resume, train
-from qvit.training import images as image_files
+from qvit.plan.quant_plan import QuantPlan
+from qvit.runs.run import evaluate_run, load_run, resume, train
+from qvit.data import images as image_files
 from qvit.training.checkpoint import checkpoints_of
 from qvit.training.config import TrainConfig
-from qvit.training.data import open_data
+from qvit.data.open import open_data
 from qvit.training.loop import Trainer
 
 RESULT_TYPES: dict[str, Any] = {

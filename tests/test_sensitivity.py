@@ -15,19 +15,19 @@ from safetensors import safe_open
 from tiny_models import calibrated_model, digit_batches, digits_model
 from torch import Tensor, nn
 
-from qvit.calibration import calibrate
-from qvit.convert import quantize, quantizers_disabled
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize, quantizers_disabled
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
+from qvit.models.families import inspect_model
 from qvit.functional import fake_quantize
-from qvit.plan import QuantPlan
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
-from qvit.sensitivity import METRICS, Sensitivity, measure_sensitivity, site_type
-from qvit.sensitivity import fisher as fisher_module
-from qvit.sensitivity import kl as kl_module
-from qvit.sensitivity import partial as partial_module
-from qvit.sensitivity.fisher import signed_answer
-from qvit.sensitivity.table import monotone, normalised_by_type
+from qvit.measure import METRICS, Sensitivity, measure_sensitivity, site_type
+from qvit.measure import fisher as fisher_module
+from qvit.measure import kl as kl_module
+from qvit.measure import partial as partial_module
+from qvit.measure.fisher import signed_answer
+from qvit.measure.table import monotone, normalised_by_type
 
 WIDTHS = (2, 4, 8)
 

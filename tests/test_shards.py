@@ -17,7 +17,7 @@ from timm.data.readers.reader_wds import ReaderWds
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
-from qvit.training.data import (
+from qvit.data.open import (
     AugmentConfig,
     ShardSource,
     calibration_batches,

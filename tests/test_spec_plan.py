@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvit.errors import QvitError, UsageError, nearest
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan, Rule, plan_from
-from qvit.spec import GRANULARITIES, Layout, PerChannel, PerHead, PerTensor, Site, TensorSpec
-from qvit.training.models import create_model
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
+from qvit.plan.spec import GRANULARITIES, Layout, PerChannel, PerHead, PerTensor, Site, TensorSpec
+from qvit.models.create import create_model
 
 HEADS = 3
 

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_models import digit_batches, digits_model
 
-from qvit.calibration import calibrate
-from qvit.convert import quantize
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
 from qvit.errors import UsageError
-from qvit.plan import QuantPlan, Rule
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
-from qvit.spec import Layout, PerChannel, TensorSpec
+from qvit.plan.spec import Layout, PerChannel, TensorSpec
 
 
 def made(bits: int = 2, rows: int = 3) -> Quantizer:

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from qvit.allocate import round_to_budget
-from qvit.calibration import calibrate
-from qvit.convert import freeze, plan_of, quantize, quantizers_disabled
-from qvit.cost import parse_budget
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import freeze, plan_of, quantize, quantizers_disabled
+from qvit.plan.cost import parse_budget
 from qvit.errors import UsageError
-from qvit.families import inspect_model
-from qvit.families.swin import QuantWindowAttention, windows_bias
-from qvit.layers import adopt
+from qvit.models.families import inspect_model
+from qvit.models.families.swin import QuantWindowAttention, windows_bias
+from qvit.models.layers import adopt
 from qvit.methods import create_method
-from qvit.plan import QuantPlan
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
 
 # Small models of one architecture each; two heads at least, so that heads can differ.

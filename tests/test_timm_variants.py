@@ -12,10 +12,10 @@ from tiny_models import shake
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from qvit.convert import plan_of, quantize, quantizers_disabled
+from qvit.models.convert import plan_of, quantize, quantizers_disabled
 from qvit.errors import UsageError
-from qvit.families import inspect_model
-from qvit.plan import QuantPlan
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
 
 # What makes a model tiny and leaves its architecture: windows (which do not divide the sizes of all stages, so that

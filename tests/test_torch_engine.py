@@ -14,18 +14,18 @@ from test_integer import mixed, patchwise, plans
 from tiny_models import calibrated_model, digit_batches, shake
 from torch import Tensor, nn
 
-from qvit.calibration import calibrate
-from qvit.convert import freeze, quantize
-from qvit.deploy import torch_integer
-from qvit.deploy.arithmetic import Arithmetic, Grid, Operand, exact_product
-from qvit.deploy.integer import IntegerLinear, integer_form
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import freeze, quantize
+from qvit.deploy.integer import torch as torch_integer
+from qvit.deploy.integer.arithmetic import Arithmetic, Grid, Operand, exact_product
+from qvit.deploy.integer.reference import IntegerLinear, integer_form
 from qvit.deploy.packages import cxx
-from qvit.deploy.torch_integer import EXACT_BELOW, TorchArithmetic
+from qvit.deploy.integer.torch import EXACT_BELOW, TorchArithmetic
 from qvit.methods.pmq import Split
-from qvit.methods.ptq import post_training_quantize
-from qvit.plan import QuantPlan, Rule
+from qvit.methods.ptq.method import post_training_quantize
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import create_quantizer
-from qvit.spec import Layout, TensorSpec
+from qvit.plan.spec import Layout, TensorSpec
 
 
 def equal(model: nn.Module, images: Tensor) -> None:

@@ -25,9 +25,9 @@ from tiny_models import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qvit.convert import freeze
+from qvit.models.convert import freeze
 from qvit.errors import QvitError, UsageError
-from qvit.plan import QuantPlan
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import (
     checkpoints_of,

@@ -22,12 +22,13 @@ import pytest
 import torch
 from tiny_models import SMALL, calibrated_model, digit_batches, digits_model
 
-from qvit.calibration import calibrate
-from qvit.convert import quantize
-from qvit.deploy import container, versions
-from qvit.deploy.artifact import Artifact
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.deploy.file import container
+from qvit.deploy.file import versions
+from qvit.deploy.file.artifact import Artifact
 from qvit.errors import QvitError
-from qvit.plan import QuantPlan, Rule
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.training.checkpoint import save_weights
 
 Header = dict[str, Any]
@@ -480,7 +481,7 @@ def test_many_sealed_files_scrambled_by_chance(whole: bytes, tmp_path: Path) -> 
 @pytest.mark.filterwarnings("ignore:::timm")
 def test_a_small_file_cannot_ask_for_large_masks(tmp_path: Path) -> None:
     """Swin stores neither masks nor position indices: nothing in the file grows with the size of the image."""
-    from qvit.training.models import create_model
+    from qvit.models.create import create_model
 
     kwargs = {"depths": [2], "embed_dim": 16, "num_heads": [2], "img_size": 32, "window_size": 4, "num_classes": 5}
     model = calibrate(

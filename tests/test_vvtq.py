@@ -10,16 +10,16 @@ import torch
 from tiny_models import digits_model, small_config, tiny_trainer
 from torch import Tensor
 
-from qvit.cost import CostModel
+from qvit.plan.cost import CostModel
 from qvit.errors import UsageError
-from qvit.families import inspect_model
+from qvit.models.families import inspect_model
 from qvit.functional import fake_quantize, integer_range
 from qvit.methods import create_method
-from qvit.oscillation.remedies import Regularizer
-from qvit.plan import QuantPlan
+from qvit.training.oscillation.remedies import Regularizer
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import create_quantizer
 from qvit.quantizers.lsq import LSQQuantizer
-from qvit.spec import Layout, TensorSpec
+from qvit.plan.spec import Layout, TensorSpec
 
 
 @pytest.fixture

@@ -17,17 +17,17 @@ from tiny_models import (
     tiny_trainer,
 )
 
-from qvit.convert import Stage, freeze, plan_of, quantize, stage_of
+from qvit.models.convert import Stage, freeze, plan_of, quantize, stage_of
 from qvit.errors import UsageError
-from qvit.families import inspect_model
+from qvit.models.families import inspect_model
 from qvit.functional import round_ste
 from qvit.methods import create_method
-from qvit.packed_run import pack_run
-from qvit.plan import QuantPlan, Rule
+from qvit.runs.packed import pack_run
+from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import LSQQuantizer, create_quantizer, quantizers_of
 from qvit.quantizers.edmips import START
-from qvit.run import load_run, resume, train
-from qvit.spec import Layout, PerHead, TensorSpec
+from qvit.runs.run import load_run, resume, train
+from qvit.plan.spec import Layout, PerHead, TensorSpec
 from qvit.training import checkpoint as checkpoint_module
 
 RIVALS = ["dq", "edmips"]

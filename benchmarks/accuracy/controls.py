@@ -17,16 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qvit import layers
+from qvit.models import layers
 from qvit.files import write_json
-from qvit.jobs import work
-from qvit.plan import QuantPlan
-from qvit.rundir import CONFIG
-from qvit.spec import Layout, Site
+from qvit.runs.jobs import work
+from qvit.plan.quant_plan import QuantPlan
+from qvit.runs.directory import CONFIG
+from qvit.plan.spec import Layout, Site
 
 
 def on_wrong_axis(run: str, values: dict[str, Any]) -> dict[str, Any]:
-    """`qvit.jobs.work` with these layouts."""
+    """`qvit.runs.jobs.work` with these layouts."""
     rows, head_sites = layers._rows, layers._head_sites
 
     def columns_of_inputs(heads: int, dim: int, inputs: int) -> Layout:
@@ -48,7 +48,7 @@ def on_wrong_axis(run: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def with_blocks_reversed(run: str, values: dict[str, Any]) -> dict[str, Any]:
-    """`qvit.jobs.work` with the blocks of the plan reversed; the plan is kept beside the run."""
+    """`qvit.runs.jobs.work` with the blocks of the plan reversed; the plan is kept beside the run."""
     plan = QuantPlan.load(values["plan"])
     number = re.compile(r"blocks\.(\d+)\.")
     last = max(int(found[1]) for site in plan.sites if (found := number.match(site)))

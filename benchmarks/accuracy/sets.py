@@ -28,7 +28,7 @@ from typing import Any
 import timm
 import torch
 
-from qvit.jobs import Job
+from qvit.runs.jobs import Job
 from qvit.training.config import TrainConfig
 from qvit.version import __version__
 

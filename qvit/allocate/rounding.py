@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from qvit.allocate.program import Problem, solve
-from qvit.cost import CostModel, format_bops
+from qvit.plan.cost import CostModel, format_bops
 from qvit.errors import QvitError
 
 RealWidths = Mapping[str, Sequence[float]]

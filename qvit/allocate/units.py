@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qvit.cost import CostModel, Widths, format_bops, parse_budget
+from qvit.plan.cost import CostModel, Widths, format_bops, parse_budget
 from qvit.errors import QvitError, UsageError, nearest
-from qvit.spec import Site
+from qvit.plan.spec import Site
 
 BIT_OPERATIONS, WEIGHT_BYTES, MILLISECONDS = "bit_operations", "weight_bytes", "milliseconds"
 _LIMIT = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>bits?|gb|mb|kb|b|ms|%|)", re.IGNORECASE)

@@ -66,7 +66,7 @@ def sensitivity(
 
     [cyan]qvit sensitivity runs/qvit --metric learned --out s.json[/]
     """
-    from qvit.sensitivity import measure_sensitivity
+    from qvit.measure import measure_sensitivity
 
     options: dict[str, Any] = {
         "metric": metric,
@@ -78,8 +78,8 @@ def sensitivity(
     if metric == "learned":
         if data is not None or weights is not None:
             raise UsageError("metric 'learned' reads a finished run: leave out --data and --weights")
-        from qvit.run import load_run
-        from qvit.rundir import read_config
+        from qvit.runs.run import load_run
+        from qvit.runs.directory import read_config
 
         options["name"] = read_config(Path(model))[0].model
         found = measure_sensitivity(load_run(model), **options)
@@ -109,9 +109,9 @@ def _measured(
     target: Path,
     options: dict[str, Any],
 ) -> Any:
-    from qvit.sensitivity import measure_sensitivity
-    from qvit.training.data import calibration_batches, data_config_of
-    from qvit.training.models import create_model
+    from qvit.measure import measure_sensitivity
+    from qvit.data.open import calibration_batches, data_config_of
+    from qvit.models.create import create_model
     from qvit.training.processes import Processes
 
     if data is None:
@@ -144,7 +144,7 @@ def _measured(
 
 def _training_images(data: str, class_map: str | None) -> Any:
     """The training images that `qvit train` would see; all of them where no share could be set aside for testing."""
-    from qvit.training.data import open_data, open_source
+    from qvit.data.open import open_data, open_source
 
     try:
         return open_data(data, class_map=class_map).train
@@ -168,7 +168,7 @@ def _widths(text: str) -> list[int]:
 
 def _show_types(found: Any) -> None:
     """The table for people: sums over all sites and heads of a kind, at no more widths than fit a line."""
-    from qvit.sensitivity import site_type
+    from qvit.measure import site_type
 
     columns = range(0, len(found.widths), 1 + (len(found.widths) - 1) // 4)
 
@@ -227,10 +227,10 @@ def allocate(
     --tie "blocks.*.attn.query=blocks.*.attn.key" --out plan.json[/]
     """
     from qvit.allocate import allocate_plan, frontier_report
-    from qvit.families import inspect_model
+    from qvit.models.families import inspect_model
     from qvit.files import write_json
-    from qvit.sensitivity import Sensitivity
-    from qvit.training.models import create_model
+    from qvit.measure import Sensitivity
+    from qvit.models.create import create_model
 
     budgets = budget or []
     if (target is None) != (not budgets) or not (budgets or frontier):

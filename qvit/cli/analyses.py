@@ -74,10 +74,10 @@ def analyze(
 
     [cyan]qvit analyze vit_digits --weights runs/float --data digits --what heads --layers all --out runs/heads[/]
     """
-    from qvit.analysis import ANALYSIS, KINDS
-    from qvit.analysis import analyze as measure
+    from qvit.runs.analysis import ANALYSIS, KINDS
+    from qvit.runs.analysis import analyze as measure
     from qvit.report.analysis import write_analysis_page
-    from qvit.subject import Request
+    from qvit.runs.subject import Request
 
     request = Request(
         model, data, eval_data, weights, pretrained, class_map, images, calibration_images, batch_size,
@@ -153,10 +153,10 @@ def patchwise(
     [cyan]qvit patchwise deit_tiny_patch16_224 --pretrained --data imagenet/train --eval-data imagenet/val --budget 4bit
     --picture 4 --out runs/patchwise[/]
     """
-    from qvit.patchwise import PATCHES
-    from qvit.patchwise import patchwise as measure
+    from qvit.runs.patchwise import PATCHES
+    from qvit.runs.patchwise import patchwise as measure
     from qvit.report.patches import write_patches_page
-    from qvit.subject import Request
+    from qvit.runs.subject import Request
 
     request = Request(
         model, data, eval_data, weights, pretrained, class_map, images, calibration_images, batch_size,

@@ -83,8 +83,8 @@ def bench(
     """
     if page is not None and page.suffix != ".html":
         raise UsageError(f"--out names the page, such as bench.html, not {page}")
-    from qvit.bench_run import BenchRequest
-    from qvit.bench_run import bench as measure
+    from qvit.runs.bench import BenchRequest
+    from qvit.runs.bench import bench as measure
 
     request = BenchRequest(
         model, plan=plan, batches=tuple(batch or [1]), engines=engine, peers=not no_peers, weights=weights,

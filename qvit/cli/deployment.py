@@ -28,8 +28,8 @@ def pack(
 
     Examples:  [cyan]qvit pack runs/qvit[/]    [cyan]qvit pack runs/qvit --out deit-3bit.safetensors[/]
     """
-    from qvit.deploy.summary import describe
-    from qvit.packed_run import write_packed
+    from qvit.deploy.file.summary import describe
+    from qvit.runs.packed import write_packed
 
     artifact, file = write_packed(run, target, overwrite=overwrite)
     facts = describe(artifact, file.stat().st_size)
@@ -50,8 +50,8 @@ def inspect(
 
     Examples:  [cyan]qvit inspect runs/qvit/packed.safetensors[/]    [cyan]qvit inspect deit-3bit.safetensors --json[/]
     """
-    from qvit.deploy.artifact import Artifact
-    from qvit.deploy.summary import describe
+    from qvit.deploy.file.artifact import Artifact
+    from qvit.deploy.file.summary import describe
 
     artifact = Artifact.load(file)
     facts = describe(artifact, file.stat().st_size)

@@ -58,7 +58,7 @@ def export(
 
     [cyan]qvit export model.safetensors --to openvino --out model.xml --batch 1[/]
     """
-    from qvit.deploy.export import export as write
+    from qvit.deploy.export.write import export as write
 
     if source.is_dir() and not (source / "packed.safetensors").is_file():
         raise UsageError(f"{source} has no packed.safetensors: pack the run first, then export that file")

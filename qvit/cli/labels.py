@@ -96,7 +96,7 @@ def labels(
         return _verify(verify, as_json)
     if model is None or teacher is None or crops is None or store is None:
         raise UsageError("give a MODEL, --teacher T, --crops M and --out STORE, or --verify STORE")
-    from qvit.labels_run import LabelRequest, write_labels
+    from qvit.runs.labels import LabelRequest, write_labels
 
     request = LabelRequest.create(
         model=model, model_kwargs=pairs(model_arg), teacher=teacher, teacher_weights=teacher_weights,
@@ -127,7 +127,7 @@ def labels(
 
 
 def _verify(folder: Path, as_json: bool) -> None:
-    from qvit.training.labels import SoftLabelStore
+    from qvit.data.labels import SoftLabelStore
 
     opened = SoftLabelStore(folder)
     opened.verify()

@@ -101,7 +101,7 @@ def ptq(
 
     [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data imagenet --budget 6bit --metric fisher --out runs/mixed[/]
     """
-    from qvit.ptq_run import ptq as quantize_after_training
+    from qvit.runs.ptq import ptq as quantize_after_training
     from qvit.training.config import TrainConfig
 
     options = {

@@ -31,7 +31,7 @@ def demo(
 
     Examples:  [cyan]qvit demo --out demo-output[/]    [cyan]qvit demo --seeds 1 --out quick[/]
     """
-    from qvit.demo import REPORT, packed_in_words, run_demo, verdict
+    from qvit.runs.demo import REPORT, packed_in_words, run_demo, verdict
 
     results = run_demo(out_dir, seeds=seeds, workers=processes, overwrite=overwrite, short=short)
     if as_json:
@@ -87,11 +87,11 @@ def evaluate(
         task = bar.add_task("images", total=None)
         common["progress"] = lambda n: bar.update(task, completed=n)
         if model.is_file():
-            from qvit.packed_run import evaluate_packed
+            from qvit.runs.packed import evaluate_packed
 
             scores = evaluate_packed(model, data, engine=engine, **common)
         else:
-            from qvit.run import evaluate_run
+            from qvit.runs.run import evaluate_run
 
             scores = evaluate_run(model, data, device=device, **common)
     if as_json:

@@ -125,7 +125,7 @@ def train(
 
     [cyan]qvit train --resume runs/qvit[/]
     """
-    from qvit import run as runs
+    from qvit.runs import run as runs
 
     if resume is not None:
         if model is not None or run is not None or dry_run:
@@ -149,7 +149,7 @@ def train(
         raise UsageError(f"'{twice[0]}' is given twice, as an option of its own and with --set")
     config, has_data = _config(model, given | settings, dry_run=dry_run)
     if dry_run:
-        from qvit.dry_run import plan_run
+        from qvit.runs.dry_run import plan_run
 
         return _show_plan(plan_run(config, with_data=has_data), as_json)
     assert run is not None

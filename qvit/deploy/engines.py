@@ -24,10 +24,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qvit.deploy.arithmetic import Arithmetic
-from qvit.deploy.artifact import Artifact
-from qvit.deploy.integer import arithmetic_in_words, integer_form
-from qvit.deploy.onnx import (
+from qvit.deploy.integer.arithmetic import Arithmetic
+from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.integer.reference import arithmetic_in_words, integer_form
+from qvit.deploy.export.onnx import (
     ARITHMETIC,
     OPSET,
     OnnxRuntimeArithmetic,
@@ -38,7 +38,7 @@ from qvit.deploy.onnx import (
     openvino_model,
 )
 from qvit.deploy.packages import has_compiler, missing, openvino_core
-from qvit.deploy.torch_integer import TorchArithmetic
+from qvit.deploy.integer.torch import TorchArithmetic
 from qvit.errors import UsageError, nearest
 
 

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-from qvit.cost import CostModel
+from qvit.plan.cost import CostModel
 from qvit.errors import UsageError, nearest
-from qvit.plan import QuantPlan
+from qvit.plan.quant_plan import QuantPlan
 from qvit.training.config import TrainConfig, validated
 from qvit.training.hooks import NoHooks
 from qvit.training.loop import Trainer

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.cost import CostModel
+from qvit.plan.cost import CostModel
 from qvit.functional import integer_range
 from qvit.methods.base import register_method
 from qvit.methods.qvit import HIGH, LOW, QViTMethod, RealWidthOptions

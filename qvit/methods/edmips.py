@@ -22,11 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qvit.cost import CostModel
+from qvit.plan.cost import CostModel
 from qvit.errors import UsageError
 from qvit.methods.base import register_method
 from qvit.methods.qvit import HIGH, LOW, QViTMethod, SearchOptions
-from qvit.plan import QuantPlan
+from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qvit.cost import CostModel
+from qvit.plan.cost import CostModel
 from qvit.errors import UsageError
 from qvit.methods.base import Method, register_method
-from qvit.plan import QuantPlan
+from qvit.plan.quant_plan import QuantPlan
 
 
 @register_method("float")

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from qvit.cost import CostModel
+from qvit.plan.cost import CostModel
 from qvit.methods.base import MethodOptions, register_method
 from qvit.methods.lsq import LSQMethod
 from qvit.methods.vvtq import WithRemedy
-from qvit.oscillation import RemedyOptions
-from qvit.plan import QuantPlan, Rule
+from qvit.training.oscillation import RemedyOptions
+from qvit.plan.quant_plan import QuantPlan, Rule
 
 
 class OFQOptions(RemedyOptions, MethodOptions):

@@ -32,13 +32,13 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from qvit.cost import CostModel
+from qvit.plan.cost import CostModel
 from qvit.methods.base import Method, MethodOptions, register_method
 from qvit.methods.lsq import LSQMethod
 from qvit.methods.qvit import QViTMethod, QViTOptions
-from qvit.oscillation import Remedy, RemedyOptions, create_remedy
-from qvit.plan import QuantPlan, Rule
-from qvit.spec import Site
+from qvit.training.oscillation import Remedy, RemedyOptions, create_remedy
+from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.plan.spec import Site
 from qvit.training.loop import Trainer
 
 

@@ -29,7 +29,7 @@ from qvit.functional import clamp_inward, dequantize, integer_range, quantize, r
 from qvit.kernels.fake_quantize import Learned
 from qvit.quantizers.observers import HistogramObserver
 from qvit.quantizers.ranges import observer_class
-from qvit.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
+from qvit.plan.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
 
 Q = TypeVar("Q", bound="Quantizer")
 _REGISTRY: dict[str, type[Quantizer]] = {}

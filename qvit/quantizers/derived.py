@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qvit.errors import UsageError
 from qvit.quantizers.lsq import LSQQuantizer
-from qvit.spec import Layout, TensorSpec
+from qvit.plan.spec import Layout, TensorSpec
 
 
 class DerivedWidthQuantizer(LSQQuantizer):

@@ -36,7 +36,7 @@ from qvit.kernels.fake_quantize import Grid, backward_on, quantize_on
 from qvit.quantizers.base import register_quantizer
 from qvit.quantizers.derived import DerivedWidthQuantizer
 from qvit.quantizers.observers import HistogramObserver
-from qvit.spec import Layout, TensorSpec
+from qvit.plan.spec import Layout, TensorSpec
 
 
 @register_quantizer("dq")

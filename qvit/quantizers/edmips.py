@@ -26,7 +26,7 @@ from qvit.functional import SMALLEST_SCALE, integer_range, wide
 from qvit.kernels.fake_quantize import Grid, backward_on, quantize_on
 from qvit.quantizers.base import register_quantizer
 from qvit.quantizers.derived import DerivedWidthQuantizer
-from qvit.spec import Layout, TensorSpec
+from qvit.plan.spec import Layout, TensorSpec
 
 START = 0.01
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from qvit.quantizers.base import register_quantizer
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.observers import HistogramObserver
-from qvit.spec import Layout, TensorSpec
+from qvit.plan.spec import Layout, TensorSpec
 
 _EPSILON = 1e-5
 

@@ -25,7 +25,7 @@ from qvit.errors import UsageError
 from qvit.functional import SMALLEST_SCALE, LogFakeQuantize, log_dequantize, log_quantize, pick_column
 from qvit.quantizers.base import Quantizer, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
-from qvit.spec import Layout, TensorSpec
+from qvit.plan.spec import Layout, TensorSpec
 
 _CANDIDATES, _OCTAVES = 64, 4
 

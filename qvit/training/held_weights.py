@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from qvit.families import inspect_model
-from qvit.layers import weight_of
+from qvit.models.families import inspect_model
+from qvit.models.layers import weight_of
 from qvit.quantizers import Quantizer, quantizers_of
 
 

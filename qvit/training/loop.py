@@ -2,7 +2,7 @@
 
     loss = (1 - w)·CE(targets) + w·(what the teacher says, see `distill.py`) + penalty
 
-With stored soft labels (`qvit.training.labels`) their cross-entropy takes the place of both, and the accuracy that is
+With stored soft labels (`qvit.data.labels`) their cross-entropy takes the place of both, and the accuracy that is
 logged is the agreement with the teacher's first class.
 
 A step is the gradient of this loss over `batch_size` images, on all processes and in all their micro-batches together,
@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from qvit.errors import QvitError, UsageError
-from qvit.families import inspect_model
+from qvit.models.families import inspect_model
 from qvit.kernels import cpu
-from qvit.layers import QuantLinear, QuantQKV
-from qvit.oscillation import Diagnostics, quantized_weights
+from qvit.models.layers import QuantLinear, QuantQKV
+from qvit.training.oscillation import Diagnostics, quantized_weights
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
@@ -48,8 +48,8 @@ from qvit.training.distill import distillation_loss
 from qvit.training.graphs import GraphedModel, can_be_graphed
 from qvit.training.held_weights import HeldWeights
 from qvit.training.hooks import Hooks
-from qvit.training.labels.recovery import SoftLabelLoss, first_classes
-from qvit.training.loading import LoaderLike
+from qvit.data.labels.recovery import SoftLabelLoss, first_classes
+from qvit.data.loading import LoaderLike
 from qvit.training.log import RunLog
 from qvit.training.optimizer import create_optimizer
 from qvit.training.processes import Processes

@@ -1,0 +1,150 @@
+"""Who takes part in a benchmark: our engines and the peers, chosen by name, prepared once and started per batch size.
+
+What cannot take part does not stop the others. It is noted with the reason: a package or a compiler is missing, an
+engine of ours cannot run this artifact and says so, or a peer fails on this model, in whatever way. Any other failure
+of an engine of ours is a defect and is raised.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from qvit.deploy.bench.timing import Contender, Progress
+from qvit.deploy.bench.peers import PEERS, Material, Prepared, Runner, quiet
+from qvit.errors import QvitError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from qvit.deploy.file.artifact import Artifact
+
+_log = logging.getLogger(__name__)
+PREFIX = "qvit-"
+
+
+def chosen(wanted: Sequence[str] | None, *, peers: bool = True) -> list[str]:
+    """Names of those who take part.
+
+    Args:
+        wanted: Names such as `openvino-int8` or `qvit-torch`; a runtime such as `openvino` stands for all of it, `qvit`
+            for all engines of ours that are installed. None: all.
+        peers: Whether peers take part.
+
+    Raises:
+        UsageError: An unknown name, or a peer although there are to be none.
+    """
+    from qvit.deploy.engines import available_engines
+
+    ours = [PREFIX + name for name in available_engines()]
+    if wanted is None:
+        return ours + (list(PEERS) if peers else [])
+    found: list[str] = []
+    for name in wanted:
+        of_runtime = [key for key, peer in PEERS.items() if name in (key, peer.engine)]
+        own = ours if name == "qvit" else [name] if name.startswith(PREFIX) else of_runtime
+        if not own:
+            known = list(dict.fromkeys([*ours, *(peer.engine for peer in PEERS.values()), *PEERS]))
+            raise UsageError(f"unknown engine '{name}'{nearest(name, known)}; allowed are qvit, {', '.join(known)}")
+        if of_runtime and not peers:
+            raise UsageError(f"'{name}' is a peer: name it, or leave the peers out, not both")
+        found += own
+    return list(dict.fromkeys(found))
+
+
+class Lineup:
+    """Those who take part, and who does not and why.
+
+    Attributes:
+        skipped: Rows of `engine`, `precision` and `reason`.
+    """
+
+    def __init__(
+        self, names: Sequence[str], artifact: Artifact, precision: str, material: Material, *, file_bytes: int | None
+    ) -> None:
+        """Prepares nothing yet.
+
+        Args:
+            names: As from `chosen`.
+            artifact: What our engines run.
+            precision: What the rows of our engines say, such as `w8a8`.
+            material: What peers are made from.
+            file_bytes: Size of the artifact's file.
+        """
+        self.names, self.artifact, self.precision = names, artifact, precision
+        self.material, self.file_bytes = material, file_bytes
+        self.skipped: list[dict[str, str]] = []
+        self._prepared: dict[str, Prepared] = {}
+        self._engines: dict[str, Any] = {}
+
+    def prepare(self, progress: Progress) -> None:
+        """Converts and quantizes the peers; takes minutes for large models."""
+        names = [name for name in self.names if name in PEERS]
+        for done, name in enumerate(names):
+            peer = PEERS[name]
+            progress(f"preparing {name}", done, len(names))
+            obstacle = peer.obstacle()
+            if obstacle is not None:
+                self._note(peer.engine, peer.precision, obstacle)
+                continue
+            with self._noting(peer.engine, peer.precision, any_failure=True), quiet():
+                self._prepared[name] = peer.prepare(self.material)
+
+    def start(self, images: Tensor) -> list[Contender]:
+        """Who is ready for this batch (B, channels, height, width); each has answered it once."""
+        started: list[Contender] = []
+        for name in self.names:
+            if name not in PEERS:
+                with self._noting(name, self.precision), quiet():
+                    started.append(self._engine(name, images))
+            elif name in self._prepared:
+                peer = PEERS[name]
+                with self._noting(peer.engine, peer.precision, any_failure=True), quiet():
+                    started.append(self._peer(name, images))
+        return started
+
+    def _engine(self, name: str, images: Tensor) -> Contender:
+        from qvit.deploy.engines import create_engine
+
+        if name not in self._engines:
+            engine = create_engine(self.artifact, name.removeprefix(PREFIX), threads=self.material.threads)
+            self._engines[name] = engine
+        engine = self._engines[name]
+        run = _without_gradients(engine)
+        run(images)
+        return Contender(name, self.precision, engine.arithmetic, run, self.file_bytes, ours=True)
+
+    def _peer(self, name: str, images: Tensor) -> Contender:
+        peer, ready = PEERS[name], self._prepared[name]
+        run = ready.start(len(images))
+        run(images)
+        return Contender(peer.engine, peer.precision, ready.arithmetic, run, ready.file_bytes)
+
+    @contextmanager
+    def _noting(self, engine: str, precision: str, *, any_failure: bool = False) -> Iterator[None]:
+        try:
+            yield
+        except UsageError:
+            raise
+        except Exception as error:
+            if not any_failure and not isinstance(error, QvitError):
+                raise
+            first = (str(error).strip() or "no message").splitlines()[0]
+            _log.debug("%s %s is left out", engine, precision, exc_info=True)
+            self._note(engine, precision, first if isinstance(error, QvitError) else f"{type(error).__name__}: {first}")
+
+    def _note(self, engine: str, precision: str, reason: str) -> None:
+        row = {"engine": engine, "precision": precision, "reason": reason}
+        if row not in self.skipped:
+            self.skipped.append(row)
+
+
+def _without_gradients(engine: Callable[[Tensor], Any]) -> Runner:
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return engine(images)
+
+    return run

@@ -1,0 +1,222 @@
+"""How fast engines are beside each other: measured in one run, on the same images, with the same threads.
+
+A machine slows down and speeds up while it is measured: its clock changes, others use it. So engines are not measured
+one after the other but in rounds. In each round every engine has a turn of a few calls, and every other round goes
+backwards, so that each engine follows each of its neighbours. A turn begins with a call that is not counted: the caches
+are filled, and the threads of the engine before, which spin for a moment, come to rest. An engine whose single call is
+longer than a turn is left without it.
+
+Reported are the median and the quartiles of all counted calls, and ratios of medians. Since a fast engine may be wrong,
+every row also says how its answers agree with those of the float model.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvit.deploy.bench.peers import Runner
+from qvit.errors import UsageError
+
+#: What ratios are relative to: key of the row → name of the engine.
+REFERENCES = {"ratio_to_openvino_int8": "openvino-int8", "ratio_to_pytorch_fp32": "pytorch-fp32"}
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An engine that is started for one batch size.
+
+    Attributes:
+        engine: `openvino`, `qvit-torch`.
+        precision: `int8`, `w8a8`.
+        arithmetic: What is computed in which format, in words.
+        run: Answers a batch of images (B, channels, height, width) with logits (B, classes).
+        file_bytes: Size of its model's files; None if unknown.
+        ours: Whether it runs the quantized model of qvit.
+    """
+
+    engine: str
+    precision: str
+    arithmetic: str
+    run: Runner
+    file_bytes: int | None = None
+    ours: bool = False
+
+    @property
+    def name(self) -> str:
+        """`openvino-int8`; ours go by the engine alone."""
+        return self.engine if self.ours else f"{self.engine}-{self.precision}"
+
+
+@dataclass
+class Times:
+    """What `measure` found.
+
+    Attributes:
+        seconds: Of each counted call, by name.
+        rounds: How many rounds were begun and finished.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    rounds: int = 0
+
+
+def measure(
+    runners: Mapping[str, Callable[[Tensor], Any]],
+    images: Tensor,
+    *,
+    rounds: int = 10,
+    seconds: float = 2.0,
+    max_seconds: float = 300.0,
+    clock: Callable[[], float] = time.perf_counter,
+    progress: Callable[[int, int], None] | None = None,
+) -> Times:
+    """Times every runner on the images, interleaved in rounds.
+
+    Args:
+        runners: What is timed, by name. They are started and warm: the first call of each is not treated otherwise.
+        images: A batch, the same in each call.
+        rounds: How many rounds, unless the time is over before.
+        seconds: Least time of the counted calls of each runner, over all rounds.
+        max_seconds: No further round begins if it is likely to end after this time. The first one always takes place.
+        clock: Says the time, in seconds.
+        progress: Called after each turn with the number of turns done and planned.
+
+    Raises:
+        UsageError: No runners, or limits that are not positive.
+    """
+    if not runners:
+        raise UsageError("there is no engine to measure")
+    if rounds < 1 or seconds <= 0 or max_seconds <= 0:
+        raise UsageError(f"rounds and seconds must be positive, not {rounds}, {seconds} and at most {max_seconds}")
+    turn, started, longest = seconds / rounds, clock(), 0.0
+    times = Times({name: [] for name in runners})
+    while times.rounds < rounds:
+        begun = clock()
+        if times.rounds and begun - started + longest > max_seconds:
+            break
+        order = list(runners)[:: 1 if times.rounds % 2 == 0 else -1]
+        for position, name in enumerate(order, 1):
+            _take_turn(runners[name], images, turn, times.seconds[name], clock)
+            if progress is not None:
+                progress(times.rounds * len(runners) + position, rounds * len(runners))
+        longest = max(longest, clock() - begun)
+        times.rounds += 1
+    return times
+
+
+def _take_turn(
+    runner: Callable[[Tensor], Any], images: Tensor, turn: float, found: list[float], clock: Callable[[], float]
+) -> None:
+    """Calls the runner until `turn` seconds are counted, once at least, and appends the seconds of each call."""
+    if not found or found[-1] < turn:
+        runner(images)
+    spent = 0.0
+    while spent < turn:
+        before = clock()
+        runner(images)
+        found.append(clock() - before)
+        spent += max(found[-1], 1e-9)
+
+
+def answers(run: Runner, images: Tensor, batch: int) -> Tensor:
+    """Logits (N, classes), fp32, of N images that are passed in batches of exactly `batch`; the last one is padded."""
+    found = []
+    for part in images.split(batch):
+        padded = part if len(part) == batch else _filled(part, batch)
+        found.append(run(padded)[: len(part)].detach().float().clone())
+    return torch.cat(found)
+
+
+def batch_of(images: Tensor, batch: int) -> Tensor:
+    """A batch of that size from the images, repeated where there are too few."""
+    return _filled(images, batch).clone()
+
+
+def compare(found: Tensor, reference: Tensor) -> dict[str, float]:
+    """How two sets of logits (N, classes) agree.
+
+    Returns:
+        `top1`: images with the same first class, in percent. `error`: root mean square of the difference, divided by
+        that of the reference around its mean over classes; 0 is equal, 1 is as far off as an answer without content.
+        Infinite or undefined logits count as error 1e9, and as wrong.
+    """
+    finite = torch.isfinite(found).all(dim=-1)
+    same = (found.argmax(-1) == reference.argmax(-1)) & finite
+    if not bool(finite.all()):
+        return {"top1": 100.0 * float(same.double().mean()), "error": 1e9}
+    spread = (reference - reference.mean(dim=-1, keepdim=True)).double().norm()
+    error = (found - reference).double().norm() / spread.clamp_min(1e-12)
+    return {"top1": 100.0 * float(same.double().mean()), "error": float(error)}
+
+
+def rows_of(
+    contenders: Sequence[Contender], times: Times, batch: int, logits: Mapping[str, Tensor], floats: Tensor,
+    simulated: Tensor | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of one batch size, as plain data.
+
+    Args:
+        contenders: In the order of the rows.
+        times: What `measure` found for them.
+        batch: The batch size.
+        logits: What each answered to the same images, by name (N, classes).
+        floats: What the float model answered.
+        simulated: What the fake-quantized model answered; None if there is none.
+    """
+    medians = {one.name: statistics.median(times.seconds[one.name]) for one in contenders}
+    rows = []
+    for one in contenders:
+        seconds, median = times.seconds[one.name], medians[one.name]
+        to_float = compare(logits[one.name], floats)
+        to_ours = compare(logits[one.name], simulated) if one.ours and simulated is not None else None
+        ratios = {
+            key: _digits(median / medians[reference]) if reference in medians else None
+            for key, reference in REFERENCES.items()
+        }
+        rows.append(
+            {
+                "engine": one.engine,
+                "precision": one.precision,
+                "batch": batch,
+                "milliseconds_median": _digits(1000 * median),
+                "milliseconds_quartiles": [_digits(1000 * value) for value in quartiles(seconds)],
+                **ratios,
+                "images_per_second": _digits(batch / median),
+                "calls": len(seconds),
+                "rounds": times.rounds,
+                "top1_agreement": round(to_float["top1"], 2),
+                "error_to_float": _digits(to_float["error"]),
+                "agreement_with_simulated": None if to_ours is None else round(to_ours["top1"], 2),
+                "error_to_simulated": None if to_ours is None else _digits(to_ours["error"]),
+                "arithmetic": one.arithmetic,
+                "file_bytes": one.file_bytes,
+                "ours": one.ours,
+            }
+        )
+    return rows
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The lower and the upper quartile, interpolated."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def _filled(images: Tensor, batch: int) -> Tensor:
+    """The first `batch` of the images, taken again from the beginning where there are too few."""
+    return images[torch.arange(batch) % len(images)]
+
+
+def _digits(value: float) -> float:
+    """Five significant digits."""
+    return float(f"{value:.5g}")

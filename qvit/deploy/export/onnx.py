@@ -1,0 +1,404 @@
+"""A frozen mixed-precision model as an ONNX graph whose products run on integers.
+
+    x ── QuantizeLinear(s_x) ── DequantizeLinear(s_x) ─┐
+                                                       ├─ MatMul ── Add(bias)
+           integers of W ── DequantizeLinear(s_w) ─────┘
+
+The integer form of a model (`integer.py`) is traced by torch.export, with an arithmetic that writes these nodes for
+every product. Runtimes fuse the DQ nodes with the product, and apply scales after the sum. A scale per head on a Q or
+DQ node makes ONNX Runtime fail: there the tensor is divided by the vector of scales first, Q and DQ have the scale 1,
+and the vector is multiplied in after the product. Either way sums are exact, in integers or in float32.
+
+Widths are those of the plan: below 8 bits a Clip precedes the Q node, with a vector of limits where heads differ.
+
+What runs on which integers is decided by the *dialect*, because runtimes differ:
+
+    onnxruntime    uint8 × uint8, zero point 128 for signed grids. x86 processors without VNNI multiply uint8 × int8 in
+                   16-bit pairs that saturate: ONNX Runtime's own int8 models are wrong there, silently. Where a probe
+                   finds them exact, uint8 × int8: the pair with VNNI kernels.
+    openvino       int8 × int8, zero points nowhere: the only form in which all its layers take the int8 path.
+                   Saturates likewise; where a probe finds that (`engines.py`), products that could overflow stay codes
+                   in float32, exact up to 2^24.
+
+Files are smaller than what runs: weights of at most 4 and 2 bits are stored as UINT4 (opset 21) and UINT2 (opset 25,
+which OpenVINO 2026.4 does not read). Widths that follow the image are refused: they need a ranking of tokens that ONNX
+does not define for equal scores.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.deploy.integer.arithmetic import Arithmetic, Grid, Operand
+from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.integer.reference import IntegerLinear, arithmetic_in_words, integer_form
+from qvit.deploy.packages import openvino_core, require
+from qvit.errors import QvitError, UsageError
+from qvit.files import write_atomically
+from qvit.quantizers import quantizers_of
+
+OPSET, OPSET_OF_2_BITS = 21, 25
+#: Largest |w| whose products with uint8 cannot overflow a pair of 16-bit sums: 2·255·64 < 2^15.
+SAFE_WITHOUT_VNNI = 64
+FLOAT = "float32"
+#: Key of what a graph computes on integers, in words.
+ARITHMETIC = "qvit.arithmetic"
+_UINT8, _INT8 = 2, 3  # ONNX's numbers for its types
+
+
+class GraphArithmetic(Arithmetic):
+    """Products as ONNX nodes; a dialect says in which types.
+
+    Args:
+        exact_pairs: Whether the runtime's 8-bit products are exact whatever the operands.
+    """
+
+    #: Type and zero point of the codes of signed grids: of the left operand, and of the right one.
+    left: tuple[torch.dtype, int]
+    right: tuple[torch.dtype, int]
+    #: The same of q, k and v that leave their projection as codes.
+    projected: tuple[torch.dtype, int]
+
+    def __init__(self, *, exact_pairs: bool = True) -> None:
+        self.exact_pairs = exact_pairs
+
+    def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
+        if weight is None:
+            grids[1].is_right = True
+        if self.exact_pairs:
+            return
+        largest = max(abs(int(weight.min())), int(weight.max())) if weight is not None else grids[-1].largest
+        if largest > SAFE_WITHOUT_VNNI:
+            for grid in grids:
+                grid.unit = FLOAT
+
+    def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
+        x = grid.quantizer.rectify(x)
+        x = x if grid.offset is None else x - grid.offset
+        step, limits = grid.step, grid.limits
+        if step is None or limits is None or grid.unit == FLOAT:
+            x, step = x / (step if step is not None else self.spread(grid.scale, x)), 1.0
+        if limits is None:
+            x = torch.minimum(torch.maximum(x, self.spread(grid.low, x)), self.spread(grid.high, x))
+        elif limits[1] - limits[0] < 255 or grid.unit == FLOAT:
+            x = x.clamp(limits[0] * step, limits[1] * step)
+        if grid.unit == FLOAT:
+            return Operand(torch.round(x), grid.scale, grid.offset)
+        kind, zero = (self.right if grid.is_right else self.left) if grid.signed else (torch.uint8, 0)
+        return self.kept(Operand(_quantize(x, step, zero, kind), grid.scale, grid.offset, zero))
+
+    def kept(self, operand: Operand) -> Operand:
+        """What comes of codes before their product: here they stay integers, to be dequantized right before it."""
+        return operand
+
+    projects_codes = True
+
+    def project_codes(self, operand: Operand, layer: IntegerLinear, grids: tuple[Grid, ...]) -> tuple[Tensor, int]:
+        """The weight's scales are divided by those of the grids, so the output is in steps: one Q node of scale 1."""
+        count = len(layer.bias) // len(grids)
+
+        def of_outputs(values: list[Tensor]) -> Tensor:
+            """(out,) from numbers for all heads, (H, 1, 1), or all channels of a part, (H, 1, d)."""
+            parts = [value.flatten() for value in values]
+            return torch.cat([part.repeat_interleave(count // len(part)) for part in parts])
+
+        steps = of_outputs([grid.scale for grid in grids])
+        offsets = of_outputs([grid.scale.new_zeros(()) if grid.offset is None else grid.offset for grid in grids])
+        x = self.linear(operand, layer.get_buffer("weight_0"), layer.weight_scale[0] / steps)
+        x = x + self.bias_form((layer.bias - offsets) / steps)
+        limits = grids[0].limits
+        if limits is None or any(grid.limits != limits for grid in grids):
+            low, high = ([getattr(grid, name) for grid in grids] for name in ("low", "high"))
+            x = torch.minimum(torch.maximum(x, of_outputs(low)), of_outputs(high))
+        elif limits[1] - limits[0] < 255:
+            x = x.clamp(*limits)
+        signed = grids[0].signed
+        kind, zero = self.projected if signed else (torch.uint8, 0)
+        made = self.kept(Operand(_quantize(x, 1.0, zero, kind), steps, zero=zero))
+        return made.codes, made.zero
+
+    def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
+        if grid.unit == FLOAT:
+            return codes.t().float().contiguous()
+        kind, zero = self.right
+        return (codes.t().to(torch.int16) + zero).to(kind).contiguous()
+
+    def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
+        if operand.codes.is_floating_point():
+            values = weight if weight.is_floating_point() else _dequantize(weight, self.right[1])
+            return (operand.codes @ values) * (operand.scale * weight_scale)
+        # With the scales in the DQ nodes, runtimes multiply by them inside the product.
+        return _dequantize(operand.codes, operand.zero, operand.scale) @ _dequantize(
+            weight, self.right[1], weight_scale
+        )
+
+    def matmul(self, left: Operand, right: Operand, factor: float | Tensor) -> Tensor:
+        if left.codes.is_floating_point():
+            return self._scaled(left.codes @ right.codes, left.scale * factor * right.scale)
+        if left.scale.numel() == right.scale.numel() == 1 and isinstance(factor, float):
+            values = _dequantize(left.codes, left.zero, left.scale * factor)
+            return values @ _dequantize(right.codes, right.zero, right.scale)
+        values = _dequantize(left.codes, left.zero) @ _dequantize(right.codes, right.zero)
+        return self._scaled(values, left.scale * factor * right.scale)
+
+    def total(self, operand: Operand, dim: int) -> Tensor:
+        codes = operand.codes
+        values = codes if codes.is_floating_point() else _dequantize(codes, operand.zero)
+        return values.sum(dim, keepdim=True)
+
+    def _scaled(self, sums: Tensor, scale: Tensor) -> Tensor:
+        return sums * self.spread(scale, sums)
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        """Numbers per head (H, 1, 1), as the runtime takes them beside `x` (B, H, N, ...)."""
+        return values
+
+
+class OnnxRuntimeArithmetic(GraphArithmetic):
+    """uint8 × int8 where that is exact, and several times faster; else uint8 everywhere: exact on every processor."""
+
+    left = (torch.uint8, 128)
+
+    def __init__(self, *, exact_pairs: bool = False) -> None:
+        super().__init__()
+        self.right = (torch.int8, 0) if exact_pairs else self.left
+        self.projected = self.left
+
+    def project(self, operand: Operand, layer: IntegerLinear) -> Tensor:
+        if operand.codes.dim() > 2:
+            return super().project(operand, layer)
+        return super().project(replace(operand, codes=operand.codes.unsqueeze(0)), layer).squeeze(0)
+
+    def bias_form(self, bias: Tensor) -> Tensor:
+        """(1, 1, out): a product and a vector become a Gemm in float before the product is seen to be one of codes."""
+        return bias.view(1, 1, -1)
+
+
+class OpenVinoArithmetic(GraphArithmetic):
+    """int8 without zero points; numbers per head are repeated over the tokens, codes dequantized where they are made.
+
+    Where Q and DQ are apart, OpenVINO leaves the product of q and k in float. A product followed by a vector (H, 1, 1)
+    is taken for one with a scale per channel by its CPU plugin, which then fails; with (H, N, 1), or (H, 1, d) where
+    there is one token (class attention), it is left alone.
+    """
+
+    left = right = projected = (torch.int8, 0)
+
+    def kept(self, operand: Operand) -> Operand:
+        return replace(operand, codes=_dequantize(operand.codes, operand.zero), zero=0)
+
+    def spread(self, values: Tensor, x: Tensor) -> Tensor:
+        if values.dim() < 3:
+            return values
+        rows, columns = x.shape[-2:]
+        return values.expand(-1, rows, columns if rows == 1 else -1).contiguous()
+
+
+def _node(kind: str, inputs: tuple[Tensor, ...], dtype: torch.dtype, like: Tensor, **attributes: int) -> Tensor:
+    return torch.onnx.ops.symbolic(kind, inputs, dict(attributes), dtype=dtype, shape=like.shape)
+
+
+def _quantize(x: Tensor, step: float, zero: int, kind: torch.dtype) -> Tensor:
+    if zero:
+        return _node("QuantizeLinear", (x, torch.tensor(step), torch.tensor(zero, dtype=kind)), kind, x)
+    number = _INT8 if kind == torch.int8 else _UINT8
+    return _node("QuantizeLinear", (x, torch.tensor(step)), kind, x, output_dtype=number)
+
+
+def _dequantize(codes: Tensor, zero: int, scale: Tensor | None = None) -> Tensor:
+    """DequantizeLinear with one scale, or one for each column."""
+    scale = torch.ones(()) if scale is None else scale.flatten()[0] if scale.numel() == 1 else scale.flatten()
+    axis = {} if scale.dim() == 0 else {"axis": codes.dim() - 1}
+    inputs = (codes, scale, torch.full_like(scale, zero, dtype=codes.dtype)) if zero else (codes, scale)
+    return _node("DequantizeLinear", inputs, torch.float32, codes, **axis)
+
+
+def onnx_model(
+    model: nn.Module,
+    arithmetic: GraphArithmetic,
+    image_size: tuple[int, int, int],
+    *,
+    integers: Mapping[str, Tensor] | None = None,
+    small: bool = False,
+    batch: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Any:
+    """The graph of a frozen model, as an `onnx.ModelProto`.
+
+    Args:
+        model: A frozen model.
+        arithmetic: The dialect.
+        image_size: (channels, height, width) of an image.
+        integers: See `integer_form`.
+        small: Stores weights in the smallest container.
+        batch: Images in a call; None for any number.
+        metadata: Texts to keep in the file, beside what is computed on integers.
+
+    Raises:
+        UsageError: A model that is not frozen, or whose widths follow the image; a package is missing.
+        QvitError: What torch cannot export, with its reason.
+    """
+    require("onnx", "onnxscript")
+    for site, quantizer in quantizers_of(model):
+        if quantizer.spec.token_bit_width is not None:
+            raise UsageError(
+                f"'{site}' has widths that follow the image: ONNX defines no order for tokens of equal importance, "
+                "so such a model runs with the engines 'reference' and 'torch' alone"
+            )
+    form = integer_form(model, arithmetic, integers)
+    images = torch.zeros(batch or 2, *image_size)
+    dynamic = ({0: torch.export.Dim("batch")},) if batch is None else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                form, (images,), dynamo=True, opset_version=OPSET, input_names=["images"], output_names=["logits"],
+                dynamic_shapes=dynamic, verbose=False,
+            )  # fmt: skip
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise QvitError(f"torch cannot export this {type(model).__name__}: {reason}") from error
+    if batch is None and isinstance(program.model.graph.inputs[0].shape[0], int):
+        raise QvitError(f"an exported {type(model).__name__} takes one number of images only: give it as `batch`")
+    if small:
+        _use_small_containers(program.model)
+    for node in program.model.graph:
+        node.metadata_props.clear()  # stack traces of the export: more bytes than the weights of a small model
+    program.model.metadata_props.update({ARITHMETIC: arithmetic_in_words(form), **(metadata or {})})
+    program.model.producer_name = "qvit"
+    return program.model_proto
+
+
+def _use_small_containers(graph_model: Any) -> None:
+    """Stores weights of few bits as UINT4 or UINT2, in place."""
+    import numpy as np
+    import onnx_ir as ir
+
+    graph = graph_model.graph
+
+    def keep(name: str, values: Any, kind: Any) -> Any:
+        """An initializer of small integers."""
+        tensor = ir.tensor(values.astype(kind.numpy()), dtype=kind, name=name)
+        value = ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(values.shape), const_value=tensor)
+        graph.initializers.pop(name, None)
+        graph.register_initializer(value)
+        return value
+
+    for node in list(graph):
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if codes is None or codes.name not in graph.initializers:
+            continue
+        zero = int(node.inputs[2].const_value.numpy().flat[0]) if len(node.inputs) > 2 else 0
+        values = codes.const_value.numpy().astype(np.int16) - zero
+        for kind, half in ((ir.DataType.UINT2, 2), (ir.DataType.UINT4, 8)):
+            if -half <= values.min() and values.max() < half:
+                node.replace_input_with(0, keep(codes.name, values + half, kind))
+                node.resize_inputs(3)
+                point = np.full(node.inputs[1].shape.numpy(), half)
+                node.replace_input_with(2, keep(f"{codes.name}_zero", point, kind))
+                if kind is ir.DataType.UINT2:
+                    graph.opset_imports[""] = OPSET_OF_2_BITS
+                break
+
+
+def artifact_graph(
+    artifact: Artifact, arithmetic: GraphArithmetic, *, small: bool = False, batch: int | None = None
+) -> Any:
+    """The graph of a packed model, which says where it comes from; see `onnx_model`."""
+    origin = {
+        "qvit.model": artifact.model_name,
+        "qvit.data_config": json.dumps(artifact.data_config),
+        "qvit.class_names": json.dumps(list(artifact.class_names)),
+        "qvit.plan.quant_plan": artifact.plan.name,
+    }
+    return onnx_model(
+        artifact.model(), arithmetic, image_size(artifact),
+        integers=artifact.integers, small=small, batch=batch, metadata=origin,
+    )  # fmt: skip
+
+
+def metadata_of(graph: Any) -> dict[str, str]:
+    """The texts that a graph keeps: model, preprocessing, classes, plan, and what it computes on integers."""
+    return {entry.key: entry.value for entry in graph.metadata_props}
+
+
+def export_onnx(artifact: Artifact, path: str | Path, *, small: bool = True, batch: int | None = None) -> Path:
+    """Writes an ONNX file that runs in ONNX Runtime, and in OpenVINO unless weights are stored in 2 bits.
+
+    Args:
+        artifact: A packed model.
+        path: The file; it is replaced if it is there.
+        small: Weights of at most 4 bits in 4-bit (2-bit) containers: small, but multiplied in float by today's
+            runtimes. False: 8-bit containers, on which ONNX Runtime has integer kernels.
+        batch: Images in a call; None for any number.
+
+    Raises:
+        UsageError, QvitError: See `onnx_model`; or the file cannot be written.
+    """
+    graph = artifact_graph(artifact, OnnxRuntimeArithmetic(), small=small, batch=batch)
+    write_atomically(Path(path), lambda file: file.write(graph.SerializeToString()))
+    return Path(path)
+
+
+def export_openvino(
+    artifact: Artifact, path: str | Path, *, batch: int | None = None, exact_pairs: bool = True
+) -> Path:
+    """Writes a model for OpenVINO: PATH.xml, and PATH.bin beside it.
+
+    Args:
+        artifact: A packed model.
+        path: The file `.xml`. Both files are replaced if they are there; without the first, which is removed first
+            and comes last, nobody reads the second.
+        batch: Images in a call; None for any number.
+        exact_pairs: Whether it will run where 8-bit products are exact: everywhere but on x86 processors without
+            VNNI. False leaves products that could saturate there in float32.
+
+    Raises:
+        UsageError, QvitError: See `onnx_model`; or the files cannot be written.
+    """
+    require("onnx", "onnxscript", "openvino")
+    import openvino
+
+    target = Path(path)
+    if target.suffix != ".xml":
+        raise UsageError(f"OpenVINO's files end with .xml, unlike {target}")
+    graph = artifact_graph(artifact, OpenVinoArithmetic(exact_pairs=exact_pairs), batch=batch)
+    model = openvino_model(graph)
+    for key, text in metadata_of(graph).items():
+        model.set_rt_info(text, key.split("."))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            written = Path(folder) / target.name
+            openvino.save_model(model, written, compress_to_fp16=False)
+            target.unlink(missing_ok=True)
+            for suffix in (".bin", ".xml"):
+                os.chmod(written.with_suffix(suffix), 0o644)
+                os.replace(written.with_suffix(suffix), target.with_suffix(suffix))
+    except (OSError, RuntimeError) as error:
+        raise QvitError(f"cannot write {target}: {error}") from error
+    return target
+
+
+def image_size(artifact: Artifact) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a packed model takes."""
+    size = tuple(artifact.data_config["input_size"])
+    if len(size) != 3:
+        raise QvitError(f"the file's input size {size} is not (channels, height, width)")
+    return size
+
+
+def openvino_model(graph: Any) -> Any:
+    """A graph as an `openvino.Model`."""
+    return openvino_core().read_model(io.BytesIO(graph.SerializeToString()))

@@ -1,0 +1,123 @@
+"""Exporting a packed model to a file of another runtime, and trying that file out.
+
+What was written is run in its own runtime beside the reference engine, on random images under the model's transform:
+equal sums, so answers differ by the last digits of LayerNorm, softmax and GELU, and by the few values that those move
+over the edge between two integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.engines import ReferenceEngine, openvino_int8_is_exact
+from qvit.deploy.export.onnx import export_onnx, export_openvino, image_size
+from qvit.deploy.packages import missing, openvino_core
+from qvit.errors import UsageError, nearest
+
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+CONTAINERS = ("small", "8bit")
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+
+
+def export(
+    source: str | Path,
+    to: str,
+    out: str | Path | None = None,
+    *,
+    containers: str | None = None,
+    batch: int | None = None,
+    vnni: bool = True,
+    overwrite: bool = False,
+    check: bool = True,
+) -> dict[str, Any]:
+    """Exports a packed file.
+
+    Args:
+        source: The packed file.
+        to: `onnx` or `openvino`.
+        out: The file; None: beside the packed file, with the suffix `.onnx` or `.xml`.
+        containers: Of an ONNX file's weights: `small` (None) or `8bit`, see `export_onnx`.
+        batch: Images in a call; None for any number.
+        vnni: False: an OpenVINO model that is exact on x86 processors without VNNI, too.
+        overwrite: Replaces a file that is there.
+        check: Runs what was written, if its runtime is installed.
+
+    Returns:
+        `file`, `to`, `bytes`, `containers`, `batch`, `vnni`, and `check`: `images`, `largest_difference` of logits,
+        `largest_logit`, `agreement` of the first class in percent, `saturates` (whether int8 products do on this
+        processor), or `skipped` with the reason.
+
+    Raises:
+        UsageError: Options that cannot be meant, a file that is there, a missing package.
+        QvitError: A file that cannot be read, or written.
+    """
+    if to not in SUFFIXES:
+        raise UsageError(f"unknown format '{to}'{nearest(to, SUFFIXES)} ({', '.join(SUFFIXES)})")
+    if containers is not None and containers not in CONTAINERS:
+        raise UsageError(
+            f"unknown containers '{containers}'{nearest(containers, CONTAINERS)} ({', '.join(CONTAINERS)})"
+        )
+    if to == "openvino" and containers is not None:
+        raise UsageError("containers are chosen for ONNX files: OpenVINO's hold 8 bits")
+    if to == "onnx" and not vnni:
+        raise UsageError("ONNX files multiply uint8 by uint8, which is exact without VNNI: leave that option out")
+    if batch is not None and batch < 1:
+        raise UsageError(f"a batch has at least 1 image, not {batch}")
+    target = Path(source).with_suffix(SUFFIXES[to]) if out is None else Path(out)
+    written = [target] if to == "onnx" else [target, target.with_suffix(".bin")]
+    if target.is_dir() or Path(source).resolve() in [file.resolve() for file in written]:
+        raise UsageError(f"{target} is {'a folder' if target.is_dir() else 'the packed file'}: name a file with --out")
+    there = [file for file in written if file.exists()]
+    if there and not overwrite:
+        raise UsageError(f"{there[0]} is there: choose another --out, or --overwrite")
+    artifact = Artifact.load(source)
+    if to == "onnx":
+        export_onnx(artifact, target, small=containers != "8bit", batch=batch)
+    else:
+        export_openvino(artifact, target, batch=batch, exact_pairs=vnni)
+    return {
+        "file": str(target),
+        "to": to,
+        "bytes": sum(file.stat().st_size for file in written),
+        "containers": (containers or "small") if to == "onnx" else "8bit",
+        "batch": batch,
+        "vnni": vnni,
+        "check": _checked(artifact, target, to, batch or 4, vnni) if check else {"skipped": "not asked for"},
+    }
+
+
+def exported_runner(path: Path, to: str) -> Callable[[Tensor], Tensor]:
+    """What an exported file answers to images, in its own runtime on CPU."""
+    if to == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+        return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: torch.from_numpy(compiled([images.numpy()])[0].copy())
+
+
+def _checked(artifact: Artifact, path: Path, to: str, count: int, vnni: bool) -> dict[str, Any]:
+    if missing(RUNTIMES[to]):
+        return {"skipped": f"{RUNTIMES[to]} is not installed"}
+    images = torch.randn(count, *image_size(artifact), generator=torch.Generator().manual_seed(0))
+    expected = ReferenceEngine(artifact, None)(images)
+    try:
+        found = exported_runner(path, to)(images)
+    except Exception as error:
+        return {"skipped": f"{RUNTIMES[to]} does not take it: {' '.join(str(error).split())}"}
+    return {
+        "images": count,
+        "largest_difference": float((found - expected).abs().max()),
+        "largest_logit": float(expected.abs().max()),
+        "agreement": 100.0 * float((found.argmax(1) == expected.argmax(1)).double().mean()),
+        "saturates": to == "openvino" and vnni and not openvino_int8_is_exact(),
+    }

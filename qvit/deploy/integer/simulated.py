@@ -1,0 +1,96 @@
+"""What of a frozen model cannot be computed on integers, and why: the products that stay simulated.
+
+An operand needs a uniform grid of at most 8 bits, with a scale that is constant along the axis that is summed over: per
+tensor, per head, or per row of a weight. A layer that has none of that keeps its fake quantization.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.models.layers import QuantConv2d, QuantQKV
+from qvit.quantizers import Quantizer
+
+WIDEST = 8
+
+
+def why_simulated(module: nn.Module, quantizer: Quantizer | None) -> str | None:
+    """Why a layer cannot be computed on integers; None if it can."""
+    own: Any = module
+    if isinstance(module, QuantQKV):
+        thirds = zip(("query", "key", "value"), module.weight.chunk(3), strict=True)
+        weights = [(getattr(module, f"{name}_weight_quantizer", None), part) for name, part in thirds]
+    else:
+        weights = [(getattr(module, "weight_quantizer", None), own.weight)]
+    if isinstance(module, QuantConv2d) and not _is_patches(module):
+        return "a convolution of overlapping or padded patches"
+    for each, weight in ((quantizer, None), *weights):
+        if (reason := _no_integers(each, weight)) is not None:
+            return reason
+    assert quantizer is not None
+    scale = quantizer.grid()[0]
+    heads = quantizer.layout.num_heads if quantizer.layout.heads is not None else 1
+    if quantizer.spec.token_bit_width is None and scale.numel() not in (1, heads):
+        return "activations with a scale per channel"
+    if scale.numel() > 1 and quantizer.spec.token_bit_width is None and quantizer.grid()[1] is not None:
+        return "activations with an offset per head"
+    return None
+
+
+def _no_integers(quantizer: Quantizer | None, weight: Tensor | None = None) -> str | None:
+    if quantizer is None:
+        return "an operand in float"
+    if not quantizer.enabled:  # a packed model's weights lie on their grids already
+        if weight is None or not torch.equal(quantizer.from_int(quantizer.to_int(weight)), weight):
+            return "an operand in float"
+    if not quantizer.uniform:
+        return "a logarithmic grid"
+    if max(quantizer.spec.widths) > WIDEST:
+        return f"more than {WIDEST} bits"
+    return None
+
+
+def simulated_products(attention: nn.Module, *, projects: bool) -> dict[str, str]:
+    """Which of `scores`, `weigh` and `proj` of an attention module stay simulated, and why.
+
+    Args:
+        attention: The module.
+        projects: Whether its `proj` is computed on integers.
+    """
+    found: dict[str, str] = {}
+    for product, names in (("scores", ("query", "key")), ("weigh", ("probs", "value"))):
+        for name in names:
+            own = getattr(attention, f"{name}_quantizer", None)
+            reason = _no_integers(own)
+            if reason is None and own is not None:
+                reason = _varying(own, name, getattr(attention, "num_heads", 1))
+            if reason is not None:
+                found[product] = reason
+                break
+    if not projects:
+        found["proj"] = "its layer"
+    return found
+
+
+def _varying(quantizer: Quantizer, name: str, heads: int) -> str | None:
+    """Why scales are in the way of a product of heads."""
+    scale, offset = quantizer.grid()
+    if scale.dim() > 1 and scale.shape[-1] > 1 and name in ("query", "key"):
+        return "activations with a scale per channel"
+    if scale.numel() > 1 and scale.shape[0] != heads:
+        return "groups of heads with scales of their own"
+    if quantizer.spec.token_bit_width is not None and offset is not None:
+        return "token groups with an offset"
+    return None
+
+
+def _is_patches(conv: nn.Conv2d) -> bool:
+    return (
+        tuple(conv.stride) == tuple(conv.kernel_size)
+        and conv.padding in (0, (0, 0), "valid")
+        and conv.groups == 1
+        and tuple(conv.dilation) == (1, 1)
+    )

@@ -1,0 +1,143 @@
+"""Diagonal Fisher sensitivity: all sites and widths from one forward and one backward per image.
+
+    Ω(b) = 1/2 · mean over images of  Σ_j g_j² · (t̂_j(b) - t_j)²
+
+with g the gradient at the quantized tensor itself, weight or activation: the second-order estimate of the loss increase
+with the Fisher's diagonal for the Hessian, in the form of NVIDIA ModelOpt's AutoQuantize, which has it at module
+outputs.
+
+The loss and its label. No labels are needed: Ω estimates how far the model's answer moves from what it was, the
+divergence KL(p || p̂) that the metric `kl` measures, whose Hessian is exactly the Fisher matrix F = Jᵀ(diag(p) - ppᵀ)J
+of the model's own distribution p. The cross-entropy to the predicted label would do badly: its gradient vanishes where
+the model is sure. A label sampled from p is unbiased but rarely informative for the same reason. So all labels enter at
+once, with random signs: the backward pass starts from
+
+    u = √p∘r - p·(√p·r),     r_k = ±1          E[u uᵀ] = diag(p) - ppᵀ
+
+and E[g²] is the diagonal of F.  Each image is a backward pass of its own (a batch's gradient at a weight would sum over
+images before squaring); a site's error at b bits is the same as in the quantized model with all other sites in float.
+
+Cost: one forward and backward per image, and quantizing every activation once per width. Memory: one image's graph and
+a copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qvit.measure.partial import Partial
+from qvit.measure.probe import Probe, require_finite
+
+
+def signed_answer(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The vector u above for (1, classes) logits, detached."""
+    probabilities = logits.detach().float().softmax(dim=-1)
+    signs = torch.randint(0, 2, probabilities.shape, generator=generator).to(probabilities) * 2 - 1
+    root = probabilities.sqrt() * signs
+    return (root - probabilities * root.sum()).to(logits.dtype)
+
+
+class Sums:
+    """What a metric adds up over the images, by name; it can be kept in a file and taken up.
+
+    Args:
+        probe: The model.
+        partial: Keeps the sums.
+    """
+
+    def __init__(self, probe: Probe, partial: Partial) -> None:
+        self.probe, self.partial = probe, partial
+        self.images_done, self._sums = partial.load()
+        #: The quantized weights, as the model passed them last.
+        self.weights: dict[str, Tensor] = {}
+
+    def add(self, name: str, values: Tensor) -> None:
+        """Adds to the sum of this name."""
+        if name in self._sums:
+            self._sums[name] += values
+        else:
+            self._sums[name] = values.clone()
+
+    def add_square(self, name: str, values: Tensor) -> None:
+        """Adds the squares of `values`."""
+        if name in self._sums:
+            self._sums[name].addcmul_(values, values)
+        else:
+            self._sums[name] = values.square()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._sums[name]
+
+    def table(self, name: str, site: str) -> NDArray[np.float64]:
+        """A sum of (heads, widths); zeros if no gradient reached the site."""
+        empty = torch.zeros(self.probe.heads(site), len(self.probe.widths), dtype=torch.float64)
+        return self._sums.get(name, empty).cpu().numpy()
+
+    def gradients(
+        self, images: Sequence[Tensor], seed: int, progress: Callable[[int], None]
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(site, tensor, g) of every quantized tensor of every image that is not in the sums yet, detached.
+
+        Arguments as for `fisher_table`. The sums are kept between images, and never after the last one, whose pass
+        shows the weights.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        device = next(self.probe.model.parameters()).device
+        if self.images_done:
+            generator.set_state(self._sums.pop(_GENERATOR))
+            self._sums = {name: value.to(device) for name, value in self._sums.items()}
+        with self.probe.watched() as seen:
+            for image in images[self.images_done :]:
+                if self.images_done:
+                    self.partial.save(self.images_done, lambda: self._sums | {_GENERATOR: generator.get_state()})
+                logits = self.probe.logits(image.detach().requires_grad_())
+                tensors = [tensor for _, tensor in seen]
+                grads = torch.autograd.grad(logits, tensors, signed_answer(logits, generator), allow_unused=True)
+                for (site, tensor), grad in zip(seen, grads, strict=True):
+                    if self.probe.sites[site].role == "weight":
+                        self.weights[site] = tensor.detach()
+                    if grad is not None:
+                        yield site, tensor.detach(), grad
+                seen.clear()
+                self.images_done += 1
+                progress(self.images_done)
+
+
+_GENERATOR = "generator"
+
+
+def fisher_table(
+    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None], partial: Partial
+) -> dict[str, NDArray[np.float64]]:
+    """Ω by site: (heads, widths).
+
+    Args:
+        probe: The model.
+        images: One by one, each (1, channels, height, width).
+        seed: Of the random signs.
+        progress: Called with the number of images after each.
+        partial: Keeps the sums over the images.
+    """
+    sums = Sums(probe, partial)
+    for site, tensor, grad in sums.gradients(images, seed, progress):
+        if probe.sites[site].role == "weight":
+            sums.add_square(f"squares:{site}", grad)
+        else:
+            sums.add(site, _weighted_errors(probe, site, tensor, grad.abs()))
+    for site, weight in sums.weights.items():
+        sums.add(site, _weighted_errors(probe, site, weight, sums[f"squares:{site}"].sqrt()))
+    return {site: sums.table(site, site) * (0.5 / len(images)) for site in probe.quantizers}
+
+
+def _weighted_errors(probe: Probe, site: str, tensor: Tensor, importance: Tensor) -> Tensor:
+    """Σ (importance · error)² per head and width."""
+    viewed = probe.quantizers[site].view(importance)
+    columns = [probe.squares_per_head(site, error.mul_(viewed)) for error in probe.errors(site, tensor)]
+    found = torch.stack(columns, dim=1).double()
+    require_finite(site, found, "gradients")
+    return found

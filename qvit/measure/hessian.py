@@ -1,0 +1,55 @@
+"""HAWQ-V2's sensitivity: the average curvature of a tensor times its squared quantization error.
+
+    Ω(b) = 1/2 · Tr(H_t)/n · ||t̂(b) - t||²            Dong et al., NeurIPS 2020, eq. 5 (without the factor 1/2)
+
+H is the Hessian of KL(p || p̂), the divergence of the model's answer from what it was, which needs no labels. Where both
+agree, its gradient is zero and H_t = JᵀSSᵀJ exactly, with J the derivative of the logits by the tensor and SSᵀ =
+diag(p) - ppᵀ: no negative curvature. HAWQ-V2 takes the task's loss with labels, and weights only.
+
+The trace by Hutchinson's estimate, on the side of the answer. Tr(JᵀSSᵀJ) = Tr(SᵀJJᵀS), so random signs r for the
+classes do in place of random signs v for the tensor's elements:
+
+    Tr(H_t) = E ||Jᵀ S r||²                    the squared gradient that `fisher` uses element by element
+
+One backward per image serves all tensors, and every estimate is positive. With vᵀHv and one v over all tensors, as for
+weights in HAWQ-V2, the cross terms between tensors have mean zero but drown the traces: on DeiT-T with 8 images, many
+estimates were negative and their order had nothing to do with the measured divergence.
+
+Weights have the mean of the images' traces; activations the trace and the error of each image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qvit.measure.fisher import Sums
+from qvit.measure.partial import Partial
+from qvit.measure.probe import Probe, require_finite
+
+
+def hessian_table(
+    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None], partial: Partial
+) -> dict[str, NDArray[np.float64]]:
+    """Ω by site: (heads, widths); arguments as for `fisher.fisher_table`."""
+    sums = Sums(probe, partial)
+    for site, tensor, grad in sums.gradients(images, seed, progress):
+        trace = probe.squares_per_head(site, probe.quantizers[site].view(grad)).double()
+        require_finite(site, trace, "gradients")
+        if probe.sites[site].role == "weight":
+            sums.add(f"trace:{site}", trace)
+        else:
+            sums.add(site, trace[:, None] * _mean_squares(probe, site, tensor))
+    for site, weight in sums.weights.items():
+        sums.add(site, sums[f"trace:{site}"][:, None] * _mean_squares(probe, site, weight))
+    return {site: sums.table(site, site) * (0.5 / len(images)) for site in probe.quantizers}
+
+
+def _mean_squares(probe: Probe, site: str, tensor: Tensor) -> Tensor:
+    """||t̂ - t||²/n by head and width; n is the number of elements of a head."""
+    columns = [probe.squares_per_head(site, error) for error in probe.errors(site, tensor)]
+    return torch.stack(columns, dim=1).double() * (probe.heads(site) / tensor.numel())

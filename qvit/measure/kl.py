@@ -1,0 +1,68 @@
+"""The divergence of the model's answer when one site (one head) alone is quantized: measured, not estimated.
+
+    Ω(b) = mean over images of  Σ_k p_k · (log p_k - log p̂_k)          ZeroQ (Cai et al., CVPR 2020), section 3.2
+
+One forward over all images for every head of every site at every width, from the site's block on (`prefix.py`): 2,700
+for DeiT-T with widths 2 to 8. It is the yardstick for the estimates, and slow: what is done is kept in a file
+(`partial.py`) and taken up by the next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from qvit.measure.partial import Partial
+from qvit.measure.prefix import Prefix
+from qvit.measure.probe import Probe, require_finite
+
+
+@torch.no_grad()
+def kl_table(
+    probe: Probe, batches: Sequence[Tensor], progress: Callable[[int], None], partial: Partial
+) -> dict[str, NDArray[np.float64]]:
+    """Ω by site: (heads, widths).
+
+    Args:
+        probe: The model.
+        batches: Images, (B, channels, height, width) each.
+        progress: Called with the number of sites after each.
+        partial: Keeps the sites that are done.
+    """
+    _, done = partial.load()
+    prefix = Prefix(probe, batches)
+    reference = [prefix.log_answers(index) for index in range(len(batches))]
+    images = sum(len(batch) for batch in batches)
+    for count, site in enumerate(probe.quantizers, 1):
+        if site not in done:
+            prefix.leave_out(prefix.before(site), reference)
+            rows = [
+                [divergence(prefix, site, head, width, reference) / images for width in probe.widths]
+                for head in range(probe.heads(site))
+            ]
+            done[site] = torch.tensor(rows, dtype=torch.float64)
+            partial.save(len(done), lambda: done)
+        progress(count)
+    return {site: done[site].numpy() for site in probe.quantizers}
+
+
+@torch.no_grad()
+def divergence(prefix: Prefix, site: str, head: int, width: int, reference: Sequence[Tensor]) -> float:
+    """The sum over images of KL(p || p̂) with one head of one site at `width` bits.
+
+    Args:
+        prefix: Model and images; it leaves out no more than what runs before the site.
+        site, head, width: What is quantized; see `Probe.only`.
+        reference: log p of each batch.
+    """
+    total = 0.0
+    with prefix.probe.only(site, head, width):
+        for index, before in enumerate(reference):
+            after = prefix.log_answers(index)
+            require_finite(site, after, "answers once it is quantized")
+            total += float((before.exp() * (before - after)).sum())
+    return total

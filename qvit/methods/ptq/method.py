@@ -1,0 +1,231 @@
+"""Post-training quantization: a float model, a plan and a few hundred images; no labels, no training loop.
+
+    reparameterize    LayerNorm outputs: the channels share one range           RepQ-ViT   (`reparameterization.py`)
+    quantize          weights per channel, probabilities on a logarithmic grid below 5 bits
+    calibrate         scales and offsets of least squared error                            (`calibration.py`)
+    reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
+    correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
+
+Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
+starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer
+sees other features then, and takes no part in the reconstruction.
+
+What the plan says about widths is kept; `ptq_plan` changes what shares a scale and the grid of the probabilities:
+most are far below the largest, and with 16 levels a uniform grid rounds them to zero (RepQ-ViT). Bit operations do not
+depend on either.
+
+`ptq` is registered as a method, so that its result is a run like any other; it takes no training step, and `qvit train`
+says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from qvit.methods.ptq.bias_correction import correct_biases
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.plan.cost import CostModel
+from qvit.errors import UsageError
+from qvit.models.families import inspect_model
+from qvit.methods.base import Method, MethodOptions, register_method
+from qvit.methods.lsq import scale_rules
+from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
+from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
+from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
+from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
+from qvit.training.config import validated
+
+#: The largest width at which probabilities get a logarithmic grid unless another is asked for.
+LOG_PROBS_UP_TO = 4
+LOG_PROBS = "log-sqrt2"
+Stage = Callable[[str, float], None]
+
+
+class PTQOptions(MethodOptions):
+    """Options of `ptq`.
+
+    Attributes:
+        observer: How ranges of activations are chosen: `mse`, `percentile` or `minmax`.
+        weights: What shares a scale in a weight: `per-channel`, or `per-head` where there are heads.
+        probs: Grid of the attention probabilities: `uniform`, `log2`, `log-sqrt2`, or `auto` (by width).
+        heads: What shares a scale in q, k, v, probabilities and head outputs: `per-head`, `per-tensor`, or `auto`:
+            `per-tensor` where the whole plan has 8 bits, which need no finer scales and run faster without.
+        reparameterize: Whether LayerNorm outputs are evened out.
+        bias_correction: Whether biases take back the mean error.
+        reconstruct: Whether blocks are reconstructed.
+        steps, recon_images, recon_batch, fisher: Options of the reconstruction, see `ReconstructOptions`.
+        metric: Sensitivity metric that the widths were chosen by; None for uniform widths.
+        sensitivity: File of a sensitivity to take in place of measuring one, such as another run's `sensitivity.json`.
+        sensitivity_images: How many of the calibration images a sensitivity is measured with; None for all.
+        min_width: Narrowest width that is given out; None: 3, or 2 where the budget asks for it. Predictions for 2 bits
+            are a rough guide, and without training nothing makes up for them.
+        boundary: Width of the first and the last layer where widths are mixed; `free`: chosen like the others.
+    """
+
+    observer: Literal["mse", "percentile", "minmax"] = "mse"
+    weights: Literal["per-channel", "per-head"] = "per-channel"
+    probs: Literal["auto", "uniform", "log2", "log-sqrt2"] = "auto"
+    heads: Literal["auto", "per-head", "per-tensor"] = "auto"
+    reparameterize: bool = True
+    bias_correction: bool = True
+    reconstruct: bool = False
+    steps: int = Field(2000, ge=1)
+    recon_images: int = Field(1024, ge=1)
+    recon_batch: int = Field(16, ge=1)
+    fisher: bool = False
+    metric: str | None = None
+    sensitivity: str | None = None
+    sensitivity_images: int | None = Field(None, ge=1)
+    min_width: int | None = Field(None, ge=2, le=8)
+    boundary: Annotated[int, Field(ge=2, le=16)] | Literal["free"] = 8
+
+    def reconstruction(self, seed: int) -> ReconstructOptions | None:
+        """Options of the reconstruction; None if there is none."""
+        if not self.reconstruct:
+            return None
+        return ReconstructOptions(self.steps, self.recon_images, self.recon_batch, fisher=self.fisher, seed=seed)
+
+    def reconstruction_record(self) -> dict[str, int] | None:
+        """What a result says about the reconstruction."""
+        if not self.reconstruct:
+            return None
+        return {"steps": self.steps, "images": self.recon_images, "batch_size": self.recon_batch}
+
+
+@register_method("ptq")
+class PTQMethod(Method):
+    """Post-training quantization as the method of a run; it has nothing to train."""
+
+    Options = PTQOptions
+
+    def plan(self, cost: CostModel) -> QuantPlan | None:
+        raise UsageError(
+            "method 'ptq' does not train: use `qvit ptq`; "
+            "to train at the widths that it chose, give another method --plan RUN/plan.json"
+        )
+
+
+def post_training_quantize(
+    model: nn.Module,
+    plan: QuantPlan | str | Path,
+    batches: Iterable[Tensor],
+    *,
+    observer: str = "mse",
+    weights: str = "per-channel",
+    probs: str = "auto",
+    heads: str = "auto",
+    reparameterize: bool = True,
+    bias_correction: bool = True,
+    reconstruct: ReconstructOptions | None = None,
+    calibration_images: int = 128,
+    stage: Stage | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Quantizes a float model without training.
+
+    Args:
+        model: A timm model of a supported family, in float; it stays as it is.
+        plan: A plan, a preset such as `w4a4`, or a plan file.
+        batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
+            device. They are iterated several times: a list, or anything that yields the same images each time.
+        observer, weights, probs, heads, reparameterize, bias_correction: See `PTQOptions`.
+        reconstruct: Options of the block reconstruction; None leaves it out.
+        calibration_images: How many of the images everything but the reconstruction looks at.
+        stage: Called with the name of each part and the seconds that it took.
+        progress: Called after each step of the reconstruction, see `reconstruction.reconstruct`.
+
+    Returns:
+        A calibrated model with fixed widths, in eval mode.
+
+    Raises:
+        UsageError: The plan does not fit, an unknown option, or a generator for `batches`.
+        QvitError: No images, or activations or losses that are not finite; site, layer or block is named.
+    """
+    if iter(batches) is batches:
+        raise UsageError(
+            "the images are passed through the model several times: give a list of batches, not a generator"
+        )
+    few = FirstImages(batches, calibration_images)
+    clock = _Clock(stage)
+    source = copy.deepcopy(model).eval()
+    if reparameterize:
+        even_out_channels(source, few)
+        clock.note("reparameterize")
+    quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs, heads=heads), in_place=True)
+    calibrate(quantized, few, observer=observer)
+    clock.note("calibrate")
+    if reconstruct is not None:
+        if bias_correction:
+            correct_biases(quantized, few, reference=model)
+        reconstruct_blocks(quantized, model, batches, reconstruct, progress=progress)
+        clock.note("reconstruct")
+    if bias_correction:
+        correct_biases(quantized, few, reference=model)
+        clock.note("correct biases")
+    return quantized
+
+
+def ptq_plan(
+    model: nn.Module,
+    plan: QuantPlan | str | Path,
+    *,
+    weights: str = "per-channel",
+    probs: str = "auto",
+    heads: str = "auto",
+) -> QuantPlan:
+    """The plan with the granularity of weights and the grid of probabilities that suit post-training quantization."""
+    validated(PTQOptions, {"weights": weights, "probs": probs, "heads": heads})
+    sites = inspect_model(model).sites
+    resolved = plan_from(plan).resolve(sites)
+    known = [site for name, site in sites.items() if resolved.sites[name] is not None]
+    rules = scale_rules("per-channel" if weights == "per-channel" else "per-head", known)
+    eight = {width for spec in resolved.sites.values() if spec is not None for width in spec.widths} == {8}
+    if heads == "per-tensor" or (heads == "auto" and eight):
+        shared = [site for site in known if site.role == "activation" and site.layout.heads is not None]
+        rules += [Rule(site.name, {"granularity": "per-tensor"}) for site in shared]
+    for site in known:
+        spec = resolved.sites[site.name]
+        if spec is None or site.role != "activation" or site.name.rpartition(".")[2] != "probs" or spec.signed:
+            continue
+        grid = probs
+        if probs == "auto":
+            grid = LOG_PROBS if max(spec.widths) <= LOG_PROBS_UP_TO else "uniform"
+        if grid != "uniform":
+            rules.append(Rule(site.name, {"quantizer": grid}))
+    return resolved.with_rules(*rules).resolve(sites)
+
+
+class FirstImages:
+    """The first images of some batches, to be iterated any number of times."""
+
+    def __init__(self, batches: Iterable[Tensor], images: int) -> None:
+        self.batches, self.images = batches, images
+
+    def __iter__(self) -> Iterator[Tensor]:
+        left = self.images
+        for batch in self.batches:
+            yield batch[:left]
+            left -= len(batch[:left])
+            if left <= 0:
+                return
+
+
+class _Clock:
+    """Reports how long each part took."""
+
+    def __init__(self, stage: Stage | None) -> None:
+        self.stage, self.started = stage, time.perf_counter()
+
+    def note(self, name: str) -> None:
+        now = time.perf_counter()
+        if self.stage is not None:
+            self.stage(name, now - self.started)
+        self.started = now

@@ -1,0 +1,142 @@
+"""Modules in which tokens are ranked, so that the less important ones can have fewer bits (PMQ, Xiao et al. 2023).
+
+The ranking is data, and takes the way of data: an argument from module to module. Nothing is noted in a module or
+outside, so interleaved batches cannot mix, `torch.compile` sees one graph, and each image has a ranking of its own:
+
+    RankedBlocks      timm's `blocks`: hands the attention that tokens received from one block to the next
+    RankedBlock       ranks its tokens once, for all its activations
+    RankedAttention   also returns how much attention each token received from the class token, mean over heads
+    RankedMlp         takes a ranking; without one (Swin) it ranks by the mean |x| of its input
+
+    score_t = mean_h probs[h, class, t] of the previous block;  without one (first block, no class token):  mean |x_t|
+
+of the block's normalised input. The class token and other prefix tokens rank before all, and whatever the share, they
+are important. Equal scores keep the order of the tokens: a stable sort, on the device, without asking it for a number.
+
+The rankings come from what the quantized model computes, as they would in deployment, where the two groups of a tensor
+are gathered and multiplied one after the other. (PMQ has no public code, and its score could not be read: this is our
+reconstruction. Classes change, keys of parameters do not.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+
+from qvit.errors import UsageError
+from qvit.models.layers import AttentionSites, Specs, additive_mask, adopt
+from qvit.plan.spec import Site
+
+#: Activations of a block, below its path, whose tokens may differ in width.
+TOKEN_SITES = ("attn.qkv.input", "attn.query", "attn.key", "attn.value", "mlp.fc1.input", "mlp.fc2.input")
+
+
+def rank_tokens(scores: Tensor, prefix: int = 0) -> Tensor:
+    """The place of every token in the order of falling scores.
+
+    Args:
+        scores: (B, N).
+        prefix: How many tokens at the front are important whatever they score.
+
+    Returns:
+        int64 (B, N): -1 for prefix tokens, then `prefix`, `prefix` + 1, ... from the highest score on.
+    """
+    order = scores[:, prefix:].argsort(dim=1, descending=True, stable=True)
+    places = order.argsort(dim=1) + prefix
+    return torch.cat([places.new_full((len(scores), prefix), -1), places], dim=1)
+
+
+def magnitude(x: Tensor) -> Tensor:
+    """Mean |x| of every token: (B, N) from (B, N, C)."""
+    return x.detach().abs().mean(-1)
+
+
+class RankedMlp(Mlp):
+    """timm's Mlp with a ranking of its tokens; same parameters."""
+
+    def forward(self, x: Tensor, rank: Tensor | None = None) -> Tensor:
+        rank = rank_tokens(magnitude(x)) if rank is None else rank
+        x = self.drop1(self.act(self.fc1(x, rank)))
+        return self.drop2(self.fc2(self.norm(x), rank))
+
+
+class RankedAttention(AttentionSites, Attention):
+    """timm's Attention with quantized operands and a ranking of its tokens; same parameters."""
+
+    def forward(
+        self, x: Tensor, rank: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The output (B, N, C), and the attention that each token received from the first one, (B, N)."""
+        q, k, v = self.fused_projection(x, rank)
+        q, k = self.q_norm(q), self.k_norm(k)
+        mask = additive_mask(attn_mask, is_causal, q)
+        x, probs = self.attend_and_tell(q, k, v, self.scale, mask, self.attn_drop, rank)
+        return self.proj_drop(self.project(x)), probs[:, :, 0].detach().mean(1)
+
+
+class RankedBlock(Block):
+    """timm's Block, which ranks its tokens and passes on what the next block ranks by; same parameters."""
+
+    prefix_tokens: int
+    has_class_token: bool
+
+    def forward(self, x: Tensor, *received: Tensor | None, **masks: Any) -> tuple[Tensor, Tensor | None]:
+        """Tokens and what they received: (B, N, C) and (B, N), or None where magnitude is ranked by.
+
+        Args:
+            x: (B, N, C).
+            received: One argument, what the block before returned; None for the first block.
+            masks: None are understood.
+        """
+        if len(received) != 1 or masks:
+            raise UsageError(
+                "blocks with token groups hand a ranking from one to the next: run them through the model's forward, "
+                "without masks or checkpointing"
+            )
+        normed = self.norm1(x)
+        scores = magnitude(normed) if received[0] is None else received[0]
+        rank = rank_tokens(scores, self.prefix_tokens)
+        attended, attention = self.attn(normed, rank)
+        x = x + self.drop_path1(self.ls1(attended))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x), rank)))
+        return x, attention if self.has_class_token else None
+
+
+class RankedBlocks(nn.Sequential):
+    """All blocks of a model, in order; the same call and the same keys as `nn.Sequential`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        received = None
+        for block in self:
+            input, received = block(input, received)
+        return input
+
+
+def splits_tokens(specs: Specs) -> bool:
+    """Whether any tensor has token groups."""
+    return any(spec is not None and spec.token_bit_width is not None for spec in specs.values())
+
+
+def with_tokens(sites: list[Site], tokens: int, prefix: int) -> list[Site]:
+    """The sites of a part, those in `TOKEN_SITES` with the number of tokens that are ranked together."""
+    return [
+        replace(site, tokens=tokens, prefix_tokens=prefix) if site.name.endswith(TOKEN_SITES) else site
+        for site in sites
+    ]
+
+
+def rank_blocks(model: nn.Module) -> None:
+    """Makes the blocks of a converted VisionTransformer rank their tokens, in place."""
+    vit: Any = model
+    for path, block in list(vit.blocks.named_children()):
+        ranked: Any = adopt(RankedBlock, block)
+        ranked.prefix_tokens = vit.num_prefix_tokens
+        ranked.has_class_token = bool(vit.has_class_token)
+        ranked.attn, ranked.mlp = adopt(RankedAttention, block.attn), adopt(RankedMlp, block.mlp)
+        vit.blocks.set_submodule(path, ranked)
+    vit.blocks = adopt(RankedBlocks, vit.blocks)

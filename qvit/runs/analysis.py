@@ -1,0 +1,360 @@
+"""How robust the parts of a model are against quantization: the analyses of the Q-ViT paper, for any model.
+
+    widths    accuracy against one width for the whole model                                     (Figure 1)
+    parts     GELU outputs alone, fully-connected layers alone, attention alone, the rest float  (Figure 2a)
+    heads     one attention head at few bits, everything else at many                            (Figure 2b)
+
+Post-training: nothing is trained (the paper fine-tunes for Figures 1 and 2a). The model is calibrated once, with a
+scale for each width of each site; a point is the same model with other widths (`Probe`). A part is told from the site:
+
+    gelu    inputs whose default has an offset: what a GELU put out           msa     everything below `attn`
+    fc      the other operands of the layers below `mlp`: weights, and the input of fc1
+
+Head h of a layer is q, k, v, probs and output of that head, its rows of W_q, W_k, W_v and its columns of W_o. First and
+last layer have 8 bits in `widths` and `heads`, as in the paper's tables.
+
+`analyze` measures point by point into one file, DIR/analysis.json, written whole after each point: a call that was
+stopped, or that asks for more, goes on where the file ends.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.plan.cost import CostModel
+from qvit.errors import QvitError, UsageError, nearest
+from qvit.models.families import inspect_model
+from qvit.files import write_json
+from qvit.plan.quant_plan import QuantPlan
+from qvit.quantizers import quantizers_of
+from qvit.plan.spec import Site
+from qvit.runs.subject import Progress, Request, logits, open_subject, paired_standard_error, percent_equal, standard_error
+
+WIDTHS = tuple(range(2, 9))
+KINDS = ("widths", "parts", "heads")
+PARTS = ("gelu", "fc", "msa")
+ANALYSIS = "analysis.json"
+FORMAT, VERSION = "qvit-analysis", 1
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measurement of an analysis.
+
+    Attributes:
+        what: `widths`, `parts` or `heads`.
+        bit_width: The width of what is looked at.
+        part: Which part, of `parts`.
+        layer: Path of the attention module, of `heads`; None for the model that no head was lowered in.
+        head: Which of its heads.
+        others: Width of everything else, of `heads`.
+    """
+
+    what: str
+    bit_width: int
+    part: str | None = None
+    layer: str | None = None
+    head: int | None = None
+    others: int | None = None
+
+    def widths(self, cost: CostModel) -> dict[str, tuple[int, ...]]:
+        """Widths by site, one per head where the site has heads; sites that stay in float are left out."""
+        chosen: dict[str, tuple[int, ...]] = {}
+        for name, site in cost.sites.items():
+            heads = site.layout.num_heads
+            if self.what == "parts":
+                if part_of(site) == self.part:
+                    chosen[name] = (self.bit_width,) * heads
+                continue
+            if site.position != "block":
+                chosen[name] = (8,) * heads
+                continue
+            own = [self.bit_width if self.what == "widths" else self.others or 8] * heads
+            if self.head is not None and site.layout.heads and name.startswith(f"{self.layer}."):
+                own[self.head] = self.bit_width
+            chosen[name] = tuple(own)
+        return chosen
+
+
+def part_of(site: Site) -> str | None:
+    """The part of a block that a site belongs to, one of `PARTS`; None for sites outside of the blocks."""
+    modules = site.name.split(".")
+    if site.position != "block":
+        return None
+    if "attn" in modules:
+        return "msa"
+    if "mlp" in modules:
+        return "fc" if site.default.symmetric else "gelu"
+    return None
+
+
+def attention_layers(cost: CostModel) -> dict[str, int]:
+    """Path of every attention module with heads of their own, in order, and its number of heads."""
+    return {
+        name.removesuffix(".probs"): site.layout.num_heads
+        for name, site in cost.sites.items()
+        if name.endswith(".probs") and site.layout.heads
+    }
+
+
+class Probe:
+    """A model that takes any widths without being calibrated again, beside the float model that it came from.
+
+    Args:
+        model: A float model; it stays as it is.
+        calibration: Batches of training images.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Iterable[Tensor]) -> None:
+        self.float_model, self.cost = model, inspect_model(model)
+        self.model = calibrate(quantize(model, QuantPlan.any_width(self.cost.sites)), calibration).eval()
+        self._float: tuple[Tensor, Tensor] | None = None  # logarithms of probabilities, and the truth
+
+    def apply(self, widths: dict[str, tuple[int, ...]]) -> nn.Module:
+        """The model with these widths; sites that are not named compute in float."""
+        for site, quantizer in quantizers_of(self.model):
+            own = widths.get(site)
+            quantizer.enabled = own is not None
+            if own is not None:
+                quantizer.freeze(own)
+        return self.model
+
+    def float_answers(self, images: Batches, progress: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
+        """What the float model says about the images, and the truth; computed once."""
+        reference, truth = self._reference(images, progress)
+        return reference.argmax(-1), truth
+
+    def measure(self, point: Point, images: Batches, progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+        """The point as plain data: top-1, what it lost against float, agreement and divergence from float, and BOPs.
+
+        All but the divergence KL(float || quantized), the mean over images in nats, and BOPs in percent. The standard
+        error of the loss is that of a difference on the same images. A point that leaves tensors in float has no
+        meaningful BOPs: there it is None.
+        """
+        start = time.perf_counter()
+        reference, truth = self._reference(images)
+        of_float, widths = reference.argmax(-1), point.widths(self.cost)
+        given = torch.cat([own for own, _ in logits(self.apply(widths), images, progress)]).float().log_softmax(-1)
+        predicted = given.argmax(-1)
+        divergence = (reference.exp() * (reference - given)).sum(-1)
+        top1 = percent_equal(predicted, truth)
+        whole = len(widths) == len(self.cost.sites)
+        return asdict(point) | {
+            "top1": top1,
+            "standard_error": standard_error(top1, len(truth)),
+            "drop": percent_equal(of_float, truth) - top1,
+            "drop_standard_error": paired_standard_error(of_float == truth, predicted == truth),
+            "agreement": percent_equal(predicted, of_float),
+            "divergence": float(divergence.mean()),
+            "divergence_standard_error": float(divergence.std(correction=0)) / math.sqrt(len(truth)),
+            "bit_operations": self.cost.bit_operations(widths) if whole else None,
+            "images": len(truth),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+
+    def _reference(self, images: Batches, progress: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
+        if self._float is None:
+            own, truth = zip(*logits(self.float_model.eval(), images, progress), strict=True)
+            self._float = torch.cat(own).float().log_softmax(-1), torch.cat(truth)
+        return self._float
+
+
+def width_points(widths: Sequence[int] = WIDTHS) -> list[Point]:
+    """The points of Figure 1."""
+    return [Point("widths", width) for width in _checked(widths)]
+
+
+def part_points(cost: CostModel, parts: Sequence[str] | None = None, widths: Sequence[int] = WIDTHS) -> list[Point]:
+    """The points of Figure 2a.
+
+    Raises UsageError for a part that this model does not have.
+    """
+    present = [part for part in PARTS if any(part_of(site) == part for site in cost.sites.values())]
+    for part in parts or ():
+        if part not in present:
+            raise UsageError(f"unknown part '{part}'{nearest(part, present)} (this model has: {', '.join(present)})")
+    return [Point("parts", width, part=part) for part in parts or present for width in _checked(widths)]
+
+
+def head_points(
+    cost: CostModel, layers: Sequence[int] | None = (0,), *, low_bits: int = 2, high_bits: int = 8
+) -> list[Point]:
+    """The points of Figure 2b: first that of no head lowered, then one per head.
+
+    Args:
+        cost: The model's sites.
+        layers: Indices of attention layers from 0, in the order of the computation; None for all.
+        low_bits: Width of the one head.
+        high_bits: Width of everything else.
+
+    Raises:
+        UsageError: If there is no such layer, or the widths are not ordered.
+    """
+    found = list(attention_layers(cost).items())
+    _checked((low_bits, high_bits))
+    if low_bits >= high_bits:
+        raise UsageError(f"the head's width ({low_bits}) must be below that of the rest ({high_bits})")
+    for layer in layers or ():
+        if not 0 <= layer < len(found):
+            raise UsageError(f"layer {layer} does not exist: this model has attention layers 0 to {len(found) - 1}")
+    points = [Point("heads", high_bits, others=high_bits)]
+    for layer in range(len(found)) if layers is None else layers:
+        path, heads = found[layer]
+        points += [Point("heads", low_bits, layer=path, head=head, others=high_bits) for head in range(heads)]
+    return points
+
+
+def analyze_widths(
+    model: nn.Module, calibration: Iterable[Tensor], images: Batches, *, widths: Sequence[int] = WIDTHS
+) -> list[dict[str, Any]]:
+    """Figure 1: accuracy of a float model against the width of all its blocks; rows as from `Probe.measure`.
+
+    Args:
+        model: A float model of a supported family.
+        calibration: Batches of training images (B, channels, height, width).
+        images: Batches of other images and class indices; passed over once per point.
+        widths: From 2 to 8.
+    """
+    points, probe = width_points(widths), Probe(model, calibration)
+    return [probe.measure(point, images) for point in points]
+
+
+def analyze_parts(
+    model: nn.Module,
+    calibration: Iterable[Tensor],
+    images: Batches,
+    *,
+    parts: Sequence[str] | None = None,
+    widths: Sequence[int] = WIDTHS,
+) -> list[dict[str, Any]]:
+    """Figure 2a: one part of all blocks quantized, the rest in float. `parts` None means all; see `analyze_widths`."""
+    points, probe = part_points(inspect_model(model), parts, widths), Probe(model, calibration)
+    return [probe.measure(point, images) for point in points]
+
+
+def analyze_heads(
+    model: nn.Module,
+    calibration: Iterable[Tensor],
+    images: Batches,
+    *,
+    layers: Sequence[int] | None = (0,),
+    low_bits: int = 2,
+    high_bits: int = 8,
+) -> list[dict[str, Any]]:
+    """Figure 2b: one head at `low_bits`, the rest at `high_bits`. `layers` None means all; see `analyze_widths`."""
+    points = head_points(inspect_model(model), layers, low_bits=low_bits, high_bits=high_bits)
+    probe = Probe(model, calibration)
+    return [probe.measure(point, images) for point in points]
+
+
+def analyze(
+    request: Request,
+    out: str | Path,
+    *,
+    what: Sequence[str] = KINDS,
+    widths: Sequence[int] = WIDTHS,
+    parts: Sequence[str] | None = None,
+    layers: Sequence[int] | None = (0,),
+    low_bits: int = 2,
+    high_bits: int = 8,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measures analyses into `out`/analysis.json; points that are there already are not measured again.
+
+    Args:
+        request: Model and images.
+        out: The directory.
+        what: Some of `widths`, `parts`, `heads`.
+        widths, parts, layers, low_bits, high_bits: See the functions of the points.
+        overwrite: Begins anew whatever is there.
+        progress: Gets a text, the images done and the images in all, after each batch.
+
+    Returns:
+        The content of the file: `{"settings", "float", "points", "seconds"}`.
+
+    Raises:
+        UsageError: An unknown analysis, part or layer, or a directory with an analysis of something else.
+    """
+    for kind in what:
+        if kind not in KINDS:
+            raise UsageError(f"unknown analysis '{kind}'{nearest(kind, KINDS)} ({', '.join(KINDS)}, all)")
+    subject = open_subject(request)
+    cost = inspect_model(subject.model)
+    asked: list[Point] = []
+    asked += width_points(widths) if "widths" in what else []
+    asked += part_points(cost, parts, widths) if "parts" in what else []
+    asked += head_points(cost, layers, low_bits=low_bits, high_bits=high_bits) if "heads" in what else []
+    file = Path(out) / ANALYSIS
+    record = _begun(file, subject.settings(), cost) if not overwrite else _fresh(subject.settings(), cost)
+    known = {_key(row) for row in record["points"]}
+    missing = [point for point in asked if _key(asdict(point)) not in known]
+    if not missing:
+        return record
+    step = len(subject.judged)
+    total, notify = step * (len(missing) + 1), progress or (lambda *_: None)
+    start = time.perf_counter()
+    notify("calibrating", 0, total)
+    probe = Probe(subject.model, subject.calibration())
+    loader = subject.loader()
+    of_float, truth = probe.float_answers(loader, lambda n: notify("float", n, total))
+    top1 = percent_equal(of_float, truth)
+    record["float"] = {"top1": top1, "standard_error": standard_error(top1, len(truth)), "images": len(truth)}
+    for number, point in enumerate(missing, 1):
+        name = " ".join(str(value) for value in (point.part, point.layer, point.head) if value is not None)
+        text = f"{point.what} {name} {point.bit_width} bit".replace("  ", " ")
+        row = probe.measure(point, loader, lambda n, text=text, at=number * step: notify(text, at + n, total))
+        record["points"].append(row)
+        record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 2)
+        start = time.perf_counter()
+        write_json(file, record)
+    return record
+
+
+def _fresh(settings: dict[str, Any], cost: CostModel) -> dict[str, Any]:
+    layers = [{"layer": path, "heads": heads} for path, heads in attention_layers(cost).items()]
+    head: dict[str, Any] = {"format": FORMAT, "version": VERSION, "settings": settings, "layers": layers}
+    return head | {"float": None, "points": [], "seconds": 0.0}
+
+
+def _begun(file: Path, settings: dict[str, Any], cost: CostModel) -> dict[str, Any]:
+    """The analysis that the file holds, if it is one of the same model and images; else a fresh one."""
+    if not file.is_file():
+        return _fresh(settings, cost)
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        same = record["format"] == FORMAT and record["version"] == VERSION
+        before: dict[str, Any] = record["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QvitError(f"cannot read the analysis {file}: {error}; --overwrite begins anew") from None
+    differing = [key for key in settings if before.get(key) != settings[key]]
+    if not same or differing:
+        key = differing[0] if differing else "version"
+        raise UsageError(
+            f"{file} is an analysis with {key} {before.get(key)!r}, not {settings.get(key)!r}: "
+            "choose another --out, or --overwrite"
+        )
+    return record
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in Point.__dataclass_fields__)
+
+
+def _checked(widths: Sequence[int]) -> Sequence[int]:
+    for width in widths:
+        if width not in WIDTHS:
+            raise UsageError(f"width {width} is outside of {WIDTHS[0]} to {WIDTHS[-1]}")
+    return widths

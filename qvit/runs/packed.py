@@ -1,0 +1,182 @@
+"""From the directory of a finished run to its packed model, and what a packed model scores.
+
+The packed file says where it comes from without saying where it was made: versions, method, the options that matter,
+seed and accuracies; of paths only their last part.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import Any
+
+from torch import Tensor, nn
+
+from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.file.container import is_packed
+from qvit.deploy.engines import Engine, load
+from qvit.errors import QvitError, UsageError
+from qvit.methods import create_method
+from qvit.plan.quant_plan import QuantPlan
+from qvit.runs.ptq import score_beside
+from qvit.runs.run import load_run
+from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished
+from qvit.training.config import TrainConfig
+from qvit.data.open import data_config_of, eval_loader, open_source
+from qvit.training.evaluate import evaluate
+from qvit.data.loading import Source
+
+_ALWAYS = ("method", "budget", "data", "epochs", "batch_size", "lr", "seed")
+#: Where they are not the default.
+_OPTIONS = (
+    "method_options", "opt", "weight_decay", "augment", "mixup", "cutmix", "distill", "distill_kind",
+    "calibration_images", "precision",
+)  # fmt: skip
+_RESULTS = ("accuracy", "top5", "float_accuracy", "images", "bit_operations")
+#: Arguments of `timm.create_model` that say where weights come from, not what the model is.
+_ORIGIN = {
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+    "pretrained",
+}
+
+
+def pack_run(run: str | Path) -> Artifact:
+    """The packed model of a finished run.
+
+    Raises:
+        UsageError: The run's model is a float one.
+        QvitError: No run, an interrupted one, or one whose files cannot be read.
+    """
+    folder = Path(run)
+    config, record = read_config(folder)
+    require_finished(folder)
+    if not create_method(config).quantizes:
+        raise UsageError(
+            f"{folder} holds a float model: quantize it with `qvit train {config.model} --weights {folder} ...` or "
+            f"`qvit ptq {config.model} --weights {folder} ...`, and pack that run"
+        )
+    model = load_run(folder)
+    kwargs = {"num_classes": int(record["num_classes"]), **config.model_kwargs}
+    return Artifact.from_model(
+        model,
+        model_name=config.model.removeprefix("timm/"),
+        model_kwargs={key: value for key, value in kwargs.items() if key not in _ORIGIN},
+        data_config=data_config_of(model),
+        class_names=tuple(record.get("class_names", ())),
+        provenance=_provenance(record, _read_result(folder)),
+        plan_name=QuantPlan.load(folder / PLAN).name,
+    )
+
+
+def write_packed(run: str | Path, out: str | Path | None = None, *, overwrite: bool = False) -> tuple[Artifact, Path]:
+    """Packs a run into a file, by default `packed.safetensors` in its directory.
+
+    Args:
+        run: Its directory.
+        out: The file. A packed model that is there is replaced.
+        overwrite: Replaces any other file, too, except the run's own.
+
+    Raises:
+        UsageError: The file is there and is no packed model.
+        QvitError: See `pack_run`; or the file cannot be written.
+    """
+    folder = Path(run)
+    target = folder / PACKED if out is None else Path(out)
+    if target.is_dir():
+        raise UsageError(f"{target} is a directory: give a file, such as {target / PACKED}")
+    if target.resolve() in [(folder / name).resolve() for name in own_files() if name != PACKED]:
+        raise UsageError(f"{target} belongs to the run: choose another --out")
+    if target.exists() and not overwrite and not is_packed(target):
+        raise UsageError(f"{target} is there and is no packed model: choose another --out, or --overwrite")
+    artifact = pack_run(folder)
+    artifact.save(target)
+    return artifact, target
+
+
+class Running(nn.Module):
+    """An engine where a model is expected."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__()
+        self.engine = engine
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.engine(images)
+
+
+def evaluate_packed(
+    file: str | Path,
+    data: str,
+    *,
+    engine: str | None = None,
+    class_map: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    threads: int | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Any]:
+    """Scores a packed model on images, by an engine of `qvit.load`.
+
+    Returns:
+        `{"top1", "top5", "images", "engine", "arithmetic"}`, in percent.
+    """
+    running = load(file, engine, threads=threads)
+    artifact = running.artifact
+    names = None if class_map else list(artifact.class_names) or None
+    source = open_source(data, class_map=class_map, class_names=names, split="test")
+    loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers, device="cpu")
+    scores = evaluate(Running(running), loader, progress=progress)
+    return scores | {"engine": running.name, "arithmetic": running.arithmetic}
+
+
+def compare_packed(
+    file: str | Path, source: Source, *, engine: str = "reference", batch_size: int = 64
+) -> dict[str, Any]:
+    """Scores a packed model by an engine and beside it the simulated model, on the same images.
+
+    Returns:
+        `{"engine", "arithmetic", "top1", "top1_simulated", "agreement", "images"}`, in percent; agreement is the share
+        of images whose first class is the same.
+    """
+    running = load(file, engine)
+    loader = eval_loader(source, dict(running.artifact.data_config), batch_size=batch_size, workers=0, device="cpu")
+    scores = score_beside(Running(running), running.artifact.model(), loader)
+    return {
+        "engine": running.name,
+        "arithmetic": running.arithmetic,
+        "top1": scores["top1"],
+        "top1_simulated": scores["top1_float"],
+        "agreement": scores["agreement"],
+        "images": scores["images"],
+    }
+
+
+def _read_result(folder: Path) -> dict[str, Any]:
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise QvitError(f"cannot read {folder / RESULT}: {error}") from None
+    if not isinstance(result, dict):
+        raise QvitError(f"cannot read {folder / RESULT}: it is no JSON object")
+    return {key: result[key] for key in _RESULTS if key in result}
+
+
+def _provenance(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in TrainConfig.model_fields.items()}
+    found = {key: record[key] for key in _ALWAYS if record.get(key) is not None}
+    found |= {key: record[key] for key in _OPTIONS if key in record and record[key] != defaults[key]}
+    return _without_paths(found | result)
+
+
+def _without_paths(data: Any) -> Any:
+    """The same data with the last part of each path in place of the path."""
+    if isinstance(data, dict):
+        return {key: _without_paths(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_without_paths(value) for value in data]
+    return PurePath(data).name if isinstance(data, str) and "/" in data else data
