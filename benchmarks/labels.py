@@ -29,11 +29,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from qvit.runs.labels import LabelRequest, write_labels
-from qvit.data.open import data_config_of, open_data, open_source, train_loader
 from qvit.data.labels import SoftLabelStore
 from qvit.data.labels.loading import StoredLabels
+from qvit.data.open import data_config_of, open_data, open_source, train_loader
 from qvit.models.create import create_model
+from qvit.runs.labels import LabelRequest, write_labels
 from qvit.version import __version__
 
 

@@ -29,14 +29,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from qvit.deploy.file.artifact import Artifact
-from qvit.deploy.engines import available_engines, create_engine
+from qvit.data.open import calibration_batches, data_config_of, eval_loader, open_data, open_source
 from qvit.deploy.bench.hardware import hardware
-from qvit.deploy.packages import missing
+from qvit.deploy.engines import available_engines, create_engine
+from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.summary import describe
+from qvit.deploy.packages import missing
 from qvit.files import write_json
 from qvit.methods.ptq.method import post_training_quantize
-from qvit.data.open import calibration_batches, data_config_of, eval_loader, open_data, open_source
 from qvit.models.create import create_model
 from qvit.version import __version__
 

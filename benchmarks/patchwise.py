@@ -28,14 +28,13 @@ from unittest import mock
 import timm
 import torch
 
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
-from qvit.plan.cost import parse_budget
-from qvit.models.families import inspect_model
-from qvit.models.families import tokens
-from qvit.models.families.tokens import rank_tokens
 from qvit.files import write_json
 from qvit.methods import pmq
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.models.families import inspect_model, tokens
+from qvit.models.families.tokens import rank_tokens
+from qvit.plan.budget import parse_budget
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.subject import Request, Subject, answers, open_subject, percent_equal
 from qvit.version import __version__

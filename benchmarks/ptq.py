@@ -28,8 +28,8 @@ import timm
 import torch
 
 from qvit.files import write_json
-from qvit.runs.ptq import ptq
 from qvit.runs.directory import RESULT, SENSITIVITY
+from qvit.runs.ptq import ptq
 from qvit.training.config import TrainConfig
 from qvit.version import __version__
 

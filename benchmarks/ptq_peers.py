@@ -24,9 +24,9 @@ import ptq as ours
 import torch
 from torch import Tensor, nn
 
+from qvit.data.open import calibration_batches, data_config_of, eval_loader, open_source
 from qvit.deploy.packages import openvino_core
 from qvit.methods.ptq.method import post_training_quantize
-from qvit.data.open import calibration_batches, data_config_of, eval_loader, open_source
 from qvit.models.create import create_model
 
 Answer = Callable[[Tensor], Tensor]

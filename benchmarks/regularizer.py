@@ -24,12 +24,12 @@ import timm
 import torch
 from train_step import make_step
 
+from qvit.data.open import data_config_of
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
+from qvit.models.create import create_model
 from qvit.training.oscillation import Diagnostics, RemedyOptions
 from qvit.training.oscillation.remedies import Freezing, Regularizer
-from qvit.data.open import data_config_of
-from qvit.models.create import create_model
 from qvit.version import __version__
 
 

@@ -30,15 +30,15 @@ import timm
 import torch
 
 from qvit.allocate import allocate_plan, frontier_report
-from qvit.models.families import inspect_model
+from qvit.data.open import calibration_batches, data_config_of, open_source
 from qvit.files import write_json
-from qvit.plan.quant_plan import QuantPlan
 from qvit.measure import Sensitivity, agreement_of, measure_sensitivity
 from qvit.measure.kl import divergence
 from qvit.measure.prefix import Prefix
 from qvit.measure.probe import Probe
-from qvit.data.open import calibration_batches, data_config_of, open_source
 from qvit.models.create import create_model
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan
 from qvit.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]

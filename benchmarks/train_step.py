@@ -33,18 +33,18 @@ from pathlib import Path
 import timm
 import torch
 
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
+from qvit.data.open import data_config_of
 from qvit.deploy.bench.hardware import cpu_instructions, hardware
-from qvit.models.families import inspect_model
 from qvit.kernels import cpu
 from qvit.kernels.cpu import has_int8_dot_products
 from qvit.methods import create_method
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.models.create import create_model
+from qvit.models.families import inspect_model
 from qvit.training.config import TrainConfig
-from qvit.data.open import data_config_of
 from qvit.training.graphs import GraphedModel
 from qvit.training.loop import run_on_integers
-from qvit.models.create import create_model
 from qvit.training.optimizer import create_optimizer
 from qvit.version import __version__
 

@@ -15,38 +15,39 @@ from qvit.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from qvit.allocate import allocate_plan, frontier, round_to_budget
-    from qvit.runs.analysis import Probe, analyze, analyze_heads, analyze_parts, analyze_widths
-    from qvit.methods.ptq.bias_correction import correct_biases
-    from qvit.models.calibrate import calibrate
-    from qvit.models.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
-    from qvit.plan.cost import CostModel, parse_budget
-    from qvit.deploy.file.artifact import Artifact
-    from qvit.deploy.engines import create_engine, load
-    from qvit.deploy.export.onnx import export_onnx, export_openvino
-    from qvit.runs.dry_run import plan_run
-    from qvit.errors import QvitError, UsageError
-    from qvit.models.families import inspect_model
-    from qvit.runs.labels import LabelRequest, write_labels
-    from qvit.methods.ptq.method import post_training_quantize
-    from qvit.runs.packed import pack_run
-    from qvit.plan.quant_plan import QuantPlan, Rule
-    from qvit.runs.ptq import ptq
-    from qvit.quantizers import quantizers_of
-    from qvit.methods.ptq.reconstruction import ReconstructOptions, reconstruct
-    from qvit.methods.ptq.reparameterization import reparameterize
-    from qvit.runs.run import evaluate_run, load_run, resume, train
-    from qvit.measure import Sensitivity, measure_sensitivity
-    from qvit.plan.spec import PerChannel, PerHead, PerTensor, TensorSpec
-    from qvit.runs.subject import Request
-    from qvit.training.config import TrainConfig
+    from qvit.data.labels.store import SoftLabelStore
     from qvit.data.open import calibration_batches as calibration_batches
     from qvit.data.open import data_config_of as data_config_of
     from qvit.data.open import eval_loader as eval_loader
     from qvit.data.open import open_data as open_data
     from qvit.data.open import train_loader as train_loader
-    from qvit.training.evaluate import evaluate
-    from qvit.data.labels.store import SoftLabelStore
+    from qvit.deploy.engines import create_engine, load
+    from qvit.deploy.export.onnx import export_onnx, export_openvino
+    from qvit.deploy.file.artifact import Artifact
+    from qvit.errors import QvitError, UsageError
+    from qvit.measure import Sensitivity, measure_sensitivity
+    from qvit.methods.ptq.bias_correction import correct_biases
+    from qvit.methods.ptq.method import post_training_quantize
+    from qvit.methods.ptq.reconstruction import ReconstructOptions, reconstruct
+    from qvit.methods.ptq.reparameterization import reparameterize
+    from qvit.models.calibrate import calibrate
+    from qvit.models.convert import Stage, freeze, plan_of, quantize, quantizers_disabled, stage_of
     from qvit.models.create import create_model
+    from qvit.models.families import inspect_model
+    from qvit.plan.budget import parse_budget
+    from qvit.plan.cost import CostModel
+    from qvit.plan.quant_plan import QuantPlan, Rule
+    from qvit.plan.spec import PerChannel, PerHead, PerTensor, TensorSpec
+    from qvit.quantizers import quantizers_of
+    from qvit.runs.analysis import Probe, analyze, analyze_heads, analyze_parts, analyze_widths
+    from qvit.runs.dry_run import plan_run
+    from qvit.runs.labels import LabelRequest, write_labels
+    from qvit.runs.packed import pack_run
+    from qvit.runs.ptq import ptq
+    from qvit.runs.run import evaluate_run, load_run, resume, train
+    from qvit.runs.subject import Request
+    from qvit.training.config import TrainConfig
+    from qvit.training.evaluate import evaluate
     from qvit.training.recipe import config_from_recipe
 
 _PUBLIC = {
@@ -55,7 +56,8 @@ _PUBLIC = {
     "qvit.methods.ptq.bias_correction": ("correct_biases",),
     "qvit.models.calibrate": ("calibrate",),
     "qvit.models.convert": ("Stage", "freeze", "plan_of", "quantize", "quantizers_disabled", "stage_of"),
-    "qvit.plan.cost": ("CostModel", "parse_budget"),
+    "qvit.plan.budget": ("parse_budget",),
+    "qvit.plan.cost": ("CostModel",),
     "qvit.deploy.file.artifact": ("Artifact",),
     "qvit.deploy.engines": ("create_engine", "load"),
     "qvit.deploy.export.onnx": ("export_onnx", "export_openvino"),

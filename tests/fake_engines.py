@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qvit.models.convert import plan_of
-from qvit.errors import QvitError
-from qvit.plan.quant_plan import QuantPlan
 from qvit.data.open import data_config_of
+from qvit.errors import QvitError
+from qvit.models.convert import plan_of
+from qvit.plan.quant_plan import QuantPlan
 
 
 @dataclass

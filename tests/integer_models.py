@@ -19,9 +19,9 @@ from tiny_models import digit_batches, digits_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qvit.deploy.integer.reference import IntegerAttention, IntegerLinear
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, quantize
-from qvit.deploy.integer.reference import IntegerAttention, IntegerLinear
 from qvit.models.layers import AttentionSites, QuantLinear, QuantQKV, for_all_heads
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, quantizers_of

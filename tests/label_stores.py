@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from tiny_models import SMALL, digits_model
 from torch import Tensor, nn
 
-from qvit.runs import labels as labels_run
-from qvit.runs.labels import LabelRequest
-from qvit.data.open import open_data, train_loader
 from qvit.data.labels import SoftLabelStore
 from qvit.data.labels.loading import StoredLabels
+from qvit.data.open import open_data, train_loader
+from qvit.runs import labels as labels_run
+from qvit.runs.labels import LabelRequest
 
 
 class Watcher(nn.Module):

@@ -27,8 +27,8 @@ from qvit.methods.lsq import LSQOptions
 from qvit.methods.ofq import OFQOptions
 from qvit.methods.qvit import QViTOptions
 from qvit.methods.vvtq import VVTQOptions
-from qvit.training.oscillation import RemedyOptions
 from qvit.training.config import TrainConfig
+from qvit.training.oscillation import RemedyOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from qvit.methods import create_method
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import plan_of, quantize
+from qvit.models.create import create_model
 from qvit.models.families import inspect_model
-from qvit.methods import create_method
 from qvit.plan.quant_plan import QuantPlan
 from qvit.training.config import TrainConfig
 from qvit.training.loop import Trainer
-from qvit.models.create import create_model
 
 SMALL = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 """Arguments that make `vit_digits` train an epoch in a tenth of a second."""

@@ -17,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qvit.models import layers
 from qvit.files import write_json
-from qvit.runs.jobs import work
+from qvit.models import layers
 from qvit.plan.quant_plan import QuantPlan
-from qvit.runs.directory import CONFIG
 from qvit.plan.spec import Layout, Site
+from qvit.runs.directory import CONFIG
+from qvit.runs.jobs import work
 
 
 def on_wrong_axis(run: str, values: dict[str, Any]) -> dict[str, Any]:

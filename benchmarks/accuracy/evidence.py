@@ -46,9 +46,9 @@ from sets import SETS, add_arguments, common_of, float_jobs, float_of, parsed, r
 
 from qvit.errors import QvitError
 from qvit.files import write_json
-from qvit.runs.jobs import Job, run_jobs, seconds_of, work
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import CONFIG, PLAN, RESULT
+from qvit.runs.jobs import Job, run_jobs, seconds_of, work
 from qvit.training.config import TrainConfig
 
 #: A post-training plan on the grids of trained rows: uniform, one scale per head.

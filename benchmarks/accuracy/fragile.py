@@ -4,7 +4,7 @@
     parts    GELU outputs alone, fully-connected layers alone, attention alone                      (Figure 2a)
     heads    one head at 2 bits, everything else at 8, each head of every layer                      (Figure 2b)
 
-What a point is says `qvit/runs/analysis.py`. FOLDER has deit_tiny_patch16_224.safetensors, imagenet-sample.tar (judged),
+`qvit/runs/analysis.py` says what a point is. In FOLDER: deit_tiny_patch16_224.safetensors, imagenet-sample.tar (judged),
 tiny-imagenet-train-0.tar (calibration) and imagenet-classes.txt. Points that were measured are not measured again, so a
 call that was stopped goes on.
 
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from sets import record_of
 
-from qvit.runs.analysis import KINDS, analyze
 from qvit.files import write_json
+from qvit.runs.analysis import KINDS, analyze
 from qvit.runs.subject import Request
 
 MODEL, JUDGED, TRAINING = "deit_tiny_patch16_224", "imagenet-sample.tar", "tiny-imagenet-train-0.tar"

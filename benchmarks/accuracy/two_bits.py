@@ -26,9 +26,9 @@ from rich.console import Console
 from sets import SETS, SMALL, add_arguments, common_of, float_jobs, parsed, record_of, spread
 
 from qvit.files import write_json
+from qvit.runs.directory import LOG, RESULT
 from qvit.runs.jobs import Job, run_jobs
 from qvit.runs.labels import LabelRequest, write_labels
-from qvit.runs.directory import LOG, RESULT
 from qvit.training.config import TrainConfig
 
 Row = tuple[str, dict[str, Any], bool]

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 
 from qvit.allocate.problem import Problem
 from qvit.allocate.units import Unit
-from qvit.plan.cost import FLOAT_BITS, CostModel
 from qvit.errors import UsageError, nearest
 from qvit.measure import Sensitivity
+from qvit.plan.cost import FLOAT_BITS, CostModel
 
 Pin = str | tuple[str, int]
 

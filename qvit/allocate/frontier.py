@@ -25,8 +25,8 @@ from qvit.allocate.choices import Choices, Pin, choices
 from qvit.allocate.plans import UnitLike
 from qvit.allocate.relaxation import Relaxation
 from qvit.allocate.units import Unit
-from qvit.plan.cost import CostModel
 from qvit.measure import Sensitivity, agreement_of
+from qvit.plan.cost import CostModel
 
 FORMAT, VERSION = "qvit-frontier", 1
 

@@ -14,10 +14,10 @@ from typing import Any
 from qvit.allocate.choices import Choices, Pin, choices
 from qvit.allocate.program import solve
 from qvit.allocate.units import Unit
-from qvit.plan.cost import CostModel, Widths
 from qvit.errors import QvitError
-from qvit.plan.quant_plan import QuantPlan
 from qvit.measure import Sensitivity
+from qvit.plan.cost import CostModel, Widths
+from qvit.plan.quant_plan import QuantPlan
 
 UnitLike = Unit | str | Path | Mapping[str, Mapping[Any, float]]
 

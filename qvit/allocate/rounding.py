@@ -15,8 +15,9 @@ import math
 from collections.abc import Mapping, Sequence
 
 from qvit.allocate.program import Problem, solve
-from qvit.plan.cost import CostModel, format_bops
 from qvit.errors import QvitError
+from qvit.plan.budget import format_bops
+from qvit.plan.cost import CostModel
 
 RealWidths = Mapping[str, Sequence[float]]
 

@@ -1,6 +1,6 @@
 """What a budget is given in: bit operations, bytes of weights, or the milliseconds of a measured table.
 
-    bit_operations    products of widths, see `cost.py`; budgets as everywhere: 4bit, 21.455G, 25%
+    bit_operations    products of widths, see `plan/cost.py`; budgets as everywhere: 4bit, 21.455G, 25%
     weight_bytes      packed weights; budgets: 4bit (the uniform 4-bit model's), 2.5MB, 800kB, 25%
     milliseconds      a table {site: {width: milliseconds}}, measured on some device; budgets: 4bit, 12.5ms, 25%; the
                       heads of a site share its time equally, sites that the table leaves out take none
@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qvit.plan.cost import CostModel, Widths, format_bops, parse_budget
 from qvit.errors import QvitError, UsageError, nearest
+from qvit.plan.budget import format_bops, parse_budget
+from qvit.plan.cost import CostModel, Widths
 from qvit.plan.spec import Site
 
 BIT_OPERATIONS, WEIGHT_BYTES, MILLISECONDS = "bit_operations", "weight_bytes", "milliseconds"

@@ -78,8 +78,8 @@ def sensitivity(
     if metric == "learned":
         if data is not None or weights is not None:
             raise UsageError("metric 'learned' reads a finished run: leave out --data and --weights")
-        from qvit.runs.run import load_run
         from qvit.runs.directory import read_config
+        from qvit.runs.run import load_run
 
         options["name"] = read_config(Path(model))[0].model
         found = measure_sensitivity(load_run(model), **options)
@@ -109,8 +109,8 @@ def _measured(
     target: Path,
     options: dict[str, Any],
 ) -> Any:
-    from qvit.measure import measure_sensitivity
     from qvit.data.open import calibration_batches, data_config_of
+    from qvit.measure import measure_sensitivity
     from qvit.models.create import create_model
     from qvit.training.processes import Processes
 
@@ -227,10 +227,10 @@ def allocate(
     --tie "blocks.*.attn.query=blocks.*.attn.key" --out plan.json[/]
     """
     from qvit.allocate import allocate_plan, frontier_report
-    from qvit.models.families import inspect_model
     from qvit.files import write_json
     from qvit.measure import Sensitivity
     from qvit.models.create import create_model
+    from qvit.models.families import inspect_model
 
     budgets = budget or []
     if (target is None) != (not budgets) or not (budgets or frontier):

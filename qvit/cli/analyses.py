@@ -74,9 +74,9 @@ def analyze(
 
     [cyan]qvit analyze vit_digits --weights runs/float --data digits --what heads --layers all --out runs/heads[/]
     """
+    from qvit.report.analysis import write_analysis_page
     from qvit.runs.analysis import ANALYSIS, KINDS
     from qvit.runs.analysis import analyze as measure
-    from qvit.report.analysis import write_analysis_page
     from qvit.runs.subject import Request
 
     request = Request(
@@ -153,9 +153,9 @@ def patchwise(
     [cyan]qvit patchwise deit_tiny_patch16_224 --pretrained --data imagenet/train --eval-data imagenet/val --budget 4bit
     --picture 4 --out runs/patchwise[/]
     """
+    from qvit.report.patches import write_patches_page
     from qvit.runs.patchwise import PATCHES
     from qvit.runs.patchwise import patchwise as measure
-    from qvit.report.patches import write_patches_page
     from qvit.runs.subject import Request
 
     request = Request(

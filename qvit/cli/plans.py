@@ -25,10 +25,10 @@ def cost(
 
     Examples:  [cyan]qvit cost deit_tiny_patch16_224[/]    [cyan]qvit cost deit_tiny_patch16_224 --plan w3a3 --json[/]
     """
-    from qvit.plan.cost import FLOAT_BITS
-    from qvit.models.families import inspect_model
-    from qvit.plan.quant_plan import plan_from
     from qvit.models.create import create_model
+    from qvit.models.families import inspect_model
+    from qvit.plan.cost import FLOAT_BITS
+    from qvit.plan.quant_plan import plan_from
 
     costs = inspect_model(create_model(model, **pairs(model_arg)))
     if plan is None:
@@ -123,9 +123,9 @@ def plan_diff(
 
 
 def _resolved_plan(name: str, model: str | None, model_arg: list[str] | None) -> Any:
+    from qvit.models.create import create_model
     from qvit.models.families import inspect_model
     from qvit.plan.quant_plan import QuantPlan, plan_from
-    from qvit.models.create import create_model
 
     plan = QuantPlan.load(name) if Path(name).exists() else plan_from(name)
     if model is not None:

@@ -22,10 +22,10 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qvit.errors import QvitError
 from qvit.data.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, is_fatal, one_line
 from qvit.data.images import ImageSource
 from qvit.data.sampling import ERASING, EpochCounter, derived_seed, seeded
+from qvit.errors import QvitError
 
 
 class Sample(NamedTuple):

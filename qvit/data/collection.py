@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qvit.errors import QvitError, nearest
 from qvit.data.decoding import one_line
 from qvit.data.digits import DIGITS, TEST_IMAGES, DigitStore
 from qvit.data.images import HubStore, ImageSource, ImageStore, hub_splits, missing_path, open_files
 from qvit.data.shards import PREFIX, Shards, ShardSource, find_shards, open_shards
+from qvit.errors import QvitError, nearest
 
 TRAIN_SPLITS = ("train", "training")
 TEST_SPLITS = ("val", "validation", "valid", "test", "testing")

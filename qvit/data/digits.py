@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvit.errors import UsageError
 from qvit.data.sampling import AFFINE, EpochCounter, derived_seed, epoch_order, process_batches
+from qvit.errors import UsageError
 
 DIGITS = "digits"
 """The name under which the data set is asked for."""

@@ -33,9 +33,9 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from qvit.errors import QvitError, UsageError, nearest
 from qvit.data.decoding import BadImages, decode, one_line
 from qvit.data.digits import DIGITS
+from qvit.errors import QvitError, UsageError, nearest
 
 logger = logging.getLogger(__name__)
 

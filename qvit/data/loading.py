@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qvit.errors import QvitError, UsageError
 from qvit.data.augment import AugmentConfig, eval_config, eval_transform, train_transform
 from qvit.data.batches import BatchLoader, RowSamples
 from qvit.data.decoding import BadImagePolicy, mode_of
@@ -24,6 +23,7 @@ from qvit.data.labels.loading import StoredLabels
 from qvit.data.sampling import EpochBatches, RowBatches, require_process
 from qvit.data.shard_stream import shard_calibration_loader, shard_loader
 from qvit.data.shards import ShardSource
+from qvit.errors import QvitError, UsageError
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from qvit.errors import QvitError, UsageError
 from qvit.data.augment import AugmentConfig, data_config_of
 from qvit.data.collection import (
     SPLIT_SEED,
@@ -34,6 +33,7 @@ from qvit.data.digits import DIGITS
 from qvit.data.images import ImageDataset, ImageSource, ImageStore
 from qvit.data.loading import LoaderLike, Source, calibration_batches, eval_loader, train_loader
 from qvit.data.shards import ShardSource
+from qvit.errors import QvitError, UsageError
 
 __all__ = [
     "AugmentConfig",

@@ -24,11 +24,11 @@ import torch
 from timm.data.readers.reader_wds import SAMPLE_INITIAL_SIZE, SAMPLE_SHUFFLE_SIZE
 from torch.utils.data import IterableDataset, get_worker_info
 
-from qvit.errors import QvitError, UsageError
 from qvit.data.batches import BatchLoader, Sample, too_many_in_a_row, transformed
 from qvit.data.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, decode, is_fatal, mode_of, one_line
 from qvit.data.sampling import CALIBRATION, SHARDS, derived_seed
 from qvit.data.shards import IMAGE_EXTENSIONS, ShardSource
+from qvit.errors import QvitError, UsageError
 
 
 class ShardSamples(IterableDataset):

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qvit.errors import QvitError, UsageError
 from qvit.data.decoding import BadImages, one_line
 from qvit.data.images import missing_path
+from qvit.errors import QvitError, UsageError
 
 logger = logging.getLogger(__name__)
 

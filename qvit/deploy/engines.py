@@ -24,9 +24,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qvit.deploy.integer.arithmetic import Arithmetic
-from qvit.deploy.file.artifact import Artifact
-from qvit.deploy.integer.reference import arithmetic_in_words, integer_form
 from qvit.deploy.export.onnx import (
     ARITHMETIC,
     OPSET,
@@ -37,8 +34,11 @@ from qvit.deploy.export.onnx import (
     metadata_of,
     openvino_model,
 )
-from qvit.deploy.packages import has_compiler, missing, openvino_core
+from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.integer.arithmetic import Arithmetic
+from qvit.deploy.integer.reference import arithmetic_in_words, integer_form
 from qvit.deploy.integer.torch import TorchArithmetic
+from qvit.deploy.packages import has_compiler, missing, openvino_core
 from qvit.errors import UsageError, nearest
 
 

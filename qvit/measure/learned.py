@@ -18,8 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qvit.models.convert import Stage, plan_of, stage_of
 from qvit.errors import UsageError
+from qvit.models.convert import Stage, plan_of, stage_of
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of

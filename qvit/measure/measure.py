@@ -20,10 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.models.convert import Stage, stage_of
 from qvit.errors import QvitError, UsageError, nearest
-from qvit.models.families import inspect_model
-from qvit.plan.quant_plan import QuantPlan, plan_from
 from qvit.measure.fisher import fisher_table
 from qvit.measure.hessian import hessian_table
 from qvit.measure.kl import kl_table
@@ -31,6 +28,9 @@ from qvit.measure.learned import learned_table
 from qvit.measure.partial import Partial
 from qvit.measure.probe import Probe
 from qvit.measure.table import Sensitivity, check_widths
+from qvit.models.convert import Stage, stage_of
+from qvit.models.families import inspect_model
+from qvit.plan.quant_plan import QuantPlan, plan_from
 
 METRICS = ("fisher", "hessian", "kl", "learned")
 MINIMUM_IMAGES = 4

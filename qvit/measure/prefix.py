@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.models.block_inputs import attention_blocks
 from qvit.measure.probe import Probe
+from qvit.models.block_inputs import attention_blocks
 
 
 class Prefix:

@@ -15,9 +15,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from qvit.errors import QvitError, UsageError
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import Stage, quantize, stage_of
-from qvit.errors import QvitError, UsageError
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, quantizers_of

@@ -7,21 +7,21 @@ calibration, loop, evaluation, files - is the same for all methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from qvit.plan.cost import CostModel
-from qvit.errors import UsageError, nearest
 from qvit.plan.quant_plan import QuantPlan
+from qvit.registry import Registry
 from qvit.training.config import TrainConfig, validated
 from qvit.training.hooks import NoHooks
 from qvit.training.loop import Trainer
 
-M = TypeVar("M", bound="Method")
-_REGISTRY: dict[str, type[Method]] = {}
+METHODS: Registry[str, type[Method]] = Registry("method", "qvit.methods")
+#: Class decorator: makes a method available under names.
+register_method = METHODS.register
 
 
 class MethodOptions(BaseModel):
@@ -66,27 +66,7 @@ class Method(NoHooks):
         return self.config.lr
 
 
-def register_method(*names: str) -> Callable[[type[M]], type[M]]:
-    """Class decorator: makes a method available under `names`."""
-
-    def register(cls: type[M]) -> type[M]:
-        for name in names:
-            _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def method_names() -> list[str]:
-    """All registered names."""
-    return list(_REGISTRY)
-
-
 def create_method(config: TrainConfig) -> Method:
     """The method that a config names, with its options validated. Raises UsageError with the nearest name."""
-    if config.method not in _REGISTRY:
-        raise UsageError(
-            f"unknown method '{config.method}'{nearest(config.method, _REGISTRY)} ({', '.join(_REGISTRY)})"
-        )
-    cls = _REGISTRY[config.method]
+    cls = METHODS[config.method]
     return cls(config, validated(cls.Options, config.method_options))

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.plan.cost import CostModel
 from qvit.functional import integer_range
 from qvit.methods.base import register_method
 from qvit.methods.qvit import HIGH, LOW, QViTMethod, RealWidthOptions
+from qvit.plan.cost import CostModel
 from qvit.quantizers.dq import derived_width
 from qvit.training.loop import Trainer
 

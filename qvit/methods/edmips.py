@@ -22,10 +22,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qvit.plan.cost import CostModel
 from qvit.errors import UsageError
 from qvit.methods.base import register_method
 from qvit.methods.qvit import HIGH, LOW, QViTMethod, SearchOptions
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer
 

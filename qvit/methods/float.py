@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from qvit.plan.cost import CostModel
 from qvit.errors import UsageError
 from qvit.methods.base import Method, register_method
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 
 

@@ -26,10 +26,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from qvit.plan.cost import CostModel
 from qvit.errors import UsageError
 from qvit.methods.base import MethodOptions, register_method
 from qvit.methods.lsq import LSQMethod
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import quantizers_of
 

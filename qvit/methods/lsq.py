@@ -17,9 +17,10 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
-from qvit.plan.cost import CostModel, parse_budget
 from qvit.errors import UsageError
 from qvit.methods.base import Method, MethodOptions, register_method
+from qvit.plan.budget import parse_budget
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
 from qvit.plan.spec import Site
 

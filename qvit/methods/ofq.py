@@ -3,7 +3,7 @@
 * StatsQ: weights have a statistical scale per row in place of a learned one (`quantizers/statsq.py`). A learned scale
   takes the weights at its rounding boundaries along when it moves, and oscillates with them.
 * Confidence-guided annealing: in the last share of training only weights at a rounding boundary move
-  (`oscillation/remedies.py`; the paper adds 30 epochs to 300 for it, hence the share of 0.1).
+  (`training/oscillation/remedies.py`; the paper adds 30 epochs to 300 for it, hence the share of 0.1).
 * Activations as in LSQ+, here with one scale per head; the paper has one per token position and a learned shift before
   and after each quantizer, which ties a model to one sequence length.
 
@@ -16,12 +16,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from qvit.plan.cost import CostModel
 from qvit.methods.base import MethodOptions, register_method
 from qvit.methods.lsq import LSQMethod
 from qvit.methods.vvtq import WithRemedy
-from qvit.training.oscillation import RemedyOptions
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.training.oscillation import RemedyOptions
 
 
 class OFQOptions(RemedyOptions, MethodOptions):

@@ -30,10 +30,11 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
+from qvit.errors import QvitError, UsageError
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
-from qvit.plan.cost import CostModel, format_bops
-from qvit.errors import QvitError, UsageError
+from qvit.plan.budget import format_bops
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
 
 LOW, HIGH = 2, 8

@@ -43,12 +43,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qvit.allocate import round_to_budget
-from qvit.models.convert import freeze
-from qvit.plan.cost import CostModel, DifferentiableCost, parse_budget
 from qvit.errors import UsageError
 from qvit.functional import clamp_inward, round_ste
 from qvit.methods.base import Method, MethodOptions, register_method
 from qvit.methods.lsq import offset_rules, scale_rules
+from qvit.methods.search import DifferentiableCost
+from qvit.models.convert import freeze
+from qvit.plan.budget import parse_budget
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
 from qvit.quantizers import Quantizer, quantizers_of
 from qvit.training.config import TrainConfig

@@ -11,7 +11,7 @@ activations have outliers, and in training weights oscillate between grid points
   cancels: what is left is that the factor follows the weights while they change. With SGD it acts in full.
 * Knowledge distillation from a strong teacher on several crops of each image, in place of labels (options of the run).
 * Oscillation-aware bin regularization, L_OBR, which draws weights to the middle of their bin, late in training
-  (`oscillation`; formulas and alternatives in `oscillation/remedies.py`).
+  (`oscillation`; formulas and alternatives in `training/oscillation/remedies.py`).
 
 Grids are those of LSQ+: the GELU's output is unsigned with a learned offset, first and last layer have 8 bits. All
 widths are the budget's; `qvit+vvtq` learns them as Q-ViT does (`qvit.py`), with its scales per head, and starts the
@@ -32,14 +32,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from qvit.plan.cost import CostModel
 from qvit.methods.base import Method, MethodOptions, register_method
 from qvit.methods.lsq import LSQMethod
 from qvit.methods.qvit import QViTMethod, QViTOptions
-from qvit.training.oscillation import Remedy, RemedyOptions, create_remedy
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.plan.spec import Site
 from qvit.training.loop import Trainer
+from qvit.training.oscillation import Remedy, RemedyOptions, create_remedy
 
 
 class VariationOptions(RemedyOptions, MethodOptions):

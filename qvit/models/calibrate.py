@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from qvit.models.convert import Stage, stage_of
 from qvit.errors import QvitError, UsageError
+from qvit.models.convert import Stage, stage_of
 from qvit.models.families import inspect_model
 from qvit.models.layers import weight_of
 from qvit.quantizers import HistogramObserver, Quantizer, quantizers_of

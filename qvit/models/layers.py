@@ -28,10 +28,10 @@ from torch.nn import functional as F
 from qvit.kernels.attention import quantized_attention, split_heads
 from qvit.kernels.fake_quantize import Grid, Learned, codes_on, fuses
 from qvit.kernels.linear import Codes, quantized_linear
+from qvit.plan.spec import Layout, PerHead, Position, Site, TensorSpec
 from qvit.quantizers import Quantizer, create_quantizer
 from qvit.quantizers.base import has_hooks
 from qvit.quantizers.lsq import LSQQuantizer
-from qvit.plan.spec import Layout, PerHead, Position, Site, TensorSpec
 
 M = TypeVar("M", bound=nn.Module)
 Specs = Mapping[str, TensorSpec | None]

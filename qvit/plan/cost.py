@@ -1,4 +1,4 @@
-"""What a matmul costs: bit operations (BOPs) and weight bytes, for any widths, differentiable in them.
+"""What a matmul costs: bit operations (BOPs) and weight bytes, for any widths.
 
     BOPs of a matmul = MACs · bits_a · bits_b          (Q-ViT section 3.3; no factor 2)
 
@@ -14,23 +14,16 @@ show zero.
 
 Where the tokens of an operand form two groups of different widths (`TokenWidths`), a product costs the sum over the
 groups, for q·kᵀ over the pairs of groups, each with the MACs of its tokens.
-
-For a training step the whole sum is five operations: the widths of all sites are one vector, a matmul is a pair of
-indices and an integer coefficient.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from qvit.errors import QvitError, UsageError
+from qvit.errors import UsageError
 from qvit.plan.spec import Site, TokenSplit
 
 Widths = Mapping[str, Sequence[int]]
@@ -180,82 +173,3 @@ class CostModel:
 def _token_groups(own: Sequence[int]) -> dict[str, Any]:
     """The part of a report's row on token groups, where there are any."""
     return {"token_bit_width": asdict(own.split)} if isinstance(own, TokenWidths) else {}
-
-
-class DifferentiableCost(torch.nn.Module):
-    """BOPs as a function of one vector of real widths, for a penalty.
-
-    ∂BOPs/∂b_i = Σ MACs · b_other over the matmuls of i.
-
-    Args:
-        cost: The model's costs.
-        counts: See `CostModel.pairs`.
-    """
-
-    coefficients: Tensor
-    left: Tensor
-    right: Tensor
-
-    def __init__(self, cost: CostModel, counts: Mapping[str, int]) -> None:
-        super().__init__()
-        coefficients, left, right = cost.pairs(counts)
-        self.register_buffer("coefficients", torch.tensor(coefficients, dtype=torch.float64), persistent=False)
-        self.register_buffer("left", torch.tensor(left), persistent=False)
-        self.register_buffer("right", torch.tensor(right), persistent=False)
-
-    def forward(self, widths: Tensor) -> Tensor:
-        """BOPs, a float64 scalar: exact for integer widths below 2^53."""
-        wide = widths.double()
-        return (self.coefficients * wide[self.left] * wide[self.right]).sum()
-
-
-_BUDGET = re.compile(r"(?P<number>\d+(?:\.\d+)?)\s*(?P<unit>bits?|g|m|%|)", re.IGNORECASE)
-
-
-def parse_budget(text: str, cost: CostModel) -> int:
-    """A budget in BOPs.
-
-    Args:
-        text: `4bit`: the BOPs of the uniform 4-bit model with 8 bits in the first and the last layer (the Q-ViT paper's
-            "4-bit constraint"); `21.455G` or `12.3M`: BOPs (1e9, 1e6); `0.25` or `25%`: that share of the uniform 8-bit
-            model's BOPs.
-        cost: The model's costs.
-
-    Raises:
-        UsageError: If the text is none of these.
-        QvitError: If no plan of 2 to 8 bits fits; the message gives the smallest and largest possible.
-    """
-    match = _BUDGET.fullmatch(text.strip())
-    if match is None:
-        raise UsageError(
-            f"budget '{text}' is not understood: give '4bit', '21.455G' (bit operations), "
-            "or a share of the 8-bit model such as '0.25' or '25%'"
-        )
-    number, unit = float(match["number"]), match["unit"].lower()
-    lowest, highest = cost.extreme()
-    if unit.startswith("bit"):
-        if number != int(number) or not 1 <= number <= 16:
-            raise UsageError(
-                f"budget '{text}': the bit-width must be an integer, such as '4bit'; "
-                f"for values between give bit operations, such as '{highest / 4e9:.4g}G'"
-            )
-        budget = cost.bit_operations(cost.uniform(int(number)))
-    elif unit in ("g", "m"):
-        budget = round(number * (1e9 if unit == "g" else 1e6))
-    else:
-        share = number / 100 if unit == "%" else number
-        if share > 1:
-            meant = "" if unit else f": did you mean '{text}bit' or '{text}G'?"
-            raise UsageError(f"budget '{text}' is more than the 8-bit model takes{meant}")
-        budget = round(share * highest)
-    if budget < lowest:
-        raise QvitError(
-            f"budget '{text}' ({format_bops(budget)}) is impossible: this model takes between "
-            f"{format_bops(lowest)} (2 bits everywhere) and {format_bops(highest)} (8 bits everywhere)"
-        )
-    return budget
-
-
-def format_bops(bit_operations: float) -> str:
-    """Bit operations for people: `21.455 G` or, below 0.1 G, `12.345 M`."""
-    return f"{bit_operations / 1e9:.3f} G" if bit_operations >= 1e8 else f"{bit_operations / 1e6:.3f} M"

@@ -25,9 +25,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from qvit.plan.cost import FLOAT_BITS, TokenWidths, Widths
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.files import write_json
+from qvit.plan.cost import FLOAT_BITS, TokenWidths, Widths
 from qvit.plan.spec import Site, TensorSpec
 
 FORMAT, VERSION = "qvit-plan", 1

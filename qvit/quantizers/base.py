@@ -18,40 +18,28 @@ Shapes: `bit_width` is `()` or one number per head, shaped to broadcast against 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from qvit.errors import UsageError, nearest
+from qvit.errors import UsageError
 from qvit.functional import clamp_inward, dequantize, integer_range, quantize, round_ste
 from qvit.kernels.fake_quantize import Learned
+from qvit.plan.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
 from qvit.quantizers.observers import HistogramObserver
 from qvit.quantizers.ranges import observer_class
-from qvit.plan.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
+from qvit.registry import Registry
 
-Q = TypeVar("Q", bound="Quantizer")
-_REGISTRY: dict[str, type[Quantizer]] = {}
-
-
-def register_quantizer(name: str) -> Callable[[type[Q]], type[Q]]:
-    """Class decorator: makes a quantizer available as `TensorSpec(quantizer=name)`."""
-
-    def register(cls: type[Q]) -> type[Q]:
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
+QUANTIZERS: Registry[str, type[Quantizer]] = Registry("quantizer", "qvit.quantizers")
+#: Class decorator: makes a quantizer available as `TensorSpec(quantizer=name)`.
+register_quantizer = QUANTIZERS.register
 
 
 def create_quantizer(spec: TensorSpec, layout: Layout) -> Quantizer:
     """The quantizer that `spec` names, for a tensor with the axes of `layout`."""
-    if spec.quantizer not in _REGISTRY:
-        raise UsageError(
-            f"unknown quantizer '{spec.quantizer}'{nearest(spec.quantizer, _REGISTRY)} ({', '.join(_REGISTRY)})"
-        )
-    return _REGISTRY[spec.quantizer](spec, layout)
+    return QUANTIZERS[spec.quantizer](spec, layout)
 
 
 class Quantizer(nn.Module):

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qvit.errors import UsageError
-from qvit.quantizers.lsq import LSQQuantizer
 from qvit.plan.spec import Layout, TensorSpec
+from qvit.quantizers.lsq import LSQQuantizer
 
 
 class DerivedWidthQuantizer(LSQQuantizer):

@@ -33,10 +33,10 @@ from torch.autograd.function import once_differentiable
 from qvit.errors import UsageError
 from qvit.functional import SMALLEST_SCALE, clamp_inward, integer_range, round_ste
 from qvit.kernels.fake_quantize import Grid, backward_on, quantize_on
+from qvit.plan.spec import Layout, TensorSpec
 from qvit.quantizers.base import register_quantizer
 from qvit.quantizers.derived import DerivedWidthQuantizer
 from qvit.quantizers.observers import HistogramObserver
-from qvit.plan.spec import Layout, TensorSpec
 
 
 @register_quantizer("dq")

@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 from qvit.errors import UsageError
 from qvit.functional import SMALLEST_SCALE, integer_range, wide
 from qvit.kernels.fake_quantize import Grid, backward_on, quantize_on
+from qvit.plan.spec import Layout, TensorSpec
 from qvit.quantizers.base import register_quantizer
 from qvit.quantizers.derived import DerivedWidthQuantizer
-from qvit.plan.spec import Layout, TensorSpec
 
 START = 0.01
 

@@ -16,10 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qvit.plan.spec import Layout, TensorSpec
 from qvit.quantizers.base import register_quantizer
 from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.observers import HistogramObserver
-from qvit.plan.spec import Layout, TensorSpec
 
 _EPSILON = 1e-5
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from qvit.errors import UsageError
 from qvit.functional import SMALLEST_SCALE, LogFakeQuantize, log_dequantize, log_quantize, pick_column
+from qvit.plan.spec import Layout, TensorSpec
 from qvit.quantizers.base import Quantizer, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
-from qvit.plan.spec import Layout, TensorSpec
 
 _CANDIDATES, _OCTAVES = 64, 4
 

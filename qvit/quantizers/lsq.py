@@ -41,9 +41,9 @@ from torch import Tensor, nn
 
 from qvit.functional import SMALLEST_SCALE, integer_range, pick_column
 from qvit.kernels.fake_quantize import FakeQuantize, Learned, Meta, fuses
+from qvit.plan.spec import Layout, TensorSpec
 from qvit.quantizers.base import Quantizer, has_hooks, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
-from qvit.plan.spec import Layout, TensorSpec
 
 #: Forms of `TensorSpec.scale_gradient` that need the tensor itself.
 NORMS = ("norm", "norm-squared")

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from qvit.errors import UsageError
 from qvit.functional import SMALLEST_SCALE, dequantize, quantize, straight_through
+from qvit.plan.spec import Layout, TensorSpec
 from qvit.quantizers.base import Quantizer, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
-from qvit.plan.spec import Layout, TensorSpec
 
 
 @register_quantizer("statsq")

@@ -30,16 +30,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvit.errors import QvitError, UsageError, nearest
+from qvit.files import write_json
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
-from qvit.plan.cost import CostModel
-from qvit.errors import QvitError, UsageError, nearest
 from qvit.models.families import inspect_model
-from qvit.files import write_json
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
-from qvit.quantizers import quantizers_of
 from qvit.plan.spec import Site
-from qvit.runs.subject import Progress, Request, logits, open_subject, paired_standard_error, percent_equal, standard_error
+from qvit.quantizers import quantizers_of
+from qvit.runs.subject import (
+    Progress,
+    Request,
+    logits,
+    open_subject,
+    paired_standard_error,
+    percent_equal,
+    standard_error,
+)
 
 WIDTHS = tuple(range(2, 9))
 KINDS = ("widths", "parts", "heads")

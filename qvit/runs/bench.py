@@ -28,18 +28,18 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from qvit.models.convert import plan_of
-from qvit.deploy.bench.timing import Progress, answers, batch_of, measure, rows_of
+from qvit.data.open import calibration_batches, data_config_of, open_data
 from qvit.deploy.bench.hardware import cpu_instructions, hardware
 from qvit.deploy.bench.lineup import Lineup, chosen
-from qvit.deploy.packages import missing
 from qvit.deploy.bench.peers import Material
+from qvit.deploy.bench.timing import Progress, answers, batch_of, measure, rows_of
+from qvit.deploy.packages import missing
 from qvit.errors import QvitError, UsageError
-from qvit.models.families import inspect_model
 from qvit.methods.ptq.method import post_training_quantize
-from qvit.training.checkpoint import seed_everything
-from qvit.data.open import calibration_batches, data_config_of, open_data
+from qvit.models.convert import plan_of
 from qvit.models.create import create_model
+from qvit.models.families import inspect_model
+from qvit.training.checkpoint import seed_everything
 from qvit.version import __version__
 
 _log = logging.getLogger(__name__)

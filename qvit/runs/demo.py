@@ -21,15 +21,15 @@ from typing import Any
 
 from rich.console import Console
 
+from qvit.data.open import open_data
 from qvit.deploy.file.summary import describe
 from qvit.errors import UsageError
 from qvit.files import write_json
+from qvit.models.create import WEIGHTS_FILE
+from qvit.runs.directory import LOG, RESULT
 from qvit.runs.jobs import Job, run_jobs
 from qvit.runs.packed import compare_packed, write_packed
-from qvit.runs.directory import LOG, RESULT
 from qvit.training.config import TrainConfig
-from qvit.data.open import open_data
-from qvit.models.create import WEIGHTS_FILE
 
 METHODS, BUDGETS = ("lsq+", "qvit"), ("3bit", "2bit")
 RESULTS, REPORT = "results.json", "report.html"

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from qvit.errors import QvitError, UsageError
+from qvit.models.create import WEIGHTS_FILE
 from qvit.training.checkpoint import FOLDER, last_checkpoint
 from qvit.training.config import TrainConfig
-from qvit.models.create import WEIGHTS_FILE
 
 CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
 SENSITIVITY, PACKED = "sensitivity.json", "packed.safetensors"

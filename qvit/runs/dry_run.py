@@ -25,16 +25,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from qvit.models.convert import quantize
-from qvit.plan.cost import FLOAT_BITS
-from qvit.models.families import inspect_model
+from qvit.data.open import data_config_of, open_data_of
 from qvit.methods import create_method
+from qvit.models.convert import quantize
+from qvit.models.create import WEIGHTS_FILE, create_model
+from qvit.models.families import inspect_model
+from qvit.plan.cost import FLOAT_BITS
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.training.config import TrainConfig
-from qvit.data.open import data_config_of, open_data_of
 from qvit.training.loop import micro_batch
-from qvit.models.create import WEIGHTS_FILE, create_model
 from qvit.training.optimizer import create_optimizer
 
 

@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from qvit.errors import QvitError
+from qvit.runs.directory import CONFIG, LOG, RESULT, forget_progress
 from qvit.runs.ptq import ptq
 from qvit.runs.run import resume, train
-from qvit.runs.directory import CONFIG, LOG, RESULT, forget_progress
 from qvit.training.checkpoint import last_checkpoint
 from qvit.training.config import TrainConfig
 

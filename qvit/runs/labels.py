@@ -19,18 +19,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from qvit.errors import QvitError, UsageError
-from qvit.runs.run import teacher_model
-from qvit.runs.directory import CONFIG, read_config
-from qvit.training.config import validated
-from qvit.data.open import data_config_of, open_data_of
 from qvit.data.digits import DIGITS
-from qvit.training.distill import Teacher, require_same_channels
 from qvit.data.images import ImageSource
 from qvit.data.labels.loading import labelling_loader, require_rows
 from qvit.data.labels.store import LabelCall, SoftLabelStore, digest_of_images
 from qvit.data.labels.writer import StoreWriter
+from qvit.data.open import data_config_of, open_data_of
+from qvit.errors import QvitError, UsageError
 from qvit.models.create import create_model
+from qvit.runs.directory import CONFIG, read_config
+from qvit.runs.run import teacher_model
+from qvit.training.config import validated
+from qvit.training.distill import Teacher, require_same_channels
 from qvit.training.processes import Processes
 
 _log = logging.getLogger(__name__)

@@ -13,19 +13,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qvit.data.loading import Source
+from qvit.data.open import data_config_of, eval_loader, open_source
+from qvit.deploy.engines import Engine, load
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.container import is_packed
-from qvit.deploy.engines import Engine, load
 from qvit.errors import QvitError, UsageError
 from qvit.methods import create_method
 from qvit.plan.quant_plan import QuantPlan
+from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished
 from qvit.runs.ptq import score_beside
 from qvit.runs.run import load_run
-from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished
 from qvit.training.config import TrainConfig
-from qvit.data.open import data_config_of, eval_loader, open_source
 from qvit.training.evaluate import evaluate
-from qvit.data.loading import Source
 
 _ALWAYS = ("method", "budget", "data", "epochs", "batch_size", "lr", "seed")
 #: Where they are not the default.

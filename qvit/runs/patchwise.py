@@ -25,11 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
-from qvit.plan.cost import CostModel, format_bops, parse_budget
 from qvit.errors import QvitError, UsageError, nearest
-from qvit.models.families import inspect_model
 from qvit.files import write_json
 from qvit.methods.pmq import (
     HIGH,
@@ -44,9 +40,14 @@ from qvit.methods.pmq import (
     switchable,
     with_widths_of,
 )
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.models.families import inspect_model
+from qvit.plan.budget import format_bops, parse_budget
+from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, plan_from
-from qvit.quantizers import quantizers_of
 from qvit.plan.spec import TensorSpec
+from qvit.quantizers import quantizers_of
 from qvit.runs.subject import Progress, Request, Stopwatch, Subject, answers, open_subject, percent_equal
 
 RESULT, PLAN, COST, PATCHES = "patchwise.json", "plan.json", "cost.json", "patches.json"

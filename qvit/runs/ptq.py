@@ -2,7 +2,7 @@
 
     open images → float model → [sensitivity → allocation] → post_training_quantize → score both models → files
 
-The directory is that of `rundir.py` (without checkpoints), so `qvit evaluate`, `report`, `plan show` and `train --plan`
+The directory is that of `runs/directory.py` (without checkpoints), so `qvit evaluate`, `report`, `plan show` and `train --plan`
 take it. Calibration images are drawn by the seed from the training images; the test images are opened for the final
 numbers alone, and that no image is in both is checked by archive and name.
 
@@ -24,24 +24,25 @@ import torch
 from torch import Tensor, nn
 
 from qvit.allocate import allocate_plan
-from qvit.models.convert import plan_of
-from qvit.plan.cost import CostModel, parse_budget
-from qvit.errors import QvitError, UsageError
-from qvit.models.families import inspect_model
-from qvit.files import write_json
-from qvit.methods.ptq.method import FirstImages, PTQOptions, post_training_quantize, ptq_plan
-from qvit.plan.quant_plan import QuantPlan, plan_from
-from qvit.methods.ptq.reconstruction import Progress
-from qvit.methods.ptq.reparameterization import reparameterize
-from qvit.runs.run import create_float_model, run_record
-from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, SENSITIVITY, claim
-from qvit.measure import Sensitivity, measure_sensitivity
-from qvit.training.checkpoint import save_weights, seed_everything
-from qvit.training.config import TrainConfig, validated
-from qvit.data.open import DataBundle, calibration_batches, data_config_of, eval_loader, open_data
 from qvit.data.images import ImageSource
 from qvit.data.loading import Source
+from qvit.data.open import DataBundle, calibration_batches, data_config_of, eval_loader, open_data
+from qvit.errors import QvitError, UsageError
+from qvit.files import write_json
+from qvit.measure import Sensitivity, measure_sensitivity
+from qvit.methods.ptq.method import FirstImages, PTQOptions, post_training_quantize, ptq_plan
+from qvit.methods.ptq.reconstruction import Progress
+from qvit.methods.ptq.reparameterization import reparameterize
+from qvit.models.convert import plan_of
 from qvit.models.create import WEIGHTS_FILE
+from qvit.models.families import inspect_model
+from qvit.plan.budget import parse_budget
+from qvit.plan.cost import CostModel
+from qvit.plan.quant_plan import QuantPlan, plan_from
+from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, SENSITIVITY, claim
+from qvit.runs.run import create_float_model, run_record
+from qvit.training.checkpoint import save_weights, seed_everything
+from qvit.training.config import TrainConfig, validated
 from qvit.training.processes import Processes
 
 _PRESET = re.compile(r"w\d+a\d+", re.IGNORECASE)

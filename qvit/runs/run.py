@@ -1,7 +1,7 @@
 """One run from a config to its directory: data, float model, quantization, calibration, training, evaluation, files.
 
 The test images are opened for the final number alone; calibration and monitoring see training images. What the files
-of a run's directory are is said in `rundir.py`.
+of a run's directory are is said in `runs/directory.py`.
 
 Under accelerate's launcher every process goes through the same steps. The first one claims the directory, writes all
 files and speaks; calibration is its own, handed to the others, and an evaluation counts each image in one process.
@@ -24,17 +24,9 @@ import timm
 import torch
 from torch import nn
 
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import plan_of, quantize
-from qvit.plan.cost import CostModel
-from qvit.errors import QvitError, UsageError
-from qvit.models.families import inspect_model
-from qvit.files import write_json
-from qvit.methods import Method, create_method
-from qvit.plan.quant_plan import QuantPlan
-from qvit.runs.directory import CONFIG, COST, PLAN, RESULT, claim, clear, read_config, require_finished
-from qvit.training.checkpoint import last_checkpoint, load_checkpoint, save_weights, seed_everything
-from qvit.training.config import TrainConfig
+from qvit.data.labels import SoftLabelStore
+from qvit.data.labels.loading import StoredLabels
+from qvit.data.loading import Source
 from qvit.data.open import (
     AugmentConfig,
     DataBundle,
@@ -46,13 +38,21 @@ from qvit.data.open import (
     open_source,
     train_loader,
 )
+from qvit.errors import QvitError, UsageError
+from qvit.files import write_json
+from qvit.methods import Method, create_method
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import plan_of, quantize
+from qvit.models.create import WEIGHTS_FILE, create_model
+from qvit.models.families import inspect_model
+from qvit.plan.cost import CostModel
+from qvit.plan.quant_plan import QuantPlan
+from qvit.runs.directory import CONFIG, COST, PLAN, RESULT, claim, clear, read_config, require_finished
+from qvit.training.checkpoint import last_checkpoint, load_checkpoint, save_weights, seed_everything
+from qvit.training.config import TrainConfig
 from qvit.training.distill import Teacher
 from qvit.training.evaluate import evaluate
-from qvit.data.labels import SoftLabelStore
-from qvit.data.labels.loading import StoredLabels
-from qvit.data.loading import Source
 from qvit.training.loop import Trainer, micro_batch
-from qvit.models.create import WEIGHTS_FILE, create_model
 from qvit.training.processes import Processes
 from qvit.version import __version__
 

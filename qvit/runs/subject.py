@@ -20,8 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qvit.errors import UsageError
-from qvit.training.checkpoint import seed_everything
 from qvit.data.open import (
     DataBundle,
     LoaderLike,
@@ -32,7 +30,9 @@ from qvit.data.open import (
     eval_loader,
     open_data,
 )
+from qvit.errors import UsageError
 from qvit.models.create import create_model
+from qvit.training.checkpoint import seed_everything
 from qvit.training.processes import Processes
 
 Progress = Callable[[str, int, int], None]

@@ -36,11 +36,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qvit.data.labels.recovery import SoftLabelLoss, first_classes
+from qvit.data.loading import LoaderLike
 from qvit.errors import QvitError, UsageError
-from qvit.models.families import inspect_model
 from qvit.kernels import cpu
+from qvit.models.families import inspect_model
 from qvit.models.layers import QuantLinear, QuantQKV
-from qvit.training.oscillation import Diagnostics, quantized_weights
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
@@ -48,10 +49,9 @@ from qvit.training.distill import distillation_loss
 from qvit.training.graphs import GraphedModel, can_be_graphed
 from qvit.training.held_weights import HeldWeights
 from qvit.training.hooks import Hooks
-from qvit.data.labels.recovery import SoftLabelLoss, first_classes
-from qvit.data.loading import LoaderLike
 from qvit.training.log import RunLog
 from qvit.training.optimizer import create_optimizer
+from qvit.training.oscillation import Diagnostics, quantized_weights
 from qvit.training.processes import Processes
 from qvit.training.progress import TrainingProgress
 from qvit.training.schedule import create_schedule

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from qvit.errors import QvitError, UsageError
 from qvit.data.batches import BatchLoader, RowSamples, Sample
 from qvit.data.decoding import BadImagePolicy, mode_of
 from qvit.data.images import ImageSource
 from qvit.data.labels.crops import LARGEST, draw_crops, picture, replay
 from qvit.data.labels.store import LabelCall, SoftLabelStore
 from qvit.data.sampling import CROP_CHOICE, derived_seed, epoch_order, process_batches
+from qvit.errors import QvitError, UsageError
 
 
 def collate_crops(samples: list[Sample], channels: int) -> tuple[Tensor, Tensor, list[tuple[str, str]], str | None]:

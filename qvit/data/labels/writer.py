@@ -15,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-from qvit.errors import QvitError, UsageError
-from qvit.files import write_atomically
 from qvit.data.labels.store import (
     HEADER,
     Header,
@@ -27,6 +25,8 @@ from qvit.data.labels.store import (
     shard_digest,
     shard_path,
 )
+from qvit.errors import QvitError, UsageError
+from qvit.files import write_atomically
 
 _log = logging.getLogger(__name__)
 

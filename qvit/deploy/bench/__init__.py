@@ -1,0 +1,1 @@
+"""Speed: our engines and their peers, in turns, on the same threads."""

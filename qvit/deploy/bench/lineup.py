@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from qvit.deploy.bench.timing import Contender, Progress
 from qvit.deploy.bench.peers import PEERS, Material, Prepared, Runner, quiet
+from qvit.deploy.bench.timing import Contender, Progress
 from qvit.errors import QvitError, UsageError, nearest
 
 if TYPE_CHECKING:

@@ -40,8 +40,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.deploy.integer.arithmetic import Arithmetic, Grid, Operand
 from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.integer.arithmetic import Arithmetic, Grid, Operand
 from qvit.deploy.integer.reference import IntegerLinear, arithmetic_in_words, integer_form
 from qvit.deploy.packages import openvino_core, require
 from qvit.errors import QvitError, UsageError

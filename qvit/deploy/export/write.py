@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.engines import ReferenceEngine, openvino_int8_is_exact
 from qvit.deploy.export.onnx import export_onnx, export_openvino, image_size
+from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.packages import missing, openvino_core
 from qvit.errors import UsageError, nearest
 

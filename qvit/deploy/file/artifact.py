@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.models.convert import Stage, plan_of, quantize, stage_of
+from qvit.data.open import data_config_of
 from qvit.deploy.file import container
 from qvit.deploy.file.documents import (
     check_data_config,
@@ -43,12 +43,12 @@ from qvit.deploy.file.packing import code_dtype, pack_site, unpack_site
 from qvit.deploy.file.skeleton import compare, float_tensors, grids_of, skeleton, weight_sites
 from qvit.deploy.file.versions import FORMAT, VERSION, upgraded
 from qvit.errors import QvitError, UsageError
+from qvit.models.convert import Stage, plan_of, quantize, stage_of
+from qvit.models.create import create_model
 from qvit.models.families import inspect_model
 from qvit.models.layers import weight_of
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
-from qvit.data.open import data_config_of
-from qvit.models.create import create_model
 from qvit.version import __version__
 
 PACKED, SCALES = ".packed", "scales"

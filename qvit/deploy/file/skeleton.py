@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.models.convert import quantize
 from qvit.deploy.file.grids import grid_values
 from qvit.errors import QvitError, UsageError, nearest
+from qvit.models.convert import quantize
+from qvit.models.create import create_model
 from qvit.models.families import constructor_arguments, inspect_model
 from qvit.models.layers import QKV, weight_of
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, quantizers_of
-from qvit.models.create import create_model
 
 _NAME = re.compile(r"\w{1,80}(\.\w{1,80})?")
 _NOT_IN_FILES = {"args", "device", "dtype"}

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from qvit.plan.cost import FLOAT_BITS
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.container import total_bytes
 from qvit.deploy.file.packing import site_size
 from qvit.deploy.file.versions import VERSION
+from qvit.plan.cost import FLOAT_BITS
 
 
 def describe(artifact: Artifact, file_bytes: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 A file says its version as a whole number. A reader takes the present one as it is, an older one through one upgrader
 after the other, each from its version to the next, and refuses a newer one. An upgrader gets the metadata and the
 tensors and returns those that a file of the next version would have: what comes after it knows the present version
-only. A version that was once released is read for ever; tests/data has a file of each.
+only. A version that was once released is read for ever; tests/deploy/files has a file of each.
 
     1    the first
 """

@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.models.convert import Stage, stage_of
 from qvit.deploy.integer.arithmetic import Arithmetic, Grid, Operand
 from qvit.deploy.integer.simulated import simulated_products, why_simulated
 from qvit.errors import UsageError
+from qvit.models.convert import Stage, stage_of
 from qvit.models.layers import QKV, AttentionSites, QuantConv2d, QuantLinear, QuantQKV, for_all_heads
 from qvit.quantizers import Quantizer
 from qvit.quantizers.lsq import LSQQuantizer

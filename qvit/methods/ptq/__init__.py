@@ -1,0 +1,1 @@
+"""Post-training quantization and its parts, a file each."""

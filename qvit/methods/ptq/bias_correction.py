@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.models.convert import Stage, quantizers_disabled, stage_of
 from qvit.errors import QvitError, UsageError
+from qvit.models.convert import Stage, quantizers_disabled, stage_of
 from qvit.models.families import inspect_model
 
 #: No more images than this take part; the mean of an output has settled long before.

@@ -1,10 +1,10 @@
 """Post-training quantization: a float model, a plan and a few hundred images; no labels, no training loop.
 
-    reparameterize    LayerNorm outputs: the channels share one range           RepQ-ViT   (`reparameterization.py`)
+    reparameterize    LayerNorm outputs: the channels share one range           RepQ-ViT   (`methods/ptq/reparameterization.py`)
     quantize          weights per channel, probabilities on a logarithmic grid below 5 bits
-    calibrate         scales and offsets of least squared error                            (`calibration.py`)
-    reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
-    correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
+    calibrate         scales and offsets of least squared error                            (`models/calibrate.py`)
+    reconstruct       each block answers like its float original; optional      BRECQ      (`methods/ptq/reconstruction.py`)
+    correct biases    the mean error of every output channel is taken back      DFQ        (`methods/ptq/bias_correction.py`)
 
 Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
 starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer
@@ -29,18 +29,18 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from qvit.methods.ptq.bias_correction import correct_biases
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
-from qvit.plan.cost import CostModel
 from qvit.errors import UsageError
-from qvit.models.families import inspect_model
 from qvit.methods.base import Method, MethodOptions, register_method
 from qvit.methods.lsq import scale_rules
-from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
+from qvit.methods.ptq.bias_correction import correct_biases
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.models.families import inspect_model
+from qvit.plan.cost import CostModel
+from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
 from qvit.training.config import validated
 
 #: The largest width at which probabilities get a logarithmic grid unless another is asked for.

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvit.errors import QvitError, UsageError
 from qvit.models.block_inputs import Inputs, attention_blocks, capture, same_input
 from qvit.models.convert import Stage, stage_of
-from qvit.errors import QvitError, UsageError
 from qvit.quantizers import quantizers_of
 
 _log = logging.getLogger(__name__)

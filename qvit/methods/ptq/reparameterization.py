@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.models.convert import Stage, quantizers_disabled, stage_of
 from qvit.errors import QvitError, UsageError
+from qvit.models.convert import Stage, quantizers_disabled, stage_of
 from qvit.quantizers.ranges import PercentileObserver
 
 #: Children of a module: a LayerNorm, and the linear layers that alone may see its output.

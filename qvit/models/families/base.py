@@ -14,10 +14,11 @@ from typing import Protocol
 
 from torch import nn
 
-from qvit.plan.cost import CostModel, Matmul
 from qvit.errors import UsageError
 from qvit.models.layers import Specs
+from qvit.plan.cost import CostModel, Matmul
 from qvit.plan.spec import Site
+from qvit.registry import Registry
 
 
 class Family(Protocol):
@@ -36,16 +37,14 @@ class Family(Protocol):
         ...
 
 
-_FAMILIES: dict[type[nn.Module], Family] = {}
+FAMILIES: Registry[type[nn.Module], Family] = Registry("family", "qvit.models.families")
 
 
 def register_family(*classes: type[nn.Module]) -> Callable[[type[Family]], type[Family]]:
     """Class decorator: makes one instance of the family responsible for models of exactly these classes."""
 
     def register(cls: type[Family]) -> type[Family]:
-        family = cls()
-        for model_class in classes:
-            _FAMILIES[model_class] = family
+        FAMILIES.register(*classes)(cls())
         return cls
 
     return register
@@ -53,14 +52,13 @@ def register_family(*classes: type[nn.Module]) -> Callable[[type[Family]], type[
 
 def family_of(model: nn.Module) -> Family:
     """The family of a model. Raises UsageError for a class that no family knows."""
-    family = _FAMILIES.get(type(model))
-    if family is None:
-        known = ", ".join(sorted(model_class.__name__ for model_class in _FAMILIES))
+    if type(model) not in FAMILIES:
+        known = ", ".join(sorted(model_class.__name__ for model_class in FAMILIES))
         raise UsageError(
             f"models of class {type(model).__name__} are not supported "
-            f"(supported: {known}; a new family is one file in qvit/families)"
+            f"(supported: {known}; a new family is one file in qvit/models/families)"
         )
-    return family
+    return FAMILIES[type(model)]
 
 
 def inspect_model(model: nn.Module) -> CostModel:
@@ -74,4 +72,4 @@ def inspect_model(model: nn.Module) -> CostModel:
 
 def constructor_arguments() -> set[str]:
     """The names of all arguments that the classes of supported models take."""
-    return {name for cls in _FAMILIES for name in inspect.signature(cls.__init__).parameters} - {"self", "kwargs"}
+    return {name for cls in FAMILIES for name in inspect.signature(cls.__init__).parameters} - {"self", "kwargs"}

@@ -26,7 +26,6 @@ from timm.layers import Mlp
 from timm.models.cait import Cait, ClassAttn, LayerScaleBlock, LayerScaleBlockClassAttn, TalkingHeadAttn
 from torch import Tensor, nn
 
-from qvit.plan.cost import Matmul
 from qvit.models.families.base import register_family
 from qvit.models.families.parts import (
     FamilyOfParts,
@@ -39,6 +38,7 @@ from qvit.models.families.parts import (
     separate_attention_part,
 )
 from qvit.models.layers import AttentionSites
+from qvit.plan.cost import Matmul
 from qvit.plan.spec import PerHead, Site, TensorSpec
 
 PROJECTIONS = ("q", "k", "v")

@@ -26,7 +26,6 @@ from timm.layers import GluMlp, Mlp, PatchEmbed, SwiGLU
 from timm.layers.activations import GELU, GELUTanh
 from torch import nn
 
-from qvit.plan.cost import Matmul
 from qvit.errors import UsageError
 from qvit.models.families.tokens import RankedMlp
 from qvit.models.layers import (
@@ -41,6 +40,7 @@ from qvit.models.layers import (
     linear_sites,
     separate_attention_sites,
 )
+from qvit.plan.cost import Matmul
 from qvit.plan.spec import Position, Site, TensorSpec
 
 

@@ -1,6 +1,6 @@
 """timm's SwinTransformerV2: swinv2_* without `cr` (Swin v2, Liu et al. 2022).
 
-Sites and MACs are those of Swin (`families/swin.py`), with two differences inside attention:
+Sites and MACs are those of Swin (`models/families/swin.py`), with two differences inside attention:
 
     cosine attention    q and k are normalised to length 1, then quantized; the product is multiplied by a learned
                         number per head (at most 100), in float

@@ -14,7 +14,7 @@ Prefix tokens may be any number; qk-norm, LayerScale, pre- and post-norm blocks 
 and `patch_embed.proj.{input,weight}`, `head.{input,weight}` (`head_dist` too for distilled DeiT). LayerNorm, softmax,
 GELU, residuals, biases, tokens and position embeddings stay in float. MACs for N tokens (prefix tokens included): N·C²
 per projection, N²·C for q·kᵀ and for probs·v; the classifier sees one token. Models that consist of timm's plain
-blocks can give two groups of tokens different widths (`families/tokens.py`).
+blocks can give two groups of tokens different widths (`models/families/tokens.py`).
 """
 
 from __future__ import annotations

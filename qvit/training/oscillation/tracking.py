@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from qvit.functional import integer_range
-from qvit.training.oscillation.weights import QuantizedWeight, quantized_weights
 from qvit.quantizers import Quantizer
+from qvit.training.oscillation.weights import QuantizedWeight, quantized_weights
 
 MOMENTUM = 0.01
 OSCILLATING = 0.005

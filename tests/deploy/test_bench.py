@@ -1,0 +1,335 @@
+"""Benchmarks: fair turns by a clock that the test winds, ratios, agreement, who takes part, and the peers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_engines import FakeArtifact, fake_engines  # noqa: F401
+from tiny_models import SMALL, calibrated_model, digit_batches, digits_model
+from torch import Tensor
+
+from qvit.deploy.bench import hardware, peers
+from qvit.deploy.bench.lineup import chosen
+from qvit.deploy.bench.peers import PEERS, Material, Peer
+from qvit.deploy.bench.timing import Contender, Times, answers, batch_of, compare, measure, quartiles, rows_of
+from qvit.errors import QvitError, UsageError
+from qvit.runs.bench import BenchRequest, bench
+
+IMAGES = torch.zeros(1, 1, 8, 8)
+
+
+class Clock:
+    """Time passes only in the runners that it makes; every call is noted."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, ""
+
+    def __call__(self) -> float:
+        return self.now
+
+    def runner(self, name: str, seconds: Callable[[], float] | float) -> Callable[[Tensor], None]:
+        def run(_: Tensor) -> None:
+            self.calls += name
+            self.now += seconds() if callable(seconds) else seconds
+
+        return run
+
+
+# measure
+
+
+def test_turns_are_interleaved_go_back_and_forth_and_begin_with_a_call_that_is_not_counted() -> None:
+    clock = Clock()
+    runners = {"a": clock.runner("a", 1.0), "b": clock.runner("b", 2.0)}
+    times = measure(runners, IMAGES, rounds=2, seconds=8.0, clock=clock)
+    assert clock.calls == "a aaaa b bb b bb a aaaa".replace(" ", "")
+    assert times.seconds == {"a": [1.0] * 8, "b": [2.0] * 4}
+    assert times.rounds == 2
+
+
+def test_an_engine_slower_than_its_turn_is_called_once_a_round() -> None:
+    clock = Clock()
+    times = measure({"slow": clock.runner("s", 10.0)}, IMAGES, rounds=3, seconds=3.0, clock=clock)
+    assert clock.calls == "s s ss".replace(" ", "")  # the first call alone is not counted
+    assert times.seconds["slow"] == [10.0] * 3
+
+
+def test_a_slow_spell_of_the_machine_hits_all_engines() -> None:
+    clock = Clock()
+    slow = lambda seconds: lambda: seconds * (3.0 if clock.now > 100.0 else 1.0)  # noqa: E731
+    runners = {"a": clock.runner("a", slow(1.0)), "b": clock.runner("b", slow(2.0))}
+    found = measure(runners, IMAGES, rounds=20, seconds=100.0, clock=clock, max_seconds=1e9).seconds
+    share = {name: sum(value > 2.5 * min(values) for value in values) / len(values) for name, values in found.items()}
+    assert share["a"] == pytest.approx(share["b"], abs=0.1) and 0.2 < share["a"] < 0.9
+
+
+def test_no_round_begins_that_would_end_too_late_and_the_first_is_whole() -> None:
+    clock = Clock()
+    runners = {name: clock.runner(name, 1.0) for name in "ab"}
+    times = measure(runners, IMAGES, rounds=10, seconds=10.0, max_seconds=9.0, clock=clock)
+    assert times.rounds == 2 and clock.now == 6.0 and all(len(own) == 2 for own in times.seconds.values())
+    late = measure({"a": clock.runner("a", 50.0)}, IMAGES, rounds=10, max_seconds=1.0, clock=clock)
+    assert late.rounds == 1 and late.seconds["a"] == [50.0]
+
+
+def test_progress_counts_turns() -> None:
+    clock, seen = Clock(), []
+    runners = {name: clock.runner(name, 1.0) for name in "ab"}
+    measure(runners, IMAGES, rounds=2, seconds=2.0, clock=clock, progress=lambda done, all_: seen.append((done, all_)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_clock_that_stands_still_ends_a_turn_all_the_same() -> None:
+    times = measure({"a": lambda images: None}, IMAGES, rounds=1, seconds=1e-8, clock=lambda: 0.0)
+    assert times.seconds["a"] == [0.0] * 10
+
+
+@pytest.mark.parametrize("wrong", [{"rounds": 0}, {"seconds": 0.0}, {"max_seconds": -1.0}])
+def test_measure_refuses_limits_without_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="positive"):
+        measure({"a": lambda images: None}, IMAGES, **wrong)
+    with pytest.raises(UsageError, match="no engine"):
+        measure({}, IMAGES)
+
+
+# Answers and rows
+
+
+def test_answers_come_in_whole_batches_and_in_their_order() -> None:
+    seen: list[int] = []
+
+    def run(images: Tensor) -> Tensor:
+        seen.append(len(images))
+        return images.flatten(1)[:, :3]
+
+    images = torch.arange(7.0)[:, None, None, None].expand(7, 1, 8, 8)
+    assert torch.equal(answers(run, images, 4)[:, 0], torch.arange(7.0)) and seen == [4, 4]
+    assert torch.equal(batch_of(images, 9)[:, 0, 0, 0], torch.tensor([0.0, 1, 2, 3, 4, 5, 6, 0, 1]))
+
+
+def test_compare() -> None:
+    reference = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 1.0]])
+    assert compare(reference, reference) == {"top1": 100.0, "error": 0.0}
+    constant = compare(reference.mean(-1, keepdim=True).expand(2, 3), reference)
+    assert constant["error"] == pytest.approx(1.0)
+    assert compare(reference.flip(0), reference)["top1"] == 0.0
+    broken = reference.clone()
+    broken[0, 0] = float("nan")
+    assert compare(broken, reference) == {"top1": 50.0, "error": 1e9}
+
+
+def test_rows_have_medians_quartiles_and_ratios() -> None:
+    logits = torch.eye(4)
+    contenders = [
+        Contender("qvit-torch", "w8a8", "int8", lambda x: x, 10, ours=True),
+        Contender("openvino", "int8", "int8", lambda x: x),
+        Contender("pytorch", "fp32", "fp32", lambda x: x),
+    ]
+    seconds = {"qvit-torch": [0.001, 0.002, 0.003, 0.1], "openvino-int8": [0.005], "pytorch-fp32": [0.01, 0.02]}
+    found = {"qvit-torch": logits.roll(1, 0), "openvino-int8": logits, "pytorch-fp32": logits}
+    first, second, third = rows_of(contenders, Times(seconds, 3), 2, found, logits, logits)
+    assert (first["milliseconds_median"], first["images_per_second"], first["calls"]) == (2.5, 800.0, 4)
+    assert first["milliseconds_quartiles"] == [1.75, 27.25] and second["milliseconds_quartiles"] == [5.0, 5.0]
+    assert [row["ratio_to_openvino_int8"] for row in (first, second, third)] == [0.5, 1.0, 3.0]
+    assert [row["ratio_to_pytorch_fp32"] for row in (first, second, third)] == [0.16667, 0.33333, 1.0]
+    assert (first["top1_agreement"], first["agreement_with_simulated"]) == (0.0, 0.0)
+    assert (second["top1_agreement"], second["agreement_with_simulated"]) == (100.0, None)
+    assert quartiles([1.0]) == (1.0, 1.0)
+    alone = rows_of(contenders[:1], Times(seconds, 3), 2, found, logits, None)
+    assert alone[0]["ratio_to_openvino_int8"] is None and alone[0]["agreement_with_simulated"] is None
+
+
+# Who takes part
+
+
+@pytest.mark.usefixtures("fake_engines")
+def test_engines_are_chosen_by_name_runtime_or_as_ours() -> None:
+    assert chosen(None) == ["qvit-torch", "qvit-wrong", *PEERS]
+    assert chosen(None, peers=False) == ["qvit-torch", "qvit-wrong"]
+    assert chosen(["openvino"]) == ["openvino-fp32", "openvino-int8"]
+    assert chosen(["openvino-int8", "qvit", "openvino"]) == [
+        "openvino-int8",
+        "qvit-torch",
+        "qvit-wrong",
+        "openvino-fp32",
+    ]
+    with pytest.raises(UsageError, match="unknown engine 'openvin'; did you mean 'openvino'"):
+        chosen(["openvin"])
+    with pytest.raises(UsageError, match="is a peer"):
+        chosen(["openvino"], peers=False)
+
+
+def test_a_peer_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Peer("x", "int8", ("no_such_package", "torch"), False, lambda m: None).obstacle() == (  # type: ignore[arg-type, return-value]
+        'no_such_package not installed: pip install "qvit[bench]"'
+    )
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "C++ compiler, and there is no no-such-compiler" in str(PEERS["pytorch-compiled-fp32"].obstacle())
+    assert PEERS["pytorch-fp32"].obstacle() is None
+
+
+def quick(**changes: Any) -> BenchRequest:
+    values = {"model": "vit_digits", "model_kwargs": SMALL, "rounds": 1, "seconds": 1e-3, "images": 8, "threads": 1}
+    return BenchRequest(**(values | changes))
+
+
+@pytest.mark.usefixtures("fake_engines")
+def test_bench_of_a_model_on_noise() -> None:
+    before = torch.get_num_threads()
+    result = bench(quick(engines=["qvit", "qvit-broken", "pytorch"], batches=(2, 3)))
+    assert json.loads(json.dumps(result)) == result
+    assert (result["threads"], result["batch"], result["plan"], result["images"]) == (1, [2, 3], "w8a8", "noise")
+    assert result["speed_only"] and result["calibration_images"] == 8 and torch.get_num_threads() == before
+    names = [(row["engine"], row["precision"], row["batch"]) for row in result["rows"]]
+    engines = [("qvit-torch", "w8a8"), ("qvit-wrong", "w8a8"), ("pytorch", "fp32"), ("pytorch", "bf16")]
+    assert names == [(*name, batch) for batch in (2, 3) for name in engines]
+    right, wrong, exact, _ = result["rows"][:4]
+    assert right["agreement_with_simulated"] == 100.0 and right["file_bytes"] > 0
+    assert wrong["agreement_with_simulated"] < 100.0 and wrong["error_to_simulated"] > 0.5
+    assert exact["top1_agreement"] == 100.0 and exact["error_to_float"] < 1e-6
+    assert exact["ratio_to_pytorch_fp32"] == 1.0 and exact["ratio_to_openvino_int8"] is None
+    assert result["skipped"] == [
+        {"engine": "qvit-broken", "precision": "w8a8", "reason": "this CPU lacks what it needs"}
+    ]
+
+
+@pytest.mark.usefixtures("fake_engines")
+def test_bench_of_a_model_on_data_and_by_another_plan() -> None:
+    result = bench(quick(plan="w4a8", data="digits", engines=["qvit-torch"], calibration_images=16))
+    (row,) = result["rows"]
+    assert (row["precision"], result["batch"], result["plan"]) == ("w4a8", 1, "w4a8")
+    assert "digits" in result["images"] and result["speed_only"]  # the float weights are untrained
+
+
+def test_bench_of_a_file_takes_the_weights_in_it(fake_engines: type[FakeArtifact], tmp_path: Path) -> None:  # noqa: F811
+    file = tmp_path / "model.safetensors"
+    fake_engines(calibrated_model("w8a8"), model_kwargs=dict(SMALL)).save(file)
+    result = bench(quick(model=str(file), model_kwargs={}, engines=["qvit-torch", "pytorch-fp32"]))
+    ours, exact = result["rows"]
+    assert result["float_weights"] == "those of the file, dequantized" and ours["file_bytes"] == file.stat().st_size
+    assert exact["error_to_float"] < 1e-6 < ours["error_to_float"] < 0.5
+    with pytest.raises(UsageError, match="has its plan"):
+        bench(quick(model=str(file), plan="w8a8"))
+    with pytest.raises(QvitError, match="no file"):
+        bench(quick(model=str(tmp_path / "nothing.safetensors")))
+
+
+@pytest.mark.usefixtures("fake_engines")
+def test_a_failing_peer_is_left_out_and_nothing_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(material: Material) -> Any:
+        raise RuntimeError("unsupported operator\nlong story")
+
+    monkeypatch.setitem(PEERS, "new-int8", Peer("new", "int8", (), False, prepare))
+    result = bench(quick(engines=["new", "qvit-torch"]))
+    assert result["skipped"] == [{"engine": "new", "precision": "int8", "reason": "RuntimeError: unsupported operator"}]
+    with pytest.raises(QvitError, match="new int8: RuntimeError: unsupported operator"):
+        bench(quick(engines=["new"]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"batches": (0,)}, "batch sizes"),
+        ({"batches": (2, 2)}, "batch sizes"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"seconds": 0.0}, "seconds"),
+        ({"class_map": "x"}, "go with --data"),
+    ],
+)
+def test_bench_refuses_what_cannot_be_meant(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        bench(quick(**wrong))
+
+
+# Peers
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    return Material(digits_model(), digit_batches(1, 4), 1, tmp_path_factory.mktemp("peers"))
+
+
+@pytest.mark.parametrize("name", list(PEERS))
+def test_peers_answer_like_the_float_model(name: str, material: Material, capfd: pytest.CaptureFixture[str]) -> None:
+    peer = PEERS[name]
+    if (obstacle := peer.obstacle()) is not None:
+        pytest.skip(obstacle)
+    images = digit_batches(1, 6, seed=3)[0]
+    with torch.no_grad():
+        reference = material.model(images)
+    affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    capfd.readouterr()
+    with peers.quiet():
+        ready = peer.prepare(material)
+    assert ready.file_bytes > 0 and ready.arithmetic
+    for batch in (2,) if peer.compiler else (2, 3):
+        with peers.quiet():
+            run = ready.start(batch)
+        found = compare(answers(run, images, batch), reference)
+        assert found["error"] < {"fp32": 1e-5, "bf16": 0.05, "int8": 0.3}[peer.precision], found
+    torch.compiler.reset()
+    assert capfd.readouterr().out == ""
+    if affinity is not None:
+        assert os.sched_getaffinity(0) == affinity  # what comes after is not bound to fewer cores
+
+
+def test_quiet_leaves_things_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+    import warnings
+
+    with pytest.raises(ValueError, match="comes through"), peers.quiet():
+        print("x")
+        warnings.warn("y", stacklevel=1)
+        logging.getLogger("z").error("z")
+        raise ValueError("comes through")
+    assert capsys.readouterr().out == "" and logging.root.manager.disable == 0
+    with pytest.warns(UserWarning, match="heard"):
+        warnings.warn("heard", stacklevel=1)
+
+
+@pytest.mark.parametrize("before", [None, "false"])
+def test_no_usage_statistics_are_sent(before: str | None, monkeypatch: pytest.MonkeyPatch, material: Material) -> None:
+    telemetry = pytest.importorskip("openvino_telemetry.backend.backend_ga4")
+    pytest.importorskip("openvino")
+    sent: list[Any] = []
+    monkeypatch.setattr(telemetry.GA4Backend, "send", lambda self, message: sent.append(message))
+    monkeypatch.delenv("CI", raising=False) if before is None else monkeypatch.setenv("CI", before)
+    with peers.quiet():
+        PEERS["openvino-fp32"].prepare(material)
+    assert sent == [] and os.environ.get("CI") == before
+
+
+# Hardware
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "found"),
+    [
+        ("model name\t: Some CPU\nflags\t\t: fpu avx2 avx512_vnni\n", "Some CPU", ["avx2", "avx512_vnni"]),
+        ("processor\t: 0\nFeatures\t: fp asimddp bf16\n", None, ["asimddp", "bf16"]),
+    ],
+)
+def test_instructions_of_the_processor(
+    text: str, name: str | None, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "cpuinfo")
+    assert hardware.cpu_instructions() == found
+    assert name is None or hardware.hardware().startswith(name)
+    monkeypatch.setattr(hardware, "_CPUINFO", tmp_path / "nothing")
+    assert hardware.cpu_instructions() is None and "cores" in hardware.hardware()
+
+
+def test_what_the_extra_brings_is_what_peers_need() -> None:
+    import tomllib
+
+    data = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text("utf-8"))
+    extras = data["project"]["optional-dependencies"]
+    brought = {item.split(">")[0] for extra in ("bench", "onnx", "openvino") for item in extras[extra]}
+    assert {package for peer in PEERS.values() for package in peer.needs} <= brought
