@@ -1,10 +1,10 @@
 """Post-training quantization: a float model, a plan and a few hundred images; no labels, no training loop.
 
-    reparameterize    LayerNorm outputs: the channels share one range           RepQ-ViT   (`methods/ptq/reparameterization.py`)
+    reparameterize    LayerNorm outputs: the channels share one range           RepQ-ViT   (`reparameterization.py`)
     quantize          weights per channel, probabilities on a logarithmic grid below 5 bits
     calibrate         scales and offsets of least squared error                            (`models/calibrate.py`)
-    reconstruct       each block answers like its float original; optional      BRECQ      (`methods/ptq/reconstruction.py`)
-    correct biases    the mean error of every output channel is taken back      DFQ        (`methods/ptq/bias_correction.py`)
+    reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
+    correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
 Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
 starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer

@@ -1,6 +1,6 @@
 """timm's Beit: beit_*, beitv2_* (Bao et al. 2022; Peng et al. 2022). beit3_* are VisionTransformers.
 
-Sites and MACs are those of a ViT (`models/families/vit.py`). Attention adds a bias for the relative position of two patches,
+Sites and MACs are those of a ViT (`vit.py`). Attention adds a bias for the relative position of two patches,
 each block's own or one of the whole model, to the scores in float; the biases of q and v, which timm keeps beside the
 fused projection, are added in float before q and v are quantized. LayerScale, LayerNorm, softmax, GELU and residuals
 stay in float.

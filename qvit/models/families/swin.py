@@ -1,7 +1,7 @@
 """timm's SwinTransformer: swin_*, swin_s3_* (Swin v1, Liu et al. 2021).
 
 Attention within windows of M = w·w tokens, in stages that halve the resolution. Sites of block j of stage i are those
-of a ViT block (`models/families/vit.py`) below `layers.{i}.blocks.{j}`, with the stage's own number of heads. The linear layer
+of a ViT block (`vit.py`) below `layers.{i}.blocks.{j}`, with the stage's own number of heads. The linear layer
 that merges 2×2 patches, `layers.{i}.downsample.reduction.{input,weight}`, is quantized like a layer of a block: counted
 so, Swin-T costs the 41.25 G and 72.58 G bit operations that Q-ViT gives for 3 and 4 bits (8 in the first and the last
 layer). The classifier is `head.fc`, behind the mean over all tokens; there is no class token.

@@ -1,6 +1,6 @@
 """Three remedies against oscillating weights, with one interface: calls around every optimizer step.
 
-    regularizer   VVTQ (Huang et al. 2023): λ(t)·Σ over weights of the bin regularizer (`training/oscillation/bins.py`) is added to the loss,
+    regularizer   VVTQ (Huang et al. 2023): λ(t)·Σ over weights of the bin regularizer (`bins.py`) is added to the loss,
 
                       λ(t) = peak/2·(1 - cos(π·(t - t₀)/(1 - t₀)))  from t₀ on, 0 before;  t₀ = 0.25, peak = 0.01
 
