@@ -20,7 +20,8 @@ from typing import Generic, TypeVar
 
 from qvit.errors import UsageError, nearest
 
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T", covariant=True)
 PLUGINS = "qvit.plugins"
 
 

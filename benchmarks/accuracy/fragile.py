@@ -5,8 +5,8 @@
     heads    one head at 2 bits, everything else at 8, each head of every layer                      (Figure 2b)
 
 `qvit/runs/analysis.py` says what a point is. In FOLDER: deit_tiny_patch16_224.safetensors, imagenet-sample.tar
-(judged), tiny-imagenet-train-0.tar (calibration) and imagenet-classes.txt. Points that were measured are not measured again, so a
-call that was stopped goes on.
+(judged), tiny-imagenet-train-0.tar (calibration) and imagenet-classes.txt. Points that were measured are not measured
+again, so a call that was stopped goes on.
 
     python benchmarks/accuracy/fragile.py --data FOLDER --runs DIR
 """

@@ -3,8 +3,8 @@
     open images → float model → [sensitivity → allocation] → post_training_quantize → score both models → files
 
 The directory is that of `directory.py` (without checkpoints), so `qvit evaluate`, `report`, `plan show` and `train
---plan` take it. Calibration images are drawn by the seed from the training images; the test images are opened for the final
-numbers alone, and that no image is in both is checked by archive and name.
+--plan` take it. Calibration images are drawn by the seed from the training images; the test images are opened for the
+final numbers alone, and that no image is in both is checked by archive and name.
 
 A budget is a preset such as `w8a8`: that plan; or `6bit`, `21.455G`, `0.25`: bit operations. Without a metric only a
 uniform plan can be made, so bit operations need one; with a metric, widths are allocated to sites within the budget.

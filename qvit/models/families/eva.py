@@ -1,6 +1,6 @@
 """timm's Eva: eva_*, eva02_*, vit_*_rope_*, vit_*_dinov3, vit_pe_{lang,spatial}_*, and others with rotary positions.
 
-Sites and MACs are those of a ViT (`models/families/vit.py`), except:
+Sites and MACs are those of a ViT (`vit.py`), except:
 
     rotary positions    q and k are rotated in float, and quantized after that, as operands of their product. The angles
                         depend on positions alone; where they are learned (`rope_mixed`), they stay in float
