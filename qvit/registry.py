@@ -16,12 +16,13 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from qvit.errors import UsageError, nearest
 
 K = TypeVar("K")
 T = TypeVar("T", covariant=True)
+D = TypeVar("D")
 PLUGINS = "qvit.plugins"
 
 
@@ -38,10 +39,10 @@ class Registry(Mapping[K, T], Generic[K, T]):
         self._found: dict[K, T] = {}
         self._complete = False
 
-    def register(self, *names: K) -> Callable[[T], T]:
+    def register(self, *names: K) -> Callable[[D], D]:
         """Decorator: makes something available under `names`; the same name again replaces it."""
 
-        def registered(thing: T) -> T:
+        def registered(thing: Any) -> Any:
             for name in names:
                 self._found[name] = thing
             return thing
