@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,11 @@ def test_every_model_budget_and_method_has_its_recipe() -> None:
     expected |= {f"{base}-vvtq" for base in PUBLISHED_VVTQ}
     expected |= {f"{base}-qvit+vvtq" for base in PUBLISHED_VVTQ if not base.endswith("4bit")}
     assert {recipe.stem for recipe in RECIPES} == expected | {"digits-float", "digits-3bit-qvit"}
+
+
+def test_recipes_are_what_their_generator_writes() -> None:
+    done = subprocess.run([sys.executable, ROOT / "recipes" / "generate.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=ids)
