@@ -22,11 +22,12 @@ from pathlib import Path
 import evidence_figures
 import evidence_fragile
 import evidence_tables
+import headlines
 import tables
 from rendering import FIGURES, TABLES, RenderError, figure_text, read
 
 #: Where tables and figures are registered.
-REGISTERED = (tables, evidence_tables, evidence_figures, evidence_fragile)
+REGISTERED = (tables, headlines, evidence_tables, evidence_figures, evidence_fragile)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -1,4 +1,4 @@
-"""Draws figures on the pages: `<div class="figure" data-figure="figures/NAME.json"></div>` becomes a plotly figure.
+"""Makes the README the first page, and draws figures on the pages: `<div class="figure" data-figure="figures/NAME.json"></div>` becomes a plotly figure.
 
 The figure's JSON is put into the page, because a browser does not fetch files beside a page that was opened from disk;
 plotly's script is copied out of the installed package, so the site needs no other server.
@@ -40,6 +40,15 @@ SCRIPT = """
   new MutationObserver(draw).observe(document.body, { attributeFilter: ["data-md-color-scheme"] });
 })();
 """
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """The first page is the README, with its links as seen from here; files that are no pages lose their links."""
+    if page.file.src_uri != "index.md":
+        return markdown
+    text = (Path(config.docs_dir).parent / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"\]\(docs/([^)]+)\)", r"](\1)", text)
+    return re.sub(r"\[([^\]]+)\]\((?:[A-Z]+(?:\.\w+)?)\)", r"\1", text)
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:

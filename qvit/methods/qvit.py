@@ -26,7 +26,7 @@ What differs from the paper, by option back to it (`docs/evidence.md` has what e
 * The penalty counts real-valued widths, not rounded ones. With rounding, the widths of all large layers, which fall in
   step, cross 2.5 together: the model drops far below its budget and the search has to climb back.
 * The penalty is soft, the budget is not: at the end of the search an integer program turns b̃ into widths within the
-  budget (`allocate.py`). The paper reports overshoots up to 2 %.
+  budget (`allocate/rounding.py`). The paper reports overshoots up to 2 %.
 
 Differing from the public code, as the paper has it: scales per head, heads on the right axis of the weights, mean of
 products in the cost (docs/paper-to-code.md).

@@ -1,0 +1,69 @@
+"""Three results in a sentence each, for the README: what learned widths are worth, what 8 bits lose, how fast they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from evidence_data import paired, reference_of, rows_of
+from rendering import TABLES, WRONG, Data, RenderError, read
+
+from qvit.report.units import difference
+
+
+def learned_widths(data: Data) -> str:
+    """Q-ViT beside LSQ+ at equal bit operations, by budget."""
+    rows = [row for row in rows_of(data, "budgets") if row["row"] == "qvit"]
+    gains = [(row["budget"], paired(row, reference_of(row, data, "lsq+"))) for row in rows]
+    said = ", ".join(f"{difference(gain[0])} ± {gain[1]:.2f} at {budget}" for budget, gain in gains if gain is not None)
+    return (
+        f"**Learned widths** (DeiT-T on 64 pixels, short training, {len(rows[0]['seeds'])} seeds): top-1 less that of "
+        f"uniform LSQ+ at equal bit operations, in points: {said}. {_measured(data, 'evidence.md')}"
+    )
+
+
+def post_training(data: Data) -> str:
+    """What a plain 8-bit grid loses without training."""
+    floating, row = (next(row for row in data["rows"] if row["budget"] == budget) for budget in ("float", "w8a8"))
+    return (
+        f"**8 bits without training** (DeiT-T, {row['images']} photographs): {row['top1']:.1f} % top-1, float "
+        f"{floating['top1']:.1f} %; {row['agreement']:.1f} % of the answers are equal. {_measured(data, 'results.md')}"
+    )
+
+
+def speed(data: Data) -> str:
+    """The fastest engine of ours beside PyTorch, one image at a time."""
+    rows = [row for row in data["runs"][0]["rows"] if row["ours"] and row["batch"] == 1]
+    best = min(rows, key=lambda row: row["milliseconds_median"])
+    return (
+        f"**Integers** (DeiT-T, {best['precision']}, {data['threads']} threads, VNNI): "
+        f"{best['milliseconds_median']:.1f} ms an image, {best['ratio_to_pytorch_fp32']:.2f} of PyTorch's time in "
+        f"float32, from a file of {best['file_bytes'] / 1e6:.1f} MB. {_measured(data, 'deployment.md')}"
+    )
+
+
+def _measured(data: Data, page: str) -> str:
+    return f"Measured on {data['date']}; [command, hardware and all rows](docs/{page})."
+
+
+SENTENCES: tuple[tuple[str, Callable[[Data], str]], ...] = (
+    ("evidence_tiny-imagenet.json", learned_widths),
+    ("ptq.json", post_training),
+    ("deploy.json", speed),
+)
+
+
+def headlines(results: Path) -> str:
+    """The sentences as a list; a file that is not there is left out."""
+    lines = []
+    for name, sentence in SENTENCES:
+        if not (results / name).is_file():
+            continue
+        try:
+            lines.append(f"- {sentence(read(results / name))}")
+        except WRONG as error:
+            raise RenderError(f"{results / name} is not what the benchmark writes: {type(error).__name__}") from None
+    return "\n".join(lines) or "Not measured yet: `make bench`."
+
+
+TABLES["headlines"] = headlines
