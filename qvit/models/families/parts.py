@@ -27,7 +27,7 @@ from timm.layers.activations import GELU, GELUTanh
 from torch import nn
 
 from qvit.errors import UsageError
-from qvit.models.families.tokens import RankedMlp
+from qvit.models.families.tokens import RankedLinear, RankedMlp, RankedQKV
 from qvit.models.layers import (
     QKV,
     QuantConv2d,
@@ -108,7 +108,7 @@ MLPS = (Mlp, RankedMlp, GluMlp, SwiGLU)
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the computation of a layer is known; a subclass of a float one may compute something else."""
-    return type(module) in (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d, QuantQKV)
+    return type(module) in (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d, QuantQKV, RankedLinear, RankedQKV)
 
 
 def linear_part(
