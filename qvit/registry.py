@@ -72,7 +72,7 @@ class Registry(Mapping[K, T], Generic[K, T]):
         if not self._complete:
             self._complete = True  # before the imports, which may ask
             import_files(self.package)
-            _import_plugins()
+            import_plugins()
 
 
 def import_files(package: str) -> None:
@@ -82,6 +82,7 @@ def import_files(package: str) -> None:
 
 
 @functools.cache
-def _import_plugins() -> None:
+def import_plugins() -> None:
+    """Imports what other packages name as their plugins, once."""
     for point in entry_points(group=PLUGINS):
         point.load()

@@ -38,7 +38,7 @@ LAYERS: list[set[str]] = [
 
 # Parts that get along with less than their layer allows, and why that is worth keeping.
 NARROWER: dict[str, set[str]] = {
-    "plan": {"errors", "files"},  # plain data, and arithmetic on it: no torch
+    "plan": {"errors", "files", "registry"},  # plain data, and arithmetic on it: no torch
     "quantizers": {"errors", "plan", "functional", "kernels", "registry"},
     "report": {
         "errors",

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvit.kernels.attention import quantized_attention, split_heads
-from qvit.kernels.fake_quantize import Grid, Learned, codes_on, fuses
+from qvit.kernels.fake_quantize import Learned, fuses
 from qvit.kernels.linear import Codes, quantized_linear
 from qvit.plan.spec import Layout, PerHead, Position, Site, TensorSpec
 from qvit.quantizers import Quantizer, create_quantizer
 from qvit.quantizers.base import has_hooks
-from qvit.quantizers.lsq import LSQQuantizer
 
 M = TypeVar("M", bound=nn.Module)
 Specs = Mapping[str, TensorSpec | None]
@@ -62,29 +61,36 @@ def add_quantizers(module: nn.Module, prefix: str, sites: Mapping[str, Site], sp
             module.add_module(leaf + Quantizer.SUFFIX, quantizer.to(reference.device))
 
 
-def apply_quantizer(module: nn.Module, leaf: str, x: Tensor, rank: Tensor | None = None) -> Tensor:
-    """`x` through the quantizer of site `leaf`, or `x` itself where the site stays in float.
+def quantizer_at(module: nn.Module, leaf: str) -> Quantizer | None:
+    """The quantizer of the module's site `leaf`; None where the plan leaves it in float."""
+    found = module._modules.get(leaf + Quantizer.SUFFIX)
+    return found if isinstance(found, Quantizer) else None
 
-    `rank` (B, N) tells the tokens' importance to a quantizer that has a width for each of two groups of them.
-    """
+
+def apply_quantizer(module: nn.Module, leaf: str, x: Tensor) -> Tensor:
+    """`x` through the quantizer of site `leaf`, or `x` itself where the site stays in float."""
     quantizer = module._modules.get(leaf + Quantizer.SUFFIX)
-    if quantizer is None:
-        return x
-    return quantizer(x) if rank is None else quantizer(x, rank)
+    return x if quantizer is None else quantizer(x)
 
 
 def fused(module: nn.Module, leaf: str, x: Tensor) -> Learned | None:
     """The quantizer of site `leaf` for a fused form of its product with `x`; None where there is no such form."""
-    quantizer = module._modules.get(leaf + Quantizer.SUFFIX)
-    return quantizer.learned(x.numel(), x) if isinstance(quantizer, Quantizer) else None
+    quantizer = quantizer_at(module, leaf)
+    return None if quantizer is None else quantizer.fused(x.numel(), x)
 
 
 def weight_of(model: nn.Module, site: str) -> Tensor:
     """The weight that the quantizer of `site` quantizes; a third of it, as a view, for a part of a fused projection."""
     path, _, leaf = site.rpartition(".")
-    weight = model.get_submodule(path).get_parameter("weight")
-    parts = [f"{name}_weight" for name in QKV]
-    return weight.chunk(3)[parts.index(leaf)] if leaf in parts else weight
+    return weight_parts(model.get_submodule(path))[leaf]
+
+
+def weight_parts(module: nn.Module) -> dict[str, Tensor]:
+    """What of a layer's weight has a quantizer of its own, by site: thirds of a fused projection's rows, or all."""
+    weight = module.get_parameter("weight")
+    if not isinstance(module, QuantQKV):
+        return {"weight": weight}
+    return {f"{name}_weight": part for name, part in zip(QKV, weight.chunk(3), strict=True)}
 
 
 class QuantLinear(nn.Linear):
@@ -93,12 +99,35 @@ class QuantLinear(nn.Linear):
     #: Whether products run on integers in training, too, where they can.
     integer_forward: bool = False
 
-    def forward(self, input: Tensor, rank: Tensor | None = None) -> Tensor:
-        return linear(self, input, apply_quantizer(self, "weight", self.weight), rank)
+    def forward(self, input: Tensor) -> Tensor:
+        weight, learned = self.quantized_weight(), fused(self, "input", input)
+        if learned is None:
+            return F.linear(apply_quantizer(self, "input", input), weight, self.bias)
+        own: Any = quantizer_at(self, "input")
+        on_integers = self.integer_forward and has_one_grid(learned) and own.fits_int8
+        return quantized_linear(input, weight, self.bias, learned, self.codes() if on_integers else None)
+
+    def quantized_weight(self) -> Tensor:
+        return apply_quantizer(self, "weight", self.weight)
 
     def codes(self) -> Codes | None:
         """The integers of the weight, with one scale for each row; None where scales differ within a row."""
-        return row_codes(self._modules.get("weight" + Quantizer.SUFFIX), self.weight)
+        found: list[Codes] = []
+        for leaf, part in weight_parts(self).items():
+            quantizer = quantizer_at(self, leaf)
+            own = None if quantizer is None else quantizer.row_codes(part)
+            if own is None:
+                return None
+            found.append(own)
+        codes, scales = zip(*found, strict=True)
+        return (codes[0], scales[0]) if len(found) == 1 else (torch.cat(codes), torch.cat(scales))
+
+
+class QuantQKV(QuantLinear):
+    """A fused q|k|v projection with sites `input`, `query_weight`, `key_weight`, `value_weight`."""
+
+    def quantized_weight(self) -> Tensor:
+        return torch.cat([apply_quantizer(self, leaf, part) for leaf, part in weight_parts(self).items()])
 
 
 class QuantConv2d(nn.Conv2d):
@@ -126,59 +155,9 @@ class QuantConv2d(nn.Conv2d):
         return x.shape[2] // self.kernel_size[0], x.shape[3] // self.kernel_size[1]
 
 
-class QuantQKV(nn.Linear):
-    """A fused q|k|v projection with sites `input`, `query_weight`, `key_weight`, `value_weight`."""
-
-    integer_forward: bool = False
-
-    def forward(self, input: Tensor, rank: Tensor | None = None) -> Tensor:
-        thirds = zip(QKV, self.weight.chunk(3), strict=True)
-        weight = torch.cat([apply_quantizer(self, f"{name}_weight", part) for name, part in thirds])
-        return linear(self, input, weight, rank)
-
-    def codes(self) -> Codes | None:
-        """See `QuantLinear.codes`."""
-        thirds = zip(QKV, self.weight.chunk(3), strict=True)
-        parts = [row_codes(self._modules.get(f"{name}_weight" + Quantizer.SUFFIX), part) for name, part in thirds]
-        if any(part is None for part in parts):
-            return None
-        codes, scales = zip(*(part for part in parts if part is not None), strict=True)
-        return torch.cat(codes), torch.cat(scales)
-
-
-def linear(module: QuantLinear | QuantQKV, x: Tensor, weight: Tensor, rank: Tensor | None) -> Tensor:
-    """`module` with the quantized `weight`, applied to the quantized `x`."""
-    learned = fused(module, "input", x) if rank is None else None
-    if learned is None:
-        return F.linear(apply_quantizer(module, "input", x, rank), weight, module.bias)
-    own: Any = module._modules["input" + Quantizer.SUFFIX]
-    on_integers = module.integer_forward and has_one_grid(learned) and fits_int8(own)
-    return quantized_linear(x, weight, module.bias, learned, module.codes() if on_integers else None)
-
-
 def has_one_grid(learned: Learned) -> bool:
     """Whether all elements share a scale and a width."""
     return learned.scales.shape[:-1].numel() == learned.bit_width.numel() == 1
-
-
-def fits_int8(quantizer: Quantizer) -> bool:
-    """Whether codes have at most 8 bits, wherever a learned width goes."""
-    spec = quantizer.spec
-    return max(spec.bit_width_range if quantizer.learns_width else spec.widths) <= 8
-
-
-@torch.no_grad()
-def row_codes(quantizer: nn.Module | None, weight: Tensor) -> Codes | None:
-    """The integers of a weight (out, in), int8, and their scales (out,); None unless a row has one scale."""
-    if type(quantizer) is not LSQQuantizer or not (quantizer.enabled and quantizer.calibrated):
-        return None
-    scale, offset = quantizer.grid()
-    view = quantizer.view(weight)
-    in_rows = view.shape[-1] == weight.shape[-1] or quantizer.num_groups == 1
-    if offset is not None or not in_rows or not quantizer.spec.signed or not fits_int8(quantizer):
-        return None
-    codes = codes_on(view, Grid(scale, None, *quantizer.quant_range()))
-    return codes.view(weight.shape), scale.expand(*view.shape[:-1], 1).reshape(len(weight))
 
 
 class AttentionSites(nn.Module):
@@ -189,14 +168,18 @@ class AttentionSites(nn.Module):
         """Whether q, k, v reach their quantizers as `qkv` gives them, without norm, rotation or another bias."""
         return False
 
-    def fused_projection(self, x: Tensor, rank: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v of `self.qkv`, each (B, H, N, d), from tokens (B, N, C) and their ranking, if there is one.
+    def fused_projection(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v of `self.qkv`, each (B, H, N, d), from tokens (B, N, C)."""
+        module: Any = self
+        return self.split(module.qkv(x))
+
+    def split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each (B, H, N, d), of a projection (B, N, 3·H·d).
 
         BEiT, EVA and Swin v2 keep the biases of q and v beside the projection (k's is a buffer of zeros): they are
         added here.
         """
         module: Any = self
-        qkv = module.qkv(x) if rank is None else module.qkv(x, rank)
         if getattr(self, "q_bias", None) is not None:
             qkv = qkv + torch.cat((module.q_bias, module.k_bias, module.v_bias))
         if fuses(qkv):
@@ -205,14 +188,7 @@ class AttentionSites(nn.Module):
         return q, k, v
 
     def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | Tensor,
-        bias: Tensor | None,
-        dropout: nn.Module,
-        rank: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, bias: Tensor | None, dropout: nn.Module
     ) -> Tensor:
         """softmax(q̂·k̂ᵀ·scale + bias)·v̂ with quantized operands.
 
@@ -223,15 +199,14 @@ class AttentionSites(nn.Module):
             bias: Added to the scores in float, broadcasting to (B, H, N, M): masks, relative position bias. None for
                 none.
             dropout: The module's attention dropout.
-            rank: (B, N), importance of the tokens, where two groups of them differ in width.
 
         Returns:
             (B, H, N, d), not yet quantized.
         """
-        learned = self._fused(q, k, v, scale, dropout) if rank is None else None
+        learned = self._fused(q, k, v, scale, dropout)
         if learned is not None:
             return quantized_attention(q, k, v, scale, bias, learned)
-        return self.attend_and_tell(q, k, v, scale, bias, dropout, rank)[0]
+        return self.attend_and_tell(q, k, v, scale, bias, dropout)[0]
 
     def _fused(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, dropout: nn.Module
@@ -247,36 +222,33 @@ class AttentionSites(nn.Module):
         counts["probs"] = q.shape[:-1].numel() * k.shape[2]
         learned: list[Learned | None] = []
         for name, count in counts.items():
-            quantizer = self._modules.get(name + Quantizer.SUFFIX)
-            learned.append(quantizer.learned(count) if isinstance(quantizer, Quantizer) else None)
+            quantizer = quantizer_at(self, name)
+            learned.append(None if quantizer is None else quantizer.fused(count))
             if quantizer is not None and learned[-1] is None:
                 return None
         return learned if any(one is not None for one in learned) else None
 
     def attend_and_tell(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | Tensor,
-        bias: Tensor | None,
-        dropout: nn.Module,
-        rank: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, scale: float | Tensor, bias: Tensor | None, dropout: nn.Module
     ) -> tuple[Tensor, Tensor]:
         """What `attend` returns, and the attention probabilities before they are quantized, (B, H, N, M)."""
-        scores = self.scores(q, k, scale, rank)
+        scores = self.scores(q, k, scale)
         probs = dropout((scores if bias is None else scores + bias).softmax(dim=-1))
-        return self.weigh(probs, v, rank), probs
+        return self.weigh(probs, v), probs
 
-    def scores(self, q: Tensor, k: Tensor, scale: float | Tensor, rank: Tensor | None = None) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
         """q̂·k̂ᵀ·scale, (B, H, N, M); arguments as for `attend`."""
-        q, k = apply_quantizer(self, "query", q, rank), apply_quantizer(self, "key", k, rank)
+        q, k = self.operand("query", q), self.operand("key", k)
         return (q * scale) @ for_all_heads(k, q.shape[1]).transpose(-2, -1)
 
-    def weigh(self, probs: Tensor, v: Tensor, rank: Tensor | None = None) -> Tensor:
+    def weigh(self, probs: Tensor, v: Tensor) -> Tensor:
         """The values' sums, weighted by the probabilities (B, H, N, M): (B, H, N, d)."""
-        v = apply_quantizer(self, "value", v, rank)
+        v = self.operand("value", v)
         return apply_quantizer(self, "probs", probs) @ for_all_heads(v, probs.shape[1])
+
+    def operand(self, name: str, x: Tensor) -> Tensor:
+        """q̂, k̂ or v̂ by the name of its site."""
+        return apply_quantizer(self, name, x)
 
     def merge(self, x: Tensor) -> Tensor:
         """The heads' outputs (B, H, N, d), normalised if the module does so, quantized, concatenated to (B, N, C)."""

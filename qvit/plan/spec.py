@@ -23,9 +23,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from qvit.errors import UsageError, nearest, shown
+from qvit.plan.options import checked, declares, option_names, written
 
 #: No model has more, and no file may ask for more: blocks, attention heads of a block, tensors that are quantized.
 MOST_BLOCKS, MOST_HEADS, MOST_SITES = 256, 1024, 20_000
@@ -46,7 +47,6 @@ class PerHead:
     """One scale per attention head; allowed where the site has heads."""
 
 
-ScaleGradient = Literal["count", "norm", "norm-squared", "count-linear"]
 Granularity = PerTensor | PerChannel | PerHead
 GRANULARITIES: dict[str, Granularity] = {"per-tensor": PerTensor(), "per-channel": PerChannel(), "per-head": PerHead()}
 
@@ -100,12 +100,7 @@ class TensorSpec:
         signed: Two's complement grid, or 0 … 2^b - 1.
         symmetric: False adds a learned offset (LSQ+); the grid is then unsigned.
         granularity: What shares a scale.
-        switchable_scale: One scale per width of `bit_width_range` (Q-ViT, section 3.3) instead of one for all widths.
-        width_gradient: How the task's gradient reaches a learned width: through the clipping limits (Q-ViT), by the
-            difference that a bit more or less would make to every element, or by interpolation between the two
-            neighbouring widths (FracBits, Yang and Jin 2021). See `quantizers/lsq.py`.
-        scale_gradient: n of the factor 1/sqrt(n·quant_max) on the gradient of an LSQ scale (`quantizers/lsq.py`): the
-            `count` of the elements, the `norm` Σ|x| of what is quantized or its square (VVTQ), or `count-linear`.
+        options: What the quantizer takes beside these, by name, as far as it differs from the defaults (`options.py`).
         quantizer: Registered name of the quantizer.
         token_bit_width: A lower width for the less important tokens; None: all tokens alike. Needs switchable scales.
     """
@@ -116,9 +111,7 @@ class TensorSpec:
     signed: bool = True
     symmetric: bool = True
     granularity: Granularity = field(default_factory=PerTensor)
-    switchable_scale: bool = False
-    width_gradient: Literal["clipping", "interpolation", "difference"] = "clipping"
-    scale_gradient: ScaleGradient = "count"
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     quantizer: str = "lsq"
     token_bit_width: TokenSplit | None = None
 
@@ -146,22 +139,11 @@ class TensorSpec:
                 )
             if width == 1 and self.signed:
                 raise UsageError("bit_width 1 on a signed grid has no positive level; use an unsigned grid or 2 bits")
-            if self.switchable_scale and not low <= width <= high:
-                raise UsageError(
-                    f"bit_width {width} has no scale: switchable scales are kept for widths {low} to {high}"
-                )
         if not self.symmetric and self.signed:
             raise UsageError("an asymmetric spec has an unsigned grid and an offset: set signed=False")
-        if self.width_gradient not in ("clipping", "interpolation", "difference"):
-            raise UsageError(
-                f"width_gradient {shown(self.width_gradient)} must be 'clipping', 'interpolation' or 'difference'"
-            )
-        if self.scale_gradient not in get_args(ScaleGradient):
-            raise UsageError(
-                f"scale_gradient {shown(self.scale_gradient)} must be one of {', '.join(get_args(ScaleGradient))}"
-            )
         if self.token_bit_width is not None:
             self._check_tokens(self.token_bit_width)
+        object.__setattr__(self, "options", checked(self))
 
     def _check_tokens(self, split: TokenSplit) -> None:
         if not isinstance(split, TokenSplit):
@@ -174,8 +156,6 @@ class TensorSpec:
                 f"the width of less important tokens must be an integer from {self.bit_width_range[0]} to the "
                 f"tensor's width, {min(self.widths)}, unlike {shown(low)}"
             )
-        if not self.switchable_scale or self.learn_bit_width:
-            raise UsageError("two widths in a tensor need a scale for each: set switchable_scale and fixed widths")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -185,15 +165,18 @@ class TensorSpec:
     def changed(self, changes: Mapping[str, Any]) -> TensorSpec:
         """A copy with `changes`, given as in JSON: lists for tuples, granularity by name.
 
-        Unknown keys are refused with the nearest name.
+        The quantizer's options are keys like any other. Unknown keys are refused with the nearest name.
         """
-        known = {f.name for f in dataclasses.fields(self)}
         values: dict[str, Any] = {}
+        options = dict(self.options)
         for key, value in changes.items():
-            if key not in known:
-                raise UsageError(
-                    f"unknown key {shown(key)} in a tensor spec{nearest(key, known)} (keys: {', '.join(sorted(known))})"
-                )
+            if key not in _FIELDS:
+                if not declares(key):
+                    known = spec_keys()
+                    listed = ", ".join(sorted(known))
+                    raise UsageError(f"unknown key {shown(key)} in a tensor spec{nearest(key, known)} (keys: {listed})")
+                options[key] = value
+                continue
             if key == "granularity" and isinstance(value, str):
                 if value not in GRANULARITIES:
                     close = nearest(value, GRANULARITIES)
@@ -209,27 +192,31 @@ class TensorSpec:
             if expected is not None and not isinstance(value, expected):
                 raise UsageError(f"'{key}' of a tensor spec must be {expected.__name__}, not {shown(value)}")
             values[key] = tuple(value) if isinstance(value, list) else value
-        return dataclasses.replace(self, **values)
+        return dataclasses.replace(self, options=options, **values)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, the inverse of `changed` on a default spec."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        values["granularity"] = next(name for name, value in GRANULARITIES.items() if value == self.granularity)
-        split = values.pop("token_bit_width")
-        if split is not None:  # left out otherwise, as the next: plans without them read as they always did
-            values["token_bit_width"] = dataclasses.asdict(split)
-        if self.scale_gradient == "count":
-            del values["scale_gradient"]
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        values: dict[str, Any] = {}
+        for name in (own.name for own in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if name == "options":
+                values |= written(value)
+            elif name == "granularity":
+                values[name] = next(key for key, known in GRANULARITIES.items() if known == value)
+            elif name != "token_bit_width":
+                values[name] = list(value) if isinstance(value, tuple) else value
+            elif value is not None:  # left out otherwise: plans without token groups read as they always did
+                values[name] = dataclasses.asdict(value)
+        return values
 
 
-_PLAIN_TYPES: dict[str, type] = {
-    "learn_bit_width": bool,
-    "signed": bool,
-    "symmetric": bool,
-    "switchable_scale": bool,
-    "quantizer": str,
-}
+_FIELDS = {field.name for field in dataclasses.fields(TensorSpec)} - {"options"}
+_PLAIN_TYPES: dict[str, type] = {"learn_bit_width": bool, "signed": bool, "symmetric": bool, "quantizer": str}
+
+
+def spec_keys() -> set[str]:
+    """The keys that a spec can have in JSON: fields, and options of quantizers."""
+    return _FIELDS | set(option_names())
 
 
 Position = Literal["first", "block", "last"]

@@ -19,7 +19,7 @@ Shapes: `bit_width` is `()` or one number per head, shaped to broadcast against 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from qvit.errors import UsageError
 from qvit.functional import clamp_inward, dequantize, integer_range, quantize, round_ste
 from qvit.kernels.fake_quantize import Learned
+from qvit.kernels.linear import Codes
+from qvit.plan.options import Options
 from qvit.plan.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
 from qvit.quantizers.observers import HistogramObserver
 from qvit.quantizers.ranges import observer_class
@@ -47,13 +49,21 @@ class Quantizer(nn.Module):
     """Base class: width, freezing, calibration state.
 
     Subclasses hold the scale and define `fake_quantize`, `grid` and `initialize`.
+
+    Attributes:
+        options: What the spec's options mean to this quantizer.
     """
+
+    #: Which options it takes beside the fields of a `TensorSpec`.
+    Options: ClassVar[type[Options]] = Options
 
     SUFFIX: ClassVar[str] = "_quantizer"
     #: Whether `fake_quantize` takes a width per token.
     splits_tokens: ClassVar[bool] = False
     #: Whether its values are scale·q + offset.
     uniform: ClassVar[bool] = True
+    #: Whether its codes, once frozen, are x laid on `grid` and rounded, with nothing before that.
+    rounds_only: ClassVar[bool] = False
     #: Names of the parameters that decide a learned width: they have a learning rate of their own, and end with it.
     width_parameters: ClassVar[tuple[str, ...]] = ("bit_width",)
     bit_width: Tensor
@@ -64,7 +74,7 @@ class Quantizer(nn.Module):
             raise UsageError(f"{len(spec.widths)} bit-widths given for a tensor with {layout.num_heads} head(s)")
         if spec.token_bit_width is not None and not self.splits_tokens:
             raise UsageError(f"quantizer '{spec.quantizer}' has one width for all tokens")
-        self.spec, self.layout = spec, layout
+        self.spec, self.layout, self.options = spec, layout, self.Options.of(spec)
         self.scale_shape = _scale_shape(spec, layout)
         shape = layout.heads if len(spec.widths) > 1 and layout.heads else ()
         widths = torch.tensor(spec.widths, dtype=torch.float32).reshape(shape)
@@ -139,7 +149,7 @@ class Quantizer(nn.Module):
         """
         raise NotImplementedError
 
-    def learned(self, count: int, x: Tensor | None = None) -> Learned | None:
+    def fused(self, count: int, x: Tensor | None = None) -> Learned | None:
         """What a fused form of this quantizer and its product needs; None where `forward` itself has to be called.
 
         Args:
@@ -148,14 +158,26 @@ class Quantizer(nn.Module):
         """
         return None
 
+    def row_codes(self, weight: Tensor) -> Codes | None:
+        """The integers of a weight (out, in), int8, and their scales (out,), for products on integers.
+
+        None unless each row has one scale, and for quantizers without such a form.
+        """
+        return None
+
+    @property
+    def fits_int8(self) -> bool:
+        """Whether codes have at most 8 bits, wherever a learned width goes."""
+        return max(self.spec.bit_width_range if self.learns_width else self.spec.widths) <= 8
+
     def rectify(self, x: Tensor) -> Tensor:
         """What is laid on the grid: `x`, unless the quantizer makes its distribution regular first."""
         return x
 
-    def grid(self) -> tuple[Tensor, Tensor | None]:
+    def grid(self, bit_width: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """The active `(scale, offset)`, detached, shaped to broadcast against the viewed tensor.
 
-        The offset is None on a symmetric grid.
+        The offset is None on a symmetric grid. `bit_width` are other widths than its own, as for `fake_quantize`.
         """
         raise NotImplementedError
 
@@ -166,6 +188,11 @@ class Quantizer(nn.Module):
     def initialize(self, observer: HistogramObserver) -> None:
         """Chooses scales and offsets from what was observed, and marks the quantizer as calibrated."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def restore(self, values: Mapping[str, Tensor]) -> None:
+        """Takes `scale` and `offset` back as `grid` returned them; `low_scale`, `low_offset` of a lower width."""
+        self.get_buffer("scale").copy_(values["scale"])
 
     def create_observer(self, name: str = "mse") -> HistogramObserver:
         """An empty observer with one histogram per scale; `mse`, `percentile` or `minmax`."""
@@ -219,11 +246,15 @@ class Quantizer(nn.Module):
         shown = "(" + ", ".join(f"{width:g}" for width in widths) + ")" if len(widths) > 1 else f"{widths[0]:g}"
         granularity = next(name for name, value in GRANULARITIES.items() if value == self.spec.granularity)
         parts = [f"bit_width={shown}", granularity, "learned" if self.learns_width else "fixed"]
-        parts += ["switchable scale"] if self.spec.switchable_scale else []
+        parts += self.extra_words()
         parts += ["unsigned"] if not self.spec.signed else []
         parts += ["offset"] if not self.spec.symmetric else []
         parts += ["off"] if not self.enabled else [] if self.calibrated else ["not calibrated"]
         return ", ".join(parts)
+
+    def extra_words(self) -> list[str]:
+        """What a subclass adds to how it prints."""
+        return []
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from qvit.errors import UsageError
 from qvit.plan.spec import Layout, TensorSpec
-from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers.lsq import LearnedScaleQuantizer, LSQQuantizer
 
 
-class DerivedWidthQuantizer(LSQQuantizer):
+class DerivedWidthQuantizer(LearnedScaleQuantizer):
     """Base class: subclasses add the parameters of `width_parameters`, `derived_width` and `fake_quantize`."""
 
     width_parameters: ClassVar[tuple[str, ...]]

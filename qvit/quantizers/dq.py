@@ -52,7 +52,7 @@ class RangeQuantizer(DerivedWidthQuantizer):
 
     def __init__(self, spec: TensorSpec, layout: Layout) -> None:
         super().__init__(spec, layout)
-        if self.scale_shape != tuple(self.bit_width.shape) or spec.switchable_scale:
+        if self.scale_shape != tuple(self.bit_width.shape) or self.options.switchable_scale:
             raise UsageError(
                 "quantizer 'dq' has one scale and one range for each width: granularity must be 'per-head' for a width "
                 "per head and 'per-tensor' for a single one, and switchable_scale false"

@@ -44,7 +44,7 @@ class MixtureQuantizer(DerivedWidthQuantizer):
 
     def __init__(self, spec: TensorSpec, layout: Layout) -> None:
         super().__init__(spec, layout)
-        if not spec.switchable_scale:
+        if not self.options.switchable_scale:
             raise UsageError("quantizer 'edmips' has a scale for each candidate width: switchable_scale must be true")
         self.logits = nn.Parameter(torch.full((*self.bit_width.shape, len(self.bank_widths)), START))
 
@@ -56,7 +56,7 @@ class MixtureQuantizer(DerivedWidthQuantizer):
         return self.candidates[self.logits.detach().argmax(-1)] if self.calibrated else self.bit_width
 
     def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
-        elements, linear = self._elements_per_scale(x.numel(), x), self.spec.scale_gradient == "count-linear"
+        elements, (_, linear) = self._elements_per_scale(x.numel(), x), self._gradients()
         shares = self.logits.softmax(-1)
         return Mixture.apply(x, self.scale, self.offset, shares, self.candidates, self.spec.signed, elements, linear)
 

@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from qvit.plan.spec import Layout, TensorSpec
 from qvit.quantizers.base import register_quantizer
-from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers.lsq import LearnedScaleQuantizer
 from qvit.quantizers.observers import HistogramObserver
 
 _EPSILON = 1e-5
 
 
 @register_quantizer("irm")
-class RectifiedQuantizer(LSQQuantizer):
+class RectifiedQuantizer(LearnedScaleQuantizer):
     """LSQ behind a normalisation over the last axis.
 
     Attributes:

@@ -19,26 +19,24 @@ import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvit.errors import UsageError
-from qvit.functional import SMALLEST_SCALE, LogFakeQuantize, log_dequantize, log_quantize, pick_column
+from qvit.functional import SMALLEST_SCALE, LogFakeQuantize, log_dequantize, log_quantize
 from qvit.plan.spec import Layout, TensorSpec
-from qvit.quantizers.base import Quantizer, register_quantizer
+from qvit.quantizers.bank import BankQuantizer
+from qvit.quantizers.base import register_quantizer
 from qvit.quantizers.observers import HistogramObserver
 
 _CANDIDATES, _OCTAVES = 64, 4
 
 
 @register_quantizer("log2")
-class Log2Quantizer(Quantizer):
+class Log2Quantizer(BankQuantizer):
     """Powers of two below a scale, and zero.
 
-    Attributes:
-        scale: Parameter of shape `scale_shape + (W,)`, the largest level, W as for LSQ; NaN until calibrated.
+    Its `scale` is the largest level, the value of code 0, and codes are not multiples of it.
     """
-
-    candidates: Tensor
 
     STEPS: ClassVar[int] = 1
     uniform: ClassVar[bool] = False
@@ -49,19 +47,9 @@ class Log2Quantizer(Quantizer):
             raise UsageError(f"quantizer '{spec.quantizer}' is for values from 0 on: signed=False and symmetric=True")
         if spec.learn_bit_width:
             raise UsageError(f"quantizer '{spec.quantizer}' has fixed widths: learn_bit_width must be false")
-        low, high = spec.bit_width_range
-        self.bank_widths = tuple(range(low, high + 1)) if spec.switchable_scale else ()
-        self.register_buffer("candidates", torch.tensor(self.bank_widths, dtype=torch.float32), persistent=False)
-        self.scale = nn.Parameter(torch.full((*self.scale_shape, max(1, len(self.bank_widths))), math.nan))
 
     def fake_quantize(self, x: Tensor) -> Tensor:
-        scale = pick_column(self.scale, self.bit_width, self.candidates).clamp_min(SMALLEST_SCALE)
-        return LogFakeQuantize.apply(x, scale, self.bit_width, self.STEPS)
-
-    @torch.no_grad()
-    def grid(self) -> tuple[Tensor, Tensor | None]:
-        """The value of code 0, and no offset; codes are not multiples of it."""
-        return pick_column(self.scale, self.bit_width, self.candidates).clamp_min(SMALLEST_SCALE), None
+        return LogFakeQuantize.apply(x, self.active_scale(), self.bit_width, self.STEPS)
 
     @torch.no_grad()
     def to_int(self, x: Tensor) -> Tensor:

@@ -2,13 +2,8 @@
 
     LSQ    Esser et al., Learned Step Size Quantization, ICLR 2020     scale learned, gradient × 1/sqrt(n·quant_max)
     LSQ+   Bhalgat et al., CVPR Workshops 2020                         offset learned, where the spec is asymmetric
-    Q-ViT  Li et al. 2022, arXiv 2201.07703, section 3.3               one scale (and offset) per candidate width
+    Q-ViT  Li et al. 2022, arXiv 2201.07703, section 3.3               one scale per candidate width (`bank.py`)
     VVTQ   Huang et al. 2023, arXiv 2307.00331                         other n in 1/sqrt(n·quant_max), see below
-
-`scale` and `offset` are banks of shape `scale_shape + (W,)`: W = 7 for switchable scales of widths 2…8, else 1. The
-column of the current width is picked by a one-hot product, in the graph, so that a width can move without recompiling
-and without asking the GPU; the columns of other widths get a gradient of exactly zero. After freezing, the bank stays
-as it is (the optimizer's state stays valid) and one column of it is read.
 
 The width's gradient, while it is learned, is that of the clipping limits (Q-ViT), which clipped elements feel alone, or
 
@@ -22,7 +17,7 @@ f = b̃ - l,
 
 every element has its say as well, and the forward pass mixes two grids until the widths are frozen.
 
-n of the gradient's factor, by `TensorSpec.scale_gradient`, for the N elements x that share a scale and a width:
+n of the gradient's factor, by option `scale_gradient`, for the N elements x that share a scale and a width:
 
     count   N (LSQ)        count-linear   N·quant_max, so 1/(sqrt(N)·quant_max) (activations in VVTQ's public code)
     norm    Σ|x| (weights in VVTQ's public code)        norm-squared   (Σ|x|)², so 1/(Σ|x|·sqrt(quant_max)) (its paper)
@@ -33,106 +28,54 @@ of LSQ's 2·mean|x|/sqrt(quant_max).
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qvit.functional import SMALLEST_SCALE, integer_range, pick_column, wide
-from qvit.kernels.fake_quantize import FakeQuantize, Learned, Meta, fuses
+from qvit.functional import integer_range, wide
+from qvit.kernels.fake_quantize import FakeQuantize, Grid, Learned, Meta, codes_on, fuses
+from qvit.kernels.linear import Codes
 from qvit.plan.spec import Layout, TensorSpec
-from qvit.quantizers.base import Quantizer, has_hooks, register_quantizer
+from qvit.quantizers.bank import BankQuantizer
+from qvit.quantizers.base import has_hooks, register_quantizer
 from qvit.quantizers.observers import HistogramObserver
 
-#: Forms of `TensorSpec.scale_gradient` that need the tensor itself.
+#: Forms of `ScaleOptions.scale_gradient` that need the tensor itself.
 NORMS = ("norm", "norm-squared")
 
 
-@register_quantizer("lsq")
-class LSQQuantizer(Quantizer):
-    """Learned scale, optionally learned offset, optionally one of each per width.
+class LearnedScaleQuantizer(BankQuantizer):
+    """What LSQ and its relatives share: scales learned by their gradients, on a uniform grid."""
 
-    Attributes:
-        scale: Parameter, `scale_shape + (W,)`, positive; NaN until calibrated.
-        offset: Parameter of the same shape, or None on a symmetric grid.
-    """
-
-    candidates: Tensor
-    groups: tuple[int, ...]
-    num_groups: int
     splits_tokens: ClassVar[bool] = True
 
     def __init__(self, spec: TensorSpec, layout: Layout) -> None:
         super().__init__(spec, layout)
-        low, high = spec.bit_width_range
-        self.bank_widths = tuple(range(low, high + 1)) if spec.switchable_scale else ()
         self.first_width = self.bank_widths[0] if self.bank_widths else 0
-        self.register_buffer("candidates", torch.tensor(self.bank_widths, dtype=torch.float32), persistent=False)
-        shape = (*self.scale_shape, max(1, len(self.bank_widths)))
-        self.scale = nn.Parameter(torch.full(shape, math.nan))
-        self.offset = None if spec.symmetric else nn.Parameter(torch.zeros(shape))
-        self._range: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
-    def _at_width(self, x: Tensor, bit_width: Tensor, limits: tuple[int, int] | None = None) -> Tensor:
+    def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
+        width, limits = (self.bit_width, self._limits()) if bit_width is None else (bit_width, None)
         about = (limits, self.spec.signed, self._elements_per_scale(x.numel(), x), self.first_width)
-        more = (self.spec.width_gradient, self.spec.scale_gradient == "count-linear")
-        return FakeQuantize.apply(x, self.scale, self.offset, bit_width, self.candidates, *about, *more)
+        return FakeQuantize.apply(x, self.scale, self.offset, width, self.candidates, *about, *self._gradients())
+
+    def _limits(self) -> tuple[int, int] | None:
+        """The range of a learned width."""
+        return self.spec.bit_width_range if self.learns_width else None
+
+    def _gradients(self) -> tuple[str, bool]:
+        return self.options.width_gradient, self.options.scale_gradient == "count-linear"
 
     @torch.no_grad()
     def _elements_per_scale(self, count: int, x: Tensor | None) -> Tensor | int:
         """n of the gradient's factor, but for quant_max; activations are counted over the parts of the step's batch."""
-        form = self.spec.scale_gradient
+        form = self.options.scale_gradient
         if form in NORMS:
             assert x is not None
             norm = wide(x.abs()).sum_to_size(self.groups).to(self.scale.dtype) * self.batch_parts
             norm = norm.clamp_min(torch.finfo(norm.dtype).tiny ** 0.25)
             return norm.square() if form == "norm-squared" else norm
         return count * self.batch_parts // self.num_groups
-
-    def learned(self, count: int, x: Tensor | None = None) -> Learned | None:
-        if (
-            type(self) is not LSQQuantizer
-            or not self.enabled
-            or not self.calibrated
-            or self.observer is not None
-            or has_hooks(self)
-            or self.spec.token_bit_width is not None
-            or self.layout.view is not None
-            or (x is None and self.spec.scale_gradient in NORMS)
-            or not fuses(self.scale, x)
-        ):
-            return None
-        limits = self.spec.bit_width_range if self.learns_width else None
-        elements = self._elements_per_scale(count, x)
-        known = None if limits else self._fixed_range()
-        more = (self.spec.width_gradient, self.spec.scale_gradient == "count-linear")
-        meta = Meta(self.candidates, limits, self.spec.signed, elements, known, self.first_width, *more)
-        return Learned(self.scale, self.offset, self.bit_width, meta)
-
-    def _fixed_range(self) -> tuple[Tensor, Tensor]:
-        """`quant_range` of a width that is no parameter, computed once."""
-        if torch.is_inference_mode_enabled() or self.bit_width.is_inference():  # such tensors are of no use in training
-            return integer_range(self.bit_width, self.spec.signed)
-        version = self.bit_width._version
-        if self._range is None or self._range[0] is not self.bit_width or self._range[1] != version:
-            self._range = (self.bit_width, version, integer_range(self.bit_width, self.spec.signed))
-        return self._range[2]
-
-    def active_scale(self) -> Tensor:
-        """The scale of the current width."""
-        return pick_column(self.scale, self.integer_bit_width(), self.candidates).clamp_min(SMALLEST_SCALE)
-
-    def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
-        if bit_width is not None or not self.learns_width:
-            return self._at_width(x, self.bit_width if bit_width is None else bit_width)
-        return self._at_width(x, self.bit_width, self.spec.bit_width_range)
-
-    @torch.no_grad()
-    def grid(self) -> tuple[Tensor, Tensor | None]:
-        width = self.integer_bit_width()
-        offset = None if self.offset is None else pick_column(self.offset, width, self.candidates)
-        return self.active_scale(), offset
 
     @torch.no_grad()
     def initialize(self, observer: HistogramObserver) -> None:
@@ -158,3 +101,50 @@ class LSQQuantizer(Quantizer):
             per_scale = own.flatten().median().expand(self.scale_shape)
         table = torch.tensor(widths, device=own.device, dtype=own.dtype)
         return (per_scale.unsqueeze(-1) == table).to(torch.int64).argmax(-1, keepdim=True)
+
+
+@register_quantizer("lsq")
+class LSQQuantizer(LearnedScaleQuantizer):
+    """Learned scale, optionally learned offset, optionally one of each per width; with fused forms."""
+
+    rounds_only: ClassVar[bool] = True
+    _range: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
+
+    def fused(self, count: int, x: Tensor | None = None) -> Learned | None:
+        if (
+            not self.enabled
+            or not self.calibrated
+            or self.observer is not None
+            or has_hooks(self)
+            or self.spec.token_bit_width is not None
+            or self.layout.view is not None
+            or (x is None and self.options.scale_gradient in NORMS)
+            or not fuses(self.scale, x)
+        ):
+            return None
+        limits = self._limits()
+        known = None if limits else self._fixed_range()
+        about = (self._elements_per_scale(count, x), known, self.first_width)
+        meta = Meta(self.candidates, limits, self.spec.signed, *about, *self._gradients())
+        return Learned(self.scale, self.offset, self.bit_width, meta)
+
+    def _fixed_range(self) -> tuple[Tensor, Tensor]:
+        """`quant_range` of a width that is no parameter, computed once."""
+        if torch.is_inference_mode_enabled() or self.bit_width.is_inference():  # such tensors are of no use in training
+            return integer_range(self.bit_width, self.spec.signed)
+        version = self.bit_width._version
+        if self._range is None or self._range[0] is not self.bit_width or self._range[1] != version:
+            self._range = (self.bit_width, version, integer_range(self.bit_width, self.spec.signed))
+        return self._range[2]
+
+    @torch.no_grad()
+    def row_codes(self, weight: Tensor) -> Codes | None:
+        if not (self.enabled and self.calibrated and self.spec.signed and self.fits_int8):
+            return None
+        scale, offset = self.grid()
+        view = self.view(weight)
+        in_rows = view.shape[-1] == weight.shape[-1] or self.num_groups == 1
+        if offset is not None or not in_rows:
+            return None
+        codes = codes_on(view, Grid(scale, None, *self.quant_range()))
+        return codes.view(weight.shape), scale.expand(*view.shape[:-1], 1).reshape(len(weight))

@@ -40,7 +40,7 @@ class StatsQuantizer(Quantizer):
         super().__init__(spec, layout)
         if not spec.signed or not spec.symmetric:
             raise UsageError("quantizer 'statsq' is for weights: signed=True and symmetric=True")
-        if spec.learn_bit_width or spec.switchable_scale:
+        if spec.learn_bit_width or spec.options.get("switchable_scale"):
             raise UsageError("quantizer 'statsq' has fixed widths: learn_bit_width and switchable_scale must be false")
         self.register_buffer("scale", torch.full(self.scale_shape, math.nan))
 
@@ -66,7 +66,7 @@ class StatsQuantizer(Quantizer):
         return straight_through(x, values)
 
     @torch.no_grad()
-    def grid(self) -> tuple[Tensor, Tensor | None]:
+    def grid(self, bit_width: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         return self.scale, self.scale / 2
 
     @torch.no_grad()

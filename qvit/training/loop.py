@@ -42,7 +42,7 @@ from qvit.data.loading import LoaderLike
 from qvit.errors import QvitError, UsageError
 from qvit.kernels import cpu
 from qvit.models.families import inspect_model
-from qvit.models.layers import QuantLinear, QuantQKV
+from qvit.models.layers import QuantLinear
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, load_state, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
@@ -437,7 +437,7 @@ def run_on_integers(model: nn.Module, config: TrainConfig) -> None:
         lacks = "has no 8-bit dot products (VNNI, AMX)" if cpu.available() else "has no compiled kernels"
         raise UsageError(f"integer_forward would not be faster here, or not exact: this machine {lacks}")
     for module in model.modules():
-        if isinstance(module, (QuantLinear, QuantQKV)):
+        if isinstance(module, QuantLinear):
             module.integer_forward = True
 
 

@@ -18,6 +18,7 @@ from qvit.methods.qvit import QViTMethod
 from qvit.models.convert import Stage, plan_of, quantize, stage_of
 from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel
+from qvit.plan.options import ScaleOptions
 from qvit.plan.quant_plan import QuantPlan
 from qvit.plan.spec import PerHead, TensorSpec
 from qvit.quantizers import quantizers_of
@@ -53,7 +54,7 @@ def plan_for(cost: CostModel, method: str, budget: str | None = "3bit", plan: st
 def test_uniform_plans_site_by_site(cost: CostModel, method: str, bits: int) -> None:
     for name, spec in plan_for(cost, method, f"{bits}bit").items():
         assert spec.widths == ((8,) if name in FIRST_AND_LAST else (bits,)), name
-        assert not spec.learn_bit_width and not spec.switchable_scale
+        assert not spec.learn_bit_width and not ScaleOptions.of(spec).switchable_scale
         assert isinstance(spec.granularity, PerHead) == (name in HEAD_SITES), name
         if name == GELU:
             assert (spec.signed, spec.symmetric) == ((True, True) if method == "lsq" else (False, False))
@@ -138,7 +139,7 @@ def test_qvit_starts_at_its_budget(cost: CostModel, budget: str, start: int) -> 
         expected = 8 if name in FIRST_AND_LAST else start
         assert spec.widths == (expected,) * (HEADS if name in HEAD_SITES else 1), name
         assert spec.learn_bit_width and spec.bit_width_range == (2, 8), "also in the first and the last layer"
-        assert spec.switchable_scale and spec.width_gradient == "interpolation"
+        assert spec.options == {"switchable_scale": True, "width_gradient": "interpolation"}
         assert isinstance(spec.granularity, PerHead) == (name in HEAD_SITES)
         assert spec.signed == (name not in ("blocks.0.attn.probs", GELU)) and spec.symmetric == (name != GELU)
 
@@ -158,7 +159,7 @@ def test_ablations_of_the_paper_are_options(cost: CostModel) -> None:
     assert {shared[name].to_json()["granularity"] for name in HEAD_SITES} == {"per-tensor"}
     assert {len(shared[name].widths) for name in HEAD_SITES} == {HEADS}
     interpolated = plan_for(cost, "qvit", width_gradient="interpolation")
-    assert {spec.width_gradient for spec in interpolated.values()} == {"interpolation"}
+    assert {ScaleOptions.of(spec).width_gradient for spec in interpolated.values()} == {"interpolation"}
     assert all(plan_for(cost, "qvit", initial_bits=6)[name].widths == (6, 6) for name in HEAD_SITES)
 
 

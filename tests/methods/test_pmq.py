@@ -111,7 +111,7 @@ class TestRanking:
 
 
 class TestQuantizer:
-    SPEC = TensorSpec(bit_width=5, switchable_scale=True, token_bit_width=TokenSplit(0.5, 3))
+    SPEC = TensorSpec(bit_width=5, options={"switchable_scale": True}, token_bit_width=TokenSplit(0.5, 3))
 
     def quantizer(self, spec: TensorSpec = SPEC, layout: Layout | None = None) -> Any:
         quantizer = create_quantizer(spec, layout or Layout())
@@ -127,7 +127,7 @@ class TestQuantizer:
         found = quantizer(x, rank)
         important = (rank < 4).unsqueeze(-1) if len(shape) == 3 else (rank < 4)[:, None, :, None]
         for bits, chosen in ((5, important), (3, ~important)):
-            alone = self.quantizer(TensorSpec(bit_width=bits, switchable_scale=True))
+            alone = self.quantizer(TensorSpec(bit_width=bits, options={"switchable_scale": True}))
             alone.load_state_dict(quantizer.state_dict() | {"bit_width": torch.tensor(float(bits))})
             assert torch.equal(found[chosen.expand_as(x)], alone(x)[chosen.expand_as(x)])
 
@@ -170,7 +170,7 @@ class TestQuantizer:
     )
     def test_impossible_specs(self, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(UsageError, match=message):
-            TensorSpec(bit_width=5, switchable_scale=True).changed(changes)
+            TensorSpec(bit_width=5, options={"switchable_scale": True}).changed(changes)
 
 
 class TestModel:

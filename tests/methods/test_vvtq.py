@@ -15,6 +15,7 @@ from qvit.functional import fake_quantize, integer_range
 from qvit.methods import create_method
 from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel
+from qvit.plan.options import ScaleOptions
 from qvit.plan.quant_plan import QuantPlan
 from qvit.plan.spec import Layout, TensorSpec
 from qvit.quantizers import create_quantizer
@@ -85,7 +86,7 @@ def test_gradient_of_the_scale_in_closed_form(form: str, layout: str, learned: b
 
 
 def test_a_weight_of_zeros_has_no_gradient_that_is_not_finite() -> None:
-    quantizer = create_quantizer(TensorSpec(scale_gradient="norm-squared"), Layout())
+    quantizer = create_quantizer(TensorSpec(options={"scale_gradient": "norm-squared"}), Layout())
     torch.nn.init.constant_(quantizer.scale, 0.1)  # type: ignore[arg-type]
     quantizer.calibrated = True
     quantizer(torch.zeros(4, 4)).sum().backward()
@@ -95,9 +96,9 @@ def test_a_weight_of_zeros_has_no_gradient_that_is_not_finite() -> None:
 
 def test_plans_name_the_form_only_where_it_is_not_lsq_s(cost: CostModel) -> None:
     assert "scale_gradient" not in TensorSpec().to_json()
-    spec = TensorSpec(scale_gradient="norm")
+    spec = TensorSpec(options={"scale_gradient": "norm"})
     assert spec.to_json()["scale_gradient"] == "norm" and TensorSpec().changed(spec.to_json()) == spec
-    assert TensorSpec().changed({"bit_width": 4}).scale_gradient == "count"
+    assert ScaleOptions.of(TensorSpec().changed({"bit_width": 4})).scale_gradient == "count"
     with pytest.raises(UsageError, match="scale_gradient 'nrom' must be one of count, norm"):
         TensorSpec().changed({"scale_gradient": "nrom"})
 

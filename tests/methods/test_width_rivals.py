@@ -190,7 +190,7 @@ def test_a_certain_mixture_is_lsq_exactly(heads: bool, offset: bool) -> None:
         mixture.logits[..., 2] = 0.0
     x = torch.randn(3, 2, 5, 4)
     own: dict[str, Any] = {"granularity": PerHead()} if heads else {}
-    spec = TensorSpec((4, 4) if heads else 4, switchable_scale=True, **own, **changes)
+    spec = TensorSpec((4, 4) if heads else 4, options={"switchable_scale": True}, **own, **changes)
     plain: Any = create_quantizer(spec, HEADS if heads else Layout())
     plain.load_state_dict(
         {**{k: v for k, v in mixture.state_dict().items() if k != "logits"}, "bit_width": plain.bit_width}
@@ -235,7 +235,7 @@ def test_gradients_of_logits_by_hand() -> None:
 def test_heads_that_share_a_scale_have_their_own_mixtures() -> None:
     """The bank's gradient is the sum over heads, each with its share, of what LSQ has for it."""
     torch.manual_seed(0)
-    spec = TensorSpec((3, 3), learn_bit_width=True, quantizer="edmips", switchable_scale=True)
+    spec = TensorSpec((3, 3), learn_bit_width=True, quantizer="edmips", options={"switchable_scale": True})
     mixture: Any = create_quantizer(spec, HEADS)
     with torch.no_grad():
         mixture.scale.copy_(torch.rand(7) / 2 + 0.05)
@@ -316,7 +316,9 @@ def test_quantizers_refuse_specs_that_they_cannot_follow(name: str) -> None:
         create_quantizer(TensorSpec(4, quantizer=name), Layout())
     switchable = name == "dq"
     with pytest.raises(UsageError, match="switchable_scale"):
-        create_quantizer(TensorSpec(4, quantizer=name, learn_bit_width=True, switchable_scale=switchable), Layout())
+        create_quantizer(
+            TensorSpec(4, quantizer=name, learn_bit_width=True, options={"switchable_scale": switchable}), Layout()
+        )
     if name == "dq":
         rule = Rule("*fc1.weight", {"quantizer": "dq", "learn_bit_width": True, "granularity": "per-channel"})
         with pytest.raises(UsageError, match="one scale and one range for each width"):

@@ -80,20 +80,18 @@ SPECS = {
     "offset": TensorSpec(bit_width=4, signed=False, symmetric=False),
     "8 bits, unsigned": TensorSpec(bit_width=8, signed=False),
     "per channel": TensorSpec(bit_width=3, granularity=PerChannel()),
-    "switchable": TensorSpec(bit_width=4, learn_bit_width=True, switchable_scale=True),
+    "switchable": TensorSpec(bit_width=4, learn_bit_width=True, options={"switchable_scale": True}),
     **{
         gradient: TensorSpec(
             bit_width=4,
             learn_bit_width=True,
-            switchable_scale=True,
-            width_gradient=gradient,
+            options={"switchable_scale": True, "width_gradient": gradient, "scale_gradient": factor},
             signed=False,
             symmetric=False,
-            scale_gradient=factor,
         )
         for gradient, factor in (("difference", "count"), ("interpolation", "count-linear"))
     },
-    "norm": TensorSpec(bit_width=3, scale_gradient="norm"),
+    "norm": TensorSpec(bit_width=3, options={"scale_gradient": "norm"}),
 }
 
 
@@ -175,8 +173,7 @@ def test_attention_with_learned_widths_and_switchable_scales(plain: Any, learn: 
         bit_width=(3, 4, 6),
         granularity=PerHead(),
         learn_bit_width=learn is not None,
-        width_gradient=learn or "clipping",
-        switchable_scale=True,
+        options={"width_gradient": learn or "clipping", "switchable_scale": True},
         signed=False,
         symmetric=False,
     )

@@ -115,8 +115,10 @@ def valid_specs() -> st.SearchStrategy[TensorSpec]:
             signed=draw(st.booleans()) if symmetric else False,
             symmetric=symmetric,
             granularity=draw(st.sampled_from(list(GRANULARITIES.values()))),
-            switchable_scale=draw(st.booleans()),
-            width_gradient=draw(st.sampled_from(["clipping", "interpolation"])),
+            options={
+                "switchable_scale": draw(st.booleans()),
+                "width_gradient": draw(st.sampled_from(["clipping", "interpolation"])),
+            },
             quantizer=draw(st.text(max_size=5)),
         )
 
@@ -186,7 +188,7 @@ def test_rules_change_only_what_they_name_and_add_up() -> None:
     query, weight, head = (
         plan.sites[name] for name in ("blocks.0.attn.query", "blocks.0.mlp.fc1.weight", "head.weight")
     )
-    assert query == TensorSpec(bit_width=(2, 3, 4), switchable_scale=True, granularity=PerHead())
+    assert query == TensorSpec(bit_width=(2, 3, 4), options={"switchable_scale": True}, granularity=PerHead())
     assert weight == TensorSpec(bit_width=4)
     assert head == TensorSpec(bit_width=6)
     assert plan.rules == () and plan.name == "x"

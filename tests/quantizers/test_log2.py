@@ -97,7 +97,9 @@ def test_calibration_finds_a_scale_no_candidate_beats(name: str) -> None:
 
 def test_a_scale_for_every_width() -> None:
     x = probabilities()
-    spec = TensorSpec(bit_width=3, signed=False, granularity=PerHead(), quantizer="log2", switchable_scale=True)
+    spec = TensorSpec(
+        bit_width=3, signed=False, granularity=PerHead(), quantizer="log2", options={"switchable_scale": True}
+    )
     bank = create_quantizer(spec, PROBS)
     for bits in (3, 6):
         single = create_quantizer(

@@ -83,7 +83,7 @@ class GraphArithmetic(Arithmetic):
             for grid in grids:
                 grid.unit = FLOAT
 
-    def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
+    def encode(self, grid: Grid, x: Tensor) -> Operand:
         x = grid.quantizer.rectify(x)
         x = x if grid.offset is None else x - grid.offset
         step, limits = grid.step, grid.limits

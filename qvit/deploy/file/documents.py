@@ -21,7 +21,6 @@ What is read is plain data of bounded depth with finite numbers. What the words 
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -33,13 +32,12 @@ from qvit.errors import QvitError, UsageError
 from qvit.plan.quant_plan import FORMAT as PLAN_FORMAT
 from qvit.plan.quant_plan import VERSION as PLAN_VERSION
 from qvit.plan.quant_plan import QuantPlan
-from qvit.plan.spec import TensorSpec
+from qvit.plan.spec import TensorSpec, spec_keys
 from qvit.tensors import compact, parse
 
 Values = Mapping[str, Mapping[str, Tensor]]
 _LAST_NUMBER = re.compile(r"(?P<before>.*\.)(?P<number>0|[1-9]\d{0,5})(?P<after>\..*)")
 _TIMES = re.compile(r"([1-9]\d{0,3})\*(0|[1-9]\d{0,4})")
-_SPEC_KEYS = {field.name for field in dataclasses.fields(TensorSpec)}
 _MAX_DEPTH, _LARGEST, _LONGEST, _MOST_SITES = 8, 1 << 53, 1 << 24, 20_000
 _DATA_KEYS = {
     "input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode", "test_input_size", "test_crop_pct",
@@ -120,7 +118,7 @@ def plan_from_text(text: str, model: str) -> tuple[QuantPlan, dict[str, dict[str
 
 def _is_shape(key: str, value: Any) -> bool:
     """Whether an entry of a kind is the shape of a number of its grid, not a part of its spec."""
-    return key not in _SPEC_KEYS and isinstance(value, list)
+    return key not in spec_keys() and isinstance(value, list)
 
 
 def _shapes(kind: Any) -> dict[str, tuple[int, ...]]:

@@ -8,8 +8,7 @@ one per head, so of the bank only what that width picks is kept:
     low_scale    the scale (and `low_offset` the offset) of the lower width, where tokens form two groups
     others       further parameters of the quantizer: `gain` and `shift` of `irm`
 
-Back in a bank, every number stands in the column of its width. The other columns, which nothing reads, repeat the
-largest of them, so that a state dict of the restored model is one of a calibrated model.
+How they get back into a bank is the quantizer's (`Quantizer.restore`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qvit.errors import QvitError
-from qvit.functional import SMALLEST_SCALE, pick_column
+from qvit.functional import SMALLEST_SCALE
 from qvit.quantizers import Quantizer
 
 Numbers = dict[str, Tensor]
@@ -38,11 +37,8 @@ def grid_values(quantizer: Quantizer) -> dict[str, Tensor]:
     values = {"scale": scale} if offset is None else {"scale": scale, "offset": offset}
     split = quantizer.spec.token_bit_width
     if split is not None:
-        for name in ("scale", "offset"):
-            bank = getattr(quantizer, name, None)
-            if bank is not None:
-                low = pick_column(bank, bank.new_tensor(float(split.low)), _candidates(quantizer))
-                values[f"low_{name}"] = low.clamp_min(SMALLEST_SCALE) if name == "scale" else low
+        low = zip(("low_scale", "low_offset"), quantizer.grid(scale.new_tensor(float(split.low))), strict=True)
+        values |= {name: value for name, value in low if value is not None}
     others = {name: value for name, value in quantizer.state_dict().items() if name not in _GRID}
     return {name: value.detach() for name, value in (values | others).items()}
 
@@ -60,9 +56,7 @@ def set_grid(quantizer: Quantizer, values: Mapping[str, Tensor]) -> None:
             raise QvitError(f"its {name} is not finite, or beyond {LARGEST:,.0f}")
         if name.endswith("scale") and not bool((value >= SMALLEST_SCALE).all()):
             raise QvitError(f"its {name} is not positive")
-    for name in ("scale", "offset"):
-        if name in values:
-            _set_bank(quantizer, name, values)
+    quantizer.restore(values)
     state = quantizer.state_dict()
     for name, value in values.items():
         if name in state and name not in _GRID:
@@ -72,44 +66,6 @@ def set_grid(quantizer: Quantizer, values: Mapping[str, Tensor]) -> None:
     wrong = [name for name, value in values.items() if not torch.equal(restored[name], value)]
     if wrong:
         raise QvitError(f"its {wrong[0]} cannot be that of its widths")
-
-
-def _set_bank(quantizer: Quantizer, name: str, values: Mapping[str, Tensor]) -> None:
-    """Writes the scale or the offset into the columns of the widths that use it."""
-    bank, active = getattr(quantizer, name, None), values[name]
-    if not isinstance(bank, Tensor):  # a grid's offset that follows from its scale
-        return
-    if bank.dim() == len(quantizer.scale_shape):
-        bank.copy_(active)
-        return
-    if bank.shape[-1] == 1:
-        bank.copy_(active.unsqueeze(-1))
-        return
-    places = bank.shape[:-1]
-    width = quantizer.integer_bit_width().expand(quantizer.groups)
-    bank.copy_(_largest(active, places).unsqueeze(-1).expand_as(bank))
-    split = quantizer.spec.token_bit_width
-    for column, candidate in enumerate(_candidates(quantizer).tolist()):
-        if split is not None and candidate == split.low:
-            bank[..., column] = values[f"low_{name}"]
-        own = width == candidate
-        if bool(own.any()):
-            there = _largest(own.to(active.dtype), places) > 0
-            value = _largest(torch.where(own, active, -torch.inf), places)
-            bank[..., column] = torch.where(there, value, bank[..., column])
-
-
-def _largest(x: Tensor, shape: torch.Size) -> Tensor:
-    """The maximum over the axes along which a tensor of `shape` would be broadcast to `x`."""
-    while x.dim() > len(shape):
-        x = x.amax(0)
-    axes = [axis for axis, size in enumerate(shape) if size == 1 and x.shape[axis] > 1]
-    return x.amax(axes, keepdim=True) if axes else x
-
-
-def _candidates(quantizer: Quantizer) -> Tensor:
-    """The width of each column of the banks."""
-    return quantizer.get_buffer("candidates")
 
 
 def by_kind(grids: Mapping[str, Numbers]) -> tuple[Numbers, Numbers, Numbers]:

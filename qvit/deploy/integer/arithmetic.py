@@ -10,12 +10,12 @@ are applied after each sum, in one order everywhere:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from qvit.functional import pick_column, quantize
+from qvit.functional import quantize
 from qvit.quantizers import Quantizer
 
 if TYPE_CHECKING:
@@ -92,18 +92,18 @@ class Arithmetic:
         """The codes of a layer's output (..., out), equal parts of which have a grid each, and their zero point."""
         raise NotImplementedError
 
-    def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
-        """The integers of an activation, with scale and offset; `rank` where tokens differ in width."""
-        if grid.splits_tokens:
-            return self.encode_tokens(grid, x, grid.quantizer.token_bit_width(x, rank))
+    def encode(self, grid: Grid, x: Tensor) -> Operand:
+        """The integers of an activation, with scale and offset."""
         return Operand(grid.quantizer.to_int(x), grid.scale, grid.offset)
+
+    def encode_ranked(self, grid: Grid, x: Tensor, rank: Tensor) -> Operand:
+        """The same where tokens differ in width, by their ranking."""
+        return self.encode_tokens(grid, x, grid.quantizer.token_bit_width(x, rank))
 
     def encode_tokens(self, grid: Grid, x: Tensor, width: Tensor) -> Operand:
         """The integers of tokens that have these widths."""
-        banks: Any = grid.quantizer
-        scale = pick_column(banks.scale, width, banks.candidates)
-        offset = None if banks.offset is None else pick_column(banks.offset, width, banks.candidates)
-        return Operand(quantize(banks.rectify(x), scale, width, grid.signed, offset), scale, offset)
+        scale, offset = grid.quantizer.grid(width)
+        return Operand(quantize(grid.quantizer.rectify(x), scale, width, grid.signed, offset), scale, offset)
 
     def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
         """Told of every product before it is built: the grids of its activations, and the integers of its weight."""

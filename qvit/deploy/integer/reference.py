@@ -38,9 +38,9 @@ from qvit.deploy.integer.arithmetic import Arithmetic, Grid, Operand
 from qvit.deploy.integer.simulated import simulated_products, why_simulated
 from qvit.errors import UsageError
 from qvit.models.convert import Stage, stage_of
-from qvit.models.layers import QKV, AttentionSites, QuantConv2d, QuantLinear, QuantQKV, for_all_heads
+from qvit.models.families.tokens import RankedLinear, RankedSites
+from qvit.models.layers import QKV, AttentionSites, QuantConv2d, QuantLinear, for_all_heads, quantizer_at, weight_parts
 from qvit.quantizers import Quantizer
-from qvit.quantizers.lsq import LSQQuantizer
 
 
 class IntegerLinear(nn.Module):
@@ -91,13 +91,21 @@ class IntegerLinear(nn.Module):
             exact = exact + own.double() * sums
         self.register_buffer("bias", exact.float())
 
-    def forward(self, x: Tensor | Operand, rank: Tensor | None = None) -> Tensor:
-        operand = x if isinstance(x, Operand) else self.arithmetic.encode(self.grid, x, rank)
+    def forward(self, x: Tensor | Operand) -> Tensor:
+        operand = x if isinstance(x, Operand) else self.arithmetic.encode(self.grid, x)
         if self.patch is None:
             return self.arithmetic.project(operand, self)
         rows, grid = patches(operand.codes, self.patch)
         y = self.arithmetic.project(replace(operand, codes=rows), self)
         return y.transpose(1, 2).unflatten(2, grid)
+
+
+class RankedIntegerLinear(IntegerLinear):
+    """The same for ranked tokens."""
+
+    def forward(self, x: Tensor, rank: Tensor) -> Tensor:
+        grid = self.grid
+        return super().forward(self.arithmetic.encode_ranked(grid, x, rank) if grid.splits_tokens else x)
 
 
 def patches(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
@@ -118,47 +126,39 @@ class IntegerAttention:
     #: Whether q, k, v leave their projection as codes.
     projects_codes: bool
 
-    def fused_projection(self, x: Tensor, rank: Tensor | None = None) -> Any:
+    def fused_projection(self, x: Tensor) -> Any:
         module: Any = self
         if not self.projects_codes:
-            return super().fused_projection(x, rank)  # type: ignore[misc]
+            return super().fused_projection(x)  # type: ignore[misc]
         grids = tuple(module.grids[name] for name in QKV)
         codes, zero = self.arithmetic.project_codes(self.arithmetic.encode(module.qkv.grid, x), module.qkv, grids)
         parts = codes.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return tuple(Operand(part, own.scale, own.offset, zero) for part, own in zip(parts, grids, strict=True))
 
-    def scores(self, q: Tensor, k: Tensor, scale: float | Tensor, rank: Tensor | None = None) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
         module: Any = self
         if "scores" in self.simulated:
-            return super().scores(q, k, scale, rank)  # type: ignore[misc]
+            return super().scores(q, k, scale)  # type: ignore[misc]
         if isinstance(q, Operand) and isinstance(k, Operand):
             left, right = q, k
         else:
-            left = self.arithmetic.encode(module.grids["query"], q, rank)
-            right = self.arithmetic.encode(module.grids["key"], for_all_heads(k, q.shape[1]), rank)
+            left = self.arithmetic.encode(module.grids["query"], q)
+            right = self.arithmetic.encode(module.grids["key"], for_all_heads(k, q.shape[1]))
         codes, own, offset = (
             t if t is None or t.dim() < 2 else t.transpose(-2, -1) for t in (right.codes, right.scale, right.offset)
         )
         return self.arithmetic.product(left, replace(right, codes=codes, scale=own, offset=offset), scale)
 
-    def weigh(self, probs: Tensor, v: Tensor, rank: Tensor | None = None) -> Tensor:
+    def weigh(self, probs: Tensor, v: Tensor) -> Tensor:
         module: Any = self
         if "weigh" in self.simulated:
-            return super().weigh(probs, v, rank)  # type: ignore[misc]
-        left, grid = self.arithmetic.encode(module.grids["probs"], probs), module.grids["value"]
+            return super().weigh(probs, v)  # type: ignore[misc]
+        left = self.arithmetic.encode(module.grids["probs"], probs)
         if isinstance(v, Operand):
             return self.arithmetic.product(left, v)
-        v = for_all_heads(v, probs.shape[1])
-        if not grid.splits_tokens:
-            return self.arithmetic.product(left, self.arithmetic.encode(grid, v))
-        own = grid.quantizer.bit_width
-        low = torch.full_like(own, grid.quantizer.spec.token_bit_width.low)
-        important = grid.quantizer.token_bit_width(v, rank) == own
-        total = torch.zeros((), device=v.device)
-        for width, group in ((own, important), (low, ~important)):
-            right = self.arithmetic.encode_tokens(grid, v, width)
-            total = total + self.arithmetic.product(left, replace(right, codes=right.codes * group))
-        return total
+        return self.arithmetic.product(
+            left, self.arithmetic.encode(module.grids["value"], for_all_heads(v, probs.shape[1]))
+        )
 
     def merge(self, x: Tensor) -> Any:
         """The heads' outputs as an operand of `proj`, (B, N, C)."""
@@ -169,6 +169,37 @@ class IntegerAttention:
         operand = self.arithmetic.encode(module.grids["output"], x)
         scale = operand.scale if operand.scale.dim() < 2 else operand.scale.flatten().unsqueeze(-1)
         return Operand(operand.codes.transpose(1, 2).flatten(2), scale, operand.offset, operand.zero)
+
+
+class RankedIntegerAttention(IntegerAttention):
+    """The same over ranked tokens; values of the two groups, whose scales differ, are weighted apart."""
+
+    def ranked_operand(self, name: str, x: Tensor, rank: Tensor) -> Any:
+        module: Any = self
+        if ("weigh" if name == "value" else "scores") in self.simulated:
+            return super().ranked_operand(name, x, rank)  # type: ignore[misc]
+        x, grid = for_all_heads(x, module.num_heads), module.grids[name]
+        if not grid.splits_tokens:
+            return self.arithmetic.encode(grid, x)
+        if name != "value":
+            return self.arithmetic.encode_ranked(grid, x, rank)
+        own = grid.quantizer.bit_width
+        low = torch.full_like(own, grid.quantizer.spec.token_bit_width.low)
+        important = grid.quantizer.token_bit_width(x, rank) == own
+        groups = [
+            (self.arithmetic.encode_tokens(grid, x, width), group)
+            for width, group in ((own, important), (low, ~important))
+        ]
+        return [replace(operand, codes=operand.codes * group) for operand, group in groups]
+
+    def weigh(self, probs: Tensor, v: Any) -> Tensor:
+        if not isinstance(v, list):
+            return super().weigh(probs, v)
+        module: Any = self
+        left, total = self.arithmetic.encode(module.grids["probs"], probs), torch.zeros((), device=probs.device)
+        for right in v:
+            total = total + self.arithmetic.product(left, right)
+        return total
 
 
 def integer_form(
@@ -191,10 +222,10 @@ def integer_form(
     outputs: dict[str, Quantizer | None] = {}
     for path, module in list(target.named_modules()):
         if isinstance(module, AttentionSites):
-            outputs[f"{path}.proj"] = getattr(module, "output_quantizer", None)
+            outputs[f"{path}.proj"] = quantizer_at(module, "output")
     for path, module in list(target.named_modules()):
-        if isinstance(module, (QuantLinear, QuantConv2d, QuantQKV)):
-            own = outputs[path] if path in outputs else getattr(module, "input_quantizer", None)
+        if isinstance(module, (QuantLinear, QuantConv2d)):
+            own = outputs[path] if path in outputs else quantizer_at(module, "input")
             if why_simulated(module, own) is None:
                 target.set_submodule(path, _layer(path, module, own, arithmetic, codes))
     for path, module in list(target.named_modules()):
@@ -206,10 +237,7 @@ def integer_form(
                 arithmetic,
                 simulated_products(module, projects=isinstance(module.proj, IntegerLinear)),
             )
-            found = {
-                name: getattr(module, f"{name}_quantizer", None)
-                for name in ("query", "key", "probs", "value", "output")
-            }
+            found = {name: quantizer_at(module, name) for name in (*QKV, "probs", "output")}
             grids = {name: Grid(own) for name, own in found.items() if own is not None and own.uniform}
             for product, names in (("scores", ("query", "key")), ("weigh", ("probs", "value"))):
                 if product not in new.simulated:
@@ -231,15 +259,14 @@ def _can_project_codes(module: Any) -> bool:
     ):
         return False
     layer, grids = module.qkv, [module.grids[name] for name in QKV]
-    plain = all(
-        type(own.quantizer) is LSQQuantizer and not own.splits_tokens and own.unit != "float32" for own in grids
-    )
+    plain = all(own.quantizer.rounds_only and not own.splits_tokens and own.unit != "float32" for own in grids)
     return plain and len({own.signed for own in grids}) == 1 and layer.segments == 1 and layer.weight_offset is None
 
 
 @functools.cache
 def _integer_class(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Integer{cls.__name__}", (IntegerAttention, cls), {})
+    own: type = RankedIntegerAttention if issubclass(cls, RankedSites) else IntegerAttention
+    return type(f"Integer{cls.__name__}", (own, cls), {})
 
 
 def report_of(model: nn.Module) -> dict[str, str | None]:
@@ -248,10 +275,10 @@ def report_of(model: nn.Module) -> dict[str, str | None]:
     for path, module in model.named_modules():
         if isinstance(module, IntegerLinear):
             found[path] = None
-        elif isinstance(module, (QuantLinear, QuantConv2d, QuantQKV)):
+        elif isinstance(module, (QuantLinear, QuantConv2d)):
             attention = model.get_submodule(path.rpartition(".")[0])
             inner = isinstance(attention, IntegerAttention) and path.endswith(".proj")
-            own = getattr(attention, "output_quantizer", None) if inner else getattr(module, "input_quantizer", None)
+            own = quantizer_at(attention, "output") if inner else quantizer_at(module, "input")
             found[path] = why_simulated(module, own)
         if isinstance(module, IntegerAttention):
             found |= {f"{path}.{name}": module.simulated.get(name) for name in ("scores", "weigh")}
@@ -274,18 +301,16 @@ def _layer(
     """The integer form of a layer."""
     assert quantizer is not None
     layer: Any = module
-    if isinstance(module, QuantQKV):
-        thirds = [
-            _weight(f"{path}.{name}_weight", getattr(module, f"{name}_weight_quantizer"), part, integers)
-            for name, part in zip(("query", "key", "value"), module.weight.chunk(3), strict=True)
-        ]
-        codes, scale = torch.cat([third[0] for third in thirds]), torch.cat([third[1] for third in thirds], dim=1)
-        offsets = [torch.zeros_like(third[1]) if third[2] is None else third[2] for third in thirds]
-        offset = torch.cat(offsets, dim=1) if any(third[2] is not None for third in thirds) else None
-    else:
-        codes, scale, offset = _weight(f"{path}.weight", layer.weight_quantizer, layer.weight, integers)
+    parts = [
+        _weight(f"{path}.{leaf}", getattr(module, leaf + Quantizer.SUFFIX), part, integers)
+        for leaf, part in weight_parts(module).items()
+    ]
+    codes, scale = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], dim=1)
+    offsets = [torch.zeros_like(part[1]) if part[2] is None else part[2] for part in parts]
+    offset = torch.cat(offsets, dim=1) if any(part[2] is not None for part in parts) else None
     patch = tuple(layer.kernel_size) if isinstance(module, nn.Conv2d) else None
-    return IntegerLinear(codes, scale, offset, layer.bias, quantizer, arithmetic, patch)
+    cls = RankedIntegerLinear if isinstance(module, RankedLinear) else IntegerLinear
+    return cls(codes, scale, offset, layer.bias, quantizer, arithmetic, patch)
 
 
 def _weight(

@@ -6,12 +6,10 @@ tensor, per head, or per row of a weight. A layer that has none of that keeps it
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from qvit.models.layers import QuantConv2d, QuantQKV
+from qvit.models.layers import QuantConv2d, quantizer_at, weight_parts
 from qvit.quantizers import Quantizer
 
 WIDEST = 8
@@ -19,12 +17,7 @@ WIDEST = 8
 
 def why_simulated(module: nn.Module, quantizer: Quantizer | None) -> str | None:
     """Why a layer cannot be computed on integers; None if it can."""
-    own: Any = module
-    if isinstance(module, QuantQKV):
-        thirds = zip(("query", "key", "value"), module.weight.chunk(3), strict=True)
-        weights = [(getattr(module, f"{name}_weight_quantizer", None), part) for name, part in thirds]
-    else:
-        weights = [(getattr(module, "weight_quantizer", None), own.weight)]
+    weights = [(quantizer_at(module, leaf), part) for leaf, part in weight_parts(module).items()]
     if isinstance(module, QuantConv2d) and not _is_patches(module):
         return "a convolution of overlapping or padded patches"
     for each, weight in ((quantizer, None), *weights):
@@ -63,7 +56,7 @@ def simulated_products(attention: nn.Module, *, projects: bool) -> dict[str, str
     found: dict[str, str] = {}
     for product, names in (("scores", ("query", "key")), ("weigh", ("probs", "value"))):
         for name in names:
-            own = getattr(attention, f"{name}_quantizer", None)
+            own = quantizer_at(attention, name)
             reason = _no_integers(own)
             if reason is None and own is not None:
                 reason = _varying(own, name, getattr(attention, "num_heads", 1))

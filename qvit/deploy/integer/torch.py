@@ -48,9 +48,7 @@ class TorchArithmetic(Arithmetic):
         for grid in grids:
             grid.unit = "float32"
 
-    def encode(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
-        if grid.splits_tokens:
-            return self.encode_tokens(grid, x, grid.quantizer.token_bit_width(x, rank))
+    def encode(self, grid: Grid, x: Tensor) -> Operand:
         x = grid.quantizer.rectify(x).float()
         x = (x if grid.offset is None else x - grid.offset) / grid.scale
         codes = (

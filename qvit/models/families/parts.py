@@ -29,7 +29,7 @@ from torch import nn
 
 from qvit.errors import UsageError
 from qvit.models.families.activations import activation_spec
-from qvit.models.families.tokens import RankedMlp
+from qvit.models.families.tokens import RankedLinear, RankedMlp, RankedQKV
 from qvit.models.layers import (
     QKV,
     QuantConv2d,
@@ -137,7 +137,7 @@ def channels_last(module: nn.Module) -> bool:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether the computation of a layer is known; a subclass of a float one may compute something else."""
-    return type(module) in (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d, QuantQKV)
+    return type(module) in (nn.Linear, nn.Conv2d, QuantLinear, QuantConv2d, QuantQKV, RankedLinear, RankedQKV)
 
 
 def linear_part(

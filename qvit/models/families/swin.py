@@ -36,8 +36,17 @@ from qvit.models.families.parts import (
     mlp_parts,
     patch_embedding,
 )
-from qvit.models.families.tokens import RankedMlp, magnitude, rank_tokens, splits_tokens, with_tokens
-from qvit.models.layers import AttentionSites, Specs, adopt
+from qvit.models.families.tokens import (
+    RankedMlp,
+    RankedSites,
+    magnitude,
+    rank_attention,
+    rank_mlp,
+    rank_tokens,
+    splits_tokens,
+    with_tokens,
+)
+from qvit.models.layers import AttentionSites, Specs
 from qvit.plan.spec import Site
 
 
@@ -55,14 +64,14 @@ class QuantWindowAttention(AttentionSites, WindowAttention):
         return self.proj_drop(self.project(x))
 
 
-class RankedWindowAttention(QuantWindowAttention):
+class RankedWindowAttention(RankedSites, QuantWindowAttention):
     """The same with the tokens of each window ranked by the mean |x| of its input."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         rank = rank_tokens(magnitude(x))
-        q, k, v = self.fused_projection(x, rank)
+        q, k, v = self.split(self.qkv(x, rank))
         bias = windows_bias(self._get_rel_pos_bias(), mask, x.shape[0])
-        x = self.attend(q, k, v, self.scale, bias, self.attn_drop, rank)
+        x, _ = self.attend_ranked(q, k, v, self.scale, bias, self.attn_drop, rank)
         return self.proj_drop(self.project(x))
 
 
@@ -131,6 +140,6 @@ class Swin(FamilyOfParts):
         if splits_tokens(specs):
             for path, module in list(model.named_modules()):
                 if type(module) is QuantWindowAttention:
-                    model.set_submodule(path, adopt(RankedWindowAttention, module))
+                    model.set_submodule(path, rank_attention(module, RankedWindowAttention))
                 elif type(module) is Mlp:
-                    model.set_submodule(path, adopt(RankedMlp, module))
+                    model.set_submodule(path, rank_mlp(module))

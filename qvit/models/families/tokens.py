@@ -7,6 +7,7 @@ outside, so interleaved batches cannot mix, `torch.compile` sees one graph, and 
     RankedBlock       ranks its tokens once, for all its activations
     RankedAttention   also returns how much attention each token received from the class token, mean over heads
     RankedMlp         takes a ranking; without one (Swin) it ranks by the mean |x| of its input
+    RankedLinear      tells it to the quantizer of its input, as `RankedSites` does for q, k and v
 
     score_t = mean_h probs[h, class, t] of the previous block;  without one (first block, no class token):  mean |x_t|
 
@@ -27,9 +28,19 @@ import torch
 from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from qvit.errors import UsageError
-from qvit.models.layers import AttentionSites, Specs, additive_mask, adopt
+from qvit.models.layers import (
+    QKV,
+    AttentionSites,
+    QuantLinear,
+    QuantQKV,
+    Specs,
+    additive_mask,
+    adopt,
+    quantizer_at,
+)
 from qvit.plan.spec import Site
 
 #: Activations of a block, below its path, whose tokens may differ in width.
@@ -56,6 +67,49 @@ def magnitude(x: Tensor) -> Tensor:
     return x.detach().abs().mean(-1)
 
 
+def apply_ranked(module: nn.Module, leaf: str, x: Tensor, rank: Tensor) -> Tensor:
+    """`layers.apply_quantizer` for tokens whose importance is `rank`, (B, N)."""
+    quantizer = quantizer_at(module, leaf)
+    return x if quantizer is None else quantizer(x, rank)
+
+
+class RankedLinear(QuantLinear):
+    """A linear layer for ranked tokens."""
+
+    def forward(self, input: Tensor, rank: Tensor) -> Tensor:
+        weight = self.quantized_weight()
+        return F.linear(apply_ranked(self, "input", input, rank), weight, self.bias)
+
+
+class RankedQKV(RankedLinear, QuantQKV):
+    """A fused q|k|v projection for ranked tokens."""
+
+
+class RankedSites(AttentionSites):
+    """Attention over ranked tokens: q, k, v are quantized by their ranking before anything else."""
+
+    def attend_ranked(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | Tensor,
+        bias: Tensor | None,
+        dropout: nn.Module,
+        rank: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """`attend_and_tell` with the tokens' ranking, (B, N)."""
+        q, k, v = (self.ranked_operand(name, x, rank) for name, x in zip(QKV, (q, k, v), strict=True))
+        return self.attend_and_tell(q, k, v, scale, bias, dropout)
+
+    def ranked_operand(self, name: str, x: Tensor, rank: Tensor) -> Any:
+        """What `scores` and `weigh` get for q, k or v."""
+        return apply_ranked(self, name, x, rank)
+
+    def operand(self, name: str, x: Tensor) -> Tensor:
+        return x
+
+
 class RankedMlp(Mlp):
     """timm's Mlp with a ranking of its tokens; same parameters."""
 
@@ -65,17 +119,17 @@ class RankedMlp(Mlp):
         return self.drop2(self.fc2(self.norm(x), rank))
 
 
-class RankedAttention(AttentionSites, Attention):
+class RankedAttention(RankedSites, Attention):
     """timm's Attention with quantized operands and a ranking of its tokens; same parameters."""
 
     def forward(
         self, x: Tensor, rank: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The output (B, N, C), and the attention that each token received from the first one, (B, N)."""
-        q, k, v = self.fused_projection(x, rank)
+        q, k, v = self.split(self.qkv(x, rank))
         q, k = self.q_norm(q), self.k_norm(k)
         mask = additive_mask(attn_mask, is_causal, q)
-        x, probs = self.attend_and_tell(q, k, v, self.scale, mask, self.attn_drop, rank)
+        x, probs = self.attend_ranked(q, k, v, self.scale, mask, self.attn_drop, rank)
         return self.proj_drop(self.project(x)), probs[:, :, 0].detach().mean(1)
 
 
@@ -140,6 +194,20 @@ def patch_grid(model: nn.Module, block: str, size: tuple[int, int]) -> tuple[int
     return int(rows), int(columns)
 
 
+def rank_attention(attention: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    """A quantized attention module as a `cls`, whose projection takes a ranking."""
+    ranked: Any = adopt(cls, attention)
+    ranked.qkv = adopt(RankedQKV, ranked.qkv)
+    return ranked
+
+
+def rank_mlp(mlp: nn.Module) -> RankedMlp:
+    """A converted Mlp as one whose layers take a ranking."""
+    ranked = adopt(RankedMlp, mlp)
+    ranked.fc1, ranked.fc2 = adopt(RankedLinear, ranked.fc1), adopt(RankedLinear, ranked.fc2)
+    return ranked
+
+
 def rank_blocks(model: nn.Module) -> None:
     """Makes the blocks of a converted VisionTransformer rank their tokens, in place."""
     vit: Any = model
@@ -147,6 +215,6 @@ def rank_blocks(model: nn.Module) -> None:
         ranked: Any = adopt(RankedBlock, block)
         ranked.prefix_tokens = vit.num_prefix_tokens
         ranked.has_class_token = bool(vit.has_class_token)
-        ranked.attn, ranked.mlp = adopt(RankedAttention, block.attn), adopt(RankedMlp, block.mlp)
+        ranked.attn, ranked.mlp = rank_attention(block.attn, RankedAttention), rank_mlp(block.mlp)
         vit.blocks.set_submodule(path, ranked)
     vit.blocks = adopt(RankedBlocks, vit.blocks)
