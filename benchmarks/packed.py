@@ -36,7 +36,7 @@ from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.summary import describe
 from qvit.deploy.packages import missing
 from qvit.files import write_json
-from qvit.methods.ptq.method import post_training_quantize
+from qvit.methods.ptq.method import ptq
 from qvit.models.create import create_model
 from qvit.version import __version__
 
@@ -95,7 +95,7 @@ def of_timm_model(options: argparse.Namespace) -> Iterable[dict[str, Any]]:
         if options.images and 50 * len(scored) >= options.images:
             break
     for plan in options.plans:
-        quantized = post_training_quantize(model, plan, images)
+        quantized = ptq(model, plan, images)
         artifact = Artifact.from_model(quantized, model_name=options.model, plan_name=plan)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "packed.safetensors"

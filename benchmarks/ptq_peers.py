@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from qvit.data.open import calibration_batches, data_config_of, eval_loader, open_source
 from qvit.deploy.packages import openvino_core
-from qvit.methods.ptq.method import post_training_quantize
+from qvit.methods.ptq.method import ptq
 from qvit.models.create import create_model
 
 Answer = Callable[[Tensor], Tensor]
 
 
 def qvit_w8a8(model: nn.Module, images: list[Tensor], _: Path) -> Answer:
-    quantized = post_training_quantize(model, "w8a8", images)
+    quantized = ptq(model, "w8a8", images)
     return torch.no_grad()(quantized)
 
 

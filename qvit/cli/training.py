@@ -149,9 +149,9 @@ def train(
         raise UsageError(f"'{twice[0]}' is given twice, as an option of its own and with --set")
     config, has_data = _config(model, given | settings, dry_run=dry_run)
     if dry_run:
-        from qvit.runs.dry_run import plan_run
+        from qvit.runs.dry_run import dry_run as plan_of_run
 
-        return _show_plan(plan_run(config, with_data=has_data), as_json)
+        return _show_plan(plan_of_run(config, with_data=has_data), as_json)
     assert run is not None
     notify = (lambda _: None) if quiet or as_json else say
     result = runs.train(config, run, overwrite=overwrite, quiet=quiet or as_json, notify=notify)

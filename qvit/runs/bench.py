@@ -1,6 +1,6 @@
 """One benchmark from options to plain data: the run behind `qvit bench`.
 
-    MODEL   float model → post_training_quantize(plan) → artifact in memory ┐
+    MODEL   float model → ptq(plan) → artifact in memory ┐
     FILE    artifact → float model with the file's dequantized weights      ┴→ our engines, peers → measure → rows
 
 Images are of the user's data, or noise. Noise is as good for the speed, which does not depend on the values; what the
@@ -35,7 +35,7 @@ from qvit.deploy.bench.peers import Material
 from qvit.deploy.bench.timing import Progress, answers, batch_of, measure, rows_of
 from qvit.deploy.packages import missing
 from qvit.errors import QvitError, UsageError
-from qvit.methods.ptq.method import post_training_quantize
+from qvit.methods.ptq.method import ptq
 from qvit.models.convert import plan_of
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
@@ -230,7 +230,7 @@ def _open_model(request: BenchRequest, notify: Callable[[str], None]) -> _Subjec
     calibration, judged, images = _images(request, config, bundle)
     plan = request.plan or DEFAULT_PLAN
     notify(f"quantizing {request.model} by {plan} on {sum(map(len, calibration))} images: {images}")
-    quantized = post_training_quantize(model, plan, calibration)
+    quantized = ptq(model, plan, calibration)
     artifact = Artifact.from_model(
         quantized,
         model_name=request.model,

@@ -38,7 +38,7 @@ from qvit.training.loop import micro_batch
 from qvit.training.optimizer import create_optimizer
 
 
-def plan_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
+def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
     """The plan of a training run.
 
     Args:

@@ -1,6 +1,6 @@
 """One post-training quantization from a config to its directory: the run behind `qvit ptq`.
 
-    open images → float model → [sensitivity → allocation] → post_training_quantize → score both models → files
+    open images → float model → [sensitivity → allocation] → ptq → score both models → files
 
 The directory is that of `runs/directory.py` (without checkpoints), so `qvit evaluate`, `report`, `plan show` and
 `train --plan` take it. Calibration images are drawn by the seed from the training images; the test images are opened
@@ -30,7 +30,8 @@ from qvit.data.open import calibration_batches, data_config_of, eval_loader, ope
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_json
 from qvit.measure import Sensitivity, measure_sensitivity
-from qvit.methods.ptq.method import FirstImages, PTQOptions, post_training_quantize, ptq_plan
+from qvit.methods.ptq.method import FirstImages, PTQOptions, ptq_plan
+from qvit.methods.ptq.method import ptq as quantize_after_training
 from qvit.methods.ptq.reconstruction import Progress
 from qvit.methods.ptq.reparameterization import reparameterize
 from qvit.models.convert import plan_of
@@ -115,7 +116,7 @@ def _execute(
     def note(stage: str, took: float) -> None:
         seconds["reconstruct" if stage == "reconstruct" else "calibrate"] += took
 
-    quantized = post_training_quantize(
+    quantized = quantize_after_training(
         model,
         plan,
         images,

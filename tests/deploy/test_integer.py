@@ -24,7 +24,7 @@ from qvit.deploy.integer.arithmetic import Arithmetic
 from qvit.deploy.integer.reference import IntegerAttention, IntegerLinear, arithmetic_in_words, integer_form, report_of
 from qvit.errors import UsageError
 from qvit.methods.pmq import Split, split_plan
-from qvit.methods.ptq.method import post_training_quantize
+from qvit.methods.ptq.method import ptq
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, quantize
 from qvit.models.families import inspect_model
@@ -174,7 +174,7 @@ def test_scales_of_statsq_are_those_of_the_present_weights() -> None:
 def test_models_of_post_training_quantization(bits: int) -> None:
     """Below 8 bits probabilities are on a logarithmic grid: those products are simulated, and said to be."""
     model, images = digits_model(depth=2), digit_batches(1, 8)[0]
-    quantized = post_training_quantize(model, f"w{bits}a{bits}", [images])
+    quantized = ptq(model, f"w{bits}a{bits}", [images])
     same_answers(quantized, images)
     report = report_of(integer_form(quantized))
     logarithmic = {f"blocks.{i}.attn.weigh" for i in range(2)} if bits == 4 else set()

@@ -20,7 +20,7 @@ from qvit.deploy.integer.reference import IntegerLinear, integer_form
 from qvit.deploy.integer.torch import EXACT_BELOW, TorchArithmetic
 from qvit.deploy.packages import cxx
 from qvit.methods.pmq import Split
-from qvit.methods.ptq.method import post_training_quantize
+from qvit.methods.ptq.method import ptq
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, quantize
 from qvit.plan.quant_plan import QuantPlan, Rule
@@ -60,7 +60,7 @@ def test_groups_of_tokens_in_some_heads() -> None:
 
 def test_simulated_products_and_rectified_queries() -> None:
     model, images = frozen("vit")
-    equal(post_training_quantize(float_model("vit")[0], "w4a4", [images]), images)
+    equal(ptq(float_model("vit")[0], "w4a4", [images]), images)
     equal(*frozen("vit", QuantPlan.preset("w4a4").with_rules(Rule("*.attn.query", {"quantizer": "irm"}))))
 
 

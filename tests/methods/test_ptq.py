@@ -16,7 +16,7 @@ from qvit.data.open import open_source
 from qvit.errors import QvitError, UsageError
 from qvit.methods import create_method
 from qvit.methods.ptq.bias_correction import MOST_IMAGES, correct_biases, corrected_layers
-from qvit.methods.ptq.method import FirstImages, post_training_quantize, ptq_plan
+from qvit.methods.ptq.method import FirstImages, ptq, ptq_plan
 from qvit.methods.ptq.reconstruction import ReconstructOptions
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import Stage, plan_of, quantize, quantizers_disabled, stage_of
@@ -102,7 +102,7 @@ def test_all_switches_go_together(
     float_model, batches = digits_model(), digit_batches(3, 8)
     before = {key: value.clone() for key, value in float_model.state_dict().items()}
     stages: dict[str, float] = {}
-    model = post_training_quantize(
+    model = ptq(
         float_model,
         "w4a4",
         batches,
@@ -132,7 +132,7 @@ def test_same_images_same_model() -> None:
     models = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        models.append(post_training_quantize(float_model, "w3a3", batches, reconstruct=QUICK).state_dict())
+        models.append(ptq(float_model, "w3a3", batches, reconstruct=QUICK).state_dict())
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
 
 
@@ -141,7 +141,7 @@ def test_reconstruction_brings_answers_closer() -> None:
     options = ReconstructOptions(steps=120, images=128, batch_size=32)
     errors = []
     for reconstruct in (None, options):
-        model = post_training_quantize(float_model, "w3a3", batches, reconstruct=reconstruct)
+        model = ptq(float_model, "w3a3", batches, reconstruct=reconstruct)
         with torch.no_grad():
             errors.append(sum(float((model(x) - float_model(x)).square().mean()) for x in unseen))
     assert errors[1] < 0.8 * errors[0]
@@ -165,12 +165,12 @@ def test_the_grid_of_probabilities_follows_the_width() -> None:
 def test_refusals() -> None:
     model, batches = digits_model(), digit_batches()
     with pytest.raises(UsageError, match="list of batches"):
-        post_training_quantize(model, "w4a4", iter(batches))
+        ptq(model, "w4a4", iter(batches))
     for wrong in ({"weights": "per-row"}, {"probs": "log10"}, {"observer": "max"}):
         with pytest.raises(UsageError, match=next(iter(wrong.values()))):
-            post_training_quantize(model, "w4a4", batches, **wrong)  # type: ignore[arg-type]
+            ptq(model, "w4a4", batches, **wrong)  # type: ignore[arg-type]
     with pytest.raises(QvitError, match="no images"):
-        post_training_quantize(model, "w4a4", [])
+        ptq(model, "w4a4", [])
     with pytest.raises(UsageError, match="does not train"):
         create_method(TrainConfig.create(model="vit_digits", method="ptq")).plan(qvit.inspect_model(model))
 
@@ -204,7 +204,7 @@ def test_deit_tiny_at_8_bits_agrees_with_float(real_data: Path) -> None:
     source = open_source(real_data / "tiny-imagenet-train-0.tar", class_map=classes)
     test = open_source(real_data / "imagenet-sample.tar", class_map=classes)
     batches = list(qvit.calibration_batches(source, transform, images=128, batch_size=32))
-    quantized = post_training_quantize(model, "w8a8", batches)
+    quantized = ptq(model, "w8a8", batches)
     scores = score_beside(quantized, model, qvit.eval_loader(test, transform, batch_size=50))
     assert scores["images"] == 500 and scores["agreement"] >= 96.0
     assert scores["top1"] >= scores["top1_float"] - 1.0

@@ -18,7 +18,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan
-from qvit.runs.dry_run import plan_run, saved_for_backward
+from qvit.runs.dry_run import dry_run, saved_for_backward
 from qvit.runs.run import train
 
 
@@ -61,7 +61,7 @@ def test_saved_bytes_are_those_of_a_real_pass(plan: str | None, bf16: bool) -> N
 
 def test_activations_grow_with_the_batch_and_parameters_do_not() -> None:
     memory = [
-        plan_run(small_config(budget="3bit", batch_size=size, accumulate=accumulate))["memory"]["parts"]
+        dry_run(small_config(budget="3bit", batch_size=size, accumulate=accumulate))["memory"]["parts"]
         for size, accumulate in ((10, 1), (20, 1), (20, 2))
     ]
     assert memory[1]["activations"] == pytest.approx(2 * memory[0]["activations"], rel=0.05)
@@ -72,15 +72,15 @@ def test_activations_grow_with_the_batch_and_parameters_do_not() -> None:
 
 @pytest.mark.parametrize(("opt", "copies"), [("sgd", 1), ("adamw", 2), ("lion", 1)])
 def test_optimizer_state_is_that_of_the_optimizer(opt: str, copies: int) -> None:
-    parts = plan_run(small_config(method="float", opt=opt))["memory"]["parts"]
+    parts = dry_run(small_config(method="float", opt=opt))["memory"]["parts"]
     assert parts["optimizer"] == copies * parts["parameters"]
     with pytest.raises(UsageError, match="adamwww"):
-        plan_run(small_config(method="float", opt="adamwww"))
+        dry_run(small_config(method="float", opt="adamwww"))
 
 
 def test_further_models_are_counted(tmp_path: Path) -> None:
     def parts(**changes: Any) -> dict[str, int]:
-        return plan_run(small_config(**changes))["memory"]["parts"]
+        return dry_run(small_config(**changes))["memory"]["parts"]
 
     plain = parts(method="lsq+", budget="3bit")
     floating = sum(p.numel() * 4 for p in create_model("vit_digits", **SMALL).parameters())
@@ -98,7 +98,7 @@ def test_further_models_are_counted(tmp_path: Path) -> None:
 def test_it_agrees_with_the_run(tmp_path: Path, method: str) -> None:
     budget = None if method == "float" else "3bit"
     config = small_config(method=method, budget=budget, epochs=1, monitor_share=0.1)
-    plan = plan_run(config)
+    plan = dry_run(config)
     train(config, tmp_path / "run", quiet=True)
     (start,) = events(tmp_path / "run", "start")
     assert plan["steps_per_epoch"] == start["steps_per_epoch"] and plan["steps"] == start["steps_per_epoch"]
@@ -113,7 +113,7 @@ def test_it_agrees_with_the_run(tmp_path: Path, method: str) -> None:
 
 
 def test_widths_are_summed_up_by_kind_of_tensor() -> None:
-    rows = plan_run(small_config(budget="3bit", model_kwargs=SMALL | {"depth": 3}))["widths"]
+    rows = dry_run(small_config(budget="3bit", model_kwargs=SMALL | {"depth": 3}))["widths"]
     by_name = {row["tensors"]: row for row in rows}
     assert len(by_name) == len(rows) < 20
     query = {"tensors": "blocks.*.attn.query", "sites": 3, "widths": 6, "bits": [3, 3], "learned": True}
@@ -123,12 +123,12 @@ def test_widths_are_summed_up_by_kind_of_tensor() -> None:
 
 def test_processes_share_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    plan = plan_run(small_config(budget="3bit", batch_size=80, accumulate=2))
+    plan = dry_run(small_config(budget="3bit", batch_size=80, accumulate=2))
     assert (plan["processes"], plan["micro_batch"], plan["steps_per_epoch"]) == (4, 10, 15)
 
 
 def test_without_data_there_are_costs_and_memory_but_no_steps() -> None:
-    plan = plan_run(small_config(budget="3bit"), with_data=False)
+    plan = dry_run(small_config(budget="3bit"), with_data=False)
     assert plan["images"] is plan["steps"] is plan["steps_per_epoch"] is None
     assert plan["bit_operations"] > 0 and plan["memory"]["total"] > 0 and plan["classes"] == 10
 
@@ -142,7 +142,7 @@ def test_wrong_options_fail_as_they_do_in_a_run() -> None:
         ({"budget": "3bit", "batch_size": 50, "accumulate": 4}, "multiple of 4"),
     ):
         with pytest.raises(QvitError, match=message):
-            plan_run(small_config(**changes))
+            dry_run(small_config(**changes))
 
 
 # ------------------------------------------------------------------------------------------------------ command line

@@ -113,7 +113,7 @@ class PTQMethod(Method):
         )
 
 
-def post_training_quantize(
+def ptq(
     model: nn.Module,
     plan: QuantPlan | str | Path,
     batches: Iterable[Tensor],
