@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import saved, tiny_trainer
+from tiny_models import tiny_trainer
 from torch import Tensor
 
 from qvit.errors import QvitError
@@ -22,7 +22,6 @@ from qvit.methods.ofq import OFQMethod
 from qvit.methods.qvit import QViTMethod
 from qvit.methods.vvtq import WithRemedy, _VariationAware
 from qvit.oscillation import RemedyOptions
-from qvit.training.checkpoint import load_checkpoint
 from qvit.training.hooks import COMPOSED, ComposedHooks
 
 
@@ -182,23 +181,6 @@ def test_figures_and_states_have_one_owner(tmp_path: Path) -> None:
     assert list(own.noted) == ["blocks.0.attn.qkv.query_weight"] and own.calls == ["load_state_dict"]
     with pytest.raises(QvitError, match="state of 'Other', which is no part of Both"):
         own.load_state_dict({"Other": {}})
-
-
-def test_a_checkpoint_of_a_single_state_without_owner_is_read(tmp_path: Path) -> None:
-    """Written before states had owners: the sites of frozen weights stood at the top."""
-    options = {"oscillation": "freezing", "freezing_momentum": 0.5}
-    trainer, method, _ = tiny_trainer(tmp_path / "a", method="vvtq", epochs=2, method_options=options)
-    trainer.fit(quiet=True)
-    saved(trainer)
-    state = load_checkpoint(tmp_path / "a")
-    (own,) = state["hooks"].values()
-    assert own and list(state["hooks"]) == ["WithRemedy"]
-    for hooks in (state["hooks"], own):
-        again, other, _ = tiny_trainer(tmp_path / "b", method="vvtq", epochs=2, method_options=options)
-        again.restore({**state, "hooks": hooks})
-        found = other.state_dict()["WithRemedy"]
-        assert found.keys() == own.keys()
-        assert all(torch.equal(found[site][key], own[site][key]) for site in own for key in own[site])
 
 
 def rates_of_widths(run: Path, method: str, epochs: int = 5, **options: Any) -> tuple[list[float], dict[str, Tensor]]:

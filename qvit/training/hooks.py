@@ -164,8 +164,6 @@ def _by_owner(parts: tuple[Part, ...], *args: Any) -> dict[str, Any]:
 
 def _to_owners(parts: tuple[Part, ...], hooks: ComposedHooks, state: dict[str, Any]) -> None:
     owners = {owner.__name__: part for owner, part in parts}
-    if len(parts) == 1 and not state.keys() & owners.keys():  # checkpoints from when only one class had a state
-        state = dict.fromkeys(owners, state)
     if unknown := sorted(state.keys() - owners.keys()):
         raise QvitError(f"the checkpoint has a state of '{unknown[0]}', which is no part of {type(hooks).__name__}")
     for name, own in state.items():
