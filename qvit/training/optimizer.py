@@ -87,7 +87,7 @@ def create_optimizer(
 def _of_timm(opt: str, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     """timm's optimizer of that name; timm itself would take 'any_adamw' for 'adamw'."""
     name = opt.lower().removeprefix(LOOKAHEAD)
-    known = list_optimizers()
+    known = [str(own) for own in list_optimizers()]
     if name not in known:
         raise UsageError(
             f"unknown optimizer '{opt}'{nearest(name, known)} (`timm.optim.list_optimizers()` lists all; "
