@@ -224,7 +224,7 @@ def test_every_optimizer_of_timm_is_taken_or_refused(
         assert ((quantizer.scale / before[site] - 1).abs() <= LARGEST_RELATIVE_STEP + 1e-6).all(), site
         assert ((quantizer.bit_width >= 2) & (quantizer.bit_width <= 8)).all()
     state = {"step": 1, "plan": "{}", "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    save_checkpoint(tmp_path, {**state, "ema": None, "sums": None})
+    save_checkpoint(tmp_path, {**state, "ema": None, "sums": None, "hooks": {}, "diagnostics": {}})
     saved = load_checkpoint(tmp_path)
     again = copy.deepcopy(start[0])
     resumed = make_optimizer(again, **settings)
