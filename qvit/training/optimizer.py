@@ -23,6 +23,9 @@ memory of a thousand steps (β₂ = 0.999) a short search would hardly move afte
 
 When the widths are frozen their group is emptied; nothing else of the optimizer changes, as in the paper's diving
 stage.
+
+Every optimizer of timm's registry is taken, with the prefix `lookahead_` as well, but for those that need gradients of
+gradients (AdaHessian): rounding has none.
 """
 
 from __future__ import annotations
@@ -31,17 +34,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import Lookahead, create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qvit.errors import QvitError, UsageError
+from qvit.errors import QvitError, UsageError, nearest
 from qvit.functional import inward
 from qvit.quantizers import quantizers_of
 from qvit.training.trees import require_alike
 
 LARGEST_RELATIVE_STEP = 0.1
 WIDTH_BETA2 = 0.95
+LOOKAHEAD = "lookahead_"
 
 
 def create_optimizer(
@@ -49,7 +53,8 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """timm's optimizer `opt` over the four groups above, with the rules for scales and widths installed.
 
-    Raises UsageError for an unknown name.
+    Raises UsageError for an unknown name, and for an optimizer that needs what is not there: second derivatives, CUDA,
+    a package.
     """
     groups: dict[str, list[nn.Parameter]] = {"weights": [], "others": [], "scales": [], "widths": []}
     exempt = _without_decay(model)
@@ -71,11 +76,7 @@ def create_optimizer(
         decay = weight_decay if name == "weights" else 0.0
         rate = width_lr if name == "widths" else lr
         settings.append({"name": name, "params": parameters, "weight_decay": decay, "lr": rate})
-    fused: dict[str, Any] = {"fused": True} if opt in ("adam", "adamw") else {}
-    try:
-        optimizer = create_optimizer_v2(settings, opt=opt, lr=lr, **fused)
-    except (ValueError, AssertionError) as error:
-        raise UsageError(f"optimizer '{opt}': {error}") from None
+    optimizer = _of_timm(opt, settings, lr)
     for group in optimizer.param_groups:
         if group["name"] == "widths" and len(group.get("betas", ())) == 2:
             group["betas"] = (group["betas"][0], WIDTH_BETA2)
@@ -84,6 +85,48 @@ def create_optimizer(
     learned = [q for _, q in quantizers_of(model) if isinstance(q.bit_width, nn.Parameter)]
     _WidthRule([(q.bit_width, q.spec.bit_width_range) for q in learned]).install(optimizer)
     return optimizer
+
+
+def _of_timm(opt: str, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer of that name; timm itself would take 'any_adamw' for 'adamw'."""
+    name = opt.lower().removeprefix(LOOKAHEAD)
+    known = [str(own) for own in list_optimizers()]
+    if name not in known:
+        raise UsageError(
+            f"unknown optimizer '{opt}'{nearest(name, known)} (`timm.optim.list_optimizers()` lists all; "
+            f"'{LOOKAHEAD}' may stand before each)"
+        )
+    fused: dict[str, Any] = {"fused": True} if opt in ("adam", "adamw") else {}
+    try:
+        optimizer = create_optimizer_v2(groups, opt=name, lr=lr, **fused)
+    except (ValueError, AssertionError, ImportError, TypeError) as error:
+        raise UsageError(f"optimizer '{opt}' cannot be used here: {error}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UsageError(
+            f"optimizer '{opt}' needs second derivatives, which quantized models do not have; choose another one, "
+            "such as 'adamw'"
+        )
+    return optimizer if name == opt.lower() else _HookedLookahead(optimizer)
+
+
+class _HookedLookahead(Lookahead):
+    """timm's Lookahead with the hooks of a step and the state that any other optimizer has.
+
+    timm's skips a constructor of torch, so that its first step calls no hooks, and has an empty state beside the one
+    that it trains with.
+    """
+
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        super().__init__(base)
+        self.zero_grad()  # here torch makes up for it
+
+    @property
+    def state(self) -> Any:
+        return self._base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        """The state is that of the optimizer within."""
 
 
 def drop_widths(optimizer: torch.optim.Optimizer) -> None:

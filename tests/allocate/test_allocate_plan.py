@@ -270,7 +270,7 @@ def test_latency_tables(tmp_path: Path) -> None:
         allocate_plan(cost, sensitivity, "4bit", unit=short)
     for wrong, message in (
         ({}, "at least one site"),
-        ({"blocks.0.y": {"2": 1.0}}, "does not have: 'blocks.0.y'; did you mean"),
+        ({"blocks.0.y": {"2": 1.0}}, "not in this model: 'blocks.0.y'; did you mean"),
         ({"blocks.0.x": 3}, "must be an object"),
         ({"blocks.0.x": {"two": 1.0}}, "width 'two'"),
         ({"blocks.0.x": {"2": -1.0}}, "-1.0 is no number of milliseconds"),

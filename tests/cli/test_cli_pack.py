@@ -139,7 +139,7 @@ def test_a_run_that_cannot_be_told_is_one_line(qvit: Qvit, run: Path) -> None:  
     (run / "result.json").write_text("{")
     assert "cannot read" in qvit("pack", run).failed(1)
     (run / "result.json").write_text("[]")
-    assert "cannot read" in qvit("pack", run).failed(1)
+    assert "must hold a JSON object, not a list" in qvit("pack", run).failed(1)
 
 
 @pytest.mark.parametrize("engine", ["reference", "torch"])

@@ -271,7 +271,7 @@ def test_class_map_without_the_folders(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"the class map .*mop\.txt' does not exist; did you mean 'map\.txt'"):
         open_source(folder, class_map=tmp_path / "mop.txt")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe0\x00")
-    with pytest.raises(QvitError, match="cannot read the class map"):
+    with pytest.raises(QvitError, match="the class map .* is not UTF-8"):
         read_class_map(tmp_path / "binary.txt")
 
 

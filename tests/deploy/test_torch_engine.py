@@ -146,7 +146,7 @@ def test_an_operand_knows_its_largest_code(signed: bool, largest: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which(cxx()) is None, reason="no C++ compiler")
+@pytest.mark.skipif(shutil.which(cxx()[0]) is None, reason="no C++ compiler")
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_compiled(name: str, int8: bool) -> None:

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -74,6 +75,10 @@ def test_a_demo_without_seeds_or_processes_is_refused(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- the table
 
 
+#: What is recorded beside the options.
+RECORD = {"num_classes": 10, "class_names": list("0123456789")}
+
+
 def write_results(folder: Path, accuracies: dict[str, list[float]]) -> list[Job]:
     """Made-up results for every job: `{"qvit 3bit": [one per seed]}`; 500 bytes and 1000 BOPs, more for later seeds."""
     listed = jobs(folder, list(range(len(accuracies["float"]))))
@@ -91,7 +96,7 @@ def write_results(folder: Path, accuracies: dict[str, list[float]]) -> list[Job]
         run = folder / "runs" / job.name
         run.mkdir(parents=True, exist_ok=True)
         (run / RESULT).write_text(json.dumps(result))
-        (run / "config.json").write_text(json.dumps(config.model_dump()))
+        (run / "config.json").write_text(json.dumps(config.model_dump() | RECORD))
     return listed
 
 
@@ -135,7 +140,7 @@ def test_the_verdict_says_who_is_better_whoever_it_is(tmp_path: Path) -> None:
 
 
 def fake_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qvit.report.load_runs", lambda paths: paths)
+    monkeypatch.setattr("qvit.report.load_runs", lambda paths: [SimpleNamespace(log=SimpleNamespace(epochs=()))])
     monkeypatch.setattr("qvit.report.write_page", lambda runs, path, **_: Path(path).write_text("<html>"))
     monkeypatch.setattr("qvit.runs.demo.pack", lambda folder, listed: [])
 

@@ -465,7 +465,7 @@ def test_what_is_no_run_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(QvitError, match=r"cannot read .*config\.json"):
         load_run(tmp_path)
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(QvitError, match=r"cannot read .*config\.json"):
+    with pytest.raises(QvitError, match=r"config\.json must hold a JSON object, not a list"):
         load_run(tmp_path)
 
 

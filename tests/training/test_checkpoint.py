@@ -204,9 +204,9 @@ STATES = {
     "optimizer/param_groups": lambda s: s["optimizer"]["param_groups"].pop(),
     "sums/parts": lambda s: s.update(sums={"parts": torch.zeros(7), "images": 3}),
     "sums/images": lambda s: s.update(sums={"parts": torch.zeros(4), "images": -3}),
-    "hooks/blocks.0.mlp.fc1.weight/frozen": lambda s: s["hooks"]["blocks.0.mlp.fc1.weight"].update(
-        frozen=torch.zeros(1, dtype=torch.bool)
-    ),
+    "hooks/WithRemedy/blocks.0.mlp.fc1.weight/frozen": lambda s: s["hooks"]["WithRemedy"][
+        "blocks.0.mlp.fc1.weight"
+    ].update(frozen=torch.zeros(1, dtype=torch.bool)),
     "diagnostics/codes": lambda s: s["diagnostics"].update(codes=torch.zeros(1, dtype=torch.int8)),
     "step": lambda s: s.update(step=99),
 }

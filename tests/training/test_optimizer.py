@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from timm.optim import list_optimizers
 from tiny_models import calibrated_model, digit_batches, digits_model
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from qvit.models.convert import freeze, quantize
 from qvit.models.create import create_model
 from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import LSQQuantizer, quantizers_of
+from qvit.training.checkpoint import load_checkpoint, save_checkpoint
 from qvit.training.optimizer import LARGEST_RELATIVE_STEP, WIDTH_BETA2, create_optimizer, drop_widths
 
 LEARNED = QuantPlan.preset("w4a4").with_rules(
@@ -170,6 +173,78 @@ def test_optimizers_of_timm_can_be_chosen(opt: str) -> None:
     assert {name.rpartition(".")[0] for name in moved(eight, columns(model, 8))}.isdisjoint(inner)
 
 
+@pytest.fixture(scope="module")
+def start() -> tuple[nn.Module, list[Tensor | None]]:
+    """A model with learned widths, and the gradients of a batch."""
+    model = calibrated_model(LEARNED)
+    model(digit_batches(1)[0]).square().mean().backward()
+    gradients = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    return model, gradients
+
+
+#: What a machine may lack: a CUDA device, and packages.
+ELSEWHERE = ("bnb", "fused")
+#: Compile their sums on first use.
+COMPILED = ("kron", "kronc", "kronw")
+QUICK = ("adamw", "sgd", "muon", "cadopt", "adahessian", "bnbadam")
+
+
+def every_optimizer() -> list[Any]:
+    """Names with and without Lookahead; those that add little but time are for the slow tests."""
+    names = [*list_optimizers(), *(f"lookahead_{name}" for name in list_optimizers())]
+    slow = [n for n in names if n.endswith(COMPILED) or n.startswith("look") and n.partition("_")[2] not in QUICK]
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+@pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
+@pytest.mark.parametrize("opt", every_optimizer())
+def test_every_optimizer_of_timm_is_taken_or_refused(
+    start: tuple[nn.Module, list[Tensor | None]], opt: str, tmp_path: Path
+) -> None:
+    """A step, its rules, a checkpoint, and the same second step after it; then widths are dropped."""
+    model, gradients = copy.deepcopy(start[0]), start[1]
+    settings, name = {"opt": opt, "lr": 0.5, "width_lr": 0.5}, opt.rpartition("_")[2]
+    if name == "adahessian" or (name.startswith(ELSEWHERE) and not torch.cuda.is_available()):
+        reason = "needs second derivatives" if name == "adahessian" else "cannot be used here: CUDA required"
+        with pytest.raises(UsageError, match=f"optimizer '{opt}' {reason}"):
+            make_optimizer(model, **settings)
+        return
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.clone()
+        optimizer.step()
+
+    optimizer = make_optimizer(model, **settings)
+    before = {site: q.scale.detach().clone() for site, q in lsq_of(model).items()}
+    weights = start[0].get_parameter("blocks.0.mlp.fc1.weight")
+    step(model, optimizer)
+    for site, quantizer in lsq_of(model).items():
+        assert ((quantizer.scale / before[site] - 1).abs() <= LARGEST_RELATIVE_STEP + 1e-6).all(), site
+        assert ((quantizer.bit_width >= 2) & (quantizer.bit_width <= 8)).all()
+    state = {"step": 1, "plan": "{}", "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    save_checkpoint(tmp_path, {**state, "ema": None, "sums": None, "hooks": {}, "diagnostics": {}})
+    saved = load_checkpoint(tmp_path)
+    again = copy.deepcopy(start[0])
+    resumed = make_optimizer(again, **settings)
+    again.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    for own, its in ((model, optimizer), (again, resumed)):
+        step(own, its)
+    assert not torch.equal(model.get_parameter("blocks.0.mlp.fc1.weight"), weights)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    drop_widths(resumed)
+    assert freeze(again) is not None
+    assert resumed.state_dict()["state"]  # names parameters by their place: none may be left over
+
+
+@pytest.mark.parametrize("name", ["adamv", "lookahead_adamv", "any_adamw", "lookahead_lookahead_adamw"])
+def test_names_of_no_optimizer(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"unknown optimizer '{name}'"):
+        make_optimizer(digits_model(), opt=name)
+
+
 def test_weight_decay_moves_matrices_alone() -> None:
     """Without gradients a step only decays."""
     model = calibrated_model(LEARNED)
@@ -185,7 +260,7 @@ def test_weight_decay_moves_matrices_alone() -> None:
 
 
 def test_an_unknown_optimizer_is_refused() -> None:
-    with pytest.raises(UsageError, match="optimizer 'adamm'"):
+    with pytest.raises(UsageError, match="unknown optimizer 'adamm'; did you mean"):
         make_optimizer(digits_model(), opt="adamm")
 
 

@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_checkpoint(
 
 
 def test_a_huge_learning_rate_is_stopped(tmp_path: Path) -> None:
-    trainer = float_trainer(tmp_path, epochs=20, lr=1e20, opt="sgd")
+    trainer = float_trainer(tmp_path, epochs=20, lr=1e6, opt="sgd")
     with pytest.raises(QvitError, match=r"not finite.*at step \d+"):
         trainer.fit(quiet=True)
     assert events(tmp_path, "failed")

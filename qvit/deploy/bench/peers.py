@@ -108,7 +108,9 @@ class Peer:
         if lacking := missing(*self.needs):
             return f'{" and ".join(lacking)} not installed: pip install "qvit[bench]"'
         if self.compiler and not has_compiler():
-            return f"torch.compile needs a C++ compiler, and there is no {cxx()}: install one, or name it in CXX"
+            return (
+                f"torch.compile needs a C++ compiler, and there is no {' '.join(cxx())}: install one, or name it in CXX"
+            )
         return None
 
 
