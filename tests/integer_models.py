@@ -14,7 +14,7 @@ from typing import Any
 
 import timm
 import torch
-from test_swin import TINY, images_for, tiny
+from family_models import TINY, images_for, tiny
 from tiny_models import digit_batches, digits_model
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from test_swin import images_for, tiny
+from family_models import images_for, tiny
 from tiny_models import digit_batches, digits_model, shake
 from torch import Tensor, nn
 
