@@ -47,7 +47,15 @@ _NAME = re.compile(r"step-(\d{9,18})-([0-9a-f]{16})\.(safetensors|pt)")
 def checkpoints_of(run: Path) -> list[Path]:
     """The checkpoints of a run, newest first; files under other names are none."""
     found = [path for path in (run / FOLDER).glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns), reverse=True)
+    return sorted(found, key=lambda path: (step_of(path), _written(path)), reverse=True)
+
+
+def _written(path: Path) -> int:
+    """When a file was written; 0 for one that its run has deleted meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def step_of(path: Path) -> int:
