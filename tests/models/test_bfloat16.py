@@ -105,8 +105,7 @@ def test_attention_of_bfloat16_values(kernels: Callable[[bool], None], learn: An
         bit_width=(3, 4, 6),
         granularity=PerHead(),
         learn_bit_width=learn is not None,
-        width_gradient=learn or "clipping",
-        switchable_scale=True,
+        options={"width_gradient": learn or "clipping", "switchable_scale": True},
         signed=False,
         symmetric=False,
     )
