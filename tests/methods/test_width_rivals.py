@@ -38,8 +38,8 @@ def quantizer_of(name: str, *, heads: bool = False, bits: int = 3, **changes: An
     """A quantizer with a scale of 1 and the range of `bits`, that counts as calibrated."""
     width = (bits, bits) if heads else bits
     own: dict[str, Any] = {"granularity": PerHead()} if heads else {}
-    switchable = {"switchable_scale": True} if name != "dq" else {}
-    spec = TensorSpec(width, learn_bit_width=True, quantizer=name, **own, **switchable, **changes)
+    options = {"switchable_scale": True} if name != "dq" else {}
+    spec = TensorSpec(width, learn_bit_width=True, quantizer=name, options=options, **own, **changes)
     quantizer: Any = create_quantizer(spec, HEADS if heads else Layout())
     with torch.no_grad():
         quantizer.scale.fill_(1.0)
