@@ -265,7 +265,7 @@ def _can_project_codes(module: Any) -> bool:
 
 @functools.cache
 def _integer_class(cls: type[nn.Module]) -> type[nn.Module]:
-    own: type = RankedIntegerAttention if issubclass(cls, RankedSites) else IntegerAttention
+    own: Any = RankedIntegerAttention if issubclass(cls, RankedSites) else IntegerAttention
     return type(f"Integer{cls.__name__}", (own, cls), {})
 
 
