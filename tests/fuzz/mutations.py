@@ -72,14 +72,20 @@ def lines_of(chance: random.Random, content: bytes) -> bytes:
         index = chance.randrange(len(lines))
         kind = chance.randrange(5)
         if kind < 3:
-            lines[index] = (
-                json_of(chance, lines[index]) if lines[index].startswith(b"{") else bytes_of(chance, lines[index])
-            )
+            lines[index] = line_of(chance, lines[index])
         elif kind == 3:
             lines.insert(chance.randrange(len(lines)), lines[index])
         elif len(lines) > 1:
             del lines[index]
     return b"\n".join(lines)
+
+
+def line_of(chance: random.Random, content: bytes) -> bytes:
+    """One JSON line changed as such, or as bytes if a change before has left it no JSON."""
+    try:
+        return json_of(chance, content)
+    except (ValueError, RecursionError):
+        return bytes_of(chance, content)
 
 
 def data_of(chance: random.Random, data: Any) -> tuple[Any, str]:

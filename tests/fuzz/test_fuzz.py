@@ -24,8 +24,8 @@ NAMES = (
     *("Weights", "PickledWeights", "Tar", "Shards", "Picture"),
 )
 FEW = 25
-#: Seconds without a sign of life. Preparing takes longer than any case may.
-PATIENCE, PREPARATION = 20, 120
+#: Seconds without a sign of life. A case may turn `compile` on, and then a compiler runs.
+PATIENCE, PREPARATION = 90, 180
 
 
 def attack(name: str, folder: Path, first: int, count: int) -> Iterator[dict[str, Any]]:

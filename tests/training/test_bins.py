@@ -117,6 +117,15 @@ def test_one_weight_per_bin_has_no_variance() -> None:
     assert loss.item() == pytest.approx((0.04 + 0.01 + 0.04 + 0.01) / 4, rel=1e-5)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
+def test_a_weight_that_diverged_makes_the_loss_say_so_and_nothing_else_fail(value: float) -> None:
+    w = torch.linspace(-1, 1, 64).view(4, 16)
+    w[1, 3] = value
+    loss = bin_regularizer(w.requires_grad_(), torch.full((4, 1), 0.1), torch.tensor(4.0), True, 16)
+    loss.backward()
+    assert bool(loss.isnan()) == math.isnan(value)
+
+
 @pytest.mark.parametrize("bits", [2, 8])
 def test_large_weights_lose_no_precision(bits: int) -> None:
     w = torch.randn(512, 512)

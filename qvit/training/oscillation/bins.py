@@ -80,7 +80,11 @@ def bin_regularizer(
 
 
 def _bin_index(codes: Tensor, scale: Tensor, bins: int) -> Tensor:
-    """The bin of every weight, (tables, weights): its code from 0 on, and `bins` for every scale before its own."""
+    """The bin of every weight, (tables, weights): its code from 0 on, and `bins` for every scale before its own.
+
+    A weight that is no number has no code; in a bin it makes the loss NaN, which ends the run with a sentence.
+    """
+    codes = codes.nan_to_num_(0.0)
     if scale.numel() > 1:
         before = torch.arange(0, scale.numel() * bins, bins, device=codes.device, dtype=codes.dtype)
         codes = codes + before.view(scale.shape)
