@@ -8,10 +8,12 @@ connection at all.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,19 @@ from plotly.offline import get_plotlyjs
 
 from qvit.errors import QvitError
 from qvit.files import write_atomically
-from qvit.report.assets import CSS, SCRIPT
-from qvit.report.markup import Canvas, escape
+from qvit.report.markup import Canvas, embedded, escape
 
 COSTS_NOTE = (
     "1 G = 10<sup>9</sup>, 1 MB = 10<sup>6</sup> bytes. Bit operations: multiply-accumulates × bits of one factor "
     "× bits of the other, for one image; float counts as 32 bits."
 )
 WIDTHS_NOTE = "The widths follow Q-ViT (Li et al. 2022, arXiv 2201.07703)."
+
+
+@functools.cache
+def asset(name: str) -> str:
+    """A file of `qvit/report/assets`: style or a script, as text."""
+    return (resources.files("qvit.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def document(
@@ -37,7 +44,7 @@ def document(
     *,
     skip: str = "Skip to the results",
     footer: str = f"{COSTS_NOTE} {WIDTHS_NOTE}",
-    data: str = "",
+    data: object = None,
     script: str = "",
 ) -> str:
     """The whole page.
@@ -49,23 +56,23 @@ def document(
         canvas: The figures.
         skip: Text of the link to the sections.
         footer: HTML.
-        data: JSON for `script`, in the element `#data`; must be able to stand inside a script element.
-        script: A script of this page, run after the common one.
+        data: Plain data for `script`, as JSON in the element `#data`.
+        script: The asset that is run after the common script.
     """
     parts = [part for part in parts if part[2]]
-    links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text, _ in parts)
+    links = "".join(f'<li><a href="#{name}">{escape(text)}</a></li>' for name, text, _ in parts)
     main = "\n".join(
-        f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{text}</h2>{body}</section>'
+        f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{escape(text)}</h2>{body}</section>'
         for name, text, body in parts
     )
     library = re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)
-    scripts = [library, SCRIPT, *([script] if script else [])]
+    scripts = [library, asset("page.js"), *([asset(script)] if script else [])]
     policy = " ".join(f"'sha256-{_sha256(text)}'" for text in scripts)
     policy = (
         f"default-src 'none'; script-src {policy}; style-src 'unsafe-inline'; img-src data: blob:; "
         "base-uri 'none'; form-action 'none'"
     )
-    own = f'<script type="application/json" id="data">{data}</script>\n' if data else ""
+    own = "" if data is None else f'<script type="application/json" id="data">{embedded(data)}</script>\n'
     code = "\n".join(f"<script>{text}</script>" for text in scripts)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -74,7 +81,7 @@ def document(
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(heading)}</title>
-<style>{CSS}</style>
+<style>{asset("page.css")}</style>
 </head>
 <body>
 <a class="skip" href="#main">{escape(skip)}</a>
@@ -101,10 +108,16 @@ def write_page_of(data: str | Path, out: str | Path, render: Callable[[Any], str
     Raises QvitError if it cannot be read, is not what `render` takes, or the page cannot be written.
     """
     try:
-        page = render(json.loads(Path(data).read_text(encoding="utf-8"))).encode("utf-8", errors="replace")
+        page = render(json.loads(Path(data).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise QvitError(f"cannot read the {what} {data}: {type(error).__name__} {error}") from None
-    write_atomically(Path(out), lambda file: file.write(page))
+    return write_html(page, out)
+
+
+def write_html(page: str, out: str | Path) -> Path:
+    """Writes a page; its folder is created, and it appears at once or not at all. Raises QvitError if it cannot be."""
+    content = page.encode("utf-8", errors="replace")
+    write_atomically(Path(out), lambda file: file.write(content))
     return Path(out)
 
 

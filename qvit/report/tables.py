@@ -15,15 +15,24 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qvit.report.runs import Run
-from qvit.report.units import bytes_text, column, difference, duration, percent, significant, titled
+from qvit.plan.cost import FLOAT_BITS
+from qvit.report.runs import Result, Run
+from qvit.report.units import bytes_text, column, difference, duration, percent, plus_minus, significant, titled
 
-FLOAT_BOPS_PER_MAC = 32 * 32
 METHODS = ("float", "lsq", "lsq+")
+#: Options in which runs of one setting may differ: their float weights belong to a seed, the rest changes no result.
+NO_SETTING = frozenset(
+    ("weights", "method_options", "started", "data_note", "class_names", "threads", "workers", "device", "log_every")
+    + ("checkpoint_every",)
+)
+#: What a page says elsewhere.
+NO_OPTION = frozenset(
+    ("versions", "hardware", "command", "seed", "out", "output", "resume", "model", "method", "budget", "data")
+)
 
 
 @dataclass(frozen=True)
@@ -59,12 +68,24 @@ class Group:
         """The runs that count."""
         return tuple(run for run in self.runs if run.finished)
 
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """The results of the runs that count."""
+        return tuple(run.result for run in self.runs if run.result is not None)
 
-#: Options in which runs of one setting may differ: their float weights belong to a seed, the rest changes no result.
-NO_SETTING = frozenset(
-    ("weights", "method_options", "started", "data_note", "class_names", "threads", "workers", "device", "log_every")
-    + ("checkpoint_every",)
-)
+    @property
+    def with_widths(self) -> tuple[Run, ...]:
+        """The runs whose widths mean something: finished ones if there are any."""
+        return tuple(run for run in self.finished if run.plan) or tuple(run for run in self.runs if run.plan)
+
+    def name_of(self, run: Run) -> str:
+        """The name of one of the runs: that of the group, and the seed."""
+        return self.label + ("" if run.seed is None else f" · seed {run.seed}")
+
+
+def runs_of(groups: Iterable[Group]) -> list[tuple[Group, Run]]:
+    """All runs, each with its group."""
+    return [(group, run) for group in groups for run in group.runs]
 
 
 def mean_std(values: Sequence[float]) -> tuple[float, float]:
@@ -116,30 +137,47 @@ def results_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and cells as text, for a terminal, markdown or a page: one unit per column, enough digits."""
-    several = len({row["variant"] for row in rows}) > 1
     bops_unit, bops = column([row["bit_operations"] for row in rows], "bops")
     byte_unit, sizes = column([row["weight_bytes"] for row in rows], "bytes")
-    header = ["model"] if several else []
-    header += ["method", "budget", "accuracy (%)", "points vs float", titled("BOPs", bops_unit)]
-    header += ["BOPs vs float", titled("weights", byte_unit), "time per run", "seeds"]
-    cells = []
-    for row, cost, size in zip(rows, bops, sizes, strict=True):
-        accuracy, gap, share = "no finished run", "", ""
-        if row["accuracy_mean"] is not None:
-            deviation = f" ± {row['accuracy_std']:.2f}" if row["n_seeds"] > 1 else ""
-            accuracy = f"{row['accuracy_mean']:.2f}{deviation}"
-            if row["method"] != "float" and row["float_accuracy"] is not None:
-                gap = difference(row["accuracy_mean"] - row["float_accuracy"])
-            if row["method"] != "float" and row["float_bit_operations"] and row["bit_operations"]:
-                share = f"÷ {significant(row['float_bit_operations'] / row['bit_operations'], 3)}"
-        seeds = f"{row['n_seeds']}" + (f" (+ {row['unfinished']} unfinished)" if row["unfinished"] else "")
-        budget = row["budget"] or row["plan"] or ""
-        time = "" if row["seconds"] is None else duration(row["seconds"])
-        first = [row["variant"]] if several else []
-        cells.append(
-            [*first, f"{row['method']} {row['setting']}".strip(), budget, accuracy, gap, cost, share, size, time, seeds]
-        )
-    return header, cells
+    columns = {
+        "model": [row["variant"] for row in rows],
+        "method": [f"{row['method']} {row['setting']}".strip() for row in rows],
+        "budget": [row["budget"] or row["plan"] or "" for row in rows],
+        "accuracy (%)": [_accuracy(row) for row in rows],
+        "points vs float": [_gap(row) for row in rows],
+        titled("BOPs", bops_unit): bops,
+        "BOPs vs float": [f"÷ {_times_fewer(row)}" if _times_fewer(row) else "" for row in rows],
+        titled("weights", byte_unit): sizes,
+        "time per run": [duration(row["seconds"]) for row in rows],
+        "seeds": [str(row["n_seeds"]) + _unfinished(row) for row in rows],
+    }
+    if len(set(columns["model"])) <= 1:
+        del columns["model"]
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    if row["accuracy_mean"] is None:
+        return "no finished run"
+    mean, deviation = row["accuracy_mean"], row["accuracy_std"]
+    return plus_minus(mean, deviation) if row["n_seeds"] > 1 else f"{mean:.2f}"
+
+
+def _gap(row: Mapping[str, Any]) -> str:
+    if row["method"] == "float" or None in (row["accuracy_mean"], row["float_accuracy"]):
+        return ""
+    return difference(row["accuracy_mean"] - row["float_accuracy"])
+
+
+def _times_fewer(row: Mapping[str, Any]) -> str:
+    """By how much the float model's bit operations are divided; empty if it is not known."""
+    if row["method"] == "float" or not (row["float_bit_operations"] and row["bit_operations"]):
+        return ""
+    return significant(row["float_bit_operations"] / row["bit_operations"], 3)
+
+
+def _unfinished(row: Mapping[str, Any]) -> str:
+    return f" (+ {row['unfinished']} unfinished)" if row["unfinished"] else ""
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -184,21 +222,8 @@ def verdict(runs: Sequence[Run]) -> list[str]:
 
 def common_options(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, list[str]]]:
     """The options that all runs share, and those that differ (the values by run); seeds are no options."""
-    ignored = {
-        "versions",
-        "hardware",
-        "command",
-        "seed",
-        "out",
-        "output",
-        "resume",
-        "model",
-        "method",
-        "budget",
-        "data",
-    }
     shared, differing = {}, {}
-    for key in dict.fromkeys(key for run in runs for key in run.config if key not in ignored):
+    for key in dict.fromkeys(key for run in runs for key in run.config if key not in NO_OPTION):
         texts = [_option_text(run.config.get(key)) for run in runs]
         if len(set(texts)) == 1:
             shared[key] = texts[0]
@@ -246,12 +271,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
-    run, results = group.first, [member.result for member in group.runs if member.result is not None]
+    run, results = group.first, group.results
     accuracy, deviation = mean_std([result.accuracy for result in results]) if results else (None, None)
     floats = [g for g in groups if g.is_float and g.peers[:2] == group.peers[:2]]
     reference = _mean([result.float_accuracy for result in results])
     if reference is None:
-        reference = _mean([member.result.accuracy for g in floats for member in g.runs if member.result is not None])
+        reference = _mean([result.accuracy for g in floats for result in g.results])
     macs = _mean([member.cost.macs for g in (group, *floats) for member in g.runs if member.cost is not None])
     cost, size = (_mean([getattr(result, key) for result in results]) for key in ("bit_operations", "weight_bytes"))
     return {
@@ -271,7 +296,7 @@ def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "float_accuracy": reference,
         "bit_operations": None if cost is None else round(cost),
         "bit_operations_g": None if cost is None else cost / 1e9,
-        "float_bit_operations": None if macs is None else round(macs * FLOAT_BOPS_PER_MAC),
+        "float_bit_operations": None if macs is None else round(macs * FLOAT_BITS * FLOAT_BITS),
         "weight_bytes": None if size is None else round(size),
         "seconds": _mean([result.seconds for result in results]),
     }
@@ -291,8 +316,7 @@ def _alone(where: str, row: Mapping[str, Any]) -> str:
     text = f"{where} {row['method']} reaches {row['accuracy_mean']:.2f} %{_spread(row)}"
     if row["float_accuracy"] is not None:
         text += f", {_points(row['accuracy_mean'] - row['float_accuracy'])} the float model"
-    if row["float_bit_operations"] and row["bit_operations"]:
-        ratio = significant(row["float_bit_operations"] / row["bit_operations"], 3)
+    if ratio := _times_fewer(row):
         text += f", with {ratio} times fewer bit operations than float"
     return text + f" and {bytes_text(row['weight_bytes'])} of weights."
 
@@ -311,11 +335,8 @@ def _compared(where: str, row: Mapping[str, Any], other: Mapping[str, Any], othe
     text += f", the best of {others} others" if others > 1 else ""
     if row["bit_operations"] and other["bit_operations"]:
         more = row["bit_operations"] / other["bit_operations"] - 1
-        text += (
-            ", at equal bit operations"
-            if abs(more) < 5e-4
-            else f", with {percent(abs(more))} {_more(more)} bit operations"
-        )
+        costs = f"with {percent(abs(more))} {'more' if more > 0 else 'fewer'}" if abs(more) >= 5e-4 else "at equal"
+        text += f", {costs} bit operations"
     return f"{text} ({noise})."
 
 
@@ -331,10 +352,6 @@ def _over_budget(group: Group) -> str:
         return ""
     many = "its budget" if len(shares) == 1 else f"its budget in {len(over)} of {len(shares)} runs"
     return f"{group.label} exceeds {many}, by up to {percent(max(over))}."
-
-
-def _more(value: float) -> str:
-    return "more" if value > 0 else "fewer"
 
 
 def _points(gap: float) -> str:
