@@ -15,7 +15,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from qvit.report.figures import COLOURS, SYMBOLS, label, level, line, marks, new_figure
-from qvit.report.markup import Canvas, escape, facts, folded, table, verdict_box
+from qvit.report.markup import Canvas, escape, facts, folded, table, table_of, verdict_box
 from qvit.report.shell import document, write_page_of
 from qvit.report.units import bops_text, difference, duration, fixed, plus_minus
 
@@ -134,18 +134,14 @@ def _widths(rows: Rows, of_float: Mapping[str, Any], canvas: Canvas) -> str:
     caption = (
         "Weights and activations of all blocks at one width, first and last layer at 8 bits (Figure 1 of the paper)."
     )
-    cells = [
-        [
-            str(row["bit_width"]),
-            plus_minus(row["top1"], row["standard_error"]),
-            difference(-row["drop"]),
-            fixed(row["agreement"], 1),
-            bops_text(row["bit_operations"] or None),
-        ]
-        for row in rows
-    ]
-    header = ["bits", "top-1 (%)", "points vs float", "agrees with float (%)", "bit operations"]
-    return canvas.plot("widths", [figure], caption) + table(header, cells, text=0)
+    columns = {
+        "bits": lambda row: str(row["bit_width"]),
+        "top-1 (%)": lambda row: plus_minus(row["top1"], row["standard_error"]),
+        "points vs float": lambda row: difference(-row["drop"]),
+        "agrees with float (%)": lambda row: fixed(row["agreement"], 1),
+        "bit operations": lambda row: bops_text(row["bit_operations"] or None),
+    }
+    return canvas.plot("widths", [figure], caption) + table_of(columns, rows, text=0)
 
 
 def _parts(rows: Rows, of_float: Mapping[str, Any], canvas: Canvas) -> str:
@@ -189,18 +185,15 @@ def _heads_of(
         "loss against float. In a map of several layers, losses are against the model with all heads at the higher "
         "width; negative is a gain (Figure 2b of the paper)."
     )
-    cells = [
-        [
-            escape(row["layer"]),
-            str(row["head"]),
-            fixed(row["top1"]),
-            plus_minus(row["drop"], row["drop_standard_error"]),
-            difference(lost[row["layer"], row["head"]]),
-        ]
-        for row in rows
-    ]
-    inside = table(["layer", "head", "top-1 (%)", "lost against float", "lost against no head lowered"], cells)
-    return canvas.plot(name, [figure], escape(caption), escape(heading)) + folded("All heads", inside)
+    columns = {
+        "layer": lambda row: escape(row["layer"]),
+        "head": lambda row: str(row["head"]),
+        "top-1 (%)": lambda row: fixed(row["top1"]),
+        "lost against float": lambda row: plus_minus(row["drop"], row["drop_standard_error"]),
+        "lost against no head lowered": lambda row: difference(lost[row["layer"], row["head"]]),
+    }
+    inside = folded("All heads", table_of(columns, rows))
+    return canvas.plot(name, [figure], escape(caption), escape(heading)) + inside
 
 
 def _head_marks(rows: Rows, base: Mapping[str, Any] | None) -> go.Figure:

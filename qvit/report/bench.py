@@ -7,7 +7,7 @@ bar carries its time over that of OpenVINO's int8. Our engines are set in bold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 
 from qvit.errors import UsageError
 from qvit.report.figures import COLOURS, label, marks, new_figure
-from qvit.report.markup import Canvas, escape, facts, log_axis, table, verdict_box
+from qvit.report.markup import Canvas, escape, facts, log_axis, table, table_of, verdict_box
 from qvit.report.shell import document, write_page_of
 from qvit.report.units import bytes_text, fixed, significant
 
@@ -101,9 +101,8 @@ def doubts(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each engine that answers unlike what it should: the simulation for ours, the float model else."""
     sentences = []
     for row in filter(_doubted, record["rows"]):
-        what, error = ("float", row["error_to_float"])
-        if row["error_to_simulated"] is not None:
-            what, error = "simulated", row["error_to_simulated"]
+        what = "float" if row["error_to_simulated"] is None else "simulated"
+        error = row[f"error_to_{what}"]
         sentences.append(
             f"{row['engine']} {row['precision']} at batch {row['batch']} answers unlike the {what} model: "
             f"error {significant(error, 2)} (0: equal, 1: no relation)."
@@ -170,32 +169,30 @@ def _figure(record: Mapping[str, Any]) -> go.Figure:
     return figure
 
 
+#: The columns of the table of all numbers.
+NUMBERS: dict[str, Callable[[Any], str]] = {
+    "": lambda row: _name(row, plot=False),
+    "batch": lambda row: str(row["batch"]),
+    "ms": lambda row: significant(row["milliseconds_median"]),
+    "quartiles": lambda row: " – ".join(map(significant, row["milliseconds_quartiles"])),
+    "images/s": lambda row: significant(row["images_per_second"]),
+    "× OpenVINO int8": lambda row: significant(row["ratio_to_openvino_int8"], 3),
+    "× PyTorch fp32": lambda row: significant(row["ratio_to_pytorch_fp32"], 3),
+    "as float (%)": lambda row: fixed(row["top1_agreement"], 1),
+    "error": lambda row: significant(row["error_to_float"], 2),
+    "as simulated (%)": lambda row: fixed(row["agreement_with_simulated"], 1),
+    "file": lambda row: bytes_text(row["file_bytes"]),
+    "calls": lambda row: str(row["calls"]),
+}
+
+
 def _numbers(record: Mapping[str, Any]) -> str:
-    header = ["", "batch", "ms", "quartiles", "images/s", "× OpenVINO int8", "× PyTorch fp32", "as float (%)"]
-    header += ["error", "as simulated (%)", "file", "calls"]
-    rows = [
-        [
-            _name(row, plot=False),
-            str(row["batch"]),
-            significant(row["milliseconds_median"]),
-            " – ".join(significant(value) for value in row["milliseconds_quartiles"]),
-            significant(row["images_per_second"]),
-            significant(row["ratio_to_openvino_int8"], 3),
-            significant(row["ratio_to_pytorch_fp32"], 3),
-            fixed(row["top1_agreement"], 1),
-            significant(row["error_to_float"], 2),
-            fixed(row["agreement_with_simulated"], 1),
-            bytes_text(row["file_bytes"]),
-            str(row["calls"]),
-        ]
-        for row in record["rows"]
-    ]
     note = (
         "<p>As float, as simulated: share of images with the same first class as the float model, or as the "
         "fake-quantized model in PyTorch. Error: root mean square of the difference of the logits to those of the "
         "float model, over that of the float logits around their mean.</p>"
     )
-    return note + table(header, rows, bold=[row["ours"] for row in record["rows"]])
+    return note + table_of(NUMBERS, record["rows"], bold=[row["ours"] for row in record["rows"]])
 
 
 def _arithmetic(record: Mapping[str, Any]) -> str:
@@ -204,7 +201,5 @@ def _arithmetic(record: Mapping[str, Any]) -> str:
 
 
 def _skipped(record: Mapping[str, Any]) -> str:
-    rows = [
-        [escape(f"{row['engine']} {row['precision']}"), escape(row["reason"])] for row in record.get("skipped") or []
-    ]
-    return table(["", "why"], rows, text=2) if rows else ""
+    names = {"": lambda row: escape(f"{row['engine']} {row['precision']}"), "why": lambda row: escape(row["reason"])}
+    return table_of(names, rows, text=2) if (rows := record.get("skipped")) else ""

@@ -11,13 +11,12 @@ points each.
 
 from __future__ import annotations
 
-import html
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import plotly.graph_objects as go
 
+from qvit.report.markup import label
 from qvit.report.runs import Run
 from qvit.report.tables import Group
 
@@ -52,11 +51,6 @@ _LAYOUT = {
     | {"y": 1, "yref": "container", "yanchor": "top"},
     "hoverlabel": {"align": "left"},
 }
-
-
-def label(text: str) -> str:
-    """Text from a file as plotly text: special characters escaped, `W_q` with a true subscript."""
-    return re.sub(r"^W_(\w+)$", r"W<sub>\1</sub>", html.escape(text, quote=False))
 
 
 def colour_of(group: Group) -> str:

@@ -8,7 +8,7 @@ numbers into its cells.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from qvit.errors import UsageError
 from qvit.plan.cost import FLOAT_BITS
 from qvit.report.figures import COLOURS, COST_NAMES, DASHED, GREY, label, marks, new_figure
-from qvit.report.markup import Canvas, escape, facts, folded, muted, table, verdict_box
+from qvit.report.markup import Canvas, escape, facts, folded, muted, table, table_of, verdict_box
 from qvit.report.shell import COSTS_NOTE, document, write_html
 from qvit.report.sites import locate
 from qvit.report.units import bops_text, bytes_text, fixed, significant, titled, unit_for
@@ -216,18 +216,20 @@ def _agreement_figure(agreement: Mapping[str, Any], rows: Sequence[Any]) -> go.F
 
 
 def _table_section(report: Mapping[str, Any]) -> str:
-    timed = report["unit"] == "milliseconds"
-    header = ["plan", "predicted loss increase", "bit operations", "weights", *(["time"] if timed else [])]
-
-    def row(name: str, plan: Mapping[str, Any]) -> list[str]:
-        cells = [escape(name), significant(plan["predicted_loss"]), bops_text(plan["bit_operations"])]
-        return [*cells, bytes_text(plan["weight_bytes"]), *([_cost_text(report, plan["cost"])] if timed else [])]
-
-    groups = (("uniform", report.get("uniform") or []), ("budget", report.get("chosen") or []))
-    rows = [row(f"{kind} {plan['name']}", plan) for kind, plans in groups for plan in plans]
-    numbered = [row(str(index), point) for index, point in enumerate(report["points"], 1)]
-    marked = table(header, rows) if rows else ""
-    return marked + folded(f"{len(numbered)} points of the frontier", table(header, numbered))
+    columns: dict[str, Callable[[Any], str]] = {
+        "plan": lambda row: escape(row[0]),
+        "predicted loss increase": lambda row: significant(row[1]["predicted_loss"]),
+        "bit operations": lambda row: bops_text(row[1]["bit_operations"]),
+        "weights": lambda row: bytes_text(row[1]["weight_bytes"]),
+    }
+    if report["unit"] == "milliseconds":
+        columns["time"] = lambda row: _cost_text(report, row[1]["cost"])
+    marked = [(f"uniform {plan['name']}", plan) for plan in report.get("uniform") or []]
+    marked += [(f"budget {plan['name']}", plan) for plan in report.get("chosen") or []]
+    numbered = folded(
+        f"{len(report['points'])} points of the frontier", table_of(columns, enumerate(report["points"], 1))
+    )
+    return (table_of(columns, marked) if marked else "") + numbered
 
 
 def _data(report: Mapping[str, Any]) -> dict[str, Any]:

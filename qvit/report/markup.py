@@ -10,8 +10,9 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -34,14 +35,10 @@ class Canvas:
 
     def to_json(self) -> str:
         """All figures as JSON that can stand inside a script element."""
-        plain = {name: [_plain(figure) for figure in choices] for name, choices in self.figures.items()}
+        plain = {name: [json.loads(str(one.to_json())) for one in choices] for name, choices in self.figures.items()}
+        for figure in (figure for choices in plain.values() for figure in choices):
+            figure["layout"].pop("template", None)
         return embedded(plain)
-
-
-def _plain(figure: go.Figure) -> dict[str, object]:
-    data = json.loads(str(figure.to_json()))
-    data["layout"].pop("template", None)
-    return data
 
 
 def embedded(data: object) -> str:
@@ -55,9 +52,9 @@ def escape(value: object) -> str:
     return html.escape(str(value))
 
 
-def tensor_name(name: str) -> str:
-    """The name of a tensor as HTML: escaped, `W_q` with a true subscript."""
-    return re.sub(r"^W_(\w+)$", r"W<sub>\1</sub>", escape(name))
+def label(text: str) -> str:
+    """Any text as HTML and as plotly reads it: special characters escaped, `W_q` with a true subscript."""
+    return re.sub(r"^W_(\w+)$", r"W<sub>\1</sub>", html.escape(text, quote=False))
 
 
 def muted(content: str, tag: str = "p") -> str:
@@ -101,6 +98,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, bold: Sequenc
         body.append(f'<tr{mark}><th scope="row" class="text">{first}</th>{cells}</tr>')
     inside = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
     return f'<div class="scroll" tabindex="0"><table>{inside}</table></div>'
+
+
+def table_of(columns: Mapping[str, Callable[[Any], str]], rows: Iterable[Any], **style: Any) -> str:
+    """A table of records: heading → what makes its cell of a record, both as HTML; `style` as for `table`."""
+    return table(list(columns), [[cell(row) for cell in columns.values()] for row in rows], **style)
 
 
 def folded(summary: str, body: str) -> str:

@@ -26,13 +26,10 @@ from qvit.report.units import bytes_text, column, difference, duration, percent,
 METHODS = ("float", "lsq", "lsq+")
 #: Options in which runs of one setting may differ: their float weights belong to a seed, the rest changes no result.
 NO_SETTING = frozenset(
-    ("weights", "method_options", "started", "data_note", "class_names", "threads", "workers", "device", "log_every")
-    + ("checkpoint_every",)
+    "weights method_options started data_note class_names threads workers device log_every checkpoint_every".split()
 )
 #: What a page says elsewhere.
-NO_OPTION = frozenset(
-    ("versions", "hardware", "command", "seed", "out", "output", "resume", "model", "method", "budget", "data")
-)
+NO_OPTION = frozenset("versions hardware command seed out output resume model method budget data".split())
 
 
 @dataclass(frozen=True)
@@ -149,7 +146,7 @@ def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
         "BOPs vs float": [f"÷ {_times_fewer(row)}" if _times_fewer(row) else "" for row in rows],
         titled("weights", byte_unit): sizes,
         "time per run": [duration(row["seconds"]) for row in rows],
-        "seeds": [str(row["n_seeds"]) + _unfinished(row) for row in rows],
+        "seeds": [_seeds(row["n_seeds"], row["unfinished"]) for row in rows],
     }
     if len(set(columns["model"])) <= 1:
         del columns["model"]
@@ -176,8 +173,8 @@ def _times_fewer(row: Mapping[str, Any]) -> str:
     return significant(row["float_bit_operations"] / row["bit_operations"], 3)
 
 
-def _unfinished(row: Mapping[str, Any]) -> str:
-    return f" (+ {row['unfinished']} unfinished)" if row["unfinished"] else ""
+def _seeds(finished: int, unfinished: int) -> str:
+    return f"{finished} (+ {unfinished} unfinished)" if unfinished else str(finished)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:

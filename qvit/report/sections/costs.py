@@ -8,7 +8,7 @@ from itertools import cycle
 import plotly.graph_objects as go
 
 from qvit.report.figures import COLOURS, COST_NAMES, label, new_figure, with_room
-from qvit.report.markup import Canvas, escape, folded, muted, table, tensor_name
+from qvit.report.markup import Canvas, escape, folded, muted, table
 from qvit.report.sections.base import section
 from qvit.report.sites import locate, tensors_of
 from qvit.report.tables import Group
@@ -30,7 +30,7 @@ def costs(groups: Sequence[Group], canvas: Canvas) -> str:
         found = {group.label: values for group, values in _costs(groups, cost)}
         tensors = list(dict.fromkeys(tensor for values in found.values() for tensor in values))
         unit, cells = column([values.get(tensor) for tensor in tensors for values in found.values()], kind)
-        rows = [[tensor_name(t), *cells[i * len(found) : (i + 1) * len(found)]] for i, t in enumerate(tensors)]
+        rows = [[label(t), *cells[i * len(found) : (i + 1) * len(found)]] for i, t in enumerate(tensors)]
         header = [escape(titled(name, unit)), *map(escape, found)]
         parts.append(canvas.plot(f"costs-{kind}", [figure], heading=heading))
         parts.append(folded(f"{heading} as a table", table(header, rows)))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from qvit.report.markup import Canvas, escape, muted, select, table, variants
+from qvit.report.markup import Canvas, escape, muted, select, table, table_of, variants
 from qvit.report.runs import Change, Freeze
 from qvit.report.sections.base import section
 from qvit.report.tables import Group, runs_of
-from qvit.report.units import bops_text, difference, percent
+from qvit.report.units import bops_text, difference, fixed, percent
 
 MAX_CHANGES = 400
 PRINTED_CHANGES = 30  # also in the style sheet
@@ -16,6 +16,14 @@ NOTE = (
     "At the freeze the learned real-valued widths are rounded, then raised or lowered until the plan fits into "
     "the budget. “Raised” and “lowered” count the widths that ended above or below their rounded value."
 )
+CHANGES: dict[str, Callable[[Change], str]] = {
+    "site": lambda change: f"<code>{escape(change.site)}</code>",
+    "head": lambda change: "" if change.head is None else str(change.head),
+    "learned": lambda change: fixed(change.learned),
+    "rounded": lambda change: str(change.rounded),
+    "final": lambda change: str(change.final),
+    "final − learned": lambda change: difference(change.final - change.learned),
+}
 HEADER = ["run", "step", "BOPs learned", "rounded", "final", "budget", "final / budget", "raised", "lowered", "kept"]
 
 
@@ -50,16 +58,10 @@ def _changes(event: Freeze) -> str:
     if not event.changes:
         return muted("The log lists no widths.")
     ordered = sorted(event.changes, key=weight)[:MAX_CHANGES]
-    rows = [
-        [f"<code>{escape(change.site)}</code>", "" if change.head is None else str(change.head)]
-        + [f"{change.learned:.2f}", str(change.rounded), str(change.final), difference(change.final - change.learned)]
-        for change in ordered
-    ]
     moved = [change.final != change.rounded for change in ordered]
     caption = f"{sum(moved)} widths moved from their rounded value (bold), then the others, the largest change first"
     caption += f"; {len(ordered)} of {len(event.changes)} shown." if len(ordered) < len(event.changes) else "."
     cut = ""
-    if len(rows) > PRINTED_CHANGES:
+    if len(ordered) > PRINTED_CHANGES:
         cut = f'<p class="paper muted">On paper, the first {PRINTED_CHANGES} rows.</p>'
-    header = ["site", "head", "learned", "rounded", "final", "final − learned"]
-    return f'{muted(caption)}{cut}<div class="tall">{table(header, rows, bold=moved)}</div>'
+    return f'{muted(caption)}{cut}<div class="tall">{table_of(CHANGES, ordered, bold=moved)}</div>'

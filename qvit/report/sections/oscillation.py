@@ -14,7 +14,7 @@ from statistics import fmean
 import plotly.graph_objects as go
 
 from qvit.report.figures import COLOURS, label, line, new_figure, with_room
-from qvit.report.markup import Canvas, escape, folded, grid, muted, select, table, tensor_name
+from qvit.report.markup import Canvas, escape, folded, grid, muted, select, table
 from qvit.report.runs import Diagnostics, Run
 from qvit.report.sections.base import section
 from qvit.report.sites import Place, layer_labels, layers_of, locate, tensors_of
@@ -79,7 +79,7 @@ def _rows(name: str, last: Diagnostics) -> list[list[str]]:
     rows = []
     for site, own in last.sites.items():
         place = locate(site)
-        where = f"{escape(place.layer)} {tensor_name(place.tensor)}".strip()
+        where = f"{escape(place.layer)} {label(place.tensor)}".strip()
         cells = ["" if value is None else f"{value:.3g}" for value in (own.variation, own.outliers)]
         rows.append([escape(name), where, percent(own.oscillating), *cells])
     return rows

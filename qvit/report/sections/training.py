@@ -7,17 +7,7 @@ from statistics import fmean
 
 import plotly.graph_objects as go
 
-from qvit.report.figures import (
-    COLOURS,
-    DASHED,
-    colour_of,
-    label,
-    line,
-    marks,
-    new_figure,
-    run_line,
-    with_room,
-)
+from qvit.report.figures import COLOURS, DASHED, colour_of, label, line, marks, new_figure, run_line, with_room
 from qvit.report.markup import Canvas, select
 from qvit.report.runs import Run
 from qvit.report.sections.base import section
