@@ -5,8 +5,8 @@
     write_page(runs, Path("report.html"))        # plotly.js inside; opens without a network
     write_frontier_page(frontier, "page.html")   # data of `qvit allocate --frontier`
 
-This part knows nothing of models and tensors and imports nothing from the rest of qvit but the errors: it can read runs
-of any machine, with neither the model nor the data at hand.
+This part knows nothing of models and tensors, and needs no torch: it can read runs of any machine, with neither the
+model nor the data at hand. A section of the page is a file in `qvit.report.sections`.
 """
 
 from __future__ import annotations

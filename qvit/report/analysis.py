@@ -202,7 +202,7 @@ def _head_marks(rows: Rows, base: Mapping[str, Any] | None) -> go.Figure:
     figure = new_figure("Accuracy lost per head.", "head", "points lost against float", height=340)
     points = [(str(row["head"]), row["drop"]) for row in ordered]
     style = {"marker": {"color": COLOURS[0], "size": 12}, "error_y": _bars(ordered, "drop_standard_error")}
-    marks(figure, points, hovertemplate="head %{x}: %{y:.2f} points lost<extra></extra>", **style)
+    marks(figure, points, hover="head %{x}: %{y:.2f} points lost", **style)
     figure.update_xaxes(type="category")
     if base:
         level(figure, base["drop"], f"no head lowered {base['drop']:.2f}")

@@ -85,26 +85,31 @@ def thin(points: Sequence[T], limit: int = MAX_POINTS) -> list[T]:
     return [points[round(index * (len(points) - 1) / (limit - 1))] for index in range(limit)]
 
 
+def marks(figure: go.Figure, points: Iterable[tuple[Any, Any]], name: str = "", hover: str = "", **trace: Any) -> None:
+    """Adds marks.
+
+    Args:
+        figure: Where to.
+        points: Pairs (x, y).
+        name: Its name in the legend, as text; without one it stands in no legend.
+        hover: What a point says, in plotly's format; without it, nothing.
+        trace: Further properties of the trace, such as another `mode` (lines, text).
+    """
+    pairs = list(points)
+    named = {"name": label(name)} if name else {"showlegend": False}
+    said = {"hovertemplate": f"{hover}<extra></extra>"} if hover else {"hoverinfo": "skip"}
+    trace = {"mode": "markers"} | named | said | trace
+    figure.add_scatter(x=[x for x, _ in pairs], y=[y for _, y in pairs], **trace)
+
+
 def line(
     figure: go.Figure, points: Iterable[tuple[Any, Any]], name: str, hover: str, colour: str, *,
     width: float = 1.5, dash: str = "solid", **trace: Any,
 ) -> None:  # fmt: skip
-    """Adds a line, or a mark if it has one point.
-
-    Args:
-        figure: Where to.
-        points: Pairs (x, y); thinned.
-        name: Its name in the legend, as text.
-        hover: What a point says, in plotly's format.
-        colour: Its colour.
-        width: In pixels.
-        dash: As plotly names it.
-        trace: Further properties of the trace.
-    """
+    """Adds a line through points, thinned, or a mark if there is one point; see `marks`."""
     shown = thin(list(points))
-    trace = {"mode": "lines" if len(shown) > 1 else "markers", "hovertemplate": f"{hover}<extra></extra>"} | trace
-    x, y = [x for x, _ in shown], [y for _, y in shown]
-    figure.add_scatter(x=x, y=y, name=label(name), line={"width": width, "dash": dash, "color": colour}, **trace)
+    style = {"width": width, "dash": dash, "color": colour}
+    marks(figure, shown, name, hover, **{"mode": "lines" if len(shown) > 1 else "markers", "line": style} | trace)
 
 
 def run_line(
@@ -114,14 +119,6 @@ def run_line(
     hover = f"{label(group.name_of(run))}<br>step %{{x}}: %{{y:.4~g}}"
     own = {"opacity": 0.8, "legendgroup": str(group.index), "showlegend": first}
     line(figure, points, group.label, hover, colour_of(group), **own)
-
-
-def marks(figure: go.Figure, points: Iterable[tuple[Any, Any]], **trace: Any) -> None:
-    """Adds marks (lines, texts: `mode`) that stand in no legend and say nothing, unless `trace` has it otherwise."""
-    pairs = list(points)
-    silent = {} if "hovertemplate" in trace else {"hoverinfo": "skip"}
-    trace = {"mode": "markers", "showlegend": False} | silent | trace
-    figure.add_scatter(x=[x for x, _ in pairs], y=[y for _, y in pairs], **trace)
 
 
 def level(figure: go.Figure, y: float, text: str = "", *, position: str = "top left") -> None:

@@ -24,7 +24,7 @@ from qvit.report.units import bops_text, bytes_text, fixed, significant, titled,
 from qvit.report.widths import DARK_ABOVE, HIGH, LOW, cell_names, draw_maps, map_of
 
 FORMAT, VERSION = "qvit-frontier", 1
-LOG_AXIS = {"type": "log", "exponentformat": "power"}
+LOG_AXIS: dict[str, Any] = {"type": "log", "exponentformat": "power"}
 
 
 def write_frontier_page(report: Mapping[str, Any], out: str | Path, *, title: str | None = None) -> Path:
@@ -147,29 +147,20 @@ def _frontier_figure(report: Mapping[str, Any], start: int) -> go.Figure:
     def places(plans: Sequence[Mapping[str, Any]]) -> list[tuple[float, float | None]]:
         return [(plan["cost"] / size, _positive(plan["predicted_loss"])) for plan in plans]
 
-    hover = "%{text}<br>predicted loss %{y:.3~g}<extra></extra>"
+    hover = "%{text}<br>predicted loss %{y:.3~g}"
     costs = [_cost_text(report, point["cost"]) for point in points]
     style = {"mode": "lines+markers", "line": {"width": 2, "color": COLOURS[0]}, "marker": {"size": 6}}
-    marks(
-        figure,
-        places(points),
-        name="frontier",
-        text=costs,
-        hovertemplate=hover,
-        meta="points",
-        showlegend=True,
-        **style,
-    )
+    marks(figure, places(points), "frontier", hover, text=costs, meta="points", **style)
     for key, name, marker, mode in (
         ("uniform", "uniform widths", {"size": 9, "color": GREY, "symbol": "square"}, "markers+text"),
         ("chosen", "plans within budgets", {"size": 14, "color": COLOURS[1], "symbol": "star"}, "markers"),
     ):
         if plans := report.get(key) or []:
             texts = {"text": [label(plan["name"]) for plan in plans], "textposition": "top right"}
-            style = {"mode": mode, "marker": marker, "textfont": {"size": 11}, "cliponaxis": False, "showlegend": True}
-            marks(figure, places(plans), name=name, hovertemplate=hover, **texts, **style)
+            style = {"mode": mode, "marker": marker, "textfont": {"size": 11}, "cliponaxis": False}
+            marks(figure, places(plans), name, hover, **texts, **style)
     ring = {"size": 16, "color": "rgba(0,0,0,0)", "line": {"width": 3, "color": COLOURS[3]}}
-    marks(figure, places([points[start]]), name="this point", meta="selected", marker=ring, showlegend=True)
+    marks(figure, places([points[start]]), "this point", meta="selected", marker=ring)
     return figure
 
 
@@ -203,14 +194,14 @@ def _agreement_figure(agreement: Mapping[str, Any], rows: Sequence[Any]) -> go.F
     figure = new_figure(alt, *titles, height=440)
     figure.update_layout(xaxis={**LOG_AXIS, "dtick": 1}, yaxis={**LOG_AXIS, "dtick": 1})
     ends = [pick(pick(row[3:]) for row in rows) for pick in (min, max)]
-    marks(figure, zip(ends, ends, strict=True), mode="lines", line=DASHED | {"width": 1}, name="equal", showlegend=True)
+    marks(figure, zip(ends, ends, strict=True), name="equal", mode="lines", line=DASHED | {"width": 1})
     for position, width in enumerate(sorted({row[2] for row in rows})):
         own = [row for row in rows if row[2] == width]
         marks(
-            figure, [(row[4], row[3]) for row in own], name=f"{width} bits", showlegend=True,
+            figure, [(row[4], row[3]) for row in own], f"{width} bits",
+            hover="%{text}<br>measured %{x:.3~g}, predicted %{y:.3~g}",
             marker={"size": 6, "opacity": 0.75, "color": COLOURS[position % len(COLOURS)]},
             text=[f"{label(row[0])}, head {row[1]}" for row in own],
-            hovertemplate="%{text}<br>measured %{x:.3~g}, predicted %{y:.3~g}<extra></extra>",
         )  # fmt: skip
     return figure
 

@@ -77,7 +77,7 @@ def _points(figure: go.Figure, group: Group, cost: str, size: float, symbol: str
     ]
     x, y, deviation = _means(group, cost, size)
     several, colour = len(hover) > 1, colour_of(group)
-    of_group = {"hovertemplate": "%{text}<extra></extra>", "legendgroup": str(group.index)}
+    of_group = {"hover": "%{text}", "legendgroup": str(group.index)}
     if several:
         small = {"size": 7, "color": colour, "opacity": 0.45, "symbol": symbol}
         points = [(getattr(result, cost) / size, result.accuracy) for result in group.results]
@@ -89,8 +89,7 @@ def _points(figure: go.Figure, group: Group, cost: str, size: float, symbol: str
         ]
     large = {"size": 13, "color": colour, "symbol": symbol, "line": {"width": 1, "color": "rgba(255,255,255,0.9)"}}
     spread = {"array": [deviation], "visible": several, "thickness": 1.5, "width": 6, "color": colour}
-    named = {"name": label(group.label), "showlegend": True}
-    marks(figure, [(x, y)], marker=large, error_y=spread, text=hover, **named, **of_group)
+    marks(figure, [(x, y)], group.label, marker=large, error_y=spread, text=hover, **of_group)
 
 
 def _join_means(figure: go.Figure, groups: Sequence[Group], cost: str, size: float) -> None:

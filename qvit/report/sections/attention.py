@@ -78,8 +78,8 @@ def attention_figures(group: Group) -> dict[str, go.Figure]:
             showlegend=False,
         )
         cross = {"symbol": "x-thin", "size": 8, "line": {"width": 2, "color": colour_of(group)}}
-        hover = "layer %{x}: mean %{y:.2f} bits<extra></extra>"
-        marks(figure, zip(rows, means.values(), strict=True), marker=cross, hovertemplate=hover)
+        points = zip(rows, means.values(), strict=True)
+        marks(figure, points, hover="layer %{x}: mean %{y:.2f} bits", marker=cross)
         figure.update_layout(xaxis=CATEGORIES, yaxis=BITS_AXIS)
         figures[title] = figure
     return figures

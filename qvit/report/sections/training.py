@@ -59,13 +59,12 @@ def bit_operations_figure(groups: Sequence[Group]) -> go.Figure | None:
         if budget is not None and group.index not in seen:
             last = max(member.log.last_step for member in group.runs)
             own = {"mode": "lines", "line": DASHED | {"color": colour_of(group)}, **of_group}
-            hover = f"budget of {label(group.label)}: {bops_text(budget)}<extra></extra>"
-            marks(figure, [(0, budget / size), (last, budget / size)], hovertemplate=hover, **own)
+            hover = f"budget of {label(group.label)}: {bops_text(budget)}"
+            marks(figure, [(0, budget / size), (last, budget / size)], hover=hover, **own)
         if freeze is not None and freeze.bit_operations is not None:
             diamond = {"symbol": "diamond", "size": 10, "color": colour_of(group), "line": {"width": 1}}
             hover = f"{label(group.name_of(run))}: frozen at step {freeze.step}, {bops_text(freeze.bit_operations)}"
-            place = [(freeze.step, freeze.bit_operations / size)]
-            marks(figure, place, marker=diamond, hovertemplate=f"{hover}<extra></extra>", **of_group)
+            marks(figure, [(freeze.step, freeze.bit_operations / size)], hover=hover, marker=diamond, **of_group)
         seen.add(group.index)
     return with_room(figure)
 
