@@ -12,10 +12,11 @@ model nor the data at hand. A section of the page is a file in `qvit.report.sect
 from __future__ import annotations
 
 from qvit.report.frontier import write_frontier_page
+from qvit.report.groups import Group, group_runs, mean_std
 from qvit.report.page import write_page
 from qvit.report.reader import load_run, load_runs
 from qvit.report.runs import Run
-from qvit.report.tables import Group, display_table, group_runs, markdown_table, mean_std, results_table, verdict
+from qvit.report.tables import display_table, markdown_table, results_table, verdict
 
 __all__ = [
     "Group",

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 
 import plotly.graph_objects as go
 
+from qvit.report.groups import Group
 from qvit.report.markup import label
 from qvit.report.runs import Run
-from qvit.report.tables import Group
 
 T = TypeVar("T")
 COLOURS = (

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from qvit.errors import QvitError
+from qvit.report.groups import Group, common_options, group_runs, runs_of
 from qvit.report.markup import Canvas, escape, facts, folded, table, verdict_box
 from qvit.report.runs import Run
 from qvit.report.sections.base import SECTIONS
 from qvit.report.shell import document, write_html
-from qvit.report.tables import Group, common_options, group_runs, runs_of, verdict
+from qvit.report.tables import verdict
 
 MAX_SENTENCES = 4
 

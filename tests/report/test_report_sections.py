@@ -12,11 +12,11 @@ from report_runs import write_run
 
 import qvit
 from qvit.report import load_run
+from qvit.report.groups import group_runs
 from qvit.report.markup import Canvas
 from qvit.report.page import render_page
 from qvit.report.sections.base import SECTIONS, section
 from qvit.report.shell import asset
-from qvit.report.tables import group_runs
 
 PLUGIN = """
 from qvit.report.figures import line, new_figure

@@ -8,9 +8,9 @@ from statistics import fmean
 import plotly.graph_objects as go
 
 from qvit.report.figures import COST_NAMES, SYMBOLS, colour_of, label, level, marks, new_figure, with_room
+from qvit.report.groups import Group, mean_std
 from qvit.report.markup import Canvas, grid, log_axis, muted
 from qvit.report.sections.base import section
-from qvit.report.tables import Group, mean_std
 from qvit.report.units import bops_text, bytes_text, titled, unit_for
 
 

@@ -11,11 +11,11 @@ from statistics import fmean
 import plotly.graph_objects as go
 
 from qvit.report.figures import BITS_AXIS, CATEGORIES, colour_of, label, marks, new_figure
+from qvit.report.groups import Group
 from qvit.report.markup import Canvas, escape, folded, grid, muted, select, table, variants
 from qvit.report.runs import Run
 from qvit.report.sections.base import section
 from qvit.report.sites import ATTENTION_PANELS, layer_labels, layers_of, locate
-from qvit.report.tables import Group
 from qvit.report.widths import has_map
 
 NOTE = (

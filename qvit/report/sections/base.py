@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qvit.registry import Registry
+from qvit.report.groups import Group
 from qvit.report.markup import Canvas
-from qvit.report.tables import Group
 
 Render = Callable[[Sequence[Group], Canvas], str]
 

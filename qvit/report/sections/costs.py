@@ -8,10 +8,10 @@ from itertools import cycle
 import plotly.graph_objects as go
 
 from qvit.report.figures import COLOURS, COST_NAMES, label, new_figure, with_room
+from qvit.report.groups import Group
 from qvit.report.markup import Canvas, escape, folded, muted, table
 from qvit.report.sections.base import section
 from qvit.report.sites import locate, tensors_of
-from qvit.report.tables import Group
 from qvit.report.units import column, percent, titled, unit_for
 
 # A product of two activations is counted at one of them.

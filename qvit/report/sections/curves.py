@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import plotly.graph_objects as go
 
 from qvit.report.figures import MAX_POINTS, new_figure, run_line, with_room
+from qvit.report.groups import Group
 from qvit.report.markup import Canvas, escape, grid, muted
 from qvit.report.runs import Run
 from qvit.report.sections.base import section
-from qvit.report.tables import Group
 
 Points = list[tuple[int, float | None]]
 

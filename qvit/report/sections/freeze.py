@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from qvit.report.groups import Group, runs_of
 from qvit.report.markup import Canvas, escape, muted, select, table, table_of, variants
 from qvit.report.runs import Change, Freeze
 from qvit.report.sections.base import section
-from qvit.report.tables import Group, runs_of
 from qvit.report.units import bops_text, difference, fixed, percent
 
 MAX_CHANGES = 400

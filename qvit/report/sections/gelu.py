@@ -12,11 +12,11 @@ from statistics import fmean
 import plotly.graph_objects as go
 
 from qvit.report.figures import BITS_AXIS, CATEGORIES, colour_of, label, level, line, new_figure, with_room
+from qvit.report.groups import Group
 from qvit.report.markup import Canvas, escape, folded, table
 from qvit.report.runs import Log, Run
 from qvit.report.sections.base import section
 from qvit.report.sites import GELU, layer_labels, layers_of, locate, natural_key
-from qvit.report.tables import Group
 from qvit.report.widths import has_map
 
 CAPTION = "The dashed line is the width of the uniform model with the same budget (as Figure 5 of the Q-ViT paper)."

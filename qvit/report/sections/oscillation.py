@@ -14,11 +14,11 @@ from statistics import fmean
 import plotly.graph_objects as go
 
 from qvit.report.figures import COLOURS, label, line, new_figure, with_room
+from qvit.report.groups import Group, runs_of
 from qvit.report.markup import Canvas, escape, folded, grid, muted, select, table
 from qvit.report.runs import Diagnostics, Run
 from qvit.report.sections.base import section
 from qvit.report.sites import Place, layer_labels, layers_of, locate, tensors_of
-from qvit.report.tables import Group, runs_of
 from qvit.report.units import percent
 
 NAMES = {"variation": "standard deviation / mean |w|", "outliers": "max |w| / standard deviation"}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from qvit.report.groups import Group
 from qvit.report.markup import Canvas, escape, muted, table
 from qvit.report.sections.base import section
-from qvit.report.tables import Group, display_table, results_table
+from qvit.report.tables import display_table, results_table
 
 NOTE = (
     "Mean over seeds ± sample standard deviation. Costs are for one image, weights are packed. “Points vs float” "

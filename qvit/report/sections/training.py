@@ -8,11 +8,11 @@ from statistics import fmean
 import plotly.graph_objects as go
 
 from qvit.report.figures import COLOURS, DASHED, colour_of, label, line, marks, new_figure, run_line, with_room
+from qvit.report.groups import Group, runs_of
 from qvit.report.markup import Canvas, select
 from qvit.report.runs import Run
 from qvit.report.sections.base import section
 from qvit.report.sites import GELU, locate, tensors_of
-from qvit.report.tables import Group, runs_of
 from qvit.report.units import bops_text, titled, unit_for
 
 # Partners of a product share a colour; weights are dashed.

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
+from qvit.report.groups import Group, runs_of
 from qvit.report.markup import Canvas, escape, muted, select, table, variants
 from qvit.report.runs import Run
 from qvit.report.sections.base import section
 from qvit.report.sites import locate
-from qvit.report.tables import Group, runs_of
 from qvit.report.widths import draw_maps, has_map, map_of
 
 
