@@ -9,25 +9,15 @@ import pytest
 from report_runs import EPOCHS, HEADS, LAYERS, write_demo, write_run
 
 from qvit.report import group_runs, load_run, load_runs
-from qvit.report.figures import (
-    MAX_POINTS,
-    accuracy_figure,
-    bit_operations_figure,
-    cost_figure,
-    costs_by_tensor,
-    curve_figures,
-    thin,
-)
+from qvit.report.figures import MAX_POINTS, thin
 from qvit.report.runs import Run
-from qvit.report.widths import (
-    attention_figures,
-    attention_widths,
-    gelu_figure,
-    gelu_widths,
-    mean_width_figure,
-    uniform_width,
-    width_map,
-)
+from qvit.report.sections.accuracy import accuracy_figure
+from qvit.report.sections.attention import attention_figures, attention_widths
+from qvit.report.sections.costs import cost_figure, costs_by_tensor
+from qvit.report.sections.curves import curve_figures
+from qvit.report.sections.gelu import gelu_figure, gelu_widths, uniform_width
+from qvit.report.sections.training import bit_operations_figure, mean_width_figure
+from qvit.report.sections.widths import width_map
 
 
 @pytest.fixture(scope="module")
