@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qvit.report.runs import Result, Run
+from qvit.documents import Result
+from qvit.report.runs import Run
 
 METHODS = ("float", "lsq", "lsq+")
 #: Options in which runs of one setting may differ: their float weights belong to a seed, the rest changes no result.

@@ -47,7 +47,7 @@ class TestFigures:
                 assert drawn == expected and len(drawn) == 3 * HEADS, title
                 assert means.y[layer] == pytest.approx(sum(expected) / len(expected))
         assert attention_widths([group.first], "q")["blocks.0"] == list(
-            group.first.plan["blocks.0.attn.query"].bit_widths
+            group.first.plan["blocks.0.attn.query"].bit_width
         )
 
     def test_figure_5_is_the_plan(self, runs: list[Run]) -> None:
@@ -57,7 +57,7 @@ class TestFigures:
         seeds = [trace for trace in figure.data if not trace.showlegend]
         assert len(seeds) == 6 and len(figure.data) == 8
         for trace, run in zip(seeds, (run for group in groups for run in group.runs), strict=True):
-            assert list(trace.y) == [run.plan[f"blocks.{i}.mlp.fc2.input"].bit_widths[0] for i in range(LAYERS)]
+            assert list(trace.y) == [run.plan[f"blocks.{i}.mlp.fc2.input"].bit_width[0] for i in range(LAYERS)]
             assert list(gelu_widths(run).values()) == list(trace.y)
         means = figure.data[3]
         assert list(means.y) == pytest.approx(
@@ -86,10 +86,10 @@ class TestFigures:
             for text, cell in zip(texts, names, strict=True)
         }
         expected = {
-            site + (f", head {head}" if len(spec.bit_widths) > 1 else ""): width
+            site + (f", head {head}" if len(spec.bit_width) > 1 else ""): width
             for site, spec in run.plan.items()
             if site.startswith("blocks.")
-            for head, width in enumerate(spec.bit_widths)
+            for head, width in enumerate(spec.bit_width)
         }
         assert cells == expected
         numbers = [trace for trace in figure.data if trace.type == "scatter"]
@@ -106,7 +106,7 @@ class TestFigures:
         assert figure.layout.xaxis.ticktext == ("q", "conv.weight", "pool.weight")
         (queries, conv, _) = (trace for trace in figure.data if trace.type == "heatmap")
         assert len(queries.x) == 4 and list(queries.z[0][2:]) == [None, None]
-        assert conv.z[3][0] == run.plan["layers.1.blocks.0.conv.weight"].bit_widths[0] and conv.z[0][0] is None
+        assert conv.z[3][0] == run.plan["layers.1.blocks.0.conv.weight"].bit_width[0] and conv.z[0][0] is None
 
     def test_accuracy_against_cost(self, runs: list[Run]) -> None:
         groups = group_runs(runs)

@@ -24,7 +24,7 @@ def _held_out(run: Run) -> Points:
 
 
 def _learning_rates(run: Run) -> Points:
-    return [(step.step, step.learning_rate) for step in run.log.steps]
+    return [(step.step, step.lr) for step in run.log.steps]
 
 
 CURVES = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from qvit.documents import ChangeEvent, FreezeEvent
 from qvit.report.groups import Group, runs_of
 from qvit.report.markup import Canvas, escape, muted, select, table, table_of, variants
-from qvit.report.runs import Change, Freeze
 from qvit.report.sections.base import section
 from qvit.report.units import bops_text, difference, fixed, percent
 
@@ -16,7 +16,7 @@ NOTE = (
     "At the freeze the learned real-valued widths are rounded, then raised or lowered until the plan fits into "
     "the budget. “Raised” and “lowered” count the widths that ended above or below their rounded value."
 )
-CHANGES: dict[str, Callable[[Change], str]] = {
+CHANGES: dict[str, Callable[[ChangeEvent], str]] = {
     "site": lambda change: f"<code>{escape(change.site)}</code>",
     "head": lambda change: "" if change.head is None else str(change.head),
     "learned": lambda change: fixed(change.learned),
@@ -38,7 +38,7 @@ def freeze(groups: Sequence[Group], canvas: Canvas) -> str:
     return f"<p>{NOTE}</p>{overall}{box}{variants('freeze-run', [_changes(event) for _, event in frozen])}"
 
 
-def _cells(event: Freeze) -> list[str]:
+def _cells(event: FreezeEvent) -> list[str]:
     final, budget = event.bit_operations, event.budget_bit_operations
     share = final / budget if budget and final is not None else None
     raised = sum(change.final > change.rounded for change in event.changes)
@@ -49,10 +49,10 @@ def _cells(event: Freeze) -> list[str]:
     return [step, *map(bops_text, costs), percent(share), *moved]
 
 
-def _changes(event: Freeze) -> str:
+def _changes(event: FreezeEvent) -> str:
     """The widths, those that were moved first, then by the size of the change."""
 
-    def weight(change: Change) -> tuple[bool, float]:
+    def weight(change: ChangeEvent) -> tuple[bool, float]:
         return change.final == change.rounded, -abs(change.final - change.learned)
 
     if not event.changes:

@@ -13,10 +13,11 @@ from statistics import fmean
 
 import plotly.graph_objects as go
 
+from qvit.documents import DiagnosticsEvent
 from qvit.report.figures import COLOURS, label, line, new_figure, with_room
 from qvit.report.groups import Group, runs_of
 from qvit.report.markup import Canvas, escape, folded, grid, muted, select, table
-from qvit.report.runs import Diagnostics, Run
+from qvit.report.runs import Run
 from qvit.report.sections.base import section
 from qvit.report.sites import Place, layer_labels, layers_of, locate, tensors_of
 from qvit.report.units import percent
@@ -76,7 +77,7 @@ def spread_figure(run: Run, key: str) -> go.Figure:
     return with_room(figure) or figure
 
 
-def _rows(name: str, last: Diagnostics) -> list[list[str]]:
+def _rows(name: str, last: DiagnosticsEvent) -> list[list[str]]:
     rows = []
     for site, own in last.sites.items():
         place = locate(site)
@@ -86,16 +87,16 @@ def _rows(name: str, last: Diagnostics) -> list[list[str]]:
     return rows
 
 
-def _last(run: Run) -> Diagnostics:
+def _last(run: Run) -> DiagnosticsEvent:
     return next(record for record in reversed(run.log.diagnostics) if record.sites)
 
 
-def _tensors(record: Diagnostics) -> list[str]:
+def _tensors(record: DiagnosticsEvent) -> list[str]:
     """Kinds of tensors: those of layers in the order of the data flow, then first and last layers by their names."""
     return tensors_of(record.sites) + [site for site in record.sites if not locate(site).layer]
 
 
-def _oscillating(record: Diagnostics) -> dict[str, float]:
+def _oscillating(record: DiagnosticsEvent) -> dict[str, float]:
     """The mean share of oscillating weights in percent by kind of tensor, as far as it was written."""
     pooled: dict[str, list[float]] = {}
     for site, own in record.sites.items():
