@@ -21,7 +21,7 @@ from qvit.report.markup import Canvas, escape, facts, folded, muted, table, tabl
 from qvit.report.shell import COSTS_NOTE, document, write_html
 from qvit.report.sites import locate
 from qvit.report.units import bops_text, bytes_text, fixed, significant, titled, unit_for
-from qvit.report.widths import DARK_ABOVE, HIGH, LOW, cell_names, draw_maps, map_of
+from qvit.report.widths import cell_names, draw_maps, map_of
 
 FORMAT, VERSION = "qvit-frontier", 1
 LOG_AXIS: dict[str, Any] = {"type": "log", "exponentformat": "power"}
@@ -246,4 +246,4 @@ def _data(report: Mapping[str, Any]) -> dict[str, Any]:
         place = {"x": point["cost"] / size, "y": _positive(point["predicted_loss"])}
         states.append({**place, "texts": texts, "widths": flat})
     cells = [cell for site, widths in inner.items() for cell in cell_names(site, widths)]
-    return {"states": states, "cells": cells, "low": LOW, "high": HIGH, "dark": DARK_ABOVE}
+    return {"states": states, "cells": cells}

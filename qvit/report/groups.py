@@ -134,7 +134,7 @@ def _option_text(value: Any) -> str:
 def _settings(runs: Sequence[Run]) -> list[str]:
     """For each run of one method what tells it from the others, such as `head_wise=false`; else empty."""
     _, differing = common_options(runs)
-    options = [dict(run.config.get("method_options") or {}) for run in runs]
+    options = [run.config.get("method_options") or {} for run in runs]
     for key in dict.fromkeys(key for own in options for key in own):
         differing[key] = [_option_text(own.get(key)) for own in options]
     told = {key: texts for key, texts in differing.items() if key not in NO_SETTING and len(set(texts)) > 1}

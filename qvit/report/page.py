@@ -77,16 +77,18 @@ def _unfinished(groups: Sequence[Group]) -> str:
 def _facts(runs: Sequence[Run], summary: Mapping[str, Any]) -> str:
     """What was run; values that differ between runs are all given."""
     configs = [run.config for run in runs]
-    versions = [config["versions"] for config in configs if isinstance(config.get("versions"), dict)]
+    versions = [config.get("versions") or {} for config in configs]
     methods = dict.fromkeys(run.method + (f" {run.budget}" if run.budget else "") for run in runs)
     seeds = sorted({run.seed for run in runs if run.seed is not None})
     said = f"; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
     found = {
-        "Model": [run.model + _kwargs(run) for run in runs],
+        "Model": [
+            run.model + (f" ({_pairs(own, '=')})" if (own := run.config.get("model_kwargs")) else "") for run in runs
+        ],
         "Data": [config.get("data") for config in configs],
         "Runs": [f"{len(runs)}: {', '.join(methods)}{said}"],
         "Hardware": [config.get("hardware") for config in configs],
-        "Versions": [", ".join(f"{name} {version}" for name, version in own.items()) for own in versions],
+        "Versions": [_pairs(own, " ") for own in versions],
         "Date": [_dates(runs)],
     }
     shown = {key: "<br>".join(_distinct(values)) or "not recorded" for key, values in found.items()}
@@ -105,16 +107,13 @@ def _distinct(values: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(escape(value) for value in values if value))
 
 
-def _kwargs(run: Run) -> str:
-    kwargs = run.config.get("model_kwargs")
-    if not isinstance(kwargs, dict) or not kwargs:
-        return ""
-    return " (" + ", ".join(f"{key}={value}" for key, value in kwargs.items()) + ")"
+def _pairs(named: Mapping[str, Any], between: str) -> str:
+    return ", ".join(f"{name}{between}{value}" for name, value in named.items())
 
 
 def _command(config: Mapping[str, Any]) -> str:
     command = config.get("command") or ""
-    return shlex.join(map(str, command)) if isinstance(command, list) else str(command)
+    return shlex.join(command) if isinstance(command, list) else command
 
 
 def _dates(runs: Sequence[Run]) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from qvit.plan.cost import FLOAT_BITS
 from qvit.report.groups import Group, group_runs, mean_std, short_names
 from qvit.report.runs import Run
-from qvit.report.units import bytes_text, column, difference, duration, percent, plus_minus, significant, titled
+from qvit.report.units import bytes_text, column, difference, duration, fixed, percent, plus_minus, significant, titled
 
 
 def results_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -46,10 +46,13 @@ def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
         "accuracy (%)": [_accuracy(row) for row in rows],
         "points vs float": [_gap(row) for row in rows],
         titled("BOPs", bops_unit): bops,
-        "BOPs vs float": [f"÷ {_times_fewer(row)}" if _times_fewer(row) else "" for row in rows],
+        "BOPs vs float": [f"÷ {ratio}" if (ratio := _times_fewer(row)) else "" for row in rows],
         titled("weights", byte_unit): sizes,
         "time per run": [duration(row["seconds"]) for row in rows],
-        "seeds": [_seeds(row["n_seeds"], row["unfinished"]) for row in rows],
+        "seeds": [
+            f"{row['n_seeds']} (+ {row['unfinished']} unfinished)" if row["unfinished"] else str(row["n_seeds"])
+            for row in rows
+        ],
     }
     if len(set(columns["model"])) <= 1:
         del columns["model"]
@@ -57,10 +60,9 @@ def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
 
 
 def _accuracy(row: Mapping[str, Any]) -> str:
-    if row["accuracy_mean"] is None:
-        return "no finished run"
-    mean, deviation = row["accuracy_mean"], row["accuracy_std"]
-    return plus_minus(mean, deviation) if row["n_seeds"] > 1 else f"{mean:.2f}"
+    if row["n_seeds"] > 1:
+        return plus_minus(row["accuracy_mean"], row["accuracy_std"])
+    return fixed(row["accuracy_mean"]) or "no finished run"
 
 
 def _gap(row: Mapping[str, Any]) -> str:
@@ -74,10 +76,6 @@ def _times_fewer(row: Mapping[str, Any]) -> str:
     if row["method"] == "float" or not (row["float_bit_operations"] and row["bit_operations"]):
         return ""
     return significant(row["float_bit_operations"] / row["bit_operations"], 3)
-
-
-def _seeds(finished: int, unfinished: int) -> str:
-    return f"{finished} (+ {unfinished} unfinished)" if unfinished else str(finished)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -94,7 +92,7 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     stated; where runs ended above their budget, a further sentence says so.
     """
     groups = [group for group in group_runs(runs) if group.finished]
-    rows = {group.label: row for group, row in zip(groups, (_row(g, groups) for g in groups), strict=True)}
+    rows = {group.label: _row(group, groups) for group in groups}
     families: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
         if not group.is_float:
@@ -103,21 +101,18 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     sentences = []
     for members in families.values():
         subject = members[-1]
-        name = names[subject.peers[:2]]
-        where = f"At {_budget_text(subject.first)}{f' ({name})' if name else ''}"
-        if len(members) == 1:
-            sentences.append(_alone(where, rows[subject.label]))
-        else:
-            others = [rows[other.label] for other in members[:-1]]
-            best = max(others, key=lambda row: row["accuracy_mean"])
-            sentences.append(_compared(where, rows[subject.label], best, len(others)))
-        sentences += [sentence for group in members if (sentence := _over_budget(group))]
-    if not sentences and groups:
-        row = rows[groups[0].label]
-        sentences = [
-            f"The float model reaches {row['accuracy_mean']:.2f} %{_spread(row)}; no quantized run has finished."
-        ]
-    return sentences or ["No run has finished yet, so there is no result to compare."]
+        run, name = subject.first, names[subject.peers[:2]]
+        budget = f"the {run.budget} budget" if run.budget else f"plan {run.plan_name or 'unknown'}"
+        where = f"At {budget}{f' ({name})' if name else ''}"
+        others = [rows[other.label] for other in members[:-1]]
+        sentences.append(
+            _compared(where, rows[subject.label], others) if others else _alone(where, rows[subject.label])
+        )
+        sentences += filter(None, map(_over_budget, members))
+    if sentences or not groups:
+        return sentences or ["No run has finished yet, so there is no result to compare."]
+    row = rows[groups[0].label]
+    return [f"The float model reaches {row['accuracy_mean']:.2f} %{_spread(row)}; no quantized run has finished."]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -157,10 +152,6 @@ def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def _budget_text(run: Run) -> str:
-    return f"the {run.budget} budget" if run.budget else f"plan {run.plan_name or 'unknown'}"
-
-
 def _spread(row: Mapping[str, Any]) -> str:
     if row["n_seeds"] == 1:
         return " (one seed, so the deviation is not known)"
@@ -176,7 +167,8 @@ def _alone(where: str, row: Mapping[str, Any]) -> str:
     return text + f" and {bytes_text(row['weight_bytes'])} of weights."
 
 
-def _compared(where: str, row: Mapping[str, Any], other: Mapping[str, Any], others: int) -> str:
+def _compared(where: str, row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    other = max(others, key=lambda row: row["accuracy_mean"])
     gap = row["accuracy_mean"] - other["accuracy_mean"]
     counts, deviations = (row["n_seeds"], other["n_seeds"]), (row["accuracy_std"], other["accuracy_std"])
     seeds = f"{counts[0]} seeds each" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]} seeds"
@@ -187,7 +179,7 @@ def _compared(where: str, row: Mapping[str, Any], other: Mapping[str, Any], othe
     elif abs(gap) <= max(deviations):
         noise += ": no more than the seeds differ among themselves"
     text = f"{where} {row['method']} is {_points(gap)} {other['method']}"
-    text += f", the best of {others} others" if others > 1 else ""
+    text += f", the best of {len(others)} others" if len(others) > 1 else ""
     if row["bit_operations"] and other["bit_operations"]:
         more = row["bit_operations"] / other["bit_operations"] - 1
         costs = f"with {percent(abs(more))} {'more' if more > 0 else 'fewer'}" if abs(more) >= 5e-4 else "at equal"
@@ -203,10 +195,8 @@ def _over_budget(group: Group) -> str:
         if run.result is not None and run.log.budget_bit_operations
     ]
     over = [share for share in shares if share > 0]
-    if not over:
-        return ""
-    many = "its budget" if len(shares) == 1 else f"its budget in {len(over)} of {len(shares)} runs"
-    return f"{group.label} exceeds {many}, by up to {percent(max(over))}."
+    many = "" if len(shares) == 1 else f" in {len(over)} of {len(shares)} runs"
+    return f"{group.label} exceeds its budget{many}, by up to {percent(max(over))}." if over else ""
 
 
 def _points(gap: float) -> str:

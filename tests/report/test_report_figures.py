@@ -12,12 +12,13 @@ from qvit.report import group_runs, load_run, load_runs
 from qvit.report.figures import MAX_POINTS, thin
 from qvit.report.runs import Run
 from qvit.report.sections.accuracy import accuracy_figure
-from qvit.report.sections.attention import attention_figures, attention_widths
+from qvit.report.sections.attention import attention_figures
 from qvit.report.sections.costs import cost_figure, costs_by_tensor
 from qvit.report.sections.curves import curve_figures
 from qvit.report.sections.gelu import gelu_figure, gelu_widths, uniform_width
 from qvit.report.sections.training import bit_operations_figure, mean_width_figure
 from qvit.report.sections.widths import width_map
+from qvit.report.widths import widths_by_layer
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ class TestFigures:
                 drawn = [y for x, y in zip(box.x, box.y, strict=True) if x == str(layer)]
                 assert drawn == expected and len(drawn) == 3 * HEADS, title
                 assert means.y[layer] == pytest.approx(sum(expected) / len(expected))
-        assert attention_widths([group.first], "q")["blocks.0"] == list(
+        assert widths_by_layer([group.first], "q")["blocks.0"] == list(
             group.first.plan["blocks.0.attn.query"].bit_width
         )
 
@@ -79,11 +80,11 @@ class TestFigures:
         figure = width_map(run)
         assert figure is not None
         cells = {
-            cell: int(text)
+            cell: width
             for trace in figure.data
             if trace.type == "heatmap"
-            for texts, names in zip(trace.text, trace.customdata, strict=True)
-            for text, cell in zip(texts, names, strict=True)
+            for widths, names in zip(trace.z, trace.customdata, strict=True)
+            for width, cell in zip(widths, names, strict=True)
         }
         expected = {
             site + (f", head {head}" if len(spec.bit_width) > 1 else ""): width
@@ -92,8 +93,7 @@ class TestFigures:
             for head, width in enumerate(spec.bit_width)
         }
         assert cells == expected
-        numbers = [trace for trace in figure.data if trace.type == "scatter"]
-        assert sum(len(trace.x) for trace in numbers[:2]) == len(expected)
+        assert all(trace.texttemplate == "%{z}" for trace in figure.data if trace.type == "heatmap")
 
     def test_another_family(self, tmp_path: Path) -> None:
         sites = {"stem.weight": 1, "layers.0.blocks.0.attn.query": 2, "layers.0.blocks.1.attn.query": 2}

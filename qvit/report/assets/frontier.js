@@ -1,26 +1,16 @@
 // Moves along a frontier: puts the texts, the place and the widths of a point, from the JSON block #data, into the page.
 (() => {
   "use strict";
-  const { states, cells, low, high, dark } = JSON.parse(document.getElementById("data").textContent);
+  const { states, cells } = JSON.parse(document.getElementById("data").textContent);
   const { figures, draw } = window.report;
   const slider = document.getElementById("point");
   const index = new Map(cells.map((cell, position) => [cell, position]));
 
   function fillMap(widths) {
     if (!figures.map) return;
-    const data = figures.map[0].data;
-    const numbers = [{ x: [], y: [], text: [] }, { x: [], y: [], text: [] }];
-    for (const trace of data.filter((one) => one.type === "heatmap")) {
-      trace.customdata.forEach((row, y) => row.forEach((cell, x) => {
-        if (!index.has(cell)) return;
-        const width = widths[index.get(cell)];
-        trace.z[y][x] = Math.min(Math.max(width, low), high);
-        trace.text[y][x] = String(width);
-        const own = numbers[width > dark ? 1 : 0];
-        own.x.push(trace.x[x]); own.y.push(trace.y[y]); own.text.push(String(width));
-      }));
+    for (const trace of figures.map[0].data.filter((one) => one.type === "heatmap")) {
+      trace.z = trace.customdata.map((row, y) => row.map((cell, x) => widths[index.get(cell)] ?? trace.z[y][x]));
     }
-    data.filter((one) => one.meta === "numbers").forEach((trace, position) => Object.assign(trace, numbers[position]));
     draw("map");
   }
 

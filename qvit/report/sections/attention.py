@@ -5,7 +5,7 @@ Where a group has several seeds, the boxes pool their heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 import plotly.graph_objects as go
@@ -13,10 +13,9 @@ import plotly.graph_objects as go
 from qvit.report.figures import BITS_AXIS, CATEGORIES, colour_of, label, marks, new_figure
 from qvit.report.groups import Group
 from qvit.report.markup import Canvas, escape, folded, grid, muted, select, table, variants
-from qvit.report.runs import Run
 from qvit.report.sections.base import section
-from qvit.report.sites import ATTENTION_PANELS, layer_labels, layers_of, locate
-from qvit.report.widths import has_map
+from qvit.report.sites import ATTENTION_PANELS, layer_labels
+from qvit.report.widths import has_map, widths_by_layer
 
 NOTE = (
     "Boxes span the quartiles over heads, the line inside is the median, whiskers reach the smallest and largest "
@@ -41,27 +40,11 @@ def attention(groups: Sequence[Group], canvas: Canvas) -> str:
     return box + grid(plots) + muted(NOTE) + variants("attention-group", notes)
 
 
-def attention_widths(runs: Iterable[Run], tensor: str) -> dict[str, list[int]]:
-    """The data of one panel of Figure 4: the widths of all heads of all runs, by layer.
-
-    Args:
-        runs: Runs to pool.
-        tensor: `q`, `k`, `v` or `probs`.
-    """
-    pooled: dict[str, list[int]] = {layer: [] for layer in layers_of(site for run in runs for site in run.bit_widths)}
-    for run in runs:
-        for site, widths in run.bit_widths.items():
-            place = locate(site)
-            if place.layer and place.tensor == tensor:
-                pooled[place.layer].extend(widths)
-    return {layer: widths for layer, widths in pooled.items() if widths}
-
-
 def attention_figures(group: Group) -> dict[str, go.Figure]:
     """The four panels of the paper's Figure 4, for one group: title → box plots over heads, layer by layer."""
     figures = {}
     for tensor, title in ATTENTION_PANELS.items():
-        widths = attention_widths(group.with_widths, tensor)
+        widths = widths_by_layer(group.with_widths, tensor)
         if not widths:
             continue
         means = {layer: fmean(values) for layer, values in widths.items()}
@@ -92,7 +75,7 @@ def _pooled_note(group: Group) -> str:
 
 
 def _table(group: Group) -> str:
-    columns = {tensor: attention_widths(group.with_widths, tensor) for tensor in ATTENTION_PANELS}
+    columns = {tensor: widths_by_layer(group.with_widths, tensor) for tensor in ATTENTION_PANELS}
     layers = list(dict.fromkeys(layer for values in columns.values() for layer in values))
     rows = []
     for layer, row in zip(layers, layer_labels(layers), strict=True):

@@ -16,8 +16,8 @@ from qvit.report.groups import Group
 from qvit.report.markup import Canvas, escape, folded, table
 from qvit.report.runs import Log, Run
 from qvit.report.sections.base import section
-from qvit.report.sites import GELU, layer_labels, layers_of, locate, natural_key
-from qvit.report.widths import has_map
+from qvit.report.sites import GELU, layer_labels, natural_key
+from qvit.report.widths import has_map, widths_by_layer
 
 CAPTION = "The dashed line is the width of the uniform model with the same budget (as Figure 5 of the Q-ViT paper)."
 
@@ -41,10 +41,7 @@ def gelu(groups: Sequence[Group], canvas: Canvas) -> str:
 
 def gelu_widths(run: Run) -> dict[str, float]:
     """Width of the GELU output by layer (the mean, should there be several)."""
-    found = {
-        locate(site).layer: fmean(widths) for site, widths in run.bit_widths.items() if locate(site).tensor == GELU
-    }
-    return {layer: found[layer] for layer in layers_of(run.bit_widths) if layer in found}
+    return {layer: fmean(widths) for layer, widths in widths_by_layer([run], GELU).items()}
 
 
 def gelu_figure(groups: Sequence[Group]) -> go.Figure | None:
