@@ -16,8 +16,8 @@ ORIGIN = {"command": "python run.py", "hardware": "CPU", "date": "2020-01-02", "
 
 
 def benchmark(name: str) -> Any:
-    """A module of `benchmarks/accuracy`."""
-    folder = ROOT / "benchmarks/accuracy"
+    """A module of `benchmarks/measure`."""
+    folder = ROOT / "benchmarks/measure"
     sys.path.insert(0, str(folder))
     try:
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
@@ -90,7 +90,7 @@ def figure(project: Path, name: str) -> dict[str, Any]:
 
 def test_without_results_the_command_stands_there(project: Path) -> None:
     text = page(project)
-    assert "Not measured yet: `python benchmarks/accuracy/evidence.py" in text
+    assert "Not measured yet: `python benchmarks/measure/evidence.py" in text
     assert not (project / "docs/figures").exists()
 
 

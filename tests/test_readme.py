@@ -31,6 +31,7 @@ from qvit.training.config import TrainConfig
 from qvit.training.oscillation import RemedyOptions
 
 ROOT = Path(__file__).resolve().parents[1]
+RENDER = ROOT / "benchmarks" / "render"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -44,14 +45,14 @@ def blocks(document: Path, *languages: str) -> list[str]:
 
 
 def render_module() -> Any:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
+    spec = importlib.util.spec_from_file_location("render", RENDER / "__main__.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # as when it is run as a script
+    sys.path.insert(0, str(RENDER))  # as when it is run as a script
     try:
         spec.loader.exec_module(module)
     finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+        sys.path.remove(str(RENDER))
     return module
 
 
@@ -242,9 +243,7 @@ def test_files_and_symbols_of_paper_to_code_exist() -> None:
 
 
 def test_tables_are_those_of_the_measured_files() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/render.py"), "--check"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks/render"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -270,7 +269,7 @@ DEMO = {
     "versions": {"qvit": "0.0.0"},
 }
 STEP = {
-    "command": "python benchmarks/train_step.py",
+    "command": "python benchmarks/measure/train_step.py",
     "date": "2020-01-02",
     "hardware": "CPU",
     "versions": {"torch": "1"},
@@ -289,7 +288,7 @@ STEP = {
     ],
 }
 SENSITIVITY = {
-    "command": "python benchmarks/sensitivity.py",
+    "command": "python benchmarks/measure/sensitivity.py",
     "date": "2020-01-02",
     "hardware": "CPU",
     "versions": {"torch": "1"},
@@ -410,7 +409,7 @@ def test_render_shows_speeds_of_each_model_and_batch(project: Path) -> None:
     origin = {"command": "c", "hardware": "CPU", "date": "2020-01-02", "versions": {}, "threads": 2}
     document = project / "docs" / "deployment.md"
     document.write_text("<!-- results:deploy:begin -->\n<!-- results:deploy:end -->")
-    assert render(project) == 0 and "Not measured yet: `python benchmarks/deploy.py`" in document.read_text()
+    assert render(project) == 0 and "Not measured yet: `python benchmarks/measure/deploy.py`" in document.read_text()
     measured = origin | {"instructions": ["avx2"], "runs": [run]}
     (project / "results" / "deploy.json").write_text(json.dumps(measured))
     assert render(project) == 0

@@ -1,4 +1,4 @@
-"""Which parts are fragile: tables and figures of what `benchmarks/accuracy/fragile.py` measured, fragile.json.
+"""Which parts are fragile: tables and figures of what `benchmarks/measure/fragile.py` measured, fragile.json.
 
 An error is one standard error over images: of an accuracy, of a loss of accuracy against the float model on the same
 images, or of the mean divergence from the float model. Sentences are made by rule: two of them differ if they are
@@ -18,7 +18,7 @@ from qvit.report.analysis import PART_NAMES
 from qvit.report.figures import COLOURS, GREY, SYMBOLS, label, new_figure
 
 Row = dict[str, Any]
-COMMAND = "`python benchmarks/accuracy/fragile.py --data FOLDER`"
+COMMAND = "`python benchmarks/measure/fragile.py --data FOLDER`"
 
 
 @table_of("fragile.json", COMMAND)
