@@ -24,7 +24,7 @@ import evidence_fragile
 import evidence_tables
 import headlines
 import tables
-from rendering import FIGURES, TABLES, RenderError, figure_text, read
+from rendering import FIGURES, TABLES, RenderError, figure_text, read, wrapped
 
 #: Where tables and figures are registered.
 REGISTERED = (tables, headlines, evidence_tables, evidence_figures, evidence_fragile)
@@ -54,7 +54,7 @@ def fill(text: str, results: Path) -> str:
         name, end = match[1], match[3]
         if name != end or name not in TABLES or _MARKER.search(match[2]):
             raise RenderError(f"the section 'results:{name}' ends as '{end}', or is none of {', '.join(TABLES)}")
-        return f"<!-- results:{name}:begin -->\n\n{TABLES[name](results)}\n\n<!-- results:{name}:end -->"
+        return f"<!-- results:{name}:begin -->\n\n{wrapped(TABLES[name](results))}\n\n<!-- results:{name}:end -->"
 
     filled, sections = _BLOCK.subn(write, text)
     if sections == 0 or len(_MARKER.findall(text)) != 2 * sections:
