@@ -77,6 +77,35 @@ def test_readme_has_an_example_of_the_whole_path() -> None:
     assert all(call in example for call in ("QuantPlan", "quantize", "calibrate", "inspect_model", "evaluate", "train"))
 
 
+# Lines
+
+
+#: Written by hand and by a program in turns, or for the width of a terminal.
+UNWRAPPED = ("README.md", "docs/cli.md")
+
+
+@pytest.mark.parametrize(
+    "document", [d for d in [*DOCUMENTS, ROOT / "SECURITY.md"] if name_of(d) not in UNWRAPPED], ids=name_of
+)
+def test_paragraphs_wrap_at_100_columns(document: Path) -> None:
+    text = document.read_text("utf-8")
+    assert render_module().wrapped(text) == text
+
+
+def test_wrapping_leaves_alone_what_lines_mean() -> None:
+    words = "word " * 30
+    kept = f"| {words} |\n\n## {words}\n\n```text\n{words}\n```\n\n    {words}\n\n[a]: {words}\n\nshort\nlines"
+    wrapped = render_module().wrapped
+    assert wrapped(kept) == kept
+    item, continued = wrapped(f"- {words}`a b` {words}\n  more\n- next").split("\n")[:2]
+    assert item.startswith("- word") and continued.startswith("  word") and max(len(item), len(continued)) <= 100
+    broken = wrapped("x" * 96 + " 1. - # y " + words)
+    assert (
+        not any(re.match(r"[-#]|1[.]", line) for line in broken.split("\n"))
+        and broken.split() == wrapped(broken).split()
+    )
+
+
 # Command lines
 
 
