@@ -458,6 +458,8 @@ class PatchImage(Document):
     """An image and its patches."""
 
     png: Annotated[str, Field(max_length=1 << 22, pattern="^[A-Za-z0-9+/=]*$")]
+    width: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    height: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     layers: Annotated[list[PatchLayer], Field(max_length=1000)]
 
 

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 
 from qvit.documents import Analysis
 from qvit.report.figures import COLOURS, SYMBOLS, label, level, line, marks, new_figure
-from qvit.report.markup import Canvas, escape, facts, folded, table, table_of, verdict_box
+from qvit.report.markup import Canvas, escape, folded, lead, table, table_of
 from qvit.report.shell import document, write_page_of
 from qvit.report.units import bops_text, difference, duration, fixed, plus_minus
 
@@ -67,7 +67,7 @@ def _header(record: Mapping[str, Any]) -> str:
         "Seed": settings["seed"],
         "Measured": f"{len(record['points'])} points in {duration(record['seconds'])}",
     }
-    return verdict_box(_sentences(_kinds(record))) + facts({name: escape(fact) for name, fact in found.items()})
+    return lead(_sentences(_kinds(record)), found)
 
 
 def _sentences(kinds: Mapping[str, Rows]) -> list[str]:

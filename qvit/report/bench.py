@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from qvit.documents import Bench
 from qvit.errors import UsageError
 from qvit.report.figures import COLOURS, label, marks, new_figure
-from qvit.report.markup import Canvas, escape, facts, log_axis, table, table_of, verdict_box
+from qvit.report.markup import Canvas, escape, lead, log_axis, table, table_of
 from qvit.report.shell import document, write_page_of
 from qvit.report.units import bytes_text, fixed, significant
 
@@ -73,10 +73,7 @@ def _header(record: Mapping[str, Any]) -> str:
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
         "Date": record["date"],
     }
-    shown = {name: escape(fact) for name, fact in found.items()} | {
-        "Command": f"<code>{escape(record['command'])}</code>"
-    }
-    return verdict_box(said) + facts(shown)
+    return lead(said, found, record["command"])
 
 
 def verdict(record: Mapping[str, Any]) -> list[str]:

@@ -17,7 +17,7 @@ import plotly.graph_objects as go
 from qvit.errors import UsageError
 from qvit.plan.cost import FLOAT_BITS
 from qvit.report.figures import COLOURS, COST_NAMES, DASHED, GREY, label, marks, new_figure
-from qvit.report.markup import Canvas, escape, facts, folded, muted, table, table_of, verdict_box
+from qvit.report.markup import Canvas, escape, facts, folded, lead, muted, table, table_of
 from qvit.report.shell import COSTS_NOTE, document, write_html
 from qvit.report.sites import locate
 from qvit.report.units import bops_text, bytes_text, fixed, significant, titled, unit_for
@@ -98,8 +98,7 @@ def _header(report: Mapping[str, Any]) -> str:
         "Frontier": f"{len(points)} plans, {proven}",
         "Range": f"{_cost_text(report, points[0]['cost'])} to {_cost_text(report, points[-1]['cost'])}",
     }
-    said = verdict_box(_sentence(report, plan) for plan in report.get("chosen") or [])
-    return said + facts({name: escape(fact) for name, fact in found.items()})
+    return lead((_sentence(report, plan) for plan in report.get("chosen") or []), found)
 
 
 def _sentence(report: Mapping[str, Any], plan: Mapping[str, Any]) -> str:

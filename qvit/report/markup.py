@@ -80,6 +80,12 @@ def facts(named: Mapping[str, str], *, kind: str = "facts") -> str:
     return f'<dl class="{kind}">{inside}</dl>'
 
 
+def lead(sentences: Iterable[str], named: Mapping[str, object], command: str = "") -> str:
+    """What a page of a file begins with: what it says, and facts, name → text; the `command` last, if there is one."""
+    shown = {name: escape(fact) for name, fact in named.items()}
+    return verdict_box(sentences) + facts(shown | ({"Command": f"<code>{escape(command)}</code>"} if command else {}))
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, bold: Sequence[bool] = (), text: int = 1) -> str:
     """A table.
 

@@ -17,24 +17,24 @@ from qvit.report.units import bops_text, bytes_text, titled, unit_for
 @section("accuracy", "Accuracy against cost", order=20)
 def accuracy(groups: Sequence[Group], canvas: Canvas) -> str:
     """Accuracy against bit operations and against weight bytes."""
-    drawn = {f"accuracy-{kind}": (cost, accuracy_figure(groups, cost)) for cost, (_, kind) in COST_NAMES.items()}
-    plots = [
-        canvas.plot(name, [figure], heading=cost.replace("_", " ").capitalize())
-        for name, (cost, figure) in drawn.items()
-        if figure is not None
-    ]
-    if not plots:
+    shown = _shown(groups)
+    if not shown:
         return ""
-    note = ""
+    drawn = {
+        f"accuracy-{kind}": (cost.replace("_", " ").capitalize(), accuracy_figure(groups, cost))
+        for cost, (_, kind) in COST_NAMES.items()
+    }
+    plots = [canvas.plot(name, [figure], heading=heading) for name, (heading, figure) in drawn.items() if figure]
+    note = "The dashed line is the float model."
+    if len(shown) > 1:
+        note = f"Marks of one method are joined. {note}"
     if any(len(group.finished) > 1 for group in groups):
-        note = "Large marks are means over seeds with their standard deviation, small marks single runs. "
-    if len([group for group in groups if group.finished and not group.is_float]) > 1:
-        note += "Marks of one method are joined. "
-    return (
-        log_axis("logarithmic cost axis", list(drawn))
-        + grid(plots)
-        + muted(f"{note}The dashed line is the float model.")
-    )
+        note = f"Large marks are means over seeds with their standard deviation, small marks single runs. {note}"
+    return log_axis("logarithmic cost axis", list(drawn)) + grid(plots) + muted(note)
+
+
+def _shown(groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if group.finished and not group.is_float]
 
 
 def accuracy_figure(groups: Sequence[Group], cost: str = "bit_operations") -> go.Figure | None:
@@ -44,7 +44,7 @@ def accuracy_figure(groups: Sequence[Group], cost: str = "bit_operations") -> go
         groups: All groups.
         cost: `bit_operations` or `weight_bytes`.
     """
-    shown = [group for group in groups if group.finished and not group.is_float]
+    shown = _shown(groups)
     if not shown:
         return None
     name, kind = COST_NAMES[cost]
