@@ -8,7 +8,7 @@ float model. An analysis that was not measured has no section.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,18 @@ FOOTER = (
     "Post-training quantization: scales of least squared error from calibration images, nothing trained. The analyses "
     "follow Figures 1 and 2 of Q-ViT (Li et al. 2022, arXiv 2201.07703)."
 )
+HEADS_NOTE = (
+    "Bars of error are those of the loss against float. In a map of several layers, losses are against the model with "
+    "all heads at the higher width; negative is a gain (Figure 2b of the paper)."
+)
+#: Of a row, and what it loses against no head lowered.
+HEAD_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "layer": lambda pair: escape(pair[0]["layer"]),
+    "head": lambda pair: str(pair[0]["head"]),
+    "top-1 (%)": lambda pair: fixed(pair[0]["top1"]),
+    "lost against float": lambda pair: plus_minus(pair[0]["drop"], pair[0]["drop_standard_error"]),
+    "lost against no head lowered": lambda pair: difference(pair[1]),
+}
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -169,32 +181,15 @@ def _heads(rows: Rows, layers: Mapping[str, int], canvas: Canvas) -> str:
     for number, (low, high) in enumerate(dict.fromkeys((row["bit_width"], row["others"]) for row in lowered)):
         own = [row for row in lowered if (row["bit_width"], row["others"]) == (low, high)]
         base = next((row for row in rows if row["head"] is None and row["others"] == high), None)
+        reference = base["top1"] if base else max(row["top1"] for row in own)
+        paths = sorted({row["layer"] for row in own}, key=lambda path: layers.get(path, 0))
+        lost = {(row["layer"], row["head"]): reference - row["top1"] for row in own}
+        figure = _head_marks(own, base) if len(paths) == 1 else _head_map(paths, lost, layers)
+        caption = f"With all heads at the higher width the model has {reference:.2f} % top-1. {HEADS_NOTE}"
         heading = f"{low} bits in one head, {high} elsewhere"
-        parts += _heads_of(own, base, layers, canvas, f"heads-{number}", heading)
+        parts += canvas.plot(f"heads-{number}", [figure], caption, heading)
+        parts += folded("All heads", table_of(HEAD_COLUMNS, [(row, reference - row["top1"]) for row in own]))
     return parts
-
-
-def _heads_of(
-    rows: Rows, base: Mapping[str, Any] | None, layers: Mapping[str, int], canvas: Canvas, name: str, heading: str
-) -> str:
-    paths = sorted({row["layer"] for row in rows}, key=lambda path: layers.get(path, 0))
-    reference = base["top1"] if base else max(row["top1"] for row in rows)
-    lost = {(row["layer"], row["head"]): reference - row["top1"] for row in rows}
-    figure = _head_marks(rows, base) if len(paths) == 1 else _head_map(paths, lost, layers)
-    caption = (
-        f"With all heads at the higher width the model has {reference:.2f} % top-1. Bars of error are those of the "
-        "loss against float. In a map of several layers, losses are against the model with all heads at the higher "
-        "width; negative is a gain (Figure 2b of the paper)."
-    )
-    columns = {
-        "layer": lambda row: escape(row["layer"]),
-        "head": lambda row: str(row["head"]),
-        "top-1 (%)": lambda row: fixed(row["top1"]),
-        "lost against float": lambda row: plus_minus(row["drop"], row["drop_standard_error"]),
-        "lost against no head lowered": lambda row: difference(lost[row["layer"], row["head"]]),
-    }
-    inside = folded("All heads", table_of(columns, rows))
-    return canvas.plot(name, [figure], escape(caption), escape(heading)) + inside
 
 
 def _head_marks(rows: Rows, base: Mapping[str, Any] | None) -> go.Figure:

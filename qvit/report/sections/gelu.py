@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from qvit.report.figures import BITS_AXIS, CATEGORIES, colour_of, label, level, line, new_figure, with_room
 from qvit.report.groups import Group
 from qvit.report.markup import Canvas, escape, folded, table
-from qvit.report.runs import Log, Run
+from qvit.report.runs import Run
 from qvit.report.sections.base import section
 from qvit.report.sites import GELU, layer_labels, natural_key
 from qvit.report.widths import has_map, widths_by_layer
@@ -79,11 +79,9 @@ def uniform_width(run: Run) -> float | None:
     if neither is known.
     """
     named = re.fullmatch(r"\s*(\d{1,2})\s*bits?\s*", run.budget or "", re.IGNORECASE)
-    return float(named.group(1)) if named else _interpolated(run.log)
-
-
-def _interpolated(log: Log) -> float | None:
-    budget, known = log.budget_bit_operations, sorted(log.uniform_bit_operations.items())
+    if named:
+        return float(named.group(1))
+    budget, known = run.log.budget_bit_operations, sorted(run.log.uniform_bit_operations.items())
     for (low, below), (high, above) in zip(known, known[1:], strict=False):
         if budget is not None and below <= budget <= above and above > below:
             return low + (high - low) * (budget - below) / (above - below)
