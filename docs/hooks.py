@@ -59,7 +59,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     def placed(match: re.Match[str]) -> str:
         file = root / match[1]
         if not file.is_file():
-            raise PluginError(f"{page.file.src_uri}: there is no {match[1]}; run `python benchmarks/render.py`")
+            raise PluginError(f"{page.file.src_uri}: there is no {match[1]}; run `python benchmarks/render`")
         data = file.read_text(encoding="utf-8").replace("<", "\\u003c")
         inside = f'<div></div><script type="application/json">{data}</script>'
         return f'{_PLACED} style="overflow-x: auto; margin-bottom: 1.5em">{inside}</div>'

@@ -124,6 +124,14 @@ def _several(value: Any) -> Any:
     return value if value is None or isinstance(value, list) else [value]
 
 
+def _mapping(value: Any) -> Any:
+    return {} if value is None else value
+
+
+def _entries(value: Any) -> Any:
+    return [] if value is None else value
+
+
 #: One number, or one per head.
 Widths = Annotated[list[Width], BeforeValidator(_several), Field(min_length=1, max_length=MOST_HEADS)]
 RealWidths = Annotated[
@@ -264,7 +272,7 @@ class EpochEvent(Document):
     train_loss: Number | None = None
     accuracy: Percent | None = None
     bit_operations: Positive | None = None
-    bit_widths: Annotated[dict[Name, RealWidths], Field(max_length=MOST_SITES)] | None = None
+    bit_widths: Annotated[dict[Name, RealWidths], BeforeValidator(_mapping), Field(max_length=MOST_SITES)] = {}
 
 
 class WeightEvent(Document):
@@ -279,7 +287,7 @@ class DiagnosticsEvent(Document):
     """The weights of all sites at the end of an epoch."""
 
     step: Step
-    sites: Annotated[dict[Name, WeightEvent], Field(max_length=MOST_SITES)] | None = None
+    sites: Annotated[dict[Name, WeightEvent], BeforeValidator(_mapping), Field(max_length=MOST_SITES)] = {}
 
 
 class ChangeEvent(Document):
@@ -300,7 +308,7 @@ class FreezeEvent(Document):
     bit_operations_learned: Positive | None = None
     bit_operations_rounded: Positive | None = None
     bit_operations: Positive | None = None
-    changes: Annotated[list[ChangeEvent], Field(max_length=_MOST_CHANGES)] | None = None
+    changes: Annotated[list[ChangeEvent], BeforeValidator(_entries), Field(max_length=_MOST_CHANGES)] = []
 
 
 class OtherEvent(Document):
@@ -450,6 +458,8 @@ class PatchImage(Document):
     """An image and its patches."""
 
     png: Annotated[str, Field(max_length=1 << 22, pattern="^[A-Za-z0-9+/=]*$")]
+    width: Annotated[int, Field(ge=1, le=1_000_000)] = 1
+    height: Annotated[int, Field(ge=1, le=1_000_000)] = 1
     layers: Annotated[list[PatchLayer], Field(max_length=1000)]
 
 

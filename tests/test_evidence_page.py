@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_readme import ROOT, render_module
+from test_readme import ROOT, render_module, unwrapped
 
 ORIGIN = {"command": "python run.py", "hardware": "CPU", "date": "2020-01-02", "versions": {"torch": "1"}}
 
 
 def benchmark(name: str) -> Any:
-    """A module of `benchmarks/accuracy`."""
-    folder = ROOT / "benchmarks/accuracy"
+    """A module of `benchmarks/measure`."""
+    folder = ROOT / "benchmarks/measure"
     sys.path.insert(0, str(folder))
     try:
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", folder / f"{name}.py")
@@ -81,7 +81,7 @@ def page(project: Path, *data: dict[str, Any]) -> str:
     for one in data:
         (project / "results" / f"evidence_{one['set']}.json").write_text(json.dumps(one))
     assert render(project) == 0
-    return (project / "docs/evidence.md").read_text()
+    return unwrapped(project / "docs/evidence.md")
 
 
 def figure(project: Path, name: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def figure(project: Path, name: str) -> dict[str, Any]:
 
 def test_without_results_the_command_stands_there(project: Path) -> None:
     text = page(project)
-    assert "Not measured yet: `python benchmarks/accuracy/evidence.py" in text
+    assert "Not measured yet: `python benchmarks/measure/evidence.py" in text
     assert not (project / "docs/figures").exists()
 
 
@@ -242,7 +242,7 @@ def test_fragile_parts(project: Path) -> None:
     assert "The part that moves the answers most: attention (MSA) alone at 2 of 2 widths." in text
     assert "lowering head 1 of layer 0 moves the answers most (divergence 0.020, 2.0 ± 1.0 points lost)" in text
     assert "by the divergence in 1 of 1 layers, by the accuracy lost in 0." in text
-    table = (project / "docs/analyses.md").read_text()
+    table = unwrapped(project / "docs/analyses.md")
     assert "| GELU outputs alone | 75.00 | 79.00 |" in table and "Float: 80.00 %" in table
     assert "| 0 | 1.0 ± 1.0 | 10.0 ± 1.0 | 2.0 ± 1.0 | 20.0 ± 1.0 |" in table
     curves = figure(project, "fragile-parts")["data"]

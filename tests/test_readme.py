@@ -31,6 +31,7 @@ from qvit.training.config import TrainConfig
 from qvit.training.oscillation import RemedyOptions
 
 ROOT = Path(__file__).resolve().parents[1]
+RENDER = ROOT / "benchmarks" / "render"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
@@ -43,15 +44,20 @@ def blocks(document: Path, *languages: str) -> list[str]:
     return [body for language, body in FENCE.findall(document.read_text("utf-8")) if language in languages]
 
 
+def unwrapped(document: Path) -> str:
+    """The text of a document, with the lines of a paragraph joined."""
+    return re.sub(r"(?<=[^\n])\n *(?=[^\s|#<*-])", " ", document.read_text("utf-8"))
+
+
 def render_module() -> Any:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
+    spec = importlib.util.spec_from_file_location("render", RENDER / "__main__.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(ROOT / "benchmarks"))  # as when it is run as a script
+    sys.path.insert(0, str(RENDER))  # as when it is run as a script
     try:
         spec.loader.exec_module(module)
     finally:
-        sys.path.remove(str(ROOT / "benchmarks"))
+        sys.path.remove(str(RENDER))
     return module
 
 
@@ -74,6 +80,35 @@ def test_python_examples_run(document: Path, tmp_path: Path) -> None:
 def test_readme_has_an_example_of_the_whole_path() -> None:
     (example,) = blocks(ROOT / "README.md", "python")
     assert all(call in example for call in ("QuantPlan", "quantize", "calibrate", "inspect_model", "evaluate", "train"))
+
+
+# Lines
+
+
+#: Written by hand and by a program in turns, or for the width of a terminal.
+UNWRAPPED = ("README.md", "docs/cli.md")
+
+
+@pytest.mark.parametrize(
+    "document", [d for d in [*DOCUMENTS, ROOT / "SECURITY.md"] if name_of(d) not in UNWRAPPED], ids=name_of
+)
+def test_paragraphs_wrap_at_100_columns(document: Path) -> None:
+    text = document.read_text("utf-8")
+    assert render_module().wrapped(text) == text
+
+
+def test_wrapping_leaves_alone_what_lines_mean() -> None:
+    words = "word " * 30
+    kept = f"| {words} |\n\n## {words}\n\n```text\n{words}\n```\n\n    {words}\n\n[a]: {words}\n\nshort\nlines"
+    wrapped = render_module().wrapped
+    assert wrapped(kept) == kept
+    item, continued = wrapped(f"- {words}`a b` {words}\n  more\n- next").split("\n")[:2]
+    assert item.startswith("- word") and continued.startswith("  word") and max(len(item), len(continued)) <= 100
+    broken = wrapped("x" * 96 + " 1. - # y " + words)
+    assert (
+        not any(re.match(r"[-#]|1[.]", line) for line in broken.split("\n"))
+        and broken.split() == wrapped(broken).split()
+    )
 
 
 # Command lines
@@ -242,9 +277,7 @@ def test_files_and_symbols_of_paper_to_code_exist() -> None:
 
 
 def test_tables_are_those_of_the_measured_files() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks/render.py"), "--check"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks/render"), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
@@ -270,7 +303,7 @@ DEMO = {
     "versions": {"qvit": "0.0.0"},
 }
 STEP = {
-    "command": "python benchmarks/train_step.py",
+    "command": "python benchmarks/measure/train_step.py",
     "date": "2020-01-02",
     "hardware": "CPU",
     "versions": {"torch": "1"},
@@ -289,7 +322,7 @@ STEP = {
     ],
 }
 SENSITIVITY = {
-    "command": "python benchmarks/sensitivity.py",
+    "command": "python benchmarks/measure/sensitivity.py",
     "date": "2020-01-02",
     "hardware": "CPU",
     "versions": {"torch": "1"},
@@ -347,7 +380,7 @@ def test_render_shows_what_was_measured_and_notices_a_change(project: Path) -> N
     (project / "results" / "demo.json").write_text(json.dumps(DEMO))
     (project / "results" / "train_step.json").write_text(json.dumps(STEP))
     assert render(project) == 0
-    text = (project / "docs" / "results.md").read_text()
+    text = unwrapped(project / "docs" / "results.md")
     assert text.startswith("before\n") and text.endswith("after\n")
     assert "| qvit | 3bit | 97.00 ± 0.50 |  | 18.147 | 42.1 |" in text
     assert "`qvit` is 1.00 points above `lsq+`, more than the larger standard deviation over seeds (0.50)" in text
@@ -372,7 +405,7 @@ def test_render_compares_patchwise_plans(project: Path) -> None:
     (project / "docs" / "patchwise.md").write_text("<!-- results:patchwise:begin -->\n<!-- results:patchwise:end -->")
     (project / "results" / "patchwise.json").write_text(json.dumps(facts | origin | {"budgets": budgets}))
     assert render(project) == 0
-    text = (project / "docs" / "patchwise.md").read_text()
+    text = unwrapped(project / "docs" / "patchwise.md")
     assert "| same | 58.50 | 50.0 | 3 / 5 | 0.73 | 0.5850 | 21.000 |" in text
     assert "Training images choose `same`, which is 1.50 points below uniform (p = 0.73)." in text
     assert "choose the uniform plan" in text and "1.5 minutes of processor time" in text
@@ -387,7 +420,7 @@ def test_render_shows_search_times_and_rank_correlations(project: Path) -> None:
     assert "Not measured yet: `QVIT_DATA" in (project / "docs" / "results.md").read_text()
     (project / "results" / "sensitivity.json").write_text(json.dumps(SENSITIVITY))
     assert render(project) == 0
-    text = (project / "docs" / "results.md").read_text()
+    text = unwrapped(project / "docs" / "results.md")
     assert "from 32 images: 40 s (70 s of processor time)" in text and "about 1.0 hours" in text
     assert "| fisher | 0.900 | 0.800 | 0.950 | 1.50 | 1.00 |" in text
     (project / "results" / "sensitivity.json").write_text("{}")
@@ -410,11 +443,11 @@ def test_render_shows_speeds_of_each_model_and_batch(project: Path) -> None:
     origin = {"command": "c", "hardware": "CPU", "date": "2020-01-02", "versions": {}, "threads": 2}
     document = project / "docs" / "deployment.md"
     document.write_text("<!-- results:deploy:begin -->\n<!-- results:deploy:end -->")
-    assert render(project) == 0 and "Not measured yet: `python benchmarks/deploy.py`" in document.read_text()
+    assert render(project) == 0 and "Not measured yet: `python benchmarks/measure/deploy.py`" in unwrapped(document)
     measured = origin | {"instructions": ["avx2"], "runs": [run]}
     (project / "results" / "deploy.json").write_text(json.dumps(measured))
     assert render(project) == 0
-    text = document.read_text()
+    text = unwrapped(document)
     assert "`deit`, w8a8, batch 1:" in text and "`deit`, w8a8, batch 8:" in text
     assert "| **qvit-torch** | w8a8 | 8.0 | 7.0 – 10.0 | 0.80 |  | 99 | 100 | 5.9 |" in text
     assert "| openvino | int8 | 10.0 | 9.0 – 12.0 | 1.00 |  | 99 |  | 5.9 |" in text

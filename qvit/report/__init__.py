@@ -5,17 +5,18 @@
     write_page(runs, Path("report.html"))        # plotly.js inside; opens without a network
     write_frontier_page(frontier, "page.html")   # data of `qvit allocate --frontier`
 
-This part knows nothing of models and tensors and imports nothing from the rest of qvit but the errors: it can read runs
-of any machine, with neither the model nor the data at hand.
+This part knows nothing of models and tensors, and needs no torch: it can read runs of any machine, with neither the
+model nor the data at hand. A section of the page is a file in `qvit.report.sections`.
 """
 
 from __future__ import annotations
 
 from qvit.report.frontier import write_frontier_page
+from qvit.report.groups import Group, group_runs, mean_std
 from qvit.report.page import write_page
 from qvit.report.reader import load_run, load_runs
 from qvit.report.runs import Run
-from qvit.report.tables import Group, display_table, group_runs, markdown_table, mean_std, results_table, verdict
+from qvit.report.tables import display_table, markdown_table, results_table, verdict
 
 __all__ = [
     "Group",

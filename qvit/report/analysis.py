@@ -8,23 +8,35 @@ float model. An analysis that was not measured has no section.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
 from qvit.documents import Analysis
-from qvit.report.figures import COLOURS, GREY, SYMBOLS, label, new_figure
-from qvit.report.markup import Canvas, escape, folded, table
+from qvit.report.figures import COLOURS, SYMBOLS, label, level, line, marks, new_figure
+from qvit.report.markup import Canvas, escape, folded, lead, table, table_of
 from qvit.report.shell import document, write_page_of
-from qvit.report.units import bops_text, difference, duration
+from qvit.report.units import bops_text, difference, duration, fixed, plus_minus
 
 PART_NAMES = {"gelu": "GELU outputs", "fc": "fully-connected layers", "msa": "attention (MSA)"}
 FOOTER = (
     "Post-training quantization: scales of least squared error from calibration images, nothing trained. The analyses "
     "follow Figures 1 and 2 of Q-ViT (Li et al. 2022, arXiv 2201.07703)."
 )
+HEADS_NOTE = (
+    "Bars of error are those of the loss against float. In a map of several layers, losses are against the model with "
+    "all heads at the higher width; negative is a gain (Figure 2b of the paper)."
+)
+#: Of a row, and what it loses against no head lowered.
+HEAD_COLUMNS: dict[str, Callable[[Any], str]] = {
+    "layer": lambda pair: escape(pair[0]["layer"]),
+    "head": lambda pair: str(pair[0]["head"]),
+    "top-1 (%)": lambda pair: fixed(pair[0]["top1"]),
+    "lost against float": lambda pair: plus_minus(pair[0]["drop"], pair[0]["drop_standard_error"]),
+    "lost against no head lowered": lambda pair: difference(pair[1]),
+}
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -35,8 +47,8 @@ def write_analysis_page(data: str | Path, out: str | Path, *, title: str | None 
 
 def render_analysis(record: Mapping[str, Any], *, title: str | None = None) -> str:
     """The page as text."""
-    canvas, points, of_float = Canvas(), record["points"], record["float"]
-    kinds = {kind: [row for row in points if row["what"] == kind] for kind in ("widths", "parts", "heads")}
+    canvas, of_float = Canvas(), record["float"]
+    kinds = _kinds(record)
     layers = {row["layer"]: index for index, row in enumerate(record.get("layers", []))}
     parts = [
         ("widths", "Accuracy against one width for all blocks", _widths(kinds["widths"], of_float, canvas)),
@@ -47,9 +59,19 @@ def render_analysis(record: Mapping[str, Any], *, title: str | None = None) -> s
     return document(heading, _header(record), parts, canvas, footer=FOOTER)
 
 
+def _kinds(record: Mapping[str, Any]) -> dict[str, Rows]:
+    """The points of each analysis, those of uniform models from the smallest width."""
+    own = {kind: [row for row in record["points"] if row["what"] == kind] for kind in ("widths", "parts", "heads")}
+    return own | {"widths": _by_width(own["widths"])}
+
+
+def _by_width(rows: Rows) -> Rows:
+    return sorted(rows, key=lambda row: row["bit_width"])
+
+
 def _header(record: Mapping[str, Any]) -> str:
     settings, of_float = record["settings"], record["float"] or {}
-    facts = {
+    found = {
         "Model": settings["model"],
         "Float": f"{of_float.get('top1', float('nan')):.2f} % top-1" if of_float else "not measured",
         "Judged": f"{settings['images']} images of {settings['eval_data'] or settings['data']}",
@@ -57,30 +79,26 @@ def _header(record: Mapping[str, Any]) -> str:
         "Seed": settings["seed"],
         "Measured": f"{len(record['points'])} points in {duration(record['seconds'])}",
     }
-    inside = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
-    return f'<div class="verdict">{_sentences(record)}</div><dl class="facts">{inside}</dl>'
+    return lead(_sentences(_kinds(record)), found)
 
 
-def _sentences(record: Mapping[str, Any]) -> str:
+def _sentences(kinds: Mapping[str, Rows]) -> list[str]:
     """What the points say: the smallest width that holds, the most fragile part, the spread over heads."""
-    said, points = [], record["points"]
-    widths = sorted((row for row in points if row["what"] == "widths"), key=lambda row: row["bit_width"])
-    holding = [row for row in widths if row["drop"] <= 2 * row["drop_standard_error"]]
-    if holding:
-        said.append(
-            f"{holding[0]['bit_width']} bits are the smallest width whose loss against float is within two standard "
-            f"errors of zero ({holding[0]['drop']:.2f} ± {holding[0]['drop_standard_error']:.2f} points)."
-        )
-    parts = [row for row in points if row["what"] == "parts"]
-    if parts:
-        total: dict[str, float] = {}
-        for row in parts:
-            total[row["part"]] = total.get(row["part"], 0.0) + row["drop"]
+    said = []
+    for row in kinds["widths"]:
+        if row["drop"] <= 2 * row["drop_standard_error"]:
+            said.append(
+                f"{row['bit_width']} bits are the smallest width whose loss against float is within two standard "
+                f"errors of zero ({plus_minus(row['drop'], row['drop_standard_error'])} points)."
+            )
+            break
+    total: dict[str, float] = {}
+    for row in kinds["parts"]:
+        total[row["part"]] = total.get(row["part"], 0.0) + row["drop"]
+    if total:
         worst = max(total, key=lambda part: total[part])
-        said.append(
-            f"Of the parts, quantizing {PART_NAMES.get(worst, worst)} alone loses most, summed over all widths."
-        )
-    heads = [row for row in points if row["what"] == "heads" and row["head"] is not None]
+        said.append(f"Of the parts, quantizing {_part(worst)} alone loses most, summed over all widths.")
+    heads = [row for row in kinds["heads"] if row["head"] is not None]
     if heads:
         best, worst_head = (pick(heads, key=lambda row: row["top1"]) for pick in (max, min))
         spread = best["top1"] - worst_head["top1"]
@@ -88,41 +106,38 @@ def _sentences(record: Mapping[str, Any]) -> str:
             f"Lowering one head costs between {best['drop']:.2f} and {worst_head['drop']:.2f} points against float, "
             f"a spread of {spread:.2f} at a standard error of {worst_head['drop_standard_error']:.2f}."
         )
-    return "".join(f"<p>{escape(sentence)}</p>" for sentence in said)
+    return said
 
 
-def _curve(figure: go.Figure, rows: Rows, name: str, index: int) -> None:
-    ordered = sorted(rows, key=lambda row: row["bit_width"])
-    figure.add_scatter(
-        x=[row["bit_width"] for row in ordered],
-        y=[row["top1"] for row in ordered],
-        name=label(name),
-        mode="lines+markers",
-        line={"color": COLOURS[index % len(COLOURS)], "width": 2},
-        marker={"size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)], "color": COLOURS[index % len(COLOURS)]},
-        error_y={"array": [row["standard_error"] for row in ordered], "thickness": 1.2, "width": 4},
-        customdata=[[row["drop"], row["agreement"]] for row in ordered],
-        hovertemplate=f"{label(name)}, %{{x}} bits<br>top-1 %{{y:.2f}} %<br>float minus this %{{customdata[0]:.2f}}"
-        "<br>agrees with float on %{customdata[1]:.1f} %<extra></extra>",
-    )
+def _part(name: str) -> str:
+    return PART_NAMES.get(name, name)
 
 
 def _against_width(alt: str, curves: Mapping[str, Rows], of_float: Mapping[str, Any]) -> go.Figure:
+    """Accuracy over widths, a curve per name, and float as a line."""
     figure = new_figure(alt, "bit-width", "top-1 accuracy (%)", height=400)
     for index, (name, rows) in enumerate(curves.items()):
-        _curve(figure, rows, name, index)
-    figure.add_hline(
-        y=of_float["top1"],
-        line={"dash": "dash", "width": 1.5, "color": GREY},
-        annotation={"text": f"float {of_float['top1']:.2f} %", "font": {"size": 12}},
-        annotation_position="top left",
-    )
-    widths = [row["bit_width"] for rows in curves.values() for row in rows]
+        hover = (
+            f"{label(name)}, %{{x}} bits<br>top-1 %{{y:.2f}} %<br>float minus this %{{customdata[0]:.2f}}"
+            "<br>agrees with float on %{customdata[1]:.1f} %"
+        )
+        line(
+            figure, [(row["bit_width"], row["top1"]) for row in rows], name, hover, COLOURS[index % len(COLOURS)],
+            width=2, mode="lines+markers", customdata=[[row["drop"], row["agreement"]] for row in rows],
+            marker={"size": 9, "symbol": SYMBOLS[index % len(SYMBOLS)]}, error_y=_bars(rows, "standard_error"),
+        )  # fmt: skip
+    level(figure, of_float["top1"], f"float {of_float['top1']:.2f} %")
+    shown = [row for rows in curves.values() for row in rows]
+    widths = [row["bit_width"] for row in shown]
+    top = max([of_float["top1"], *(row["top1"] + row["standard_error"] for row in shown)])
     figure.update_xaxes(dtick=1, range=[min(widths) - 0.3, max(widths) + 0.3])
-    top = max([of_float["top1"], *(row["top1"] + row["standard_error"] for rows in curves.values() for row in rows)])
     figure.update_yaxes(range=[0, min(105.0, top * 1.12 + 1)])
     figure.update_layout(showlegend=len(curves) > 1)
     return figure
+
+
+def _bars(rows: Rows, key: str) -> dict[str, Any]:
+    return {"array": [row[key] for row in rows], "thickness": 1.2, "width": 4}
 
 
 def _widths(rows: Rows, of_float: Mapping[str, Any], canvas: Canvas) -> str:
@@ -132,27 +147,21 @@ def _widths(rows: Rows, of_float: Mapping[str, Any], canvas: Canvas) -> str:
     caption = (
         "Weights and activations of all blocks at one width, first and last layer at 8 bits (Figure 1 of the paper)."
     )
-    cells = [
-        [
-            str(row["bit_width"]),
-            f"{row['top1']:.2f} ± {row['standard_error']:.2f}",
-            difference(-row["drop"]),
-            f"{row['agreement']:.1f}",
-            bops_text(row["bit_operations"]) if row["bit_operations"] else "",
-        ]
-        for row in sorted(rows, key=lambda row: row["bit_width"])
-    ]
-    header = ["bits", "top-1 (%)", "points vs float", "agrees with float (%)", "bit operations"]
-    return canvas.plot("widths", [figure], caption) + table(header, cells, text=0)
+    columns = {
+        "bits": lambda row: str(row["bit_width"]),
+        "top-1 (%)": lambda row: plus_minus(row["top1"], row["standard_error"]),
+        "points vs float": lambda row: difference(-row["drop"]),
+        "agrees with float (%)": lambda row: fixed(row["agreement"], 1),
+        "bit operations": lambda row: bops_text(row["bit_operations"] or None),
+    }
+    return canvas.plot("widths", [figure], caption) + table_of(columns, rows, text=0)
 
 
 def _parts(rows: Rows, of_float: Mapping[str, Any], canvas: Canvas) -> str:
     if not rows:
         return ""
     names: list[str] = list(dict.fromkeys(str(row["part"]) for row in rows))
-    curves: dict[str, Rows] = {
-        PART_NAMES.get(name, name): [row for row in rows if row["part"] == name] for name in names
-    }
+    curves: dict[str, Rows] = {_part(name): _by_width([row for row in rows if row["part"] == name]) for name in names}
     figure = _against_width("Accuracy with one kind of tensor quantized, against its width.", curves, of_float)
     caption = (
         "One kind of tensor of all blocks quantized, everything else in float (Figure 2a of the paper). "
@@ -160,79 +169,39 @@ def _parts(rows: Rows, of_float: Mapping[str, Any], canvas: Canvas) -> str:
         "is the GELU's output."
     )
     widths = sorted({row["bit_width"] for row in rows})
-    found = {(row["part"], row["bit_width"]): row for row in rows}
-    cells = [
-        [escape(PART_NAMES.get(name, name)), *(_cell(found.get((name, width))) for width in widths)] for name in names
-    ]
+    found = {(row["part"], row["bit_width"]): row["top1"] for row in rows}
+    cells = [[escape(_part(name)), *(fixed(found.get((name, width))) for width in widths)] for name in names]
     header = ["quantized alone", *(f"{width} bits" for width in widths)]
     return canvas.plot("parts", [figure], caption) + table(header, cells)
 
 
-def _cell(row: Mapping[str, Any] | None) -> str:
-    return "" if row is None else f"{row['top1']:.2f}"
-
-
 def _heads(rows: Rows, layers: Mapping[str, int], canvas: Canvas) -> str:
     lowered = [row for row in rows if row["head"] is not None]
-    if not lowered:
-        return ""
-    setups = list(dict.fromkeys((row["bit_width"], row["others"]) for row in lowered))
-    parts = []
-    for number, (low, high) in enumerate(setups):
+    parts = ""
+    for number, (low, high) in enumerate(dict.fromkeys((row["bit_width"], row["others"]) for row in lowered)):
         own = [row for row in lowered if (row["bit_width"], row["others"]) == (low, high)]
         base = next((row for row in rows if row["head"] is None and row["others"] == high), None)
-        parts.append(
-            _heads_of(own, base, layers, canvas, f"heads-{number}", f"{low} bits in one head, {high} elsewhere")
-        )
-    return "".join(parts)
-
-
-def _heads_of(
-    rows: Rows, base: Mapping[str, Any] | None, layers: Mapping[str, int], canvas: Canvas, name: str, heading: str
-) -> str:
-    paths = sorted({row["layer"] for row in rows}, key=lambda path: layers.get(path, 0))
-    reference = base["top1"] if base else max(row["top1"] for row in rows)
-    lost = {(row["layer"], row["head"]): reference - row["top1"] for row in rows}
-    figure = _head_marks(rows, base) if len(paths) == 1 else _head_map(paths, lost, layers)
-    caption = (
-        f"With all heads at the higher width the model has {reference:.2f} % top-1. Bars of error are those of the "
-        "loss against float. In a map of several layers, losses are against the model with all heads at the higher "
-        "width; negative is a gain (Figure 2b of the paper)."
-    )
-    cells = [
-        [
-            escape(row["layer"]),
-            str(row["head"]),
-            f"{row['top1']:.2f}",
-            f"{row['drop']:.2f} ± {row['drop_standard_error']:.2f}",
-            difference(lost[row["layer"], row["head"]]),
-        ]
-        for row in rows
-    ]
-    inside = table(["layer", "head", "top-1 (%)", "lost against float", "lost against no head lowered"], cells)
-    return canvas.plot(name, [figure], escape(caption), escape(heading)) + folded("All heads", inside)
+        reference = base["top1"] if base else max(row["top1"] for row in own)
+        paths = sorted({row["layer"] for row in own}, key=lambda path: layers.get(path, 0))
+        lost = {(row["layer"], row["head"]): reference - row["top1"] for row in own}
+        figure = _head_marks(own, base) if len(paths) == 1 else _head_map(paths, lost, layers)
+        caption = f"With all heads at the higher width the model has {reference:.2f} % top-1. {HEADS_NOTE}"
+        heading = f"{low} bits in one head, {high} elsewhere"
+        parts += canvas.plot(f"heads-{number}", [figure], caption, heading)
+        parts += folded("All heads", table_of(HEAD_COLUMNS, [(row, reference - row["top1"]) for row in own]))
+    return parts
 
 
 def _head_marks(rows: Rows, base: Mapping[str, Any] | None) -> go.Figure:
     """What each head of one layer loses against float, and what the model loses with none lowered."""
     ordered = sorted(rows, key=lambda row: row["head"])
     figure = new_figure("Accuracy lost per head.", "head", "points lost against float", height=340)
-    figure.add_scatter(
-        x=[str(row["head"]) for row in ordered],
-        y=[row["drop"] for row in ordered],
-        mode="markers",
-        marker={"color": COLOURS[0], "size": 12},
-        error_y={"array": [row["drop_standard_error"] for row in ordered], "thickness": 1.5, "width": 6},
-        hovertemplate="head %{x}: %{y:.2f} points lost<extra></extra>",
-    )
+    points = [(str(row["head"]), row["drop"]) for row in ordered]
+    style = {"marker": {"color": COLOURS[0], "size": 12}, "error_y": _bars(ordered, "drop_standard_error")}
+    marks(figure, points, hover="head %{x}: %{y:.2f} points lost", **style)
     figure.update_xaxes(type="category")
     if base:
-        figure.add_hline(
-            y=base["drop"],
-            line={"dash": "dash", "width": 1.5, "color": GREY},
-            annotation={"text": f"no head lowered {base['drop']:.2f}", "font": {"size": 12}},
-            annotation_position="top left",
-        )
+        level(figure, base["drop"], f"no head lowered {base['drop']:.2f}")
     return figure
 
 
@@ -252,7 +221,7 @@ def _head_map(paths: Sequence[str], lost: Mapping[tuple[str, int], float], layer
         zmax=limit,
         xgap=2,
         ygap=2,
-        text=[["" if value is None else f"{value:.2f}".replace("-", "−") for value in line] for line in z],
+        text=[[fixed(value).replace("-", "−") for value in row] for row in z],
         texttemplate="%{text}",
         textfont={"color": "#16202b"},
         colorbar={"title": {"text": "points lost"}, "thickness": 14},

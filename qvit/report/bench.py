@@ -7,7 +7,7 @@ bar carries its time over that of OpenVINO's int8. Our engines are set in bold.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import plotly.graph_objects as go
 
 from qvit.documents import Bench
 from qvit.errors import UsageError
-from qvit.report.figures import COLOURS, label, new_figure
-from qvit.report.markup import Canvas, escape, table
+from qvit.report.figures import COLOURS, label, marks, new_figure
+from qvit.report.markup import Canvas, escape, lead, log_axis, table, table_of
 from qvit.report.shell import document, write_page_of
-from qvit.report.units import bytes_text, significant
+from qvit.report.units import bytes_text, fixed, significant
 
 FORMAT, VERSION = "qvit-bench", 1
 #: Errors of logits above which an answer is doubted: ours beside their simulation, those of peers beside float.
@@ -56,26 +56,24 @@ def render_bench(record: Mapping[str, Any], *, title: str | None = None) -> str:
 
 
 def _header(record: Mapping[str, Any]) -> str:
-    said = "".join(f"<p>{escape(sentence)}</p>" for sentence in [*verdict(record), *doubts(record)])
+    said = [*verdict(record), *doubts(record)]
     if record["speed_only"]:
-        said += (
-            f"<p>Speed only: images are {escape(record['images'])}, float weights {escape(record['float_weights'])}; "
-            "how the answers agree says little.</p>"
+        said.append(
+            f"Speed only: images are {record['images']}, float weights {record['float_weights']}; "
+            "how the answers agree says little."
         )
     instructions = record.get("instructions")
-    facts = {
+    found = {
         "Model": f"{record['model']}, plan {record['plan']}; float weights: {record['float_weights']}",
-        "Threads": str(record["threads"]),
+        "Threads": record["threads"],
         "Images": f"{record['images']}; {record['calibration_images']} to calibrate, {record['compared_images']} to "
         "compare answers on",
-        "Hardware": str(record["hardware"]),
+        "Hardware": record["hardware"],
         "Instructions": "not known" if instructions is None else ", ".join(instructions) or "none that matter here",
         "Versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items()),
-        "Date": str(record["date"]),
+        "Date": record["date"],
     }
-    lines = "".join(f"<dt>{key}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
-    lines += f"<dt>Command</dt><dd><code>{escape(record['command'])}</code></dd>"
-    return (f'<div class="verdict">{said}</div>' if said else "") + f'<dl class="facts">{lines}</dl>'
+    return lead(said, found, record["command"])
 
 
 def verdict(record: Mapping[str, Any]) -> list[str]:
@@ -101,9 +99,8 @@ def doubts(record: Mapping[str, Any]) -> list[str]:
     """A sentence for each engine that answers unlike what it should: the simulation for ours, the float model else."""
     sentences = []
     for row in filter(_doubted, record["rows"]):
-        what, error = ("float", row["error_to_float"])
-        if row["error_to_simulated"] is not None:
-            what, error = "simulated", row["error_to_simulated"]
+        what = "float" if row["error_to_simulated"] is None else "simulated"
+        error = row[f"error_to_{what}"]
         sentences.append(
             f"{row['engine']} {row['precision']} at batch {row['batch']} answers unlike the {what} model: "
             f"error {significant(error, 2)} (0: equal, 1: no relation)."
@@ -132,9 +129,7 @@ def _times(record: Mapping[str, Any], canvas: Canvas) -> str:
         "Bars end at the median, whiskers at the quartiles. The number beside a bar is its time over that of "
         "OpenVINO's int8 at the same batch size. Bold: ours."
     )
-    box = '<input type="checkbox" data-log="times" autocomplete="off">'
-    control = f'<div class="controls"><label>{box} logarithmic axis</label></div>'
-    return control + canvas.plot("times", [_figure(record)], caption)
+    return log_axis("logarithmic axis", ["times"]) + canvas.plot("times", [_figure(record)], caption)
 
 
 def _figure(record: Mapping[str, Any]) -> go.Figure:
@@ -163,48 +158,39 @@ def _figure(record: Mapping[str, Any]) -> go.Figure:
             "same first class as float: %{customdata[1]:.1f} %<br>%{customdata[2]}<extra></extra>",
         )  # fmt: skip
         ends = [max(end, median) for end, median in zip(high, medians, strict=True)]
-        figure.add_scatter(
-            y=axis, x=ends, orientation="h", offsetgroup=str(batch), mode="text", textposition="middle right",
-            text=[f" {_ratio(row['ratio_to_openvino_int8'])}" for row in own], textfont={"size": 11},
-            hoverinfo="skip", showlegend=False, cliponaxis=False,
+        ratios = [significant(row["ratio_to_openvino_int8"], 3) for row in own]
+        marks(
+            figure, zip(ends, axis, strict=True), orientation="h", offsetgroup=str(batch), mode="text",
+            text=[f" × {ratio}" if ratio else " " for ratio in ratios], textposition="middle right",
+            textfont={"size": 11}, cliponaxis=False,
         )  # fmt: skip
     return figure
 
 
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"× {significant(value, 3)}"
+#: The columns of the table of all numbers.
+NUMBERS: dict[str, Callable[[Any], str]] = {
+    "": lambda row: _name(row, plot=False),
+    "batch": lambda row: str(row["batch"]),
+    "ms": lambda row: significant(row["milliseconds_median"]),
+    "quartiles": lambda row: " – ".join(map(significant, row["milliseconds_quartiles"])),
+    "images/s": lambda row: significant(row["images_per_second"]),
+    "× OpenVINO int8": lambda row: significant(row["ratio_to_openvino_int8"], 3),
+    "× PyTorch fp32": lambda row: significant(row["ratio_to_pytorch_fp32"], 3),
+    "as float (%)": lambda row: fixed(row["top1_agreement"], 1),
+    "error": lambda row: significant(row["error_to_float"], 2),
+    "as simulated (%)": lambda row: fixed(row["agreement_with_simulated"], 1),
+    "file": lambda row: bytes_text(row["file_bytes"]),
+    "calls": lambda row: str(row["calls"]),
+}
 
 
 def _numbers(record: Mapping[str, Any]) -> str:
-    header = ["", "batch", "ms", "quartiles", "images/s", "× OpenVINO int8", "× PyTorch fp32", "as float (%)"]
-    header += ["error", "as simulated (%)", "file", "calls"]
-    rows = [
-        [
-            _name(row, plot=False),
-            str(row["batch"]),
-            significant(row["milliseconds_median"]),
-            " – ".join(significant(value) for value in row["milliseconds_quartiles"]),
-            significant(row["images_per_second"]),
-            _number(row["ratio_to_openvino_int8"]),
-            _number(row["ratio_to_pytorch_fp32"]),
-            f"{row['top1_agreement']:.1f}",
-            significant(row["error_to_float"], 2),
-            "" if row["agreement_with_simulated"] is None else f"{row['agreement_with_simulated']:.1f}",
-            "" if row["file_bytes"] is None else bytes_text(row["file_bytes"]),
-            str(row["calls"]),
-        ]
-        for row in record["rows"]
-    ]
     note = (
         "<p>As float, as simulated: share of images with the same first class as the float model, or as the "
         "fake-quantized model in PyTorch. Error: root mean square of the difference of the logits to those of the "
         "float model, over that of the float logits around their mean.</p>"
     )
-    return note + table(header, rows, bold=[row["ours"] for row in record["rows"]])
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else significant(value, 3)
+    return note + table_of(NUMBERS, record["rows"], bold=[row["ours"] for row in record["rows"]])
 
 
 def _arithmetic(record: Mapping[str, Any]) -> str:
@@ -213,7 +199,5 @@ def _arithmetic(record: Mapping[str, Any]) -> str:
 
 
 def _skipped(record: Mapping[str, Any]) -> str:
-    rows = [
-        [escape(f"{row['engine']} {row['precision']}"), escape(row["reason"])] for row in record.get("skipped") or []
-    ]
-    return table(["", "why"], rows, text=2) if rows else ""
+    names = {"": lambda row: escape(f"{row['engine']} {row['precision']}"), "why": lambda row: escape(row["reason"])}
+    return table_of(names, rows, text=2) if (rows := record.get("skipped")) else ""

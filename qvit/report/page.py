@@ -1,25 +1,24 @@
 """The report as one HTML file that needs nothing else.
 
-The page is a heading (what the results say, what was run) and the sections of `qvit.report.sections`, in the shell that
-all pages share (`qvit.report.shell`). The size is that of plotly.js, about 5 MB, plus some 50 kB per run.
+The page is a heading (what the results say, what was run) and the registered sections (`qvit.report.sections`), in the
+shell that all pages share (`qvit.report.shell`). The size is that of plotly.js, about 5 MB, plus some 50 kB per run.
 """
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from qvit.errors import QvitError
-from qvit.files import write_atomically
-from qvit.report import oscillation, sections
-from qvit.report.markup import Canvas, escape, folded, table
+from qvit.report.groups import Group, common_options, group_runs, runs_of
+from qvit.report.markup import Canvas, escape, facts, folded, table, verdict_box
 from qvit.report.runs import Run
-from qvit.report.sections import run_name
-from qvit.report.shell import document
-from qvit.report.tables import Group, common_options, group_runs, verdict
+from qvit.report.sections.base import SECTIONS
+from qvit.report.shell import document, write_html
+from qvit.report.tables import verdict
 
 MAX_SENTENCES = 4
 
@@ -43,29 +42,17 @@ def write_page(
     """
     if not runs:
         raise QvitError("no run to report on: give at least one run directory")
-    target = Path(out)
-    page = render_page(runs, title=title, summary=summary).encode("utf-8", errors="replace")
-    write_atomically(target, lambda file: file.write(page))
-    return target
+    return write_html(render_page(runs, title=title, summary=summary), out)
 
 
 def render_page(runs: Sequence[Run], *, title: str | None = None, summary: Mapping[str, Any] | None = None) -> str:
     """The page as text; see `write_page`."""
     groups, canvas = group_runs(runs), Canvas()
-    heading = title or _title(runs)
-    parts = [
-        ("results", "Results", sections.results(groups)),
-        ("accuracy", "Accuracy against cost", sections.accuracy(groups, canvas)),
-        ("widths", "Learned bit-widths", sections.width_maps(groups, canvas)),
-        ("attention", "Attention: widths over heads", sections.attention(groups, canvas)),
-        ("gelu", "GELU output: width by layer", sections.gelu(groups, canvas)),
-        ("training", "Widths and budget during training", sections.training(groups, canvas)),
-        ("freeze", "What freezing changed", sections.freeze(groups)),
-        ("curves", "Training curves", sections.curves(groups, canvas)),
-        ("oscillation", "Oscillation and variation of weights", oscillation.weights(groups, canvas)),
-        ("costs", "What costs how much", sections.costs(groups, canvas)),
-    ]
-    return document(heading, _header(runs, groups, summary or {}), parts, canvas)
+    ordered = sorted(SECTIONS.values(), key=lambda section: section.order)
+    parts = [(section.name, section.heading, section.render(groups, canvas)) for section in ordered]
+    said = verdict_box(verdict(runs), most=MAX_SENTENCES)
+    header = f"{said}{_unfinished(groups)}{_facts(runs, summary or {})}{_options(runs)}"
+    return document(title or _title(runs), header, parts, canvas)
 
 
 def _title(runs: Sequence[Run]) -> str:
@@ -75,74 +62,58 @@ def _title(runs: Sequence[Run]) -> str:
     return f"Quantization report: {', '.join(models)}{where}"
 
 
-def _header(runs: Sequence[Run], groups: Sequence[Group], summary: Mapping[str, Any]) -> str:
-    said = [f"<p>{escape(sentence)}</p>" for sentence in verdict(runs)]
-    sentences = "".join(said[:MAX_SENTENCES])
-    if len(said) > MAX_SENTENCES:
-        sentences += folded(f"{len(said) - MAX_SENTENCES} more", "".join(said[MAX_SENTENCES:]))
-    unfinished = [
-        f"<li>{escape(run_name(run, group))} (<code>{escape(run.path.name)}</code>): {escape(run.state)}.</li>"
-        for group in groups
-        for run in group.runs
+def _unfinished(groups: Sequence[Group]) -> str:
+    """Which runs are not finished, and why."""
+    runs = runs_of(groups)
+    lines = [
+        f"<li>{escape(group.name_of(run))} (<code>{escape(run.path.name)}</code>): {escape(run.state)}.</li>"
+        for group, run in runs
         if not run.finished
     ]
-    note = ""
-    if unfinished:
-        many = f"{len(unfinished)} of {len(runs)} runs {'is' if len(unfinished) == 1 else 'are'} not finished"
-        note = f'<div class="warning" role="note">{many}:<ul>{"".join(unfinished)}</ul></div>'
-    return f'<div class="verdict">{sentences}</div>{note}{_facts(runs, summary)}{_options(runs)}'
+    many = f"{len(lines)} of {len(runs)} runs {'is' if len(lines) == 1 else 'are'} not finished"
+    return f'<div class="warning" role="note">{many}:<ul>{"".join(lines)}</ul></div>' if lines else ""
 
 
 def _facts(runs: Sequence[Run], summary: Mapping[str, Any]) -> str:
-    """What was run, as a list of definitions; values that differ between runs are all given."""
+    """What was run; values that differ between runs are all given."""
     configs = [run.config for run in runs]
-    versions = [
-        ", ".join(f"{name} {version}" for name, version in config["versions"].items())
-        for config in configs
-        if isinstance(config.get("versions"), dict)
-    ]
-    models = [run.model + _kwargs(run) for run in runs]
-    methods = list(dict.fromkeys(run.method + (f" {run.budget}" if run.budget else "") for run in runs))
+    versions = [config.get("versions") or {} for config in configs]
+    methods = dict.fromkeys(run.method + (f" {run.budget}" if run.budget else "") for run in runs)
     seeds = sorted({run.seed for run in runs if run.seed is not None})
-    facts = {
-        "Model": models,
-        "Data": [str(config["data"]) for config in configs if config.get("data")],
-        "Runs": [
-            f"{len(runs)}: {', '.join(methods)}"
-            + (f"; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else "")
+    said = f"; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}" if seeds else ""
+    found = {
+        "Model": [
+            run.model + (f" ({_pairs(own, '=')})" if (own := run.config.get("model_kwargs")) else "") for run in runs
         ],
-        "Hardware": [str(config["hardware"]) for config in configs if config.get("hardware")],
-        "Versions": versions,
+        "Data": [config.get("data") for config in configs],
+        "Runs": [f"{len(runs)}: {', '.join(methods)}{said}"],
+        "Hardware": [config.get("hardware") for config in configs],
+        "Versions": [_pairs(own, " ") for own in versions],
         "Date": [_dates(runs)],
     }
-    lines = [
-        (key, "<br>".join(escape(value) for value in dict.fromkeys(values)) or "not recorded")
-        for key, values in facts.items()
-    ]
-    commands = [_command(config.get("command")) for config in configs if config.get("command")]
-    commands = list(dict.fromkeys(commands))
-    if commands:
-        shown = f"<code>{escape(commands[0])}</code>"
-        if len(commands) > 1:
-            rest = "<br>".join(f"<code>{escape(command)}</code>" for command in commands[1:])
-            shown += f"<details><summary>{len(commands) - 1} more</summary>{rest}</details>"
-        lines.append(("Command", shown))
+    shown = {key: "<br>".join(_distinct(values)) or "not recorded" for key, values in found.items()}
+    first, *others = [f"<code>{command}</code>" for command in _distinct(map(_command, configs))] or [""]
+    if first:
+        shown["Command"] = first + (folded(f"{len(others)} more", "<br>".join(others)) if others else "")
     for key, value in summary.items():
         if isinstance(value, (str, int, float)):
-            shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-            lines.append((escape(str(key).replace("_", " ").capitalize()), escape(shown)))
-    return '<dl class="facts">' + "".join(f"<dt>{key}</dt><dd>{value}</dd>" for key, value in lines) + "</dl>"
+            text = f"{value:.4g}" if isinstance(value, float) else value
+            shown[str(key).replace("_", " ").capitalize()] = escape(text)
+    return facts(shown)
 
 
-def _kwargs(run: Run) -> str:
-    kwargs = run.config.get("model_kwargs")
-    if not isinstance(kwargs, dict) or not kwargs:
-        return ""
-    return " (" + ", ".join(f"{key}={value}" for key, value in kwargs.items()) + ")"
+def _distinct(values: Iterable[Any]) -> list[str]:
+    """Those that are known, each once, as HTML."""
+    return list(dict.fromkeys(escape(value) for value in values if value))
 
 
-def _command(value: Any) -> str:
-    return shlex.join(map(str, value)) if isinstance(value, list) else str(value)
+def _pairs(named: Mapping[str, Any], between: str) -> str:
+    return ", ".join(f"{name}{between}{value}" for name, value in named.items())
+
+
+def _command(config: Mapping[str, Any]) -> str:
+    command = config.get("command") or ""
+    return shlex.join(command) if isinstance(command, list) else command
 
 
 def _dates(runs: Sequence[Run]) -> str:
@@ -169,8 +140,6 @@ def _options(runs: Sequence[Run]) -> str:
         parts += folded(f"Options that differ between runs ({len(differing)})", inside)
     if shared:
         rows = [[escape(key), f"<code>{escape(value)}</code>"] for key, value in shared.items()]
-        parts += folded(
-            f"{'Options' if len(runs) == 1 else 'Options of all runs'} ({len(shared)})",
-            table(["option", "value"], rows),
-        )
+        name = "Options" if len(runs) == 1 else "Options of all runs"
+        parts += folded(f"{name} ({len(shared)})", table(["option", "value"], rows))
     return parts

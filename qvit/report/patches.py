@@ -6,7 +6,7 @@ page once: the drawings refer to it. Files of earlier versions do not tell the i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,13 @@ def render_patches(record: Mapping[str, Any], *, title: str | None = None) -> st
 
 def _image(number: int, image: Mapping[str, Any]) -> str:
     source = f"data:image/png;base64,{escape(image['png'])}"
-    width, height = sides = _sides(image)
-    box = f'width="{width:g}" height="{height:g}"'
+    width, height = image.get("width", 1), image.get("height", 1)
+    sides = tuple(max(1.0, SIDE * side / max(width, height)) for side in (width, height))
+    box = 'width="{:g}" height="{:g}"'.format(*sides)
     picture = f'<image id="picture-{number}" {box} preserveAspectRatio="none" href="{source}"/>'
     drawings = [_drawing(sides, picture, "", "the image", "the image")]
     for layer in image["layers"]:
-        marks = str(layer["important"])
+        marks = layer["important"]
         few = marks.count("1")
         text = f"{layer['layer']}: {layer['high']} or {layer['low']} bits"
         alt = f"{layer['layer']}: {few} of {len(marks)} patches have {layer['high']} bits, the others {layer['low']}"
@@ -53,21 +54,10 @@ def _image(number: int, image: Mapping[str, Any]) -> str:
     return f'<div style="{style}">{"".join(drawings)}</div>'
 
 
-def _sides(image: Mapping[str, Any]) -> tuple[float, float]:
-    """Width and height of the drawing of an image, the longer one `SIDE`."""
-    width, height = int(image.get("width", 1)), int(image.get("height", 1))
-    if min(width, height) < 1:
-        raise ValueError(f"an image has no sides of {width} × {height} pixels")
-    longer = max(width, height)
-    return max(1.0, SIDE * width / longer), max(1.0, SIDE * height / longer)
-
-
-def _low(layer: Mapping[str, Any], marks: str, sides: tuple[float, float]) -> str:
+def _low(layer: Mapping[str, Any], marks: str, sides: Sequence[float]) -> str:
     """The patches of the lower width, as one path."""
-    columns, rows = int(layer["columns"]), int(layer["rows"])
-    if columns * rows != len(marks) or not rows:
-        raise ValueError(f"{len(marks)} patches do not fill {rows} × {columns}")
-    width, height = sides[0] / columns, sides[1] / rows
+    columns = layer["columns"]
+    width, height = sides[0] / columns, sides[1] / layer["rows"]
     steps = [
         f"M{index % columns * width:.2f} {index // columns * height:.2f}h{width:.2f}v{height:.2f}h{-width:.2f}z"
         for index, mark in enumerate(marks)
@@ -76,7 +66,7 @@ def _low(layer: Mapping[str, Any], marks: str, sides: tuple[float, float]) -> st
     return f'<path d="{"".join(steps)}" fill="#6a1fb0" fill-opacity="0.7"/>'
 
 
-def _drawing(sides: tuple[float, float], picture: str, overlay: str, caption: str, alt: str) -> str:
+def _drawing(sides: Sequence[float], picture: str, overlay: str, caption: str, alt: str) -> str:
     width, height = sides
     box = f'viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}"'
     drawn = f'<svg {box} role="img" aria-label="{escape(alt)}">{picture}{overlay}</svg>'

@@ -10,53 +10,29 @@ apart:
 - A directory that is no run, or a file that holds something else, is an error that names the file, the key and what
   belongs there.
 
-Numbers of the log that are not finite become None, so a curve has a gap there; a result must be finite. What belongs
-into each file says `qvit.documents`; a line of the log that is no such event is counted and left out.
+Numbers of the log that are not finite become None, so a curve has a gap there; a result must be finite.
+`qvit.documents` says what belongs into each file; a line of the log that is no such event is counted and left out.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from qvit.documents import (
-    EVENTS,
-    Costs,
-    Document,
-    FreezeEvent,
-    OtherEvent,
-    Plan,
-    Result,
-    RunHead,
-    StartEvent,
-    read_document,
-)
+from qvit.documents import EVENTS, Costs, Document, OtherEvent, Plan, Result, RunHead, StartEvent, checked
 from qvit.errors import QvitError
-from qvit.files import MissingFile, parse_json, read_text
-from qvit.report.runs import (
-    Change,
-    Cost,
-    Diagnostics,
-    Epoch,
-    Freeze,
-    Log,
-    Run,
-    SiteCost,
-    SitePlan,
-    Step,
-    WeightRecord,
-)
-from qvit.report.runs import Result as Outcome
-from qvit.report.sites import problem_of
+from qvit.files import MissingFile, parse_json, read_object, read_text
+from qvit.report.runs import Log, Run
+from qvit.report.sites import require_few
 
 logger = logging.getLogger(__name__)
 
+D = TypeVar("D", bound=Document)
 #: The largest log that is read, and the longest line that counts: hundreds of epochs of the largest models.
 LOG_LIMIT, LINE_LIMIT = 128 << 20, 8 << 20
-_BITS = re.compile("[0-9]{1,2}")
 RUN_FILES = "config.json, plan.json, cost.json, log.jsonl and, once the run has ended, result.json"
 
 
@@ -72,25 +48,31 @@ def load_run(path: str | Path) -> Run:
     directory = Path(path)
     if not directory.is_dir():
         raise QvitError(f"no run directory at {directory}: a run directory holds {RUN_FILES}")
-    config = _read(directory / "config.json", "config", RunHead)
-    if config is None:
+    try:
+        config = read_object(directory / "config.json", "config")
+    except MissingFile:
         raise QvitError(
             f"{directory} is not a run directory: config.json is missing; a run directory holds {RUN_FILES}"
-        )
+        ) from None
+    head = checked(RunHead, config, f"the config {directory / 'config.json'}")
     result = _read(directory / "result.json", "result", Result)
-    plan_name, plan = _read_plan(directory / "plan.json")
-    said = config | {key: value for key, value in (result or {}).items() if value is not None}
+    plan = _read(directory / "plan.json", "plan", Plan)
+    sites = {site: spec for site, spec in plan.sites.items() if spec is not None} if plan else {}
+    require_few(directory / "plan.json", {site: len(spec.bit_width) for site, spec in sites.items()})
+    cost = _read(directory / "cost.json", "costs", Costs)
+    require_few(directory / "cost.json", {row.site: 1 for row in cost.sites} if cost else {})
+    said = result or head
     return Run(
         path=directory,
-        model=config["model"],
-        method=config["method"],
-        budget=said.get("budget"),
-        seed=said.get("seed"),
+        model=head.model,
+        method=head.method,
+        budget=head.budget if said.budget is None else said.budget,
+        seed=head.seed if said.seed is None else said.seed,
         config=config,
-        plan_name=plan_name,
-        plan=plan,
-        cost=_read_cost(directory / "cost.json"),
-        result=None if result is None else _parse_result(result),
+        plan_name=(plan.name or "plan") if plan else None,
+        plan=sites,
+        cost=cost,
+        result=result,
         log=_read_log(directory / "log.jsonl"),
     )
 
@@ -121,55 +103,12 @@ def load_runs(paths: Iterable[str | Path]) -> list[Run]:
     return [load_run(directory) for directory in directories.values()]
 
 
-def _read(file: Path, what: str, document: type[Document]) -> dict[str, Any] | None:
-    """The content of a document, or None if there is no such file."""
+def _read(file: Path, what: str, document: type[D]) -> D | None:
+    """A document, or None if there is no such file."""
     try:
-        return read_document(document, file, what)
+        return checked(document, read_object(file, what), f"the {what} {file}")
     except MissingFile:
         return None
-
-
-def _read_plan(file: Path) -> tuple[str | None, dict[str, SitePlan]]:
-    data = _read(file, "plan", Plan)
-    if data is None:
-        return None, {}
-    plan = {
-        name: SitePlan(_tuple(spec["bit_width"]), spec.get("learn_bit_width") is True)
-        for name, spec in data.get("sites", {}).items()
-        if spec is not None
-    }
-    _require_few(file, {site: len(own.bit_widths) for site, own in plan.items()})
-    return data.get("name") or "plan", plan
-
-
-def _require_few(file: Path, sites: Mapping[str, int]) -> None:
-    if problem := problem_of(sites):
-        raise QvitError(f"{file} has {problem}")
-
-
-def _tuple(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-def _read_cost(file: Path) -> Cost | None:
-    data = _read(file, "costs", Costs)
-    if data is None:
-        return None
-    keys = ("macs", "bit_operations", "weight_bytes")
-    sites = tuple(SiteCost(row["site"], *(row[key] for key in keys)) for row in data.get("sites", []))
-    _require_few(file, {site.site: 1 for site in sites})
-    return Cost(*(data[key] for key in keys), sites=sites)
-
-
-def _parse_result(data: Mapping[str, Any]) -> Outcome:
-    total, own = data.get("seconds_total"), data.get("seconds")
-    return Outcome(
-        accuracy=data["accuracy"],
-        bit_operations=data["bit_operations"],
-        weight_bytes=data["weight_bytes"],
-        float_accuracy=data.get("float_accuracy"),
-        seconds=own if total is None and not isinstance(own, dict) else total,
-    )
 
 
 def _read_log(file: Path) -> Log:
@@ -195,45 +134,27 @@ def _read_log(file: Path) -> Log:
     if unreadable and not read:
         raise QvitError(f'{file} is not a log: none of its {unreadable} lines is a JSON object with an "event"')
 
-    widths = {site: len(own) for e in events["epoch"].values() for site, own in (e.bit_widths or {}).items()}
-    _require_few(file, widths)
-    _require_few(file, {site: 1 for e in events["diagnostics"].values() for site in e.sites or ()})
-
-    def of(name: str) -> list[Any]:
-        return [event for _, event in sorted(events[name].items())]
-
-    start = (of("start") or [StartEvent()])[-1]
-    uniform = start.uniform_bit_operations or {}
+    require_few(file, {site: len(own) for epoch in events["epoch"].values() for site, own in epoch.bit_widths.items()})
+    require_few(file, {site: 1 for event in events["diagnostics"].values() for site in event.sites})
+    ordered = {name: tuple(event for _, event in sorted(own.items())) for name, own in events.items()}
+    start: StartEvent = (ordered["start"] or (StartEvent(),))[-1]
+    epochs, per_epoch, uniform = start.epochs, start.steps_per_epoch, start.uniform_bit_operations or {}
     return Log(
         started=started,
-        total_steps=None if None in (start.steps_per_epoch, start.epochs) else start.steps_per_epoch * start.epochs,
-        steps_per_epoch=start.steps_per_epoch or None,
+        total_steps=None if epochs is None or per_epoch is None else epochs * per_epoch,
+        steps_per_epoch=per_epoch or None,
         budget_bit_operations=start.budget_bit_operations,
         uniform_bit_operations={
-            int(bits): cost for bits, cost in uniform.items() if _BITS.fullmatch(bits) and cost is not None
+            int(bits): cost for bits, cost in uniform.items() if re.fullmatch("[0-9]{1,2}", bits) and cost is not None
         },
-        steps=tuple(
-            Step(e.step, e.loss, e.task_loss, e.penalty, e.bit_operations, e.lr) for e in of("step")
-        ),
-        epochs=tuple(
-            Epoch(
-                e.epoch, e.step, e.train_loss, e.accuracy, e.bit_operations,
-                {site: tuple(own) for site, own in (e.bit_widths or {}).items()},
-            )
-            for e in of("epoch")
-        ),
-        diagnostics=tuple(
-            Diagnostics(
-                e.step,
-                {s: WeightRecord(w.oscillating, w.variation, w.outliers) for s, w in (e.sites or {}).items()},
-            )
-            for e in of("diagnostics")
-        ),
-        freeze=next((_freeze(event) for event in reversed(of("freeze"))), None),
+        steps=ordered["step"],
+        epochs=ordered["epoch"],
+        diagnostics=ordered["diagnostics"],
+        freeze=(ordered["freeze"] or (None,))[-1],
         failure=failure,
         last_step=last_step,
         unreadable_lines=unreadable,
-    )  # fmt: skip
+    )
 
 
 def _parse_event(line: str) -> tuple[str, Any] | None:
@@ -246,14 +167,3 @@ def _parse_event(line: str) -> tuple[str, Any] | None:
         return name, EVENTS.get(name, OtherEvent).model_validate(data)
     except (ValueError, KeyError, TypeError):  # ValidationError of pydantic is a ValueError
         return None
-
-
-def _freeze(event: FreezeEvent) -> Freeze:
-    return Freeze(
-        event.step,
-        event.budget_bit_operations,
-        event.bit_operations_learned,
-        event.bit_operations_rounded,
-        event.bit_operations,
-        tuple(Change(c.site, c.head, c.learned, c.rounded, c.final) for c in event.changes or ()),
-    )

@@ -1,8 +1,8 @@
 """A run as plain frozen data: what was asked, what came out, what happened on the way.
 
-Units everywhere: bit operations are plain counts for one image (not in G), weights are bytes, accuracies are percent,
-times are seconds. None stands for what a run has not written: everything of an interrupted run, numbers that were not
-finite (a loss that diverged).
+Sites, costs, results and events are those of `qvit.documents`. Bit operations are plain counts for one image (not in
+G), weights are bytes, accuracies are percent, times are seconds. None stands for what a run has not written: everything
+of an interrupted run, and numbers that were not finite (a loss that diverged).
 """
 
 from __future__ import annotations
@@ -12,97 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-
-@dataclass(frozen=True)
-class SitePlan:
-    """The widths of one site: one number, or one per head."""
-
-    bit_widths: tuple[int, ...]
-    learn_bit_width: bool = False
-
-
-@dataclass(frozen=True)
-class SiteCost:
-    """What one site contributes to the totals."""
-
-    site: str
-    macs: int
-    bit_operations: int
-    weight_bytes: int
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Multiply-accumulates, bit operations and packed weight bytes for one image."""
-
-    macs: int
-    bit_operations: int
-    weight_bytes: int
-    sites: tuple[SiteCost, ...]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A logged training step; None where the log has no finite number."""
-
-    step: int
-    loss: float | None
-    task_loss: float | None
-    penalty: float | None
-    bit_operations: float | None
-    learning_rate: float | None
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """The end of an epoch: accuracy on held-out training images in percent, widths as they are being learned."""
-
-    epoch: int
-    step: int
-    train_loss: float | None
-    accuracy: float | None
-    bit_operations: float | None
-    bit_widths: Mapping[str, tuple[float, ...]]
-
-
-@dataclass(frozen=True)
-class WeightRecord:
-    """A weight at the end of an epoch: its share of oscillating elements, its variation, its outliers."""
-
-    oscillating: float | None
-    variation: float | None
-    outliers: float | None
-
-
-@dataclass(frozen=True)
-class Diagnostics:
-    """The weights of a model at the end of an epoch, by site."""
-
-    step: int
-    sites: Mapping[str, WeightRecord]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A width at the freeze: learned (real), rounded, and final after the plan was fitted into the budget."""
-
-    site: str
-    head: int | None
-    learned: float
-    rounded: int
-    final: int
-
-
-@dataclass(frozen=True)
-class Freeze:
-    """The end of the searching stage: bit operations of the learned, the rounded and the final widths."""
-
-    step: int
-    budget_bit_operations: float | None
-    bit_operations_learned: float | None
-    bit_operations_rounded: float | None
-    bit_operations: float | None
-    changes: tuple[Change, ...]
+from qvit.documents import Costs, DiagnosticsEvent, EpochEvent, FreezeEvent, PlannedSite, Result, StepEvent
 
 
 @dataclass(frozen=True)
@@ -114,24 +24,13 @@ class Log:
     steps_per_epoch: int | None = None
     budget_bit_operations: float | None = None
     uniform_bit_operations: Mapping[int, float] = field(default_factory=dict)
-    steps: tuple[Step, ...] = ()
-    epochs: tuple[Epoch, ...] = ()
-    diagnostics: tuple[Diagnostics, ...] = ()
-    freeze: Freeze | None = None
+    steps: tuple[StepEvent, ...] = ()
+    epochs: tuple[EpochEvent, ...] = ()
+    diagnostics: tuple[DiagnosticsEvent, ...] = ()
+    freeze: FreezeEvent | None = None
     failure: str | None = None
     last_step: int = 0
     unreadable_lines: int = 0
-
-
-@dataclass(frozen=True)
-class Result:
-    """The outcome of a finished run."""
-
-    accuracy: float
-    bit_operations: int
-    weight_bytes: int
-    float_accuracy: float | None
-    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -159,8 +58,8 @@ class Run:
     seed: int | None
     config: Mapping[str, Any]
     plan_name: str | None
-    plan: Mapping[str, SitePlan]
-    cost: Cost | None
+    plan: Mapping[str, PlannedSite]
+    cost: Costs | None
     result: Result | None
     log: Log
 
@@ -191,7 +90,7 @@ class Run:
     @property
     def bit_widths(self) -> dict[str, tuple[int, ...]]:
         """Widths by site: the plan's; of a run stopped while it was learning, those of its last epoch, rounded."""
-        widths = {site: plan.bit_widths for site, plan in self.plan.items()}
+        widths = {site: tuple(spec.bit_width) for site, spec in self.plan.items()}
         if self.learned and not self.finished and self.log.freeze is None and self.log.epochs:
             learned = self.log.epochs[-1].bit_widths
             widths |= {site: tuple(round(width) for width in values) for site, values in learned.items()}

@@ -8,24 +8,32 @@ connection at all.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 from plotly.offline import get_plotlyjs
 
 from qvit.documents import Document, read_document
 from qvit.files import write_atomically
-from qvit.report.assets import CSS, SCRIPT
-from qvit.report.markup import Canvas, escape
+from qvit.report.markup import Canvas, embedded, escape
 
 COSTS_NOTE = (
     "1 G = 10<sup>9</sup>, 1 MB = 10<sup>6</sup> bytes. Bit operations: multiply-accumulates × bits of one factor "
     "× bits of the other, for one image; float counts as 32 bits."
 )
 WIDTHS_NOTE = "The widths follow Q-ViT (Li et al. 2022, arXiv 2201.07703)."
+
+
+@functools.cache
+def asset(name: str) -> str:
+    """A file of `qvit/report/assets`: style, a script or the frame of all pages, as text."""
+    return (resources.files("qvit.report") / "assets" / name).read_text(encoding="utf-8")
 
 
 def document(
@@ -36,7 +44,7 @@ def document(
     *,
     skip: str = "Skip to the results",
     footer: str = f"{COSTS_NOTE} {WIDTHS_NOTE}",
-    data: str = "",
+    data: object = None,
     script: str = "",
 ) -> str:
     """The whole page.
@@ -48,50 +56,25 @@ def document(
         canvas: The figures.
         skip: Text of the link to the sections.
         footer: HTML.
-        data: JSON for `script`, in the element `#data`; must be able to stand inside a script element.
-        script: A script of this page, run after the common one.
+        data: Plain data for `script`, as JSON in the element `#data`.
+        script: The asset that is run after the common script.
     """
-    parts = [part for part in parts if part[2]]
+    parts = [(name, escape(text), body) for name, text, body in parts if body]
     links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text, _ in parts)
     main = "\n".join(
         f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{text}</h2>{body}</section>'
         for name, text, body in parts
     )
     library = re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)
-    scripts = [library, SCRIPT, *([script] if script else [])]
-    policy = " ".join(f"'sha256-{_sha256(text)}'" for text in scripts)
-    policy = (
-        f"default-src 'none'; script-src {policy}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-    own = f'<script type="application/json" id="data">{data}</script>\n' if data else ""
+    scripts = [library, asset("page.js"), *([asset(script)] if script else [])]
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    own = "" if data is None else f'<script type="application/json" id="data">{embedded(data)}</script>\n'
     code = "\n".join(f"<script>{text}</script>" for text in scripts)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(heading)}</title>
-<style>{CSS}</style>
-</head>
-<body>
-<a class="skip" href="#main">{escape(skip)}</a>
-<header>
-<h1>{escape(heading)}</h1>
-{header}
-</header>
-<nav aria-label="Sections"><ol>{links}</ol></nav>
-<main id="main">
-<noscript><p class="warning">The plots need JavaScript; the tables do not.</p></noscript>
-{main}
-</main>
-<footer>{footer}</footer>
-<script type="application/json" id="figures">{canvas.to_json()}</script>
-{own}{code}
-</body>
-</html>
-"""
+    return Template(asset("page.html")).substitute(
+        heading=escape(heading), header=header, skip=escape(skip), links=links, main=main, footer=footer,
+        hashes=" ".join(f"'sha256-{digest}'" for digest in digests), style=asset("page.css"),
+        figures=canvas.to_json(), own=own, code=code,
+    )  # fmt: skip
 
 
 def write_page_of(
@@ -101,10 +84,11 @@ def write_page_of(
 
     Raises QvitError if it cannot be read, is no such document, or the page cannot be written.
     """
-    page = render(read_document(document, data, what)).encode("utf-8", errors="replace")
-    write_atomically(Path(out), lambda file: file.write(page))
+    return write_html(render(read_document(document, data, what)), out)
+
+
+def write_html(page: str, out: str | Path) -> Path:
+    """Writes a page; its folder is created, and it appears at once or not at all. Raises QvitError if it cannot be."""
+    content = page.encode("utf-8", errors="replace")
+    write_atomically(Path(out), lambda file: file.write(content))
     return Path(out)
-
-
-def _sha256(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

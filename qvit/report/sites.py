@@ -17,6 +17,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+
+from qvit.errors import QvitError
 
 TENSORS = {
     "attn.qkv.input": "qkv in",
@@ -41,7 +44,7 @@ TENSORS = {
     "attn.v.weight": "W_v",
 }
 GELU = "GELU out"
-#: What a page is drawn for, see `problem_of`.
+#: What a page is drawn for, see `require_few`.
 MOST = {"layers": 512, "kinds of tensors": 200, "widths": 250_000}
 ATTENTION_PANELS = {"q": "q (queries)", "k": "k (keys)", "v": "v (values)", "probs": "A (attention probabilities)"}
 
@@ -66,8 +69,8 @@ def locate(site: str) -> Place:
     return Place(match.group(), TENSORS.get(rest, rest))
 
 
-def problem_of(sites: Mapping[str, int]) -> str | None:
-    """Why sites, given with their numbers of widths, are too many to be drawn; None if they are not.
+def require_few(file: Path, sites: Mapping[str, int]) -> None:
+    """Raises QvitError if the sites in a file, given with their numbers of widths, are too many to be drawn.
 
     A page takes time and space for the product of layers, kinds of tensors and heads. The limits are some times those
     of the largest models.
@@ -78,8 +81,9 @@ def problem_of(sites: Mapping[str, int]) -> str | None:
         "kinds of tensors": len({place.tensor for place in places}),
         "widths": sum(sites.values()),
     }
-    excess = [what for what in counts if counts[what] > MOST[what]]
-    return f"{counts[excess[0]]:,} {excess[0]}; at most {MOST[excess[0]]:,} are drawn" if excess else None
+    for what, count in counts.items():
+        if count > MOST[what]:
+            raise QvitError(f"{file} has {count:,} {what}; at most {MOST[what]:,} are drawn")
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:

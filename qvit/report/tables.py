@@ -1,7 +1,6 @@
-"""Runs → rows: seeds grouped, means and deviations, and what they say in one sentence.
+"""Groups of runs → rows: means and deviations, and what they say in one sentence.
 
-A group is what differs in nothing but the seed: data, model, method, and budget (runs without a budget are told apart
-by the name of their plan). Only finished runs count. The deviation is the sample standard deviation over seeds,
+Only finished runs count. The deviation is the sample standard deviation over seeds,
 
     std = sqrt( Σ (a_i - mean)² / (n - 1) ),      0.0 for a single run,
 
@@ -12,94 +11,15 @@ multiply-accumulate.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from qvit.plan.cost import FLOAT_BITS
+from qvit.report.groups import Group, group_runs, mean_std, short_names
 from qvit.report.runs import Run
-from qvit.report.units import bytes_text, column, difference, duration, percent, significant, titled
-
-FLOAT_BOPS_PER_MAC = 32 * 32
-METHODS = ("float", "lsq", "lsq+")
-_LONGEST_OPTION = 2000
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seed alone.
-
-    Attributes:
-        runs: The runs, by seed; unfinished ones too.
-        label: Short name, with the model or the data only where the report has several.
-        index: Position among the groups that are not float (the colour of the group); -1 for float.
-        peers: What must be equal for a comparison of methods: data, model, budget.
-        setting: Options that tell the group from others of the same method, such as `head_wise=false`; else empty.
-    """
-
-    runs: tuple[Run, ...]
-    label: str
-    index: int
-    peers: tuple[str, ...]
-    setting: str = ""
-
-    @property
-    def first(self) -> Run:
-        """A run that stands for what all have in common."""
-        return self.runs[0]
-
-    @property
-    def is_float(self) -> bool:
-        """Whether these are runs of the float model."""
-        return self.first.method == "float"
-
-    @property
-    def finished(self) -> tuple[Run, ...]:
-        """The runs that count."""
-        return tuple(run for run in self.runs if run.finished)
-
-
-#: Options in which runs of one setting may differ: their float weights belong to a seed, the rest changes no result.
-NO_SETTING = frozenset(
-    ("weights", "method_options", "started", "data_note", "class_names", "threads", "workers", "device", "log_every")
-    + ("checkpoint_every",)
-)
-
-
-def mean_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (n - 1); the deviation of one value is 0.0. Raises on an empty sequence."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups runs over seeds: by model, float first, then from the largest budget to the smallest, then by method."""
-    keys: dict[tuple[str, ...], list[Run]] = {}
-    costs: dict[tuple[str, ...], list[float]] = {}
-    for run in runs:
-        keys.setdefault((*_peers(run), run.method), []).append(run)
-        cost = run.result.bit_operations if run.result else run.log.budget_bit_operations
-        costs.setdefault(_peers(run), []).append(cost or 0.0)
-    split: dict[tuple[str, ...], list[Run]] = {}
-    for key, members in keys.items():
-        for run, setting in zip(members, _settings(members), strict=True):
-            split.setdefault((*key, setting), []).append(run)
-
-    def order(key: tuple[str, ...]) -> tuple[Any, ...]:
-        data, model, constraint, method, setting = key
-        rank = METHODS.index(method) if method in METHODS else len(METHODS) + (method == "qvit")
-        return data, model, method != "float", -statistics.fmean(costs[key[:3]]), constraint, rank, method, setting
-
-    names = _short_names(runs)
-    groups, index = [], 0
-    for key in sorted(split, key=order):
-        members = sorted(split[key], key=lambda run: (run.seed is None, run.seed or 0, str(run.path)))
-        is_float = key[3] == "float"
-        label = " · ".join(part for part in (names[key[:2]], key[3], key[2], key[4]) if part)
-        groups.append(Group(tuple(members), label, -1 if is_float else index, key[:3], key[4]))
-        index += not is_float
-    return groups
+from qvit.report.units import bytes_text, column, difference, duration, fixed, percent, plus_minus, significant, titled
 
 
 def results_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -117,30 +37,45 @@ def results_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Header and cells as text, for a terminal, markdown or a page: one unit per column, enough digits."""
-    several = len({row["variant"] for row in rows}) > 1
     bops_unit, bops = column([row["bit_operations"] for row in rows], "bops")
     byte_unit, sizes = column([row["weight_bytes"] for row in rows], "bytes")
-    header = ["model"] if several else []
-    header += ["method", "budget", "accuracy (%)", "points vs float", titled("BOPs", bops_unit)]
-    header += ["BOPs vs float", titled("weights", byte_unit), "time per run", "seeds"]
-    cells = []
-    for row, cost, size in zip(rows, bops, sizes, strict=True):
-        accuracy, gap, share = "no finished run", "", ""
-        if row["accuracy_mean"] is not None:
-            deviation = f" ± {row['accuracy_std']:.2f}" if row["n_seeds"] > 1 else ""
-            accuracy = f"{row['accuracy_mean']:.2f}{deviation}"
-            if row["method"] != "float" and row["float_accuracy"] is not None:
-                gap = difference(row["accuracy_mean"] - row["float_accuracy"])
-            if row["method"] != "float" and row["float_bit_operations"] and row["bit_operations"]:
-                share = f"÷ {significant(row['float_bit_operations'] / row['bit_operations'], 3)}"
-        seeds = f"{row['n_seeds']}" + (f" (+ {row['unfinished']} unfinished)" if row["unfinished"] else "")
-        budget = row["budget"] or row["plan"] or ""
-        time = "" if row["seconds"] is None else duration(row["seconds"])
-        first = [row["variant"]] if several else []
-        cells.append(
-            [*first, f"{row['method']} {row['setting']}".strip(), budget, accuracy, gap, cost, share, size, time, seeds]
-        )
-    return header, cells
+    columns = {
+        "model": [row["variant"] for row in rows],
+        "method": [f"{row['method']} {row['setting']}".strip() for row in rows],
+        "budget": [row["budget"] or row["plan"] or "" for row in rows],
+        "accuracy (%)": [_accuracy(row) for row in rows],
+        "points vs float": [_gap(row) for row in rows],
+        titled("BOPs", bops_unit): bops,
+        "BOPs vs float": [f"÷ {ratio}" if (ratio := _times_fewer(row)) else "" for row in rows],
+        titled("weights", byte_unit): sizes,
+        "time per run": [duration(row["seconds"]) for row in rows],
+        "seeds": [
+            f"{row['n_seeds']} (+ {row['unfinished']} unfinished)" if row["unfinished"] else str(row["n_seeds"])
+            for row in rows
+        ],
+    }
+    if len(set(columns["model"])) <= 1:
+        del columns["model"]
+    return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
+
+
+def _accuracy(row: Mapping[str, Any]) -> str:
+    if row["n_seeds"] > 1:
+        return plus_minus(row["accuracy_mean"], row["accuracy_std"])
+    return fixed(row["accuracy_mean"]) or "no finished run"
+
+
+def _gap(row: Mapping[str, Any]) -> str:
+    if row["method"] == "float" or None in (row["accuracy_mean"], row["float_accuracy"]):
+        return ""
+    return difference(row["accuracy_mean"] - row["float_accuracy"])
+
+
+def _times_fewer(row: Mapping[str, Any]) -> str:
+    """By how much the float model's bit operations are divided; empty if it is not known."""
+    if row["method"] == "float" or not (row["float_bit_operations"] and row["bit_operations"]):
+        return ""
+    return significant(row["float_bit_operations"] / row["bit_operations"], 3)
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -157,89 +92,27 @@ def verdict(runs: Sequence[Run]) -> list[str]:
     stated; where runs ended above their budget, a further sentence says so.
     """
     groups = [group for group in group_runs(runs) if group.finished]
-    rows = {group.label: row for group, row in zip(groups, (_row(g, groups) for g in groups), strict=True)}
+    rows = {group.label: _row(group, groups) for group in groups}
     families: dict[tuple[str, ...], list[Group]] = {}
     for group in groups:
         if not group.is_float:
             families.setdefault(group.peers, []).append(group)
-    names = _short_names(runs)
+    names = short_names(runs)
     sentences = []
     for members in families.values():
         subject = members[-1]
-        name = names[subject.peers[:2]]
-        where = f"At {_budget_text(subject.first)}{f' ({name})' if name else ''}"
-        if len(members) == 1:
-            sentences.append(_alone(where, rows[subject.label]))
-        else:
-            others = [rows[other.label] for other in members[:-1]]
-            best = max(others, key=lambda row: row["accuracy_mean"])
-            sentences.append(_compared(where, rows[subject.label], best, len(others)))
-        sentences += [sentence for group in members if (sentence := _over_budget(group))]
-    if not sentences and groups:
-        row = rows[groups[0].label]
-        sentences = [
-            f"The float model reaches {row['accuracy_mean']:.2f} %{_spread(row)}; no quantized run has finished."
-        ]
-    return sentences or ["No run has finished yet, so there is no result to compare."]
-
-
-def common_options(runs: Sequence[Run]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The options that all runs share, and those that differ (the values by run); seeds are no options."""
-    ignored = {
-        "versions",
-        "hardware",
-        "command",
-        "seed",
-        "out",
-        "output",
-        "resume",
-        "model",
-        "method",
-        "budget",
-        "data",
-    }
-    shared, differing = {}, {}
-    for key in dict.fromkeys(key for run in runs for key in run.config if key not in ignored):
-        texts = [_option_text(run.config.get(key)) for run in runs]
-        if len(set(texts)) == 1:
-            shared[key] = texts[0]
-        else:
-            differing[key] = texts
-    return shared, differing
-
-
-def _option_text(value: Any) -> str:
-    if value is None:
-        return "-"
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= _LONGEST_OPTION else f"{text[:_LONGEST_OPTION]}…"
-
-
-def _settings(runs: Sequence[Run]) -> list[str]:
-    """For each run of one method what tells it from the others, such as `head_wise=false`; else empty."""
-    _, differing = common_options(runs)
-    options = [dict(run.config.get("method_options") or {}) for run in runs]
-    for key in dict.fromkeys(key for own in options for key in own):
-        differing[key] = [_option_text(own.get(key)) for own in options]
-    told = {key: texts for key, texts in differing.items() if key not in NO_SETTING and len(set(texts)) > 1}
-    return [", ".join(f"{key}={texts[position]}" for key, texts in told.items()) for position in range(len(runs))]
-
-
-def _peers(run: Run) -> tuple[str, ...]:
-    kwargs = run.config.get("model_kwargs")
-    model = run.model + (" " + json.dumps(kwargs, sort_keys=True) if kwargs else "")
-    constraint = "" if run.method == "float" else run.budget or run.plan_name or ""
-    return str(run.config.get("data") or ""), model, constraint
-
-
-def _short_names(runs: Sequence[Run]) -> dict[tuple[str, ...], str]:
-    """What must precede a label so that models and data sets are told apart."""
-    pairs = list(dict.fromkeys(_peers(run)[:2] for run in runs))
-    data, models = ({pair[position] for pair in pairs} for position in (0, 1))
-    return {
-        pair: " · ".join(part for part, differs in zip(pair, (len(data) > 1, len(models) > 1), strict=True) if differs)
-        for pair in pairs
-    }
+        run, name = subject.first, names[subject.peers[:2]]
+        budget = f"the {run.budget} budget" if run.budget else f"plan {run.plan_name or 'unknown'}"
+        where = f"At {budget}{f' ({name})' if name else ''}"
+        others = [rows[other.label] for other in members[:-1]]
+        sentences.append(
+            _compared(where, rows[subject.label], others) if others else _alone(where, rows[subject.label])
+        )
+        sentences += filter(None, map(_over_budget, members))
+    if sentences or not groups:
+        return sentences or ["No run has finished yet, so there is no result to compare."]
+    row = rows[groups[0].label]
+    return [f"The float model reaches {row['accuracy_mean']:.2f} %{_spread(row)}; no quantized run has finished."]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -248,12 +121,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
-    run, results = group.first, [member.result for member in group.runs if member.result is not None]
+    run, results = group.first, group.results
     accuracy, deviation = mean_std([result.accuracy for result in results]) if results else (None, None)
     floats = [g for g in groups if g.is_float and g.peers[:2] == group.peers[:2]]
     reference = _mean([result.float_accuracy for result in results])
     if reference is None:
-        reference = _mean([member.result.accuracy for g in floats for member in g.runs if member.result is not None])
+        reference = _mean([result.accuracy for g in floats for result in g.results])
     macs = _mean([member.cost.macs for g in (group, *floats) for member in g.runs if member.cost is not None])
     cost, size = (_mean([getattr(result, key) for result in results]) for key in ("bit_operations", "weight_bytes"))
     return {
@@ -273,14 +146,10 @@ def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "float_accuracy": reference,
         "bit_operations": None if cost is None else round(cost),
         "bit_operations_g": None if cost is None else cost / 1e9,
-        "float_bit_operations": None if macs is None else round(macs * FLOAT_BOPS_PER_MAC),
+        "float_bit_operations": None if macs is None else round(macs * FLOAT_BITS * FLOAT_BITS),
         "weight_bytes": None if size is None else round(size),
-        "seconds": _mean([result.seconds for result in results]),
+        "seconds": _mean([r.seconds if r.seconds_total is None else r.seconds_total for r in results]),
     }
-
-
-def _budget_text(run: Run) -> str:
-    return f"the {run.budget} budget" if run.budget else f"plan {run.plan_name or 'unknown'}"
 
 
 def _spread(row: Mapping[str, Any]) -> str:
@@ -293,13 +162,13 @@ def _alone(where: str, row: Mapping[str, Any]) -> str:
     text = f"{where} {row['method']} reaches {row['accuracy_mean']:.2f} %{_spread(row)}"
     if row["float_accuracy"] is not None:
         text += f", {_points(row['accuracy_mean'] - row['float_accuracy'])} the float model"
-    if row["float_bit_operations"] and row["bit_operations"]:
-        ratio = significant(row["float_bit_operations"] / row["bit_operations"], 3)
+    if ratio := _times_fewer(row):
         text += f", with {ratio} times fewer bit operations than float"
     return text + f" and {bytes_text(row['weight_bytes'])} of weights."
 
 
-def _compared(where: str, row: Mapping[str, Any], other: Mapping[str, Any], others: int) -> str:
+def _compared(where: str, row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    other = max(others, key=lambda row: row["accuracy_mean"])
     gap = row["accuracy_mean"] - other["accuracy_mean"]
     counts, deviations = (row["n_seeds"], other["n_seeds"]), (row["accuracy_std"], other["accuracy_std"])
     seeds = f"{counts[0]} seeds each" if counts[0] == counts[1] else f"{counts[0]} and {counts[1]} seeds"
@@ -310,14 +179,11 @@ def _compared(where: str, row: Mapping[str, Any], other: Mapping[str, Any], othe
     elif abs(gap) <= max(deviations):
         noise += ": no more than the seeds differ among themselves"
     text = f"{where} {row['method']} is {_points(gap)} {other['method']}"
-    text += f", the best of {others} others" if others > 1 else ""
+    text += f", the best of {len(others)} others" if len(others) > 1 else ""
     if row["bit_operations"] and other["bit_operations"]:
         more = row["bit_operations"] / other["bit_operations"] - 1
-        text += (
-            ", at equal bit operations"
-            if abs(more) < 5e-4
-            else f", with {percent(abs(more))} {_more(more)} bit operations"
-        )
+        costs = f"with {percent(abs(more))} {'more' if more > 0 else 'fewer'}" if abs(more) >= 5e-4 else "at equal"
+        text += f", {costs} bit operations"
     return f"{text} ({noise})."
 
 
@@ -329,14 +195,8 @@ def _over_budget(group: Group) -> str:
         if run.result is not None and run.log.budget_bit_operations
     ]
     over = [share for share in shares if share > 0]
-    if not over:
-        return ""
-    many = "its budget" if len(shares) == 1 else f"its budget in {len(over)} of {len(shares)} runs"
-    return f"{group.label} exceeds {many}, by up to {percent(max(over))}."
-
-
-def _more(value: float) -> str:
-    return "more" if value > 0 else "fewer"
+    many = "" if len(shares) == 1 else f" in {len(over)} of {len(shares)} runs"
+    return f"{group.label} exceeds its budget{many}, by up to {percent(max(over))}." if over else ""
 
 
 def _points(gap: float) -> str:

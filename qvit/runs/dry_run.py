@@ -7,8 +7,8 @@ content. Bytes of a training step, per process:
 
 Activations are what autograd saves in one forward pass of the real micro-batch in the run's precision: every storage
 once, parameters left out. Workspaces and the gradients of activations come and go while activations are released, and
-are not counted; nor is what an allocator keeps. The peaks that `benchmarks/train_step.py` measures (no float model is
-kept there) are 16 to 22 % above the sum with glibc's allocator.
+are not counted; nor is what an allocator keeps. The peaks that `benchmarks/measure/train_step.py` measures (no float
+model is kept there) are 16 to 22 % above the sum with glibc's allocator.
 
 Without a CUDA device the pass follows the CPU's autocast; that of CUDA keeps softmax and LayerNorm in fp32.
 """

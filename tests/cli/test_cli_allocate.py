@@ -191,7 +191,7 @@ def test_the_slider_moves_the_point_and_the_map(tmp_path: Path, browser_path: st
     probe = """
     addEventListener("load", () => setTimeout(() => {
       const state = () => [document.querySelector('[data-fact="bops"]').textContent,
-        [...document.querySelectorAll("#plot-map .textpoint text")].map((one) => one.textContent).join("")];
+        [...document.querySelectorAll("#plot-map .heatmap-label")].map((one) => one.textContent).join("")];
       const seen = { errors: window.failures, before: state() };
       const slider = document.getElementById("point");
       slider.value = 8;

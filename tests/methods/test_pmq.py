@@ -457,8 +457,9 @@ class TestEndToEnd:
         low = sum(layer["important"].count("0") for image in record["images"] for layer in image["layers"])
         assert sum(page.split("<script")[0].count(f"{tail}z") for tail in ("h-35.00",)) == low == 2 * 2 * 9
         record["images"][0]["layers"][0]["important"] = "01"
-        with pytest.raises(ValueError, match="2 patches do not fill"):
-            render_patches(record)
+        (tmp_path / "patches.json").write_text(json.dumps(record))
+        with pytest.raises(QvitError, match="has 2 patches, which do not fill"):
+            write_patches_page(tmp_path / "patches.json", tmp_path / "p.html")
 
     def test_eight_rows_of_four_patches_are_drawn_so(self, tmp_path: Path) -> None:
         kwargs = {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": (1, 2)}
@@ -471,7 +472,7 @@ class TestEndToEnd:
         path = render_patches(record).split('fill="#6a1fb0"')[0].rpartition("<path")[2]
         assert path == ' d="M35.00 122.50h35.00v17.50h-35.00z" '
 
-    def test_an_image_is_drawn_with_its_own_sides(self) -> None:
+    def test_an_image_is_drawn_with_its_own_sides(self, tmp_path: Path) -> None:
         layer = {"layer": "blocks.0", "high": 5, "low": 3, "rows": 2, "columns": 4, "important": "11111110"}
         image = {"png": "", "height": 100, "width": 200, "layers": [layer]}
         page = render_patches({"model": "vit", "plan": "p", "images": [image]})
@@ -480,8 +481,10 @@ class TestEndToEnd:
         assert "M105.00 35.00h35.00v35.00h-35.00z" in page
         old = {key: value for key, value in image.items() if key not in ("height", "width")}
         assert 'viewBox="0 0 140 140"' in render_patches({"model": "vit", "plan": "p", "images": [old]})
-        with pytest.raises(ValueError, match="no sides of 200 × 0 pixels"):
-            render_patches({"model": "vit", "plan": "p", "images": [image | {"height": 0}]})
+        flat = {"model": "vit", "plan": "p", "images": [image | {"height": 0}]}
+        (tmp_path / "patches.json").write_text(json.dumps(flat))
+        with pytest.raises(QvitError, match="'images.0.height' must be at least 1, not 0"):
+            write_patches_page(tmp_path / "patches.json", tmp_path / "p.html")
 
     def test_mistakes(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="unknown allocation 'averge'; did you mean 'average'"):

@@ -44,8 +44,8 @@ class TestReading:
         assert run.finished and run.learned and run.state == "finished"
         assert run.result is not None and run.result.accuracy == 95.5 and run.result.float_accuracy == 96.0
         assert run.plan_name == "qvit-3bit" and len(run.plan) == len(vit_sites())
-        assert len(run.plan["blocks.0.attn.query"].bit_widths) == HEADS
-        assert len(run.plan["blocks.0.mlp.fc2.input"].bit_widths) == 1
+        assert len(run.plan["blocks.0.attn.query"].bit_width) == HEADS
+        assert len(run.plan["blocks.0.mlp.fc2.input"].bit_width) == 1
         assert run.cost is not None and run.cost.bit_operations == run.result.bit_operations
         assert sum(site.weight_bytes for site in run.cost.sites) == run.cost.weight_bytes
         assert len(run.log.epochs) == EPOCHS and run.log.steps[-1].step == run.log.last_step == EPOCHS * STEPS
@@ -98,7 +98,7 @@ class TestReading:
                 '{"event": "step", "step": 999, "loss": NaN, "lr": Infinity, "bit_operations": 1' + "0" * 400 + "}\n"
             )
         last = load_run(tmp_path / "run").log.steps[-1]
-        assert (last.step, last.loss, last.learning_rate, last.bit_operations) == (999, None, None, None)
+        assert (last.step, last.loss, last.lr, last.bit_operations) == (999, None, None, None)
         render_page(load_runs([tmp_path / "run"]))
 
     @pytest.mark.parametrize(

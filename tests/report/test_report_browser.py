@@ -52,7 +52,7 @@ PROBE = """
         alt: place.getAttribute("aria-label"),
         axis: layout && layout.xaxis.type,
         area: layout && [layout._size.w, layout._size.h],
-        numbers: [...place.querySelectorAll(".textpoint text")].map((text) => text.textContent).join(""),
+        numbers: [...place.querySelectorAll(".textpoint, .heatmap-label")].map((text) => text.textContent).join(""),
       };
     }
     const shown = [...document.querySelectorAll("[data-choice]")].filter((part) => !part.hidden);

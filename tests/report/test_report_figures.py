@@ -9,25 +9,16 @@ import pytest
 from report_runs import EPOCHS, HEADS, LAYERS, write_demo, write_run
 
 from qvit.report import group_runs, load_run, load_runs
-from qvit.report.figures import (
-    MAX_POINTS,
-    accuracy_figure,
-    bit_operations_figure,
-    cost_figure,
-    costs_by_tensor,
-    curve_figures,
-    thin,
-)
+from qvit.report.figures import MAX_POINTS, thin
 from qvit.report.runs import Run
-from qvit.report.widths import (
-    attention_figures,
-    attention_widths,
-    gelu_figure,
-    gelu_widths,
-    mean_width_figure,
-    uniform_width,
-    width_map,
-)
+from qvit.report.sections.accuracy import accuracy_figure
+from qvit.report.sections.attention import attention_figures
+from qvit.report.sections.costs import cost_figure, costs_by_tensor
+from qvit.report.sections.curves import curve_figures
+from qvit.report.sections.gelu import gelu_figure, gelu_widths, uniform_width
+from qvit.report.sections.training import bit_operations_figure, mean_width_figure
+from qvit.report.sections.widths import width_map
+from qvit.report.widths import widths_by_layer
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +47,8 @@ class TestFigures:
                 drawn = [y for x, y in zip(box.x, box.y, strict=True) if x == str(layer)]
                 assert drawn == expected and len(drawn) == 3 * HEADS, title
                 assert means.y[layer] == pytest.approx(sum(expected) / len(expected))
-        assert attention_widths([group.first], "q")["blocks.0"] == list(
-            group.first.plan["blocks.0.attn.query"].bit_widths
+        assert widths_by_layer([group.first], "q")["blocks.0"] == list(
+            group.first.plan["blocks.0.attn.query"].bit_width
         )
 
     def test_figure_5_is_the_plan(self, runs: list[Run]) -> None:
@@ -67,7 +58,7 @@ class TestFigures:
         seeds = [trace for trace in figure.data if not trace.showlegend]
         assert len(seeds) == 6 and len(figure.data) == 8
         for trace, run in zip(seeds, (run for group in groups for run in group.runs), strict=True):
-            assert list(trace.y) == [run.plan[f"blocks.{i}.mlp.fc2.input"].bit_widths[0] for i in range(LAYERS)]
+            assert list(trace.y) == [run.plan[f"blocks.{i}.mlp.fc2.input"].bit_width[0] for i in range(LAYERS)]
             assert list(gelu_widths(run).values()) == list(trace.y)
         means = figure.data[3]
         assert list(means.y) == pytest.approx(
@@ -89,21 +80,20 @@ class TestFigures:
         figure = width_map(run)
         assert figure is not None
         cells = {
-            cell: int(text)
+            cell: width
             for trace in figure.data
             if trace.type == "heatmap"
-            for texts, names in zip(trace.text, trace.customdata, strict=True)
-            for text, cell in zip(texts, names, strict=True)
+            for widths, names in zip(trace.z, trace.customdata, strict=True)
+            for width, cell in zip(widths, names, strict=True)
         }
         expected = {
-            site + (f", head {head}" if len(spec.bit_widths) > 1 else ""): width
+            site + (f", head {head}" if len(spec.bit_width) > 1 else ""): width
             for site, spec in run.plan.items()
             if site.startswith("blocks.")
-            for head, width in enumerate(spec.bit_widths)
+            for head, width in enumerate(spec.bit_width)
         }
         assert cells == expected
-        numbers = [trace for trace in figure.data if trace.type == "scatter"]
-        assert sum(len(trace.x) for trace in numbers[:2]) == len(expected)
+        assert all(trace.texttemplate == "%{z}" for trace in figure.data if trace.type == "heatmap")
 
     def test_another_family(self, tmp_path: Path) -> None:
         sites = {"stem.weight": 1, "layers.0.blocks.0.attn.query": 2, "layers.0.blocks.1.attn.query": 2}
@@ -116,7 +106,7 @@ class TestFigures:
         assert figure.layout.xaxis.ticktext == ("q", "conv.weight", "pool.weight")
         (queries, conv, _) = (trace for trace in figure.data if trace.type == "heatmap")
         assert len(queries.x) == 4 and list(queries.z[0][2:]) == [None, None]
-        assert conv.z[3][0] == run.plan["layers.1.blocks.0.conv.weight"].bit_widths[0] and conv.z[0][0] is None
+        assert conv.z[3][0] == run.plan["layers.1.blocks.0.conv.weight"].bit_width[0] and conv.z[0][0] is None
 
     def test_accuracy_against_cost(self, runs: list[Run]) -> None:
         groups = group_runs(runs)

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from report_runs import write_run
 
-from qvit.report.oscillation import oscillation_figure, spread_figure
 from qvit.report.page import render_page
 from qvit.report.reader import load_run
+from qvit.report.sections.oscillation import oscillation_figure, spread_figure
 
 SITES = ("patch_embed.proj.weight", "blocks.0.mlp.fc1.weight", "blocks.1.mlp.fc1.weight", "blocks.1.attn.proj.weight")
 

@@ -1,12 +1,13 @@
-"""Packed models beside what they were packed from: true bytes against theory, and the same answers by every engine.
+r"""Packed models beside what they were packed from: true bytes against theory, and the same answers by every engine.
 
 For every model: file bytes, the bytes that its bits and float leftovers must take, and for each engine top-1 and the
 share of images with the same first class as the fake-quantized model. Where answers differ the cause is looked for:
 fake quantization itself is repeated in float64, and how far logits move then is put beside how far an engine moves
 them. A model whose answers change with rounding alone has no single right answer there.
 
-    python benchmarks/packed.py --weights W.safetensors --data TRAIN.tar --eval-data TEST.tar --class-map classes.txt
-    python benchmarks/packed.py ... --packed demo-output/runs/qvit-3bit-seed0/packed.safetensors
+    python benchmarks/measure/packed.py --weights W.safetensors --data TRAIN.tar --eval-data TEST.tar \
+        --class-map classes.txt
+    python benchmarks/measure/packed.py ... --packed demo-output/runs/qvit-3bit-seed0/packed.safetensors
 
 The first quantizes DeiT-T after training (`--plans`) and packs it; `--packed` adds files that are scored on digits.
 """
@@ -14,19 +15,16 @@ The first quantizes DeiT-T after training (`--plans`) and packs it; `--packed` a
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import sys
 import tempfile
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from record import RESULTS, record_of
 from torch import Tensor, nn
 
 from qvit.data.open import calibration_batches, data_config_of, eval_loader, open_data, open_source
@@ -38,7 +36,6 @@ from qvit.deploy.packages import missing
 from qvit.files import write_json
 from qvit.methods.ptq.method import ptq
 from qvit.models.create import create_model
-from qvit.version import __version__
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -54,28 +51,19 @@ def main() -> None:
     parser.add_argument("--images", type=int, help="how many of the test images; default: all")
     parser.add_argument("--engines", nargs="+", default=available_engines())
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "packed.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "packed.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows = [of_digits(Path(file), options) for file in options.packed]
     if options.weights:
         rows += list(of_timm_model(options))
     result = {
-        "command": f"python benchmarks/packed.py {' '.join(shown_words())}".strip(),
-        "date": datetime.date.today().isoformat(),
+        **record_of(packages=[name for name in ("onnxruntime", "openvino") if not missing(name)]),
         "hardware": f"{hardware()}, {options.threads} threads",
-        "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
-        | {"python": platform.python_version()}
-        | {name: version(name) for name in ("onnxruntime", "openvino") if not missing(name)},
         "rows": rows,
     }
     write_json(options.out, result)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")
-
-
-def shown_words() -> list[str]:
-    """The command line, of files their names alone."""
-    return [Path(word).name if "/" in word and not word.startswith("-") else word for word in sys.argv[1:]]
 
 
 def of_digits(file: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Patch-wise widths against plain ones at equal bit operations: DeiT-T, post-training, real images.
 
-    python benchmarks/patchwise.py --data DIR                                       writes results/patchwise.json
-    python benchmarks/patchwise.py --data DIR --variants uniform,random,reversed,class --out FILE        controls
+    python benchmarks/measure/patchwise.py --data DIR                               writes results/patchwise.json
+    python benchmarks/measure/patchwise.py --data DIR --variants uniform,random,reversed,class --out FILE    controls
 
 DIR holds `deit_tiny_patch16_224.safetensors` (timm keys), `tiny-imagenet-train-0.tar` (calibration and every choice),
 `imagenet-sample.tar` (judged, and nothing else) and `imagenet-classes.txt`. For each budget four models share one
@@ -16,17 +16,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import timm
 import torch
+from record import RESULTS, record_of
 
 from qvit.files import write_json
 from qvit.methods import pmq
@@ -37,9 +34,7 @@ from qvit.models.families.tokens import rank_tokens
 from qvit.plan.budget import parse_budget
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.subject import Request, Subject, answers, open_subject, percent_equal
-from qvit.version import __version__
 
-RESULT = Path(__file__).resolve().parent / "results" / "patchwise.json"
 SHARES = {"average": (0.25, 0.5, 0.75), "free": (0.5,)}
 GENERATOR = torch.Generator().manual_seed(0)
 #: Rankings of the controls, in place of that by attention.
@@ -56,7 +51,7 @@ def main() -> None:
     parser.add_argument("--variants", default="uniform,same,average,free")
     parser.add_argument("--images", type=int, default=None)
     parser.add_argument("--score-images", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default=RESULTS / "patchwise.json")
     options = parser.parse_args()
     folder: Path = options.data
     request = Request(
@@ -71,7 +66,7 @@ def main() -> None:
     subject, start, cpu = open_subject(request), time.perf_counter(), time.process_time()
     truth_of_float = answers(subject.model, subject.loader())
     record: dict[str, Any] = {
-        "command": "python " + shlex.join([f"benchmarks/{Path(sys.argv[0]).name}", *_shown(sys.argv[1:])]),
+        **record_of(),
         "model": "deit_tiny_patch16_224 (fixed-point LayerNorm)",
         "images": len(subject.judged),
         "calibration_images": request.calibration_images,
@@ -84,7 +79,8 @@ def main() -> None:
         record["budgets"].append(
             measure(subject, budget, truth_of_float, options.score_images, options.variants.split(","))
         )
-        write_json(options.out, record | _origin(start, cpu))
+        seconds = time.perf_counter() - start, time.process_time() - cpu
+        write_json(options.out, record | {"seconds": round(seconds[0], 1), "cpu_seconds": round(seconds[1], 1)})
 
 
 def measure(
@@ -164,30 +160,6 @@ def _sign_test(gained: int, lost: int) -> float:
     total, least = gained + lost, min(gained, lost)
     tail = sum(math.comb(total, n) for n in range(least + 1)) / 2**total
     return min(1.0, 2 * tail)
-
-
-def _shown(arguments: list[str]) -> list[str]:
-    """The command line with the folder of the data left open."""
-    shown = list(arguments)
-    for option, place in (("--data", "DIR"), ("--out", "FILE")):
-        if option in shown:
-            shown[shown.index(option) + 1] = place
-    return shown
-
-
-def _origin(start: float, cpu: float) -> dict[str, Any]:
-    return {
-        "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(time.process_time() - cpu, 1),
-        "hardware": f"CPU, {torch.get_num_threads()} threads, {platform.machine()}",
-        "date": time.strftime("%Y-%m-%d"),
-        "versions": {
-            "qvit": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
-    }
 
 
 if __name__ == "__main__":

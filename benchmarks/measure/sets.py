@@ -15,22 +15,13 @@ Test images are opened for the last line of each run alone.
 from __future__ import annotations
 
 import argparse
-import datetime
-import os
-import platform
-import shlex
 import statistics
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
-
 from qvit.runs.jobs import Job
 from qvit.training.config import TrainConfig
-from qvit.version import __version__
 
 SMALL = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}
 SETS: dict[str, dict[str, Any]] = {
@@ -132,20 +123,6 @@ def take_first(sources: list[Path], target: Path, per_class: int) -> None:
 def spread(name: str, values: list[float]) -> dict[str, float]:
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return {f"{name}_mean": statistics.mean(values), f"{name}_std": deviation}
-
-
-def record_of(script: str) -> dict[str, Any]:
-    """Command, hardware, date and versions, for a file of results; paths of this machine are left out."""
-    words = iter(sys.argv[1:])
-    shown = [word for word in words if word not in ("--data", "--runs", "--out", "--weights") or next(words) is None]
-    shown = [word for word in shown if word != "--table-only"]
-    versions = {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__}
-    return {
-        "command": shlex.join(["python", f"benchmarks/accuracy/{script}", *shown]),
-        "hardware": f"CPU, {os.cpu_count()} cores, {platform.machine()}",
-        "date": datetime.date.today().isoformat(),
-        "versions": {**versions, "python": platform.python_version()},
-    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@
 (judged), tiny-imagenet-train-0.tar (calibration) and imagenet-classes.txt. Points that were measured are not measured
 again, so a call that was stopped goes on.
 
-    python benchmarks/accuracy/fragile.py --data FOLDER --runs DIR
+    python benchmarks/measure/fragile.py --data FOLDER --runs DIR
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sets import record_of
+from record import RESULTS, record_of
 
 from qvit.files import write_json
 from qvit.runs.analysis import KINDS, analyze
 from qvit.runs.subject import Request
 
 MODEL, JUDGED, TRAINING = "deit_tiny_patch16_224", "imagenet-sample.tar", "tiny-imagenet-train-0.tar"
-RESULT = Path(__file__).parents[1] / "results" / "fragile.json"
+RESULT = RESULTS / "fragile.json"
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         device="cpu",
     )
     record = analyze(request, options.runs, what=options.what, layers=options.layers, progress=tell)
-    write_json(options.out, {**shown(record), "threads": options.threads, **record_of("fragile.py")})
+    write_json(options.out, {**shown(record), "threads": options.threads, **record_of()})
 
 
 def shown(record: dict[str, Any]) -> dict[str, Any]:

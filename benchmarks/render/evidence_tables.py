@@ -1,4 +1,4 @@
-"""The evidence: tables of what `benchmarks/accuracy/evidence.py` measured, evidence_*.json, each set a part of its own.
+"""The evidence: tables of what `benchmarks/measure/evidence.py` measured, evidence_*.json, each set a part of its own.
 
 A difference is taken seed by seed, to the row `lsq+` of the same budget (ablations: to the full `qvit`), because the
 rows of a seed share float weights and images; its deviation is that of these differences over seeds (n - 1). Sentences
@@ -23,7 +23,7 @@ PARTS = {
 }
 
 
-@table_of("evidence_*.json", "`python benchmarks/accuracy/evidence.py --help`")
+@table_of("evidence_*.json", "`python benchmarks/measure/evidence.py --help`")
 def evidence_tables(data: Data) -> str:
     """All tables of one set of images, with the places of its figures."""
     first, shown = data["rows"][0], figure_names(data)
@@ -49,7 +49,7 @@ def evidence_tables(data: Data) -> str:
     return "\n\n".join([*pieces, origin(data) + hours + _added(data) + _where(data)])
 
 
-@table_of("evidence_tiny-imagenet.json", "`python benchmarks/accuracy/evidence.py --help`")
+@table_of("evidence_tiny-imagenet.json", "`python benchmarks/measure/evidence.py --help`")
 def budgets_tables(data: Data) -> str:
     """What Q-ViT is worth at equal bit operations, on the set that is nearest to ImageNet."""
     title = f"{title_of(data)} {data['rows'][0]['images']} test images."

@@ -1,4 +1,4 @@
-"""Which parts are fragile: tables and figures of what `benchmarks/accuracy/fragile.py` measured, fragile.json.
+"""Which parts are fragile: tables and figures of what `benchmarks/measure/fragile.py` measured, fragile.json.
 
 An error is one standard error over images: of an accuracy, of a loss of accuracy against the float model on the same
 images, or of the mean divergence from the float model. Sentences are made by rule: two of them differ if they are
@@ -15,10 +15,10 @@ import plotly.graph_objects as go
 from rendering import Data, figures_of, origin, place, table, table_of
 
 from qvit.report.analysis import PART_NAMES
-from qvit.report.figures import COLOURS, GREY, SYMBOLS, label, new_figure
+from qvit.report.figures import COLOURS, DASHED, SYMBOLS, label, level, line, marks, new_figure
 
 Row = dict[str, Any]
-COMMAND = "`python benchmarks/accuracy/fragile.py --data FOLDER`"
+COMMAND = "`python benchmarks/measure/fragile.py --data FOLDER`"
 
 
 @table_of("fragile.json", COMMAND)
@@ -185,23 +185,14 @@ def _parts_figure(data: Data) -> go.Figure:
     alt = "Accuracy against the width of everything and of one part alone; the table in Analyses has the numbers."
     figure = new_figure(alt, "bit-width", "top-1 accuracy (%)", height=420, min_width=480)
     for index, (name, rows) in enumerate(curves.items()):
-        figure.add_scatter(
-            x=[row["bit_width"] for row in rows],
-            y=[row["top1"] for row in rows],
-            name=label(name),
-            mode="lines+markers",
-            line={"width": 2, "color": COLOURS[index]},
-            marker={"size": 9, "color": COLOURS[index], "symbol": SYMBOLS[index]},
+        points = [(row["bit_width"], row["top1"]) for row in rows]
+        line(
+            figure, points, name, f"{label(name)}, %{{x}} bits: %{{text}}", COLOURS[index], width=2,
+            mode="lines+markers", marker={"size": 9, "symbol": SYMBOLS[index]},
             error_y={"array": [row["standard_error"] for row in rows], "thickness": 1.2, "width": 4},
             text=[f"{row['top1']:.2f} %, divergence {row['divergence']:.4f}" for row in rows],
-            hovertemplate=f"{label(name)}, %{{x}} bits: %{{text}}<extra></extra>",
-        )
-    figure.add_hline(
-        y=top1,
-        line={"dash": "dash", "width": 1.5, "color": GREY},
-        annotation={"text": f"float {top1:.2f} %", "font": {"size": 12}},
-        annotation_position="top left",
-    )
+        )  # fmt: skip
+    level(figure, top1, f"float {top1:.2f} %")
     figure.update_xaxes(dtick=1)
     figure.update_yaxes(range=[-3, top1 + 8])
     return figure
@@ -215,17 +206,16 @@ def _heads_figure(data: Data, value: str, title: str) -> go.Figure:
     count = max(map(len, lowered.values()))
     for head in range(count):
         own = [(layer, rows[head]) for layer, rows in lowered.items() if head < len(rows)]
-        figure.add_scatter(
-            x=[layer + 0.22 * (head - (count - 1) / 2) for layer, _ in own],
-            y=[row[value] for _, row in own],
-            name=f"head {head}",
-            mode="markers",
+        marks(
+            figure,
+            [(layer + 0.22 * (head - (count - 1) / 2), row[value]) for layer, row in own],
+            f"head {head}",
+            "%{text}",
             marker={"size": 8, "color": COLOURS[head % len(COLOURS)], "symbol": SYMBOLS[head % len(SYMBOLS)]},
             error_y={"array": [row[f"{value}_standard_error"] for _, row in own], "thickness": 1.2, "width": 3},
             text=[f"layer {layer}, head {head}: {row[value]:.3f}" for layer, row in own],
-            hovertemplate="%{text}<extra></extra>",
         )
-    figure.add_hline(y=base[value], line={"dash": "dash", "width": 1.5, "color": GREY})
+    figure.add_hline(y=base[value], line=DASHED)
     figure.update_yaxes(rangemode="tozero")
     figure.update_xaxes(tickvals=list(lowered), ticktext=[str(layer) for layer in lowered], showgrid=False)
     return figure

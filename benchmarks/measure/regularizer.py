@@ -3,34 +3,32 @@
 Step, regularizer (forward and backward) and diagnostics are timed in turn, so that a busy machine slows all of them;
 shares are those of the medians. The step is that of `lsq+` and of the float model, as `train_step.py` measures them.
 
-    python benchmarks/regularizer.py                               DeiT-T, batch 16, 224 px, fp32
-    python benchmarks/regularizer.py --threads 1 --rounds 3 --bits 2
+    python benchmarks/measure/regularizer.py                               DeiT-T, batch 16, 224 px, fp32
+    python benchmarks/measure/regularizer.py --threads 1 --rounds 3 --bits 2
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
+from record import RESULTS, record_of
 from train_step import make_step
 
 from qvit.data.open import data_config_of
+from qvit.files import write_json
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
 from qvit.models.create import create_model
 from qvit.training.oscillation import Diagnostics, RemedyOptions
 from qvit.training.oscillation.remedies import Freezing, Regularizer
-from qvit.version import __version__
 
 
 def make_parts(options: argparse.Namespace) -> dict[str, Callable[[], None]]:
@@ -78,16 +76,12 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "regularizer.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "regularizer.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     times = measure(options)
-    cpu = f"CPU, {options.threads} threads, {platform.machine()}"
     result = {
-        "command": " ".join(["python benchmarks/regularizer.py", *sys.argv[1:]]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if options.device.startswith("cuda") else cpu,
-        "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        **record_of(device=options.device),
         "model": options.model,
         "batch": options.batch,
         "bits": options.bits,
@@ -97,8 +91,7 @@ def main() -> None:
             for name in ("regularizer", "diagnostics", "freezing")
         },
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out, result)
     sys.stdout.write(json.dumps(result["milliseconds"]) + "\n" + json.dumps(result["share_of_step"]) + "\n")
 
 

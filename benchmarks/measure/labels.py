@@ -4,18 +4,16 @@ N images with M crops each are labelled by a teacher, then replayed by the train
 drawn image and with one. Without `--data` the images are random JPEGs of 500x375 pixels; of a folder of class folders,
 N images are taken evenly. Without `--teacher-weights` the teacher is untrained, which changes no time.
 
-    python benchmarks/labels.py                                                   1000 images x 20 crops, DeiT-T
-    python benchmarks/labels.py --teacher deit_small_patch16_224 --device cuda --workers 8 --batch 256
-    QVIT_DATA=FOLDER python benchmarks/labels.py --teacher-weights FILE.safetensors
+    python benchmarks/measure/labels.py                                                   1000 images x 20 crops, DeiT-T
+    python benchmarks/measure/labels.py --teacher deit_small_patch16_224 --device cuda --workers 8 --batch 256
+    QVIT_DATA=FOLDER python benchmarks/measure/labels.py --teacher-weights FILE.safetensors
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import resource
 import sys
 import tempfile
@@ -24,17 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from PIL import Image
+from record import RESULTS, record_of
 from safetensors.torch import save_file
 
 from qvit.data.labels import SoftLabelStore
 from qvit.data.labels.loading import StoredLabels
 from qvit.data.open import data_config_of, open_data, open_source, train_loader
+from qvit.files import write_json
 from qvit.models.create import create_model
 from qvit.runs.labels import LabelRequest, write_labels
-from qvit.version import __version__
 
 
 def collect(options: argparse.Namespace, folder: Path) -> Path:
@@ -86,7 +84,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "labels.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "labels.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,12 +103,8 @@ def main() -> None:
         )  # fmt: skip
         made = write_labels(request, store)
         speeds = {f"replayed_per_second_{n}": round(replay_speed(data, store, n, options), 1) for n in (4, 1)}
-    cpu = f"CPU, {options.threads} threads, {platform.machine()}"
     result = {
-        "command": " ".join(["python benchmarks/labels.py", *(Path(word).name for word in sys.argv[1:])]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if options.device.startswith("cuda") else cpu,
-        "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        **record_of(device=options.device),
         "teacher": options.teacher,
         "real_images": bool(options.data),
         "images": made["images"],
@@ -124,10 +118,8 @@ def main() -> None:
         **speeds,
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(result, indent=1) + "\n"
-    options.out.write_text(text)
-    sys.stdout.write(text)
+    write_json(options.out, result)
+    sys.stdout.write(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

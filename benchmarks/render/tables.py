@@ -1,16 +1,16 @@
 """The tables of the documentation: one function for each kind of file in benchmarks/results, text out.
 
     demo          demo.json           what `qvit demo` measured: its results.json with command, date, hardware, versions
-    train_step    train_step*.json    what `benchmarks/train_step.py` measured, one table per file
-    ptq           ptq.json            what `benchmarks/ptq.py` measured
-    ptq_peers     ptq_peers.json      what `benchmarks/ptq_peers.py` measured
-    patchwise     patchwise*.json     what `benchmarks/patchwise.py` measured, one table per budget
-    sensitivity   sensitivity.json    what `benchmarks/sensitivity.py` measured: search times and rank correlations
-    two_bits      two_bits*.json      what `benchmarks/accuracy/two_bits.py` measured, one table per file
-    regularizer   regularizer.json    what `benchmarks/regularizer.py` measured
-    labels        labels.json         what `benchmarks/labels.py` measured
-    deploy        deploy.json         what `benchmarks/deploy.py` measured: a table for each model and batch size
-    packed        packed.json         what `benchmarks/packed.py` measured: sizes, and agreement of every engine
+    train_step    train_step*.json    what `benchmarks/measure/train_step.py` measured, one table per file
+    ptq           ptq.json            what `benchmarks/measure/ptq.py` measured
+    ptq_peers     ptq_peers.json      what `benchmarks/measure/ptq_peers.py` measured
+    patchwise     patchwise*.json     what `benchmarks/measure/patchwise.py` measured, one table per budget
+    sensitivity   sensitivity.json    what `benchmarks/measure/sensitivity.py` measured: search times, correlations
+    two_bits      two_bits*.json      what `benchmarks/measure/two_bits.py` measured, one table per file
+    regularizer   regularizer.json    what `benchmarks/measure/regularizer.py` measured
+    labels        labels.json         what `benchmarks/measure/labels.py` measured
+    deploy        deploy.json         what `benchmarks/measure/deploy.py` measured: a table per model and batch size
+    packed        packed.json         what `benchmarks/measure/packed.py` measured: sizes, and agreement of every engine
 
 Those of evidence_*.json and fragile.json are in `evidence_tables.py` and `evidence_fragile.py`. Where a file is
 missing, "Not measured yet" and the command to measure it stand in the table's place.
@@ -24,7 +24,7 @@ from typing import Any
 from rendering import origin, spread, table, table_of, unit
 
 
-@table_of("demo.json", "`make demo`, then `python benchmarks/render.py --demo demo-output`")
+@table_of("demo.json", "`make demo`, then `python benchmarks/render --demo demo-output`")
 def demo_tables(data: dict[str, Any]) -> str:
     """Accuracy of the demo's methods at equal bit operations."""
     prefix, factor = unit([row["bit_operations"] for row in data["rows"]], (("G", 1e9), ("M", 1e6)), 1e8)
@@ -78,7 +78,7 @@ def _packed_cells(data: dict[str, Any], row: dict[str, Any]) -> list[str]:
     return [f"{size / 1e3:.1f}", f"{top1:.2f}", f"{equal:.2f}"]
 
 
-@table_of("train_step*.json", "`python benchmarks/train_step.py`")
+@table_of("train_step*.json", "`python benchmarks/measure/train_step.py`")
 def train_step_tables(data: dict[str, Any]) -> str:
     """Time and memory of a training step over the float step, a table for each precision and mode of a file."""
     header = ["method", "time (ms)", "time / float", "memory (MiB)", "memory / float"]
@@ -100,7 +100,7 @@ def train_step_tables(data: dict[str, Any]) -> str:
     return "\n\n".join([*parts, origin(data)])
 
 
-@table_of("ptq.json", "`python benchmarks/ptq.py`, see its `--help`")
+@table_of("ptq.json", "`python benchmarks/measure/ptq.py`, see its `--help`")
 def ptq_tables(data: dict[str, Any]) -> str:
     """Accuracy after training, plain and reconstructed."""
     rows = []
@@ -124,7 +124,7 @@ def ptq_tables(data: dict[str, Any]) -> str:
     return "\n\n".join([table(header, rows, left=2), f"{note} {origin(data)}"])
 
 
-@table_of("ptq_peers.json", "`python benchmarks/ptq_peers.py`, see its `--help`")
+@table_of("ptq_peers.json", "`python benchmarks/measure/ptq_peers.py`, see its `--help`")
 def ptq_peers_tables(data: dict[str, Any]) -> str:
     """The 8-bit quantization of deployment tools, beside our own."""
     rows = [[row["engine"], f"{row['top1']:.1f}", f"{row['agreement']:.1f}"] for row in data["rows"]]
@@ -134,7 +134,7 @@ def ptq_peers_tables(data: dict[str, Any]) -> str:
     return "\n\n".join([cells, f"{note} {origin(data)}"])
 
 
-@table_of("patchwise*.json", "`python benchmarks/patchwise.py --data DIR`")
+@table_of("patchwise*.json", "`python benchmarks/measure/patchwise.py --data DIR`")
 def patchwise_tables(data: dict[str, Any]) -> str:
     """Patch-wise plans beside the uniform one, a table for each budget of each file."""
     parts = [
@@ -179,7 +179,7 @@ def _patchwise_verdict(one: dict[str, Any]) -> str:
     return f"Training images choose `{chosen['variant']}`, which is {amount} uniform (p = {chosen['p_value']:.2g})."
 
 
-@table_of("two_bits*.json", "`python benchmarks/accuracy/two_bits.py --help`")
+@table_of("two_bits*.json", "`python benchmarks/measure/two_bits.py --help`")
 def two_bits_tables(data: dict[str, Any]) -> str:
     """Parts of VVTQ and its rivals, a table for each file."""
     rows = []
@@ -207,7 +207,7 @@ def two_bits_tables(data: dict[str, Any]) -> str:
     return "\n\n".join([table(header, rows, left=3), f"{note} {origin(data)}"])
 
 
-@table_of("regularizer.json", "`python benchmarks/regularizer.py`")
+@table_of("regularizer.json", "`python benchmarks/measure/regularizer.py`")
 def regularizer_tables(data: dict[str, Any]) -> str:
     """Shares of a training step that the remedies against oscillation and the diagnostics take."""
     rows = [
@@ -220,7 +220,7 @@ def regularizer_tables(data: dict[str, Any]) -> str:
     return "\n\n".join([table(header, rows, left=1), f"{note} {origin(data)}"])
 
 
-@table_of("labels.json", "`python benchmarks/labels.py`")
+@table_of("labels.json", "`python benchmarks/measure/labels.py`")
 def labels_tables(data: dict[str, Any]) -> str:
     """Bytes and speed of soft labels."""
     row = [
@@ -234,7 +234,7 @@ def labels_tables(data: dict[str, Any]) -> str:
     return "\n\n".join([table(header, [row], left=1), f"Teacher {data['teacher']}. {origin(data)}"])
 
 
-@table_of("sensitivity.json", "`QVIT_DATA=FOLDER python benchmarks/sensitivity.py`")
+@table_of("sensitivity.json", "`QVIT_DATA=FOLDER python benchmarks/measure/sensitivity.py`")
 def sensitivity_tables(data: dict[str, Any]) -> str:
     """Search times, and how predictions of single sites agree with measurements."""
     fisher, exhaustive = data["searches"]["fisher"], data["exhaustive_kl"]
@@ -265,7 +265,7 @@ def sensitivity_tables(data: dict[str, Any]) -> str:
     return "\n\n".join([search, table(header, rows, left=1), f"{note} {origin(data)}"])
 
 
-@table_of("deploy.json", "`python benchmarks/deploy.py`, see its `--help`")
+@table_of("deploy.json", "`python benchmarks/measure/deploy.py`, see its `--help`")
 def deploy_tables(data: dict[str, Any]) -> str:
     """Times of our engines and their peers, a table for each model and batch size."""
     parts = []
@@ -342,7 +342,7 @@ def _verdict(data: dict[str, Any]) -> list[str]:
     return sentences
 
 
-@table_of("packed.json", "`python benchmarks/packed.py`, see its `--help`")
+@table_of("packed.json", "`python benchmarks/measure/packed.py`, see its `--help`")
 def packed_tables(data: dict[str, Any]) -> str:
     """True bytes of packed models, and how often each engine answers as the fake-quantized model."""
     sizes = [

@@ -1,37 +1,32 @@
-"""Accuracy of post-training quantization: uniform and mixed widths, plain and with reconstructed blocks, beside float.
+r"""Accuracy of post-training quantization: uniform and mixed widths, plain and with reconstructed blocks, beside float.
 
 Every row is one `qvit ptq` run with its own directory, so a number can be looked into; runs that are there are not run
 again. Calibration images and evaluated images are different data. Rows say how many steps and images they took: on a
 CPU a reconstruction is short, and its numbers are not the best that it can do.
 
-    python benchmarks/ptq.py --weights W.safetensors --data TRAIN.tar --eval-data TEST.tar --class-map classes.txt
-    python benchmarks/ptq.py ... --plans w4a4 --steps 2000 --recon-images 1024      a longer reconstruction of one width
-    python benchmarks/ptq.py ... --metrics fisher --mixed 4bit                      mixed widths, too
+    python benchmarks/measure/ptq.py --weights W.safetensors --data TRAIN.tar --eval-data TEST.tar \
+        --class-map classes.txt
+    python benchmarks/measure/ptq.py ... --plans w4a4 --steps 2000 --recon-images 1024    longer, of one width
+    python benchmarks/measure/ptq.py ... --metrics fisher --mixed 4bit                    mixed widths, too
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
-import shlex
 import shutil
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from record import RESULTS, record_of
 
 from qvit.files import write_json
 from qvit.runs.directory import RESULT, SENSITIVITY
 from qvit.runs.ptq import ptq
 from qvit.training.config import TrainConfig
-from qvit.version import __version__
 
 KEYS = ("top1", "agreement", "bit_operations", "weight_bytes", "seconds", "seconds_total", "images", "reconstruction")
 
@@ -89,33 +84,19 @@ def measure(options: argparse.Namespace, budget: str, metric: str | None, recons
     return result
 
 
-def write(
-    options: argparse.Namespace, rows: list[dict[str, Any]], script: str = "ptq.py", packages: Sequence[str] = ()
-) -> None:
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], packages: Sequence[str] = ()) -> None:
     """Writes the results file, with the versions of further packages."""
     names = {name: Path(str(getattr(options, name))).name for name in ("weights", "data", "eval_data", "class_map")}
-    command = " ".join(["python", f"benchmarks/{script}", *(f"--{k.replace('_', '-')} {v}" for k, v in names.items())])
-    command += "".join(f" {shlex.quote(word)}" for word in options.further)
-    cuda = options.device.startswith("cuda")
     data = {
         "model": options.model,
         **names,
         "calibration_images": options.calibration_images,
         "seed": options.seed,
-        "command": command,
-        "hardware": torch.cuda.get_device_name() if cuda else f"CPU, {os.cpu_count()} cores, {platform.machine()}",
+        **record_of(device=options.device, packages=packages),
         "threads": torch.get_num_threads(),
-        "date": datetime.date.today().isoformat(),
-        "versions": {
-            "qvit": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-        },
         "rows": rows,
     }
-    options.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    write_json(options.out, data)
 
 
 def parse() -> argparse.Namespace:
@@ -136,17 +117,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--runs", type=Path, default=Path("runs/ptq"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ptq.json")
-    options = parser.parse_args()
-    options.further = shown_words(sys.argv[1:])
-    return options
-
-
-def shown_words(given: Sequence[str]) -> list[str]:
-    """The command line without what is a place on this machine; `write` shows the names of the files."""
-    places = {"--weights", "--data", "--eval-data", "--class-map", "--runs", "--out"}
-    words = iter(given)
-    return [word for word in words if word not in places or next(words) is None]
+    parser.add_argument("--out", type=Path, default=RESULTS / "ptq.json")
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ On DeiT-T with real weights and photographs, where the folder of `QVIT_DATA` (or
     agreement    that sample against the predictions from the same images: Spearman's rank correlation, in all and by
                  width; once more against the predictions of the timed search, from more images
 
-    python benchmarks/sensitivity.py                     writes benchmarks/results/sensitivity.json
-    python benchmarks/sensitivity.py --page out.html     draws the frontier with predictions against measurements, too
+    python benchmarks/measure/sensitivity.py                     writes benchmarks/results/sensitivity.json
+    python benchmarks/measure/sensitivity.py --page out.html     draws the frontier, too
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -26,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
+from record import RESULTS, record_of
 
 from qvit.allocate import allocate_plan, frontier_report
 from qvit.data.open import calibration_batches, data_config_of, open_source
@@ -39,9 +38,8 @@ from qvit.measure.probe import Probe
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan
-from qvit.version import __version__
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = "deit_tiny_patch16_224"
 
 
@@ -117,7 +115,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--page", type=Path)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "sensitivity.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "sensitivity.json")
     options = parser.parse_args()
     options.all_widths = tuple(range(2, 9))
     torch.set_num_threads(options.threads)
@@ -148,13 +146,11 @@ def main() -> None:
     agreements[f"fisher_from_{options.images}_images"] = compared(found, measured)
     load = os.getloadavg()[0]
     result = {
-        "command": " ".join(["python", "benchmarks/sensitivity.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        **record_of(),
         "model": f"{MODEL} (fixed-point LayerNorm)",
         "images": "500 ImageNet training images, a random choice of them",
         "hardware": f"CPU, {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, "
         f"load average {load:.1f}",
-        "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "seed": options.seed,
         "searches": searches,
         "exhaustive_kl": exhaustive,

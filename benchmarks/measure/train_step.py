@@ -7,19 +7,18 @@ that the allocator reports, one model at a time). Rows called `method, integers`
 from integers. The row `plain` is lsq+ without the fused operators: the formulas of `functional.py`, differentiated by
 hand.
 
-    python benchmarks/train_step.py                        DeiT-T, batch 16, 224 px; every method, mode, precision
-    python benchmarks/train_step.py --modes eager --precisions fp32 --methods lsq+ qvit --json
+    python benchmarks/measure/train_step.py                    DeiT-T, batch 16, 224 px; every method, mode, precision
+    python benchmarks/measure/train_step.py --modes eager --precisions fp32 --methods lsq+ qvit --json
 
 On a CUDA GPU, eager and with CUDA graphs, as `qvit train` runs, into a file of its own:
 
-    python benchmarks/train_step.py --device cuda --batch 128 --modes graphs eager \
+    python benchmarks/measure/train_step.py --device cuda --batch 128 --modes graphs eager \
         --out benchmarks/results/train_step_cuda.json
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
 import os
@@ -30,11 +29,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import timm
 import torch
+from record import RESULTS, record_of
 
 from qvit.data.open import data_config_of
 from qvit.deploy.bench.hardware import cpu_instructions, hardware
+from qvit.files import write_json
 from qvit.kernels import cpu
 from qvit.kernels.cpu import has_int8_dot_products
 from qvit.methods import create_method
@@ -46,7 +46,6 @@ from qvit.training.config import TrainConfig
 from qvit.training.graphs import GraphedModel
 from qvit.training.loop import run_on_integers
 from qvit.training.optimizer import create_optimizer
-from qvit.version import __version__
 
 FLOAT, INTEGERS, PLAIN = "float", ", integers", "plain"
 METHODS = ("lsq", "lsq+", "qvit", "vvtq", "qvit+vvtq", "ofq", "irm")
@@ -159,7 +158,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "train_step.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "train_step.json")
     parser.add_argument("--json", action="store_true", help="print the result instead of a table")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -196,18 +195,15 @@ def main() -> None:
                     f"   {row['memory_mib']:8.0f} MiB  x {row['memory_ratio']:.2f}\n"
                 )
     result = {
-        "command": " ".join(["python benchmarks/train_step.py", *arguments]),
-        "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if options.device.startswith("cuda") else hardware(),
+        **record_of(device=options.device, switches=("--json",)),
+        **({} if options.device.startswith("cuda") else {"hardware": hardware()}),
         "instructions": cpu_instructions(),
         "threads": options.threads,
-        "versions": {"qvit": __version__, "torch": torch.__version__, "timm": timm.__version__},
         "model": options.model,
         "batch": options.batch,
         "rows": rows,
     }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.out, result)
     if options.json:
         sys.stdout.write(json.dumps(result, indent=1) + "\n")
 

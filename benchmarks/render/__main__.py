@@ -4,9 +4,9 @@ A table stands between two markers, `<!-- results:NAME:begin -->` and `<!-- resu
 is said in `tables.py`. Figures are files in docs/figures, which `docs/hooks.py` draws where the text has a place for
 them; files there that no result makes are removed.
 
-    python benchmarks/render.py                       writes tables and figures
-    python benchmarks/render.py --check               writes nothing; exit code 1 if something is out of date
-    python benchmarks/render.py --demo demo-output    first takes a demo's results over into demo.json
+    python benchmarks/render                       writes tables and figures
+    python benchmarks/render --check               writes nothing; exit code 1 if something is out of date
+    python benchmarks/render --demo demo-output    first takes a demo's results over into demo.json
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import evidence_fragile
 import evidence_tables
 import headlines
 import tables
-from rendering import FIGURES, TABLES, RenderError, figure_text, read
+from rendering import FIGURES, TABLES, RenderError, figure_text, read, wrapped
 
 #: Where tables and figures are registered.
 REGISTERED = (tables, headlines, evidence_tables, evidence_figures, evidence_fragile)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (
     "README.md",
@@ -54,7 +54,7 @@ def fill(text: str, results: Path) -> str:
         name, end = match[1], match[3]
         if name != end or name not in TABLES or _MARKER.search(match[2]):
             raise RenderError(f"the section 'results:{name}' ends as '{end}', or is none of {', '.join(TABLES)}")
-        return f"<!-- results:{name}:begin -->\n\n{TABLES[name](results)}\n\n<!-- results:{name}:end -->"
+        return f"<!-- results:{name}:begin -->\n\n{wrapped(TABLES[name](results))}\n\n<!-- results:{name}:end -->"
 
     filled, sections = _BLOCK.subn(write, text)
     if sections == 0 or len(_MARKER.findall(text)) != 2 * sections:
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     if options.check and stale:
-        sys.stderr.write(f"out of date: {', '.join(stale)}; run `python benchmarks/render.py`\n")
+        sys.stderr.write(f"out of date: {', '.join(stale)}; run `python benchmarks/render`\n")
         return 1
     return 0
 

@@ -4,9 +4,9 @@ DeiT-T at batch 1 and 8, with real weights and images where they are given, so t
 DeiT-S at batch 1, with untrained weights on noise, for the speed alone. One process per model. Nothing else should run
 on the machine meanwhile: engines take turns, so ratios survive some disturbance, but milliseconds do not.
 
-    python benchmarks/deploy.py                                    speed alone
-    python benchmarks/deploy.py --weights deit_tiny_patch16_224.safetensors --data TRAIN.tar --eval-data TEST.tar \
-        --class-map classes.txt
+    python benchmarks/measure/deploy.py                                    speed alone
+    python benchmarks/measure/deploy.py --weights deit_tiny_patch16_224.safetensors --data TRAIN.tar \
+        --eval-data TEST.tar --class-map classes.txt
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from record import RESULTS, record_of, shown
+
+from qvit.files import write_json
 
 MODELS = (("deit_tiny_patch16_224", (1, 8)), ("deit_small_patch16_224", (1,)))
 FILES = ("weights", "data", "eval_data", "class_map")
@@ -34,15 +37,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=6.0, help="least time of each engine and batch size")
     parser.add_argument("--max-seconds", type=float, default=1200.0, help="most time for measuring one model")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "deploy.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "deploy.json")
     options = parser.parse_args()
     runs = [measure(options, model, batches) for model, batches in MODELS]
     shared = {key: runs[0][key] for key in SHARED}
     own = [{key: value for key, value in run.items() if key not in shared} for run in runs]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"command": shown(sys.argv), **shared, "runs": own}, indent=1) + "\n", encoding="utf-8"
-    )
+    write_json(options.out, {**record_of(), **shared, "runs": own})
 
 
 def measure(options: argparse.Namespace, model: str, batches: tuple[int, ...]) -> dict[str, Any]:
@@ -62,19 +62,6 @@ def measure(options: argparse.Namespace, model: str, batches: tuple[int, ...]) -
         result["images"] = result["images"].replace(str(value), Path(value).name)
     result["command"] = shown(["qvit", *words[3:]])
     return result
-
-
-def shown(words: list[str]) -> str:
-    """A command line with files by their names alone, and without where the result went."""
-    kept: list[str] = []
-    for position, word in enumerate(words):
-        before = words[position - 1] if position else ""
-        if word == "--out" or before == "--out":
-            continue
-        kept.append(Path(word).name if before.removeprefix("--").replace("-", "_") in FILES else word)
-    if kept[0].endswith(".py"):
-        kept[:1] = ["python", f"benchmarks/{Path(kept[0]).name}"]
-    return shlex.join(kept)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from evidence_data import (
 )
 from rendering import Data, figures_of
 
-from qvit.report.figures import COLOURS, COST_NAMES, GREY, SYMBOLS, label, new_figure
+from qvit.report.figures import COLOURS, COST_NAMES, DASHED, GREY, SYMBOLS, label, line, marks, new_figure
 from qvit.report.units import bops_text, bytes_text, difference, significant, titled, unit_for
 
 #: Costs are equal if they differ by less than this factor; from this range on an axis is logarithmic.
@@ -67,14 +67,14 @@ def _frontier(data: Data, cost: str) -> go.Figure:
     _accuracy_axes(figure, [row for row in rows if row not in far], far, of_float)
     names = [name for _, name in curves]
     for index, ((part, name), own) in enumerate(curves.items()):
-        shown = label(name if names.count(name) == 1 else f"{name} ({part})")
+        shown = name if names.count(name) == 1 else f"{name} ({part})"
         for panel, high in (("y", True), ("y2", False)):
             points = sorted((x, row["budget"], row) for x, row in own if (row not in far) is high)
             if points:
                 first = high or all(row in far for _, row in own)
                 _curve(figure, [(x, row) for x, _, row in points], shown, index, panel, in_legend=first)
-    line = {"dash": "dash", "width": 1.5, "color": GREY}
-    figure.add_scatter(x=limits, y=[of_float] * 2, mode="lines", line=line, name=f"float {of_float:.2f} %", zorder=-1)
+    ends = [(x, of_float) for x in limits]
+    marks(figure, ends, f"float {of_float:.2f} %", mode="lines", line=DASHED, zorder=-1, hoverinfo=None)
     return figure
 
 
@@ -82,19 +82,20 @@ def _curve(
     figure: go.Figure, points: list[tuple[float, Row]], name: str, index: int, panel: str, *, in_legend: bool
 ) -> None:
     colour = COLOURS[index % len(COLOURS)]
-    figure.add_scatter(
-        x=[x for x, _ in points],
-        y=[row["accuracy_mean"] for _, row in points],
+    line(
+        figure,
+        [(x, row["accuracy_mean"]) for x, row in points],
+        name,
+        "%{text}",
+        _faint(colour),
+        width=1,
         yaxis=panel,
-        name=name,
         legendgroup=str(index),
         showlegend=in_legend,
         mode="lines+markers",
-        line={"width": 1, "color": _faint(colour)},
         marker={"size": 10, "color": colour, "symbol": SYMBOLS[index % len(SYMBOLS)]},
         error_y={"array": [row["accuracy_std"] for _, row in points], "thickness": 1.2, "width": 4, "color": colour},
         text=[_hover(row) for _, row in points],
-        hovertemplate="%{text}<extra></extra>",
     )
 
 
@@ -182,17 +183,13 @@ def _ablations(data: Data, part: str, full: str) -> go.Figure:
     alt = f"Difference of {len(found)} ablations to {full} on {data['set']}; the table above has the numbers."
     title = f"less {full}, {found[0][0]['budget']} (points)"
     figure = new_figure(alt, title, "", height=110 + 38 * len(found), min_width=520)
-    figure.add_scatter(
-        x=[gain[0] for _, gain in found],
-        y=[label(row["row"]) for row, _ in found],
-        mode="markers",
+    marks(
+        figure, [(gain[0], label(row["row"])) for row, gain in found], hover="%{y}: %{text}",
         marker={"size": 10, "color": COLOURS[0]},
         error_x={"array": [gain[1] for _, gain in found], "thickness": 1.5, "width": 5},
         text=[f"{difference(gain[0])} ± {gain[1]:.2f}" for _, gain in found],
-        hovertemplate="%{y}: %{text}<extra></extra>",
-        showlegend=False,
-    )
-    figure.add_vline(x=0, line={"dash": "dash", "width": 1.5, "color": GREY})
+    )  # fmt: skip
+    figure.add_vline(x=0, line=DASHED)
     figure.update_yaxes(autorange="reversed")
     return figure
 

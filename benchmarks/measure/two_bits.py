@@ -9,8 +9,8 @@ and all rows start from the same float weights with the same schedule, learning 
 
 Sets of images: `sets.py`. Nothing here was chosen by test images. Finished runs are not run again.
 
-    python benchmarks/accuracy/two_bits.py --set digits --runs DIR
-    python benchmarks/accuracy/two_bits.py --set cifar10 --data FOLDER --rows parts --budgets 2bit --runs DIR
+    python benchmarks/measure/two_bits.py --set digits --runs DIR
+    python benchmarks/measure/two_bits.py --set cifar10 --data FOLDER --rows parts --budgets 2bit --runs DIR
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from record import RESULTS, record_of
 from rich.console import Console
-from sets import SETS, SMALL, add_arguments, common_of, float_jobs, parsed, record_of, spread
+from sets import SETS, SMALL, add_arguments, common_of, float_jobs, parsed, spread
 
 from qvit.files import write_json
 from qvit.runs.directory import LOG, RESULT
@@ -150,9 +151,9 @@ def write(options: argparse.Namespace, common: dict[str, Any], rows: list[dict[s
         "train_images": 1200 if options.set == "digits" else options.train_images,
         "rows": rows,
         "seconds": round(seconds, 1),
-        **record_of("two_bits.py"),
+        **record_of(device=options.device),
     }
-    write_json(options.out or Path(__file__).parents[1] / "results" / f"two_bits_{options.set}.json", data)
+    write_json(options.out or RESULTS / f"two_bits_{options.set}.json", data)
 
 
 def parse() -> argparse.Namespace:

@@ -1,4 +1,4 @@
-"""What the deployment tools' own 8-bit quantization makes of the same model, calibration images and test images.
+r"""What the deployment tools' own 8-bit quantization makes of the same model, calibration images and test images.
 
     qvit                w8a8, as `qvit ptq` makes it, simulated in PyTorch
     OpenVINO, NNCF      nncf.quantize, preset mixed, transformer model type, its default of fast bias correction
@@ -7,7 +7,8 @@
 The calibration images are those of a `qvit ptq` run with the same seed; agreement is with the float model in PyTorch.
 
     pip install openvino nncf onnx onnxruntime onnxscript
-    python benchmarks/ptq_peers.py --weights W.safetensors --data TRAIN.tar --eval-data TEST.tar --class-map classes.txt
+    python benchmarks/measure/ptq_peers.py --weights W.safetensors --data TRAIN.tar --eval-data TEST.tar \
+        --class-map classes.txt
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 import ptq as ours
 import torch
+from record import RESULTS
 from torch import Tensor, nn
 
 from qvit.data.open import calibration_batches, data_config_of, eval_loader, open_source
@@ -93,9 +95,8 @@ def main() -> None:
     parser.add_argument("--calibration-images", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=["cpu"])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "ptq_peers.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ptq_peers.json")
     options = parser.parse_args()
-    options.further = ours.shown_words(sys.argv[1:])
     model = create_model(options.model, weights=options.weights).eval()
     config = data_config_of(model)
     calibration = open_source(options.data, class_map=options.class_map, split="train")
@@ -120,7 +121,7 @@ def main() -> None:
         rows.append({"engine": name, "images": count})
         rows[-1] |= {key: 100 * value / count for key, value in shares.items()}
         sys.stderr.write(json.dumps(rows[-1]) + "\n")
-    ours.write(options, rows, "ptq_peers.py", ("openvino", "nncf", "onnxruntime"))
+    ours.write(options, rows, ("openvino", "nncf", "onnxruntime"))
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ are made on the CPU, whatever the device of the trainings. With --repeats, the a
 runs: other hardware rounds otherwise, so they differ. With --add, rows are added to those of the results file, or put
 in their place; the others stay.
 
-    python benchmarks/accuracy/evidence.py --set digits --runs DIR
-    python benchmarks/accuracy/evidence.py --set cifar10-trained --data FOLDER --float-images 20000 \
+    python benchmarks/measure/evidence.py --set digits --runs DIR
+    python benchmarks/measure/evidence.py --set cifar10-trained --data FOLDER --float-images 20000 \
         --train-images 2500 --test-images 5000 --runs DIR
-    python benchmarks/accuracy/evidence.py --set tiny-imagenet --data FOLDER --device cuda --precision bf16 \
+    python benchmarks/measure/evidence.py --set tiny-imagenet --data FOLDER --device cuda --precision bf16 \
         --float-images 20000 --train-images 8000 --test-images 5000 --workers 15 --runs DIR
 """
 
@@ -42,8 +42,9 @@ from pathlib import Path
 from typing import Any
 
 from controls import on_wrong_axis, with_blocks_reversed
+from record import RESULTS, record_of
 from rich.console import Console
-from sets import SETS, add_arguments, common_of, float_jobs, float_of, parsed, record_of, spread
+from sets import SETS, add_arguments, common_of, float_jobs, float_of, parsed, spread
 
 from qvit.errors import QvitError
 from qvit.files import write_json
@@ -202,10 +203,10 @@ def main() -> None:
         "rows": rows,
         "hours": round(sum(seconds_of(read(run)) for run in finished) / 3600, 2),
         "seconds": round(time.perf_counter() - started, 1),
-        **record_of("evidence.py"),
+        **record_of(device=options.device, switches=("--table-only",)),
         **where_and_when(finished),
     }
-    out = options.out or Path(__file__).parents[1] / "results" / f"evidence_{options.set}.json"
+    out = options.out or RESULTS / f"evidence_{options.set}.json"
     write_json(out, added_to(json.loads(out.read_text(encoding="utf-8")), data) if options.add else data)
     if failed:
         raise SystemExit(str(failed))

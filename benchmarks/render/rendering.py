@@ -7,6 +7,7 @@ it. Text shows a figure where it has `place(NAME)`; `docs/hooks.py` draws the fi
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -89,6 +90,59 @@ def _rounded(value: Any) -> Any:
 def place(name: str) -> str:
     """Where a figure stands in a text."""
     return f'<div class="figure" data-figure="figures/{name}.json"></div>'
+
+
+def wrapped(text: str, width: int = 100) -> str:
+    """Markdown with paragraphs and list items broken at `width`; tables, code, headings and HTML stay as they are.
+
+    Lines break at spaces outside of short spans of code, and none begins with what would start a list or a heading.
+    """
+    done: list[str] = []
+    paragraph: list[str] = []
+    in_code = in_list = False
+
+    def flush() -> None:
+        done.extend(_broken(paragraph, width) if any(len(line) > width for line in paragraph) else paragraph)
+        paragraph.clear()
+
+    for line in text.split("\n"):
+        fence = line.lstrip().startswith("```")
+        code = line.startswith("    ") and not paragraph and not in_list
+        if in_code or fence or code or re.match(r"\s*([|#<]|$)|\[[^\]]+\]:", line):
+            flush()
+            done.append(line)
+            in_code ^= fence
+        else:
+            if _ITEM.match(line):
+                flush()
+                in_list = True
+            elif line[0] != " " and not paragraph:
+                in_list = False
+            paragraph.append(line)
+    flush()
+    return "\n".join(done)
+
+
+_ITEM = re.compile(r"\s*([-*+]|\d+[.)]) +")
+_SPACE = re.compile(r"`[^`]{1,50}`|( +)")
+
+
+def _broken(paragraph: Sequence[str], width: int) -> list[str]:
+    """A paragraph or an item of a list in lines of at most `width`, as far as its words allow."""
+    item = _ITEM.match(paragraph[0])
+    first = item.group() if item else re.match(" *", paragraph[0]).group()  # type: ignore[union-attr]
+    rest = " " * len(first)
+    content = " ".join([paragraph[0][len(first) :], *(line.strip() for line in paragraph[1:])])
+    words = _SPACE.sub(lambda match: "\n" if match[1] else match[0], content).split("\n")
+    lines = [first + words[0]]
+    for position, word in enumerate(words[1:], 1):
+        following = words[position + 1] if position + 1 < len(words) else ""
+        glued = f"{word} {following}" if _ITEM.match(following + " ") or following[:1] in "#>|" and following else word
+        if len(lines[-1]) + 1 + len(glued) <= width or _ITEM.match(word + " ") or word[:1] in "#>|":
+            lines[-1] += f" {word}"
+        else:
+            lines.append(rest + word)
+    return lines
 
 
 def read(file: Path) -> Data:

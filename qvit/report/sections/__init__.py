@@ -1,0 +1,1 @@
+"""The sections of the page about runs, a file each; `qvit.report.sections.base` says what one is."""
