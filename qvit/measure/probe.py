@@ -48,7 +48,7 @@ class Probe:
         self.quantizers: dict[str, Quantizer] = {name: found[name] for name in self.sites if name in found}
         self.apply({})
 
-    def apply(self, widths: Mapping[str, Sequence[int]]) -> nn.Module:
+    def apply(self, widths: Mapping[str, tuple[int, ...]]) -> nn.Module:
         """The copy with these widths, one per site or one per head; sites that are not named compute in float."""
         for site, quantizer in self.quantizers.items():
             own = widths.get(site)
