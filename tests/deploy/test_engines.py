@@ -38,13 +38,13 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_the_best_installed_engine_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(ENGINES) == ["openvino", "onnxruntime", "torch", "reference"]
+    assert list(ENGINES) == ["openvino", "onnxruntime", "torch", "reference", "native"]
     everything = [name for name in ENGINES if name in available_engines()]
-    assert available_engines() == everything and everything[-2:] == ["torch", "reference"]
+    assert available_engines() == everything and everything[-3:] == ["torch", "reference", "native"]
     without(monkeypatch, "openvino")
     assert "openvino" not in available_engines()
     without(monkeypatch, "onnxscript")
-    assert available_engines() == ["torch", "reference"]
+    assert available_engines() == ["torch", "reference", "native"]
     made: list[Any] = []
     entry = Entry(lambda artifact, threads, **options: made.append(options), (), 30)  # type: ignore[arg-type]
     monkeypatch.setitem(ENGINES._found, "torch", entry)
@@ -54,7 +54,7 @@ def test_the_best_installed_engine_comes_first(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("onnxrutime", "did you mean 'onnxruntime'"), ("tensorrt", "openvino, onnxruntime, torch, reference")],
+    [("onnxrutime", "did you mean 'onnxruntime'"), ("tensorrt", "openvino, onnxruntime, torch, reference, native")],
 )
 def test_an_unknown_engine(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -23,7 +23,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "qvit_form_name": (c_char_p, (c_int,)),
     "qvit_create": (c_void_p, (_INTS, _FLOATS, c_int, c_int)),
     "qvit_set_linear": (c_int, (c_void_p, c_int, c_int, c_int, c_int, c_int, _BYTES, _FLOATS, _FLOATS, _FLOATS)),
-    "qvit_set_norm": (c_int, (c_void_p, c_int, c_int, _FLOATS, _FLOATS, c_float)),
+    "qvit_set_norm": (c_int, (c_void_p, c_int, c_int, c_int, _FLOATS, _FLOATS, c_float, c_int)),
     "qvit_set_heads": (c_int, (c_void_p, c_int, _FLOATS, c_int, c_float)),
     "qvit_run": (c_int, (c_void_p, _FLOATS, c_int, _FLOATS)),
     "qvit_free": (None, (c_void_p,)),

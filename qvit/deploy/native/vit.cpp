@@ -202,17 +202,20 @@ struct Grid {
 };
 
 template <Activation kind>
-void activated_by(const Grid& grid, const float* x, int n, uint8_t* to) {
-    for (int j = 0; j < n; ++j) to[j] = uint8_t(grid.code(activate<kind>(x[j])));
+void activated_by(const Grid& grid, int rows, int columns, const float* x, int stride, uint8_t* to, int64_t row) {
+    for (int i = 0; i < rows; ++i)
+        for (int j = 0; j < columns; ++j) to[i * row + j] = uint8_t(grid.code(activate<kind>(x[i * stride + j])));
 }
 
-void activated(Activation kind, const Grid& grid, const float* x, int n, uint8_t* to) {
+// The codes of an activation's outputs, for a tile of its inputs.
+template <class... Tile>
+void activated(Activation kind, const Grid& grid, Tile... tile) {
     switch (kind) {
-        case Activation::gelu: return activated_by<Activation::gelu>(grid, x, n, to);
-        case Activation::gelu_tanh: return activated_by<Activation::gelu_tanh>(grid, x, n, to);
-        case Activation::quick_gelu: return activated_by<Activation::quick_gelu>(grid, x, n, to);
-        case Activation::silu: return activated_by<Activation::silu>(grid, x, n, to);
-        case Activation::relu: return activated_by<Activation::relu>(grid, x, n, to);
+        case Activation::gelu: return activated_by<Activation::gelu>(grid, tile...);
+        case Activation::gelu_tanh: return activated_by<Activation::gelu_tanh>(grid, tile...);
+        case Activation::quick_gelu: return activated_by<Activation::quick_gelu>(grid, tile...);
+        case Activation::silu: return activated_by<Activation::silu>(grid, tile...);
+        case Activation::relu: return activated_by<Activation::relu>(grid, tile...);
     }
 }
 
@@ -279,7 +282,7 @@ void multiply(const Form& form, int m, const uint8_t* a, int64_t lda, const Pane
 }
 
 struct Norm {
-    bool there = false;
+    bool there = false, centred = true;  // centred: LayerNorm; else RmsNorm, which takes no mean off
     float epsilon = 0;
     Buffer<float> weight, bias;
 };
@@ -289,7 +292,7 @@ struct Head {
 };
 
 struct Block {
-    Norm norm1, norm2;
+    Norm norm1, norm2, query_norm, key_norm;
     Linear qkv, proj, fc1, fc2;
     std::vector<Head> heads;
     int log_steps = 0;  // of the probabilities: 0 for a uniform grid, else levels per octave
@@ -300,7 +303,7 @@ struct Block {
 
 struct Scratch {
     Buffer<uint8_t> codes, hidden, probs, second;
-    Buffer<float> rows, scores, sums;
+    Buffer<float> rows, scores, sums, projected;
     Panels keys, values;
     Buffer<float> key_add;
 };
@@ -327,7 +330,9 @@ class Model {
   private:
     static constexpr int kChunk = 36;
     int rows_of(int batch) const { return batch * tokens; }
-    void normalise(const float* x, const Norm& norm, float* to) const;
+    void normalise(const float* x, const Norm& norm, float* to) const { normalise(x, norm, to, dim); }
+    static void normalise(const float* x, const Norm& norm, float* to, int n);
+    void store_qkv(const Block& block, int token, int column, int columns, const float* values);
     void encode(const float* x, int n, const Linear& layer, uint8_t* to) const;
     void embed_patches(const float* images, int first, int last, Scratch& own);
     void project_qkv(const Block& block, int first, int last, Scratch& own);
@@ -370,25 +375,27 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Sc
     use(0, m, 0, layer.n, total, n);
 }
 
-void Model::normalise(const float* x, const Norm& norm, float* to) const {
+void Model::normalise(const float* x, const Norm& norm, float* to, int n) {
     // Sums by lane: the order does not depend on how wide a vector is.
     float lane[16] = {}, mean = 0, variance = 0;
     int j = 0;
-    for (; j + 16 <= dim; j += 16)
-        for (int t = 0; t < 16; ++t) lane[t] += x[j + t];
-    for (; j < dim; ++j) mean += x[j];
-    for (int t = 0; t < 16; ++t) mean += lane[t], lane[t] = 0;
-    mean /= float(dim);
-    for (j = 0; j + 16 <= dim; j += 16)
+    if (norm.centred) {
+        for (; j + 16 <= n; j += 16)
+            for (int t = 0; t < 16; ++t) lane[t] += x[j + t];
+        for (; j < n; ++j) mean += x[j];
+        for (int t = 0; t < 16; ++t) mean += lane[t], lane[t] = 0;
+        mean /= float(n);
+    }
+    for (j = 0; j + 16 <= n; j += 16)
         for (int t = 0; t < 16; ++t) {
             const float d = x[j + t] - mean;
             lane[t] += d * d;
         }
-    for (; j < dim; ++j) variance += (x[j] - mean) * (x[j] - mean);
+    for (; j < n; ++j) variance += (x[j] - mean) * (x[j] - mean);
     for (int t = 0; t < 16; ++t) variance += lane[t];
-    const float factor = 1.0f / std::sqrt(variance / float(dim) + norm.epsilon);
+    const float factor = 1.0f / std::sqrt(variance / float(n) + norm.epsilon);
     const float *weight = norm.weight.data(), *bias = norm.bias.data();
-    for (j = 0; j < dim; ++j) to[j] = (x[j] - mean) * factor * weight[j] + bias[j];
+    for (j = 0; j < n; ++j) to[j] = (x[j] - mean) * factor * weight[j] + bias[j];
 }
 
 void Model::encode(const float* x, int n, const Linear& layer, uint8_t* to) const {
@@ -432,20 +439,44 @@ void Model::project_qkv(const Block& block, int first, int last, Scratch& own) {
         normalise(stream.data() + size_t(first + i) * dim, block.norm1, own.rows.data());
         encode(own.rows.data(), dim, block.qkv, own.codes.data() + size_t(i) * lda);
     }
-    const float *inverse = block.inverse.data(), *offset = block.offset.data(), *low = block.low.data(),
-                *high = block.high.data(), *shift = block.shift.data();
+    if (!block.query_norm.there && !block.key_norm.there) {
+        linear(block.qkv, count, own.codes.data(), lda, own,
+               [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                   for (int i = 0; i < rows; ++i)
+                       store_qkv(block, first + row + i, column, columns, values + i * stride);
+               });
+        return;
+    }
+    own.projected.resize(size_t(count) * 3 * dim);
     linear(block.qkv, count, own.codes.data(), lda, own,
            [&](int row, int rows, int column, int columns, const float* values, int stride) {
-               for (int i = 0; i < rows; ++i) {
-                   uint8_t* to = qkv.data() + size_t(first + row + i) * 3 * dim + column;
-                   for (int j = 0; j < columns; ++j) {
-                       const int c = column + j;
-                       float u = (values[i * stride + j] - offset[c]) * inverse[c];
-                       u = u < low[c] ? low[c] : u > high[c] ? high[c] : u;
-                       to[j] = uint8_t(int32_t(std::rint(u) - shift[c]));
-                   }
-               }
+               for (int i = 0; i < rows; ++i)
+                   std::copy_n(values + i * stride, columns, own.projected.data() + size_t(row + i) * 3 * dim + column);
            });
+    for (int i = 0; i < count; ++i) {
+        float* row = own.projected.data() + size_t(i) * 3 * dim;
+        for (const Norm* norm : {&block.query_norm, &block.key_norm}) {
+            float* part = row + (norm == &block.key_norm ? dim : 0);
+            for (int h = 0; norm->there && h < heads; ++h) {
+                normalise(part + h * head_dim, *norm, own.rows.data(), head_dim);
+                std::copy_n(own.rows.data(), head_dim, part + h * head_dim);
+            }
+        }
+        store_qkv(block, first + i, 0, 3 * dim, row);
+    }
+}
+
+// Codes of a token's outputs of qkv, from a column on: queries from 0 on, keys and values as they are.
+void Model::store_qkv(const Block& block, int token, int column, int columns, const float* values) {
+    const float *inverse = block.inverse.data() + column, *offset = block.offset.data() + column,
+                *low = block.low.data() + column, *high = block.high.data() + column,
+                *shift = block.shift.data() + column;
+    uint8_t* to = qkv.data() + size_t(token) * 3 * dim + column;
+    for (int j = 0; j < columns; ++j) {
+        float u = (values[j] - offset[j]) * inverse[j];
+        u = u < low[j] ? low[j] : u > high[j] ? high[j] : u;
+        to[j] = uint8_t(int32_t(std::rint(u) - shift[j]));
+    }
 }
 
 void Model::finish_block(const Block& block, int first, int last, Scratch& own) {
@@ -467,9 +498,8 @@ void Model::finish_block(const Block& block, int first, int last, Scratch& own) 
     const Grid grid = block.fc2.grid[0];
     linear(block.fc1, count, own.codes.data(), lda, own,
            [&](int row, int rows, int column, int columns, const float* values, int stride) {
-               for (int i = 0; i < rows; ++i)
-                   activated(activation, grid, values + i * stride, columns,
-                             own.hidden.data() + size_t(row + i) * wide + column);
+               uint8_t* to = own.hidden.data() + size_t(row) * wide + column;
+               activated(activation, grid, rows, columns, values, stride, to, int64_t(wide));
            });
     linear(block.fc2, count, own.hidden.data(), wide, own, add_to_stream);
 }
@@ -508,7 +538,8 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
     }
     right.narrow = form->narrow(grids.query.high - grids.query.low, right.most);
     for (int j = 0; j < tokens; ++j) right.start[j] = beginning(grids.query.low, right.narrow, right.start[j]);
-    for (int j = tokens; j < columns; ++j) right.start[j] = 0, own.key_add[j] = 0;
+    // Columns behind the last token have probability 0, so that what follows runs over whole vectors.
+    for (int j = tokens; j < columns; ++j) right.start[j] = 0, own.key_add[j] = -1e30f;
 
     // Values as the right operand of the weighted sums, (tokens, d).
     const int value_columns = round_up(d, nr);
@@ -517,18 +548,26 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
     weighted.bytes.assign(size_t(value_columns) * count, 0);
     weighted.start.assign(value_columns, 0);
     alignas(64) int32_t value_sums[256] = {};
-    for (int i = 0; i < tokens; ++i) {
-        int8_t* to = weighted.bytes.data() + size_t(i / 4) * nr * 4 + i % 4;
-        for (int begin = 0; begin < d; begin += nr)
-            for (int t = begin; t < std::min(d, begin + nr); ++t)
-                to[size_t(begin / nr) * weighted.groups * nr * 4 + (t - begin) * 4] = values[i * row + t];
-        int least = 0, most = 0;
-        for (int t = 0; t < d; ++t) {
-            const int value = values[i * row + t];
-            value_sums[t] += value;
-            least = value < least ? value : least;
-            most = value > most ? value : most;
+    static const int8_t nothing[256] = {};
+    for (int i = 0; i < tokens; i += 4) {
+        const int8_t* from[4];
+        for (int r = 0; r < 4; ++r) from[r] = i + r < tokens ? values + (i + r) * row : nothing;
+        for (int begin = 0; begin < d; begin += nr) {
+            auto* to = (uint32_t*)(weighted.bytes.data() + (size_t(begin / nr) * weighted.groups + i / 4) * nr * 4);
+            for (int t = 0; t < std::min(nr, d - begin); ++t) {
+                const int c = begin + t;
+                to[t] = uint32_t(uint8_t(from[0][c])) | uint32_t(uint8_t(from[1][c])) << 8 |
+                        uint32_t(uint8_t(from[2][c])) << 16 | uint32_t(uint8_t(from[3][c])) << 24;
+            }
         }
+        int least = 0, most = 0;
+        for (int r = 0; r < 4; ++r)
+            for (int t = 0; t < d; ++t) {
+                const int value = from[r][t];
+                value_sums[t] += value;
+                least = value < least ? value : least;
+                most = value > most ? value : most;
+            }
         weighted.most = std::max(weighted.most, std::max(most, -least));
     }
     const int probs_low = block.log_steps ? 0 : grids.probs.low;
@@ -537,8 +576,7 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
 
     const int step = even(last - first, form->rows);
     own.scores.resize(size_t(form->rows) * columns);
-    own.probs.assign(size_t(form->rows) * count, 0);
-    if (block.log_steps) own.second.assign(size_t(form->rows) * count, 0);
+    own.probs.resize(size_t(form->rows) * columns), own.second.resize(size_t(form->rows) * columns);
     const Grid output = grids.output;
     const float highest = float(grids.probs.high);
     for (int begin = first; begin < last; begin += step) {
@@ -554,51 +592,42 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
         alignas(64) float prob_sums[kMostRows];
         for (int i = 0; i < m; ++i) {
             float* s = own.scores.data() + size_t(i) * columns;
-            float most = s[0], total = 0, lane[16] = {};
-            for (int j = 1; j < tokens; ++j) most = s[j] > most ? s[j] : most;
-            uint8_t *p = own.probs.data() + size_t(i) * count, *second = own.second.data() + size_t(i) * count;
-            int j = 0;
+            uint8_t *p = own.probs.data() + size_t(i) * columns, *second = own.second.data() + size_t(i) * columns;
+            float lane[16], most = s[0], total = 0;
+            std::fill_n(lane, 16, s[0]);
+            for (int j = 0; j < columns; j += 16)
+                for (int t = 0; t < 16; ++t) lane[t] = s[j + t] > lane[t] ? s[j + t] : lane[t];
+            for (float value : lane) most = value > most ? value : most;
+            std::fill_n(lane, 16, 0.0f);
             if (!block.log_steps) {
-                for (; j + 16 <= tokens; j += 16)
+                for (int j = 0; j < columns; j += 16)
                     for (int t = 0; t < 16; ++t) {
                         s[j + t] = exponential(s[j + t] - most);
                         lane[t] += s[j + t];
                     }
-                for (; j < tokens; ++j) total += s[j] = exponential(s[j] - most);
-                for (int t = 0; t < 16; ++t) total += lane[t];
+                for (float value : lane) total += value;
                 Grid grid = grids.probs;
                 grid.offset *= total, grid.inverse /= total;
+                for (int j = 0; j < columns; ++j) p[j] = uint8_t(grid.code(s[j]));
                 int32_t codes = 0;
-                for (j = 0; j < tokens; ++j) {
-                    const int32_t code = grid.code(s[j]);
-                    p[j] = uint8_t(code);
-                    codes += code;
-                }
+                for (int j = 0; j < tokens; ++j) codes += p[j];
                 prob_sums[i] = float(codes + tokens * grid.low);
                 continue;
             }
             // Levels scale * 2^(-q / steps), the last of them 0; q from the exponent, not from the exponential.
-            for (; j + 16 <= tokens; j += 16)
+            for (int j = 0; j < columns; j += 16)
                 for (int t = 0; t < 16; ++t) lane[t] += exponential(s[j + t] - most);
-            for (; j < tokens; ++j) total += exponential(s[j] - most);
-            for (int t = 0; t < 16; ++t) total += lane[t];
-            const float steps = float(block.log_steps), base_level = std::log2(total * grids.probs.scale);
-            if (block.log_steps == 2) {
-                for (j = 0; j < tokens; ++j) {
-                    float q = steps * (base_level - (s[j] - most) * 1.44269504f);
-                    q = std::rint(q < 0 ? 0 : q > highest ? highest : q);
-                    const int32_t code = int32_t(q), level = q < highest ? 128 >> (code >> 1) : 0;
-                    p[j] = uint8_t(code & 1 ? 0 : level);
-                    second[j] = uint8_t(code & 1 ? level : 0);
-                }
-            } else {
-                for (j = 0; j < tokens; ++j) {
-                    float q = steps * (base_level - (s[j] - most) * 1.44269504f);
-                    q = std::rint(q < 0 ? 0 : q > highest ? highest : q);
-                    const int32_t code = int32_t(q), level = q < highest ? 128 >> (code & 7) : 0;
-                    p[j] = uint8_t(code < 8 ? level : 0);
-                    second[j] = uint8_t(code < 8 ? 0 : level);
-                }
+            for (float value : lane) total += value;
+            const float steps = float(block.log_steps), level_of_one = std::log2(total * grids.probs.scale);
+            // log-sqrt2: even codes and odd ones. log2: the eight largest levels and the others.
+            const int half = block.log_steps == 2 ? 1 : 8, shift = block.log_steps == 2 ? 1 : 0;
+            for (int j = 0; j < columns; ++j) {
+                float q = steps * (level_of_one - (s[j] - most) * 1.44269504f);
+                q = q < 0 ? 0 : q > highest ? highest : q;
+                q = std::rint(q);
+                const int32_t code = int32_t(q), level = q < highest ? 128 >> ((code >> shift) & 7) : 0;
+                p[j] = uint8_t(code & half ? 0 : level);
+                second[j] = uint8_t(code & half ? level : 0);
             }
         }
         auto finish = [&](int r, int rows, int column, int cols, const float* y, int stride) {
@@ -612,7 +641,7 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
             const float scale = grids.probs.scale * grids.value.scale;
             const float by_probs = grids.probs.scale * grids.value.offset, by_value = grids.probs.offset * grids.value.scale;
             const float constant = float(tokens) * grids.probs.offset * grids.value.offset;
-            multiply(*form, m, own.probs.data(), count, weighted,
+            multiply(*form, m, own.probs.data(), columns, weighted,
                      [&](int r, int rows, int column, int cols, const int32_t* sums) {
                          for (int i = 0; i < rows; ++i) {
                              const float add = prob_sums[r + i] * by_probs + constant;
@@ -628,13 +657,13 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
         const float other = block.log_steps == 2 ? one * 0.70710678f : one / 256.0f;
         own.rows.resize(std::max(size_t(kMostRows) * value_columns, size_t(std::max(dim, hidden))));
         float* both = own.rows.data();
-        multiply(*form, m, own.probs.data(), count, weighted,
+        multiply(*form, m, own.probs.data(), columns, weighted,
                  [&](int r, int rows, int column, int, const int32_t* sums) {
                      for (int i = 0; i < rows; ++i)
                          for (int t = 0; t < nr; ++t)
                              both[size_t(r + i) * value_columns + column + t] = float(sums[i * nr + t]) * one;
                  });
-        multiply(*form, m, own.second.data(), count, weighted,
+        multiply(*form, m, own.second.data(), columns, weighted,
                  [&](int r, int rows, int column, int cols, const int32_t* sums) {
                      for (int i = 0; i < rows; ++i)
                          for (int t = 0; t < nr; ++t)
@@ -766,8 +795,10 @@ Norm* norm_of(Model& model, int kind, int block) {
     if (kind == 2) return &model.norm_pre;
     if (kind == 3) return &model.norm;
     if (kind == 4) return &model.fc_norm;
-    if (block < 0 || block >= int(model.blocks.size()) || kind < 0 || kind > 4) return nullptr;
-    return kind == 0 ? &model.blocks[block].norm1 : &model.blocks[block].norm2;
+    if (block < 0 || block >= int(model.blocks.size())) return nullptr;
+    Block& own = model.blocks[block];
+    Norm* found[] = {&own.norm1, &own.norm2, nullptr, nullptr, nullptr, &own.query_norm, &own.key_norm};
+    return kind >= 0 && kind < 7 ? found[kind] : nullptr;
 }
 
 Grid grid_from(const float* numbers) {
@@ -854,15 +885,15 @@ int qvit_set_linear(void* to, int kind, int block, int n, int k, int segments, c
     });
 }
 
-// kind: 0 norm1, 1 norm2, 2 norm_pre, 3 norm, 4 fc_norm
-int qvit_set_norm(void* to, int kind, int block, const float* weight, const float* bias, float epsilon) {
+// kind: 0 norm1, 1 norm2, 2 norm_pre, 3 norm, 4 fc_norm, 5 q_norm, 6 k_norm; centred: LayerNorm, else RmsNorm
+int qvit_set_norm(void* to, int kind, int block, int n, const float* weight, const float* bias, float epsilon,
+                  int centred) {
     return guarded([&] {
-        Model& model = static_cast<Handle*>(to)->model;
-        Norm* norm = norm_of(model, kind, block);
+        Norm* norm = norm_of(static_cast<Handle*>(to)->model, kind, block);
         if (!norm) throw std::runtime_error("no such norm");
-        norm->there = true, norm->epsilon = epsilon;
-        norm->weight.assign(weight, weight + model.dim);
-        norm->bias.assign(bias, bias + model.dim);
+        norm->there = true, norm->centred = centred, norm->epsilon = epsilon;
+        norm->weight.assign(weight, weight + n);
+        norm->bias.assign(bias, bias + n);
     });
 }
 

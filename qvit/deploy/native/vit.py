@@ -1,7 +1,7 @@
 """The integer form of a Vision Transformer as numbers for the C++ engine, and what that engine refuses.
 
-It takes timm's VisionTransformer with plain pre-norm blocks: any number of prefix tokens, LayerScale, `norm_pre`,
-`fc_norm`, GELU and its relatives. Widths may differ by tensor and by head. Every product must be one of integers;
+It takes timm's VisionTransformer with plain pre-norm blocks: any number of prefix tokens, LayerScale, qk-norm,
+`norm_pre`, `fc_norm`, LayerNorm or RmsNorm, GELU and its relatives. Widths may differ by tensor and by head. Every product must be one of integers;
 probabilities may be on a logarithmic grid of at most 4 bits.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.layers import GELU, GELUTanh, Mlp, QuickGELU
+from timm.layers import GELU, GELUTanh, Mlp, QuickGELU, RmsNorm
 from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
@@ -26,7 +26,7 @@ from qvit.quantizers.log2 import Log2Quantizer
 
 Floats = NDArray[np.float32]
 _EMBED, _QKV, _PROJ, _FC1, _FC2, _HEAD = range(6)
-_NORM1, _NORM2, _NORM_PRE, _NORM, _FC_NORM = range(5)
+_NORM1, _NORM2, _NORM_PRE, _NORM, _FC_NORM, _QUERY_NORM, _KEY_NORM = range(7)
 _POOLS = {"token": 0, "avg": 1}
 _MOST_LOG_BITS, _LARGEST_HEAD = 4, 256
 
@@ -84,6 +84,8 @@ class NativeVit:
         for index, block in enumerate(vit.blocks):
             self._norm(_NORM1, index, block.norm1)
             self._norm(_NORM2, index, block.norm2)
+            self._norm(_QUERY_NORM, index, block.attn.q_norm)
+            self._norm(_KEY_NORM, index, block.attn.k_norm)
             self._linear(_QKV, index, block.attn.qkv)
             self._linear(_PROJ, index, block.attn.proj, block.ls1)
             self._linear(_FC1, index, block.mlp.fc1)
@@ -94,8 +96,12 @@ class NativeVit:
         self._linear(_HEAD, 0, vit.head)
 
     def _norm(self, kind: int, block: int, norm: Any) -> None:
-        if not isinstance(norm, nn.Identity):
-            call("qvit_set_norm", self._model, kind, block, _floats(norm.weight), _floats(norm.bias), norm.eps)
+        if isinstance(norm, nn.Identity):
+            return
+        bias = getattr(norm, "bias", None)
+        arrays = (_floats(norm.weight), _floats(torch.zeros_like(norm.weight) if bias is None else bias))
+        centred = isinstance(norm, nn.LayerNorm)
+        call("qvit_set_norm", self._model, kind, block, len(arrays[0]), *arrays, norm.eps, centred)
 
     def _linear(self, kind: int, block: int, layer: IntegerLinear, factor: nn.Module | None = None) -> None:
         """A layer; its outputs are multiplied by a LayerScale."""
@@ -176,8 +182,8 @@ def _of_block(path: str, block: Any, first: Any) -> Iterator[str]:
     dim, heads = attention.qkv.weight_sum.numel() // 3, attention.num_heads
     if isinstance(attention, RankedIntegerAttention):
         yield f"{path} has two groups of tokens"
-    if not attention.projects_directly or dim != attention.proj.weight_sum.numel():
-        yield f"{path} changes queries or keys before they are quantized"
+    if dim != attention.proj.weight_sum.numel():
+        yield f"{path} has heads of another width than its tokens"
     if dim % heads or (dim // heads) % 4 or dim // heads > _LARGEST_HEAD:
         yield f"{path} has heads of {dim / heads:g} channels, which are not a multiple of 4 up to {_LARGEST_HEAD}"
     for name in ("norm", "gate"):
@@ -187,7 +193,7 @@ def _of_block(path: str, block: Any, first: Any) -> Iterator[str]:
         yield f"{path} has a norm in its MLP"
     if _activation(mlp.act) is None or type(mlp.act) is not type(first.mlp.act):
         yield f"{path} has the activation {type(mlp.act).__name__}"
-    for norm in (block.norm1, block.norm2):
+    for norm in (block.norm1, block.norm2, attention.q_norm, attention.k_norm):
         yield from _of_norm(path, norm)
     for name in QKV:
         quantizer: Any = quantizer_at(attention, name)
@@ -201,7 +207,7 @@ def _of_block(path: str, block: Any, first: Any) -> Iterator[str]:
 
 
 def _of_norm(path: str, norm: nn.Module) -> Iterator[str]:
-    plain = isinstance(norm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+    plain = isinstance(norm, (nn.LayerNorm, RmsNorm)) and norm.weight is not None and norm.eps is not None
     if not isinstance(norm, nn.Identity) and not plain:
         yield f"{path} has the norm {type(norm).__name__}"
 

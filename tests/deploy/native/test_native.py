@@ -110,6 +110,8 @@ def test_models_answer_as_the_reference(name: str, plan: str, probs: str) -> Non
         {"act_layer": "relu"},
         {"in_chans": 3, "class_token": False, "global_pool": "avg"},
         {"img_size": (32, 64)},
+        {"qk_norm": True},
+        {"qk_norm": True, "norm_layer": "rmsnorm"},
     ],
     ids=str,
 )
@@ -162,10 +164,10 @@ def test_many_python_threads_and_a_fork() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "plan", "reason"),
     [
-        ({"qk_norm": True}, "w8a8", "changes queries or keys"),
+        ({"scale_attn_norm": True}, "w8a8", "a norm in its attention"),
         ({"num_classes": 0}, "w8a8", "no classifier"),
         ({"global_pool": "max"}, "w8a8", "pools tokens by 'max'"),
-        ({"norm_layer": "rmsnorm"}, "w8a8", "the norm RmsNorm"),
+        ({"scale_mlp_norm": True}, "w8a8", "a norm in its MLP"),
         ({"dynamic_img_size": True}, "w8a8", "image size is not fixed"),
     ],
     ids=str,
