@@ -32,10 +32,11 @@ class Registry(Mapping[K, T], Generic[K, T]):
     Args:
         kind: What it holds, for messages: `method`.
         package: The folder whose files register something: `qvit.methods`.
+        order: What the names are sorted by, from a thing; by default they come as they were registered.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
-        self.kind, self.package = kind, package
+    def __init__(self, kind: str, package: str, *, order: Callable[[Any], int] = lambda thing: 0) -> None:
+        self.kind, self.package, self.order = kind, package, order
         self._found: dict[K, T] = {}
         self._complete = False
 
@@ -52,7 +53,7 @@ class Registry(Mapping[K, T], Generic[K, T]):
     def __getitem__(self, name: K) -> T:
         self._fill()
         if name not in self._found:
-            known = list(map(str, self._found))
+            known = list(map(str, self))
             raise UsageError(f"unknown {self.kind} '{name}'{nearest(str(name), known)} ({', '.join(known)})")
         return self._found[name]
 
@@ -62,7 +63,7 @@ class Registry(Mapping[K, T], Generic[K, T]):
 
     def __iter__(self) -> Iterator[K]:
         self._fill()
-        return iter(self._found)
+        return iter(sorted(self._found, key=lambda name: self.order(self._found[name])))
 
     def __len__(self) -> int:
         self._fill()

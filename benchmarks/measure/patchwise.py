@@ -26,9 +26,8 @@ import torch
 from record import RESULTS, record_of
 
 from qvit.files import write_json
+from qvit.measure.probe import Probe
 from qvit.methods import pmq
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
 from qvit.models.families import inspect_model, tokens
 from qvit.models.families.tokens import rank_tokens
 from qvit.plan.budget import parse_budget
@@ -116,13 +115,12 @@ def measure(
         splits = pmq.allocate_splits(plain, cost, candidates, damages, limit)
         plans[kind] = pmq.split_plan(plain, cost, splits)
         seconds[kind] = round(time.perf_counter() - start, 1)
-    scales = calibrate(quantize(subject.model, plans["uniform"]), subject.calibration()).state_dict()
+    probe = Probe(subject.model, subject.calibration(), plans["uniform"])
     with torch.no_grad():
         reference = [subject.model(batch).log_softmax(-1) for batch in unseen]
     rows, predicted = [], {}
     for kind, plan in plans.items():
-        model = quantize(subject.model, plan).eval()
-        model.load_state_dict(pmq.with_widths_of(scales, model))
+        model = probe.under(plan)
         with mock.patch.object(tokens, "rank_tokens", RANKINGS.get(kind, rank_tokens)):
             divergence = pmq.divergence(model, unseen, reference)
             predicted[kind], truth = answers(model, subject.loader())

@@ -33,8 +33,8 @@ from qvit.data.open import calibration_batches, data_config_of, open_source
 from qvit.files import write_json
 from qvit.measure import Sensitivity, agreement_of, measure_sensitivity
 from qvit.measure.kl import divergence
+from qvit.measure.metric import Task
 from qvit.measure.prefix import Prefix
-from qvit.measure.probe import Probe
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan
@@ -56,14 +56,13 @@ def images_of(model: torch.nn.Module, data: Path, count: int, seed: int) -> list
     return list(calibration_batches(source, config, images=count, batch_size=min(16, count), seed=seed))
 
 
-def sampled_kl(
-    probe: Probe, batches: list[torch.Tensor], options: argparse.Namespace
-) -> tuple[Sensitivity, dict[str, Any]]:
+def sampled_kl(task: Task, options: argparse.Namespace) -> tuple[Sensitivity, dict[str, Any]]:
     """KL of a random sample of heads, all widths each, and the time that all would take."""
+    probe, batches, widths = task.probe, task.batches, task.widths
     everything = [(site, head) for site in probe.quantizers for head in range(probe.heads(site))]
     chosen = random.Random(options.seed).sample(everything, options.heads)
     chosen.sort(key=everything.index)
-    raw = {site: np.full((probe.heads(site), len(probe.widths)), np.nan) for site, _ in chosen}
+    raw = {site: np.full((probe.heads(site), len(widths)), np.nan) for site, _ in chosen}
     started = time.monotonic()
     with torch.no_grad():
         prefix = Prefix(probe, batches)
@@ -71,18 +70,18 @@ def sampled_kl(
         images = sum(map(len, batches))
         for site, head in chosen:
             prefix.leave_out(prefix.before(site), reference)
-            for column, width in enumerate(probe.widths):
+            for column, width in enumerate(widths):
                 raw[site][head, column] = divergence(prefix, site, head, width, reference) / images
     seconds = time.monotonic() - started
-    passes, total = len(chosen) * len(probe.widths), len(everything) * len(options.all_widths)
+    passes, total = len(chosen) * len(widths), len(everything) * len(options.all_widths)
     scale = options.images / images
     found = Sensitivity.from_raw(
-        raw, model=MODEL, metric="kl", images=images, seed=options.seed, seconds=seconds, widths=probe.widths
+        raw, model=MODEL, metric="kl", images=images, seed=options.seed, seconds=seconds, widths=widths
     )
     facts = {
         "heads_measured": len(chosen),
         "heads": len(everything),
-        "widths_measured": list(probe.widths),
+        "widths_measured": list(widths),
         "images_measured": images,
         "passes_measured": passes,
         "seconds_measured": round(seconds, 1),
@@ -140,8 +139,8 @@ def main() -> None:
     predictions = {}
     for metric in ("fisher", "hessian"):
         predictions[metric] = measure_sensitivity(model, few, metric=metric, widths=widths, seed=options.seed)
-    probe = Probe(model, QuantPlan("default").resolve(cost.sites, MODEL), widths, few)
-    measured, exhaustive = sampled_kl(probe, few, options)
+    task = Task("kl", model, widths, QuantPlan("default").resolve(cost.sites, MODEL), few)
+    measured, exhaustive = sampled_kl(task, options)
     agreements = {metric: compared(predicted, measured) for metric, predicted in predictions.items()}
     agreements[f"fisher_from_{options.images}_images"] = compared(found, measured)
     load = os.getloadavg()[0]

@@ -62,7 +62,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Images, as for `qvit train`.")],
     engine: Annotated[
         str | None,
-        typer.Option(help="What runs a packed model: openvino, onnxruntime, torch, reference.", show_default=False),
+        typer.Option(help="What runs a packed model: openvino, onnxruntime, torch, reference, native.", show_default=False),
     ] = None,
     class_map: ClassMap = None,
     batch_size: Annotated[int, typer.Option()] = 64,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import shutil
+from pathlib import Path
 from typing import Any
 
 from qvit.errors import UsageError
@@ -39,3 +40,24 @@ def openvino_core() -> Any:
     import openvino
 
     return openvino.Core()
+
+
+def onnxruntime_session(model: bytes | str | Path, threads: int | None = None, *, batch: int | None = None) -> Any:
+    """A session of ONNX Runtime on CPU.
+
+    Args:
+        model: The bytes of a graph, or its file.
+        threads: How many it may use; None leaves that to the library.
+        batch: The number of images in a call, if it is always the same. Then threads do not spin between calls, where
+            they would take the processor from the engine that is timed next.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    if batch is not None:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options.add_free_dimension_override_by_name("batch", batch)
+    return onnxruntime.InferenceSession(model, options, ["CPUExecutionProvider"])

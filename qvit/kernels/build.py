@@ -36,7 +36,7 @@ from qvit.errors import QvitError
 from qvit.files import cache_folder, make_private, write_atomically
 
 _log = logging.getLogger(__name__)
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-shared", "-fPIC")
 #: Tried in this order: threads need OpenMP, and not every compiler knows every processor by `native`.
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
 #: Seconds after which a compiler is given up, with all choices together.
@@ -56,10 +56,16 @@ def cxx() -> list[str]:
         return [text]
 
 
-def library(source: Path) -> ctypes.CDLL:
-    """The library of a C++ file, from the cache or compiled now. Raises CannotBuild with the reason."""
+def library(source: Path, *headers: Path) -> ctypes.CDLL:
+    """The library of a C++ file, from the cache or compiled now. Raises CannotBuild with the reason.
+
+    Args:
+        source: The file.
+        headers: Files of ours that it includes.
+    """
     try:
-        about = f"{source.read_bytes()!r} {FLAGS} {CHOICES} {cxx()} {platform.machine()} {_processor()}"
+        text = b"".join(file.read_bytes() for file in (source, *headers))
+        about = f"{text!r} {FLAGS} {CHOICES} {cxx()} {platform.machine()} {_processor()}"
     except OSError as error:
         raise CannotBuild(f"cannot read {source}: {error}") from error
     stem = f"{source.stem}-{hashlib.sha256(about.encode()).hexdigest()[:20]}"

@@ -23,15 +23,15 @@ a copy of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from qvit.measure.partial import Partial
-from qvit.measure.probe import Probe, require_finite
+from qvit.measure.metric import Table, Task, register_metric
+from qvit.measure.probe import require_finite
+
+_GENERATOR = "generator"
 
 
 def signed_answer(logits: Tensor, generator: torch.Generator) -> Tensor:
@@ -43,16 +43,12 @@ def signed_answer(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Sums:
-    """What a metric adds up over the images, by name; it can be kept in a file and taken up.
+    """What a metric adds up over the images, by name; kept in the task's file, and taken up from there."""
 
-    Args:
-        probe: The model.
-        partial: Keeps the sums.
-    """
-
-    def __init__(self, probe: Probe, partial: Partial) -> None:
-        self.probe, self.partial = probe, partial
-        self.images_done, self._sums = partial.load()
+    def __init__(self, task: Task) -> None:
+        self.task, self.probe, self.partial = task, task.probe, task.partial()
+        self.images = [image for batch in task.batches for image in batch.split(1)]
+        self.images_done, self._sums = self.partial.load()
         #: The quantized weights, as the model passed them last.
         self.weights: dict[str, Tensor] = {}
 
@@ -73,26 +69,26 @@ class Sums:
     def __getitem__(self, name: str) -> Tensor:
         return self._sums[name]
 
-    def table(self, name: str, site: str) -> NDArray[np.float64]:
-        """A sum of (heads, widths); zeros if no gradient reached the site."""
-        empty = torch.zeros(self.probe.heads(site), len(self.probe.widths), dtype=torch.float64)
-        return self._sums.get(name, empty).cpu().numpy()
+    def table(self) -> Table:
+        """Half the mean over the images of the sums by site, (heads, widths); zeros where no gradient came."""
+        found = {}
+        for site in self.probe.quantizers:
+            empty = torch.zeros(self.probe.heads(site), len(self.task.widths), dtype=torch.float64)
+            found[site] = self._sums.get(site, empty).cpu().numpy() * (0.5 / len(self.images))
+        return found
 
-    def gradients(
-        self, images: Sequence[Tensor], seed: int, progress: Callable[[int], None]
-    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+    def gradients(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(site, tensor, g) of every quantized tensor of every image that is not in the sums yet, detached.
 
-        Arguments as for `fisher_table`. The sums are kept between images, and never after the last one, whose pass
-        shows the weights.
+        The sums are kept between images, and never after the last one, whose pass shows the weights.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(self.task.seed)
         device = next(self.probe.model.parameters()).device
         if self.images_done:
             generator.set_state(self._sums.pop(_GENERATOR))
             self._sums = {name: value.to(device) for name, value in self._sums.items()}
         with self.probe.watched() as seen:
-            for image in images[self.images_done :]:
+            for image in self.images[self.images_done :]:
                 if self.images_done:
                     self.partial.save(self.images_done, lambda: self._sums | {_GENERATOR: generator.get_state()})
                 logits = self.probe.logits(image.detach().requires_grad_())
@@ -105,39 +101,27 @@ class Sums:
                         yield site, tensor.detach(), grad
                 seen.clear()
                 self.images_done += 1
-                progress(self.images_done)
+                self.task.progress(self.images_done, len(self.images))
 
 
-_GENERATOR = "generator"
-
-
-def fisher_table(
-    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None], partial: Partial
-) -> dict[str, NDArray[np.float64]]:
-    """Ω by site: (heads, widths).
-
-    Args:
-        probe: The model.
-        images: One by one, each (1, channels, height, width).
-        seed: Of the random signs.
-        progress: Called with the number of images after each.
-        partial: Keeps the sums over the images.
-    """
-    sums = Sums(probe, partial)
-    for site, tensor, grad in sums.gradients(images, seed, progress):
-        if probe.sites[site].role == "weight":
+@register_metric("fisher")
+def fisher(task: Task) -> Table:
+    """Ω by site: (heads, widths)."""
+    sums = Sums(task)
+    for site, tensor, grad in sums.gradients():
+        if task.probe.sites[site].role == "weight":
             sums.add_square(f"squares:{site}", grad)
         else:
-            sums.add(site, _weighted_errors(probe, site, tensor, grad.abs()))
+            sums.add(site, _weighted_errors(task, site, tensor, grad.abs()))
     for site, weight in sums.weights.items():
-        sums.add(site, _weighted_errors(probe, site, weight, sums[f"squares:{site}"].sqrt()))
-    return {site: sums.table(site, site) * (0.5 / len(images)) for site in probe.quantizers}
+        sums.add(site, _weighted_errors(task, site, weight, sums[f"squares:{site}"].sqrt()))
+    return sums.table()
 
 
-def _weighted_errors(probe: Probe, site: str, tensor: Tensor, importance: Tensor) -> Tensor:
+def _weighted_errors(task: Task, site: str, tensor: Tensor, importance: Tensor) -> Tensor:
     """Σ (importance · error)² per head and width."""
-    viewed = probe.quantizers[site].view(importance)
-    columns = [probe.squares_per_head(site, error.mul_(viewed)) for error in probe.errors(site, tensor)]
+    viewed, errors = task.probe.quantizers[site].view(importance), task.probe.errors(site, tensor, task.widths)
+    columns = [task.probe.squares_per_head(site, error.mul_(viewed)) for error in errors]
     found = torch.stack(columns, dim=1).double()
     require_finite(site, found, "gradients")
     return found

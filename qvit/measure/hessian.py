@@ -20,36 +20,32 @@ Weights have the mean of the images' traces; activations the trace and the error
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from qvit.measure.fisher import Sums
-from qvit.measure.partial import Partial
-from qvit.measure.probe import Probe, require_finite
+from qvit.measure.metric import Table, Task, register_metric
+from qvit.measure.probe import require_finite
 
 
-def hessian_table(
-    probe: Probe, images: Sequence[Tensor], seed: int, progress: Callable[[int], None], partial: Partial
-) -> dict[str, NDArray[np.float64]]:
-    """Ω by site: (heads, widths); arguments as for `fisher.fisher_table`."""
-    sums = Sums(probe, partial)
-    for site, tensor, grad in sums.gradients(images, seed, progress):
+@register_metric("hessian")
+def hessian(task: Task) -> Table:
+    """Ω by site: (heads, widths)."""
+    sums, probe = Sums(task), task.probe
+    for site, tensor, grad in sums.gradients():
         trace = probe.squares_per_head(site, probe.quantizers[site].view(grad)).double()
         require_finite(site, trace, "gradients")
         if probe.sites[site].role == "weight":
             sums.add(f"trace:{site}", trace)
         else:
-            sums.add(site, trace[:, None] * _mean_squares(probe, site, tensor))
+            sums.add(site, trace[:, None] * _mean_squares(task, site, tensor))
     for site, weight in sums.weights.items():
-        sums.add(site, sums[f"trace:{site}"][:, None] * _mean_squares(probe, site, weight))
-    return {site: sums.table(site, site) * (0.5 / len(images)) for site in probe.quantizers}
+        sums.add(site, sums[f"trace:{site}"][:, None] * _mean_squares(task, site, weight))
+    return sums.table()
 
 
-def _mean_squares(probe: Probe, site: str, tensor: Tensor) -> Tensor:
+def _mean_squares(task: Task, site: str, tensor: Tensor) -> Tensor:
     """||t̂ - t||²/n by head and width; n is the number of elements of a head."""
-    columns = [probe.squares_per_head(site, error) for error in probe.errors(site, tensor)]
-    return torch.stack(columns, dim=1).double() * (probe.heads(site) / tensor.numel())
+    errors = task.probe.errors(site, tensor, task.widths)
+    columns = [task.probe.squares_per_head(site, error) for error in errors]
+    return torch.stack(columns, dim=1).double() * (task.probe.heads(site) / tensor.numel())

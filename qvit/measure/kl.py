@@ -9,44 +9,35 @@ for DeiT-T with widths 2 to 8. It is the yardstick for the estimates, and slow: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from qvit.measure.partial import Partial
+from qvit.measure.metric import Table, Task, register_metric
 from qvit.measure.prefix import Prefix
-from qvit.measure.probe import Probe, require_finite
+from qvit.measure.probe import divergence_terms, require_finite
 
 
+@register_metric("kl")
 @torch.no_grad()
-def kl_table(
-    probe: Probe, batches: Sequence[Tensor], progress: Callable[[int], None], partial: Partial
-) -> dict[str, NDArray[np.float64]]:
-    """Ω by site: (heads, widths).
-
-    Args:
-        probe: The model.
-        batches: Images, (B, channels, height, width) each.
-        progress: Called with the number of sites after each.
-        partial: Keeps the sites that are done.
-    """
+def kl(task: Task) -> Table:
+    """Ω by site: (heads, widths)."""
+    probe, partial = task.probe, task.partial()
     _, done = partial.load()
-    prefix = Prefix(probe, batches)
-    reference = [prefix.log_answers(index) for index in range(len(batches))]
-    images = sum(len(batch) for batch in batches)
+    prefix = Prefix(probe, task.batches)
+    reference = [prefix.log_answers(index) for index in range(len(task.batches))]
+    images = sum(len(batch) for batch in task.batches)
     for count, site in enumerate(probe.quantizers, 1):
         if site not in done:
             prefix.leave_out(prefix.before(site), reference)
             rows = [
-                [divergence(prefix, site, head, width, reference) / images for width in probe.widths]
+                [divergence(prefix, site, head, width, reference) / images for width in task.widths]
                 for head in range(probe.heads(site))
             ]
             done[site] = torch.tensor(rows, dtype=torch.float64)
             partial.save(len(done), lambda: done)
-        progress(count)
+        task.progress(count, len(probe.quantizers))
     return {site: done[site].numpy() for site in probe.quantizers}
 
 
@@ -64,5 +55,5 @@ def divergence(prefix: Prefix, site: str, head: int, width: int, reference: Sequ
         for index, before in enumerate(reference):
             after = prefix.log_answers(index)
             require_finite(site, after, "answers once it is quantized")
-            total += float((before.exp() * (before - after)).sum())
+            total += float(divergence_terms(before, after).sum())
     return total

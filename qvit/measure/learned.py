@@ -13,34 +13,27 @@ of calibration, so a run whose widths moved little tells little.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvit.errors import UsageError
-from qvit.models.convert import Stage, plan_of, stage_of
+from qvit.measure.metric import Table, Task, register_metric
+from qvit.models.convert import Stage, stage_of
 from qvit.models.families import inspect_model
-from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
 
 
-def learned_table(model: nn.Module, widths: tuple[int, ...]) -> tuple[dict[str, NDArray[np.float64]], QuantPlan]:
-    """Ω by site: (heads, widths), and the plan of the model's grids.
-
-    Args:
-        model: A calibrated or trained model whose quantizers have switchable scales.
-        widths: Candidate widths; the model must have a scale for each.
-    """
-    if stage_of(model) < Stage.CALIBRATED:
+@register_metric("learned", reads_images=False)
+def learned(task: Task) -> Table:
+    """Ω by site: (heads, widths), of a trained model whose quantizers have a scale for each width."""
+    if stage_of(task.model) < Stage.CALIBRATED:
         raise UsageError(
             "metric 'learned' reads the scales of a trained model: give a run of method qvit, or use metric 'fisher'"
         )
-    sites, table = inspect_model(model).sites, {}
-    for site, quantizer in quantizers_of(model):
+    sites, table, widths = inspect_model(task.model).sites, {}, task.widths
+    for site, quantizer in quantizers_of(task.model):
         own = tuple(getattr(quantizer, "bank_widths", ()))
-        missing = [width for width in widths if width not in own]
-        if missing:
+        if missing := [width for width in widths if width not in own]:
             raise UsageError(
                 f"site '{site}' has no learned scale for {missing[0]} bits: metric 'learned' needs switchable scales "
                 f"for all of {', '.join(map(str, widths))} bits (method qvit with switchable_scale)"
@@ -55,4 +48,4 @@ def learned_table(model: nn.Module, widths: tuple[int, ...]) -> tuple[dict[str, 
             axis = next(index for index, size in enumerate(heads) if size > 1) if max(heads) > 1 else 0
             rows = expanded.movedim(axis, 0).reshape(heads[axis], -1, len(widths)).mean(1)
         table[site] = rows.cpu().numpy()
-    return {site: table[site] for site in sites if site in table}, plan_of(model)
+    return {site: table[site] for site in sites if site in table}

@@ -20,19 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.errors import QvitError, UsageError, nearest
-from qvit.measure.fisher import fisher_table
-from qvit.measure.hessian import hessian_table
-from qvit.measure.kl import kl_table
-from qvit.measure.learned import learned_table
-from qvit.measure.partial import Partial
-from qvit.measure.probe import Probe
+from qvit.errors import QvitError, UsageError
+from qvit.measure.metric import METRICS, Task
 from qvit.measure.table import Sensitivity, check_widths
-from qvit.models.convert import Stage, stage_of
+from qvit.models.convert import Stage, plan_of, stage_of
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan, plan_from
 
-METRICS = ("fisher", "hessian", "kl", "learned")
 MINIMUM_IMAGES = 4
 
 
@@ -70,52 +64,38 @@ def measure_sensitivity(
         UsageError: Unknown metric, quantized or unsupported model, wrong widths.
         QvitError: Too few images, or NaN among images, activations or gradients.
     """
-    if metric not in METRICS:
-        raise UsageError(f"unknown metric '{metric}'{nearest(metric, METRICS)} ({', '.join(METRICS)})")
-    candidates = check_widths(widths)
+    chosen = METRICS[metric]
+    task = Task(metric, model, check_widths(widths), seed=seed, file=None if partial is None else Path(partial))
     started = time.monotonic()
     known = name or _name_of(model)
-    fields: dict[str, Any] = {"model": known, "metric": metric, "seed": seed, "widths": candidates}
-    if metric == "learned":
+    if not chosen.reads_images:
         if plan is not None:
-            raise UsageError("metric 'learned' has the grids of the trained model: leave out the plan")
-        raw, grids = learned_table(model, candidates)
-        images, grids = 0, QuantPlan("learned", (), grids.sites, known)
+            raise UsageError(f"metric '{metric}' has the grids of the trained model: leave out the plan")
+        raw = chosen.table(task)
+        grids = QuantPlan(metric, (), plan_of(model).sites, known)
     else:
         if stage_of(model) is not Stage.FLOAT:
             raise UsageError("sensitivity is measured on a float model: this one is quantized already")
-        kept = _checked(batches)
-        images = sum(len(batch) for batch in kept)
-        sites = inspect_model(model).sites
-        resolved = (QuantPlan("default") if plan is None else plan_from(plan)).resolve(sites, known)
-        if not any(spec is not None for spec in resolved.sites.values()):
+        task.batches = _checked(batches)
+        task.plan = (QuantPlan("default") if plan is None else plan_from(plan)).resolve(
+            inspect_model(model).sites, known
+        )
+        if not any(spec is not None for spec in task.plan.sites.values()):
             raise UsageError("the plan leaves every site in float: there is nothing to measure")
-        raw = _measured(Probe(model, resolved, candidates, kept), kept, metric, seed, progress, partial)
-        grids = None if plan is None else resolved
+        task.progress = progress or task.progress
+        raw = chosen.table(task)
+        grids = None if plan is None else task.plan
     return Sensitivity.from_raw(
-        raw, type_normalised=type_normalised, images=images, seconds=time.monotonic() - started, plan=grids, **fields
+        raw,
+        type_normalised=type_normalised,
+        model=known,
+        metric=metric,
+        images=sum(len(batch) for batch in task.batches),
+        seed=seed,
+        seconds=time.monotonic() - started,
+        widths=task.widths,
+        plan=grids,
     )
-
-
-def _measured(
-    probe: Probe,
-    batches: list[Tensor],
-    metric: str,
-    seed: int,
-    progress: Callable[[int, int], None] | None,
-    partial: str | Path | None,
-) -> dict[str, Any]:
-    total = len(probe.quantizers) if metric == "kl" else sum(len(batch) for batch in batches)
-
-    def report(count: int) -> None:
-        if progress is not None:
-            progress(count, total)
-
-    kept = Partial(None if partial is None else Path(partial), probe, batches, metric, seed)
-    if metric == "kl":
-        return kl_table(probe, batches, report, kept)
-    images = [image for batch in batches for image in batch.split(1)]
-    return (fisher_table if metric == "fisher" else hessian_table)(probe, images, seed, report, kept)
 
 
 def _checked(batches: Iterable[Tensor]) -> list[Tensor]:

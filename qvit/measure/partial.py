@@ -29,13 +29,15 @@ class Partial:
 
     Args:
         path: Where; None keeps nothing.
-        probe, images: What is measured, and with which images.
+        probe, widths, images: What is measured, and with which images.
         key: What else the numbers depend on: metric and seed.
     """
 
-    def __init__(self, path: Path | None, probe: Probe, images: Sequence[Tensor], *key: object) -> None:
+    def __init__(
+        self, path: Path | None, probe: Probe, widths: Sequence[int], images: Sequence[Tensor], key: tuple[object, ...]
+    ) -> None:
         self.path, self._saved = path, time.monotonic()
-        self._digest = _digest(probe, images, key) if path is not None else ""
+        self._digest = "" if path is None else _digest(probe, images, key, tuple(widths))
 
     def load(self) -> tuple[int, dict[str, Tensor]]:
         """How much was done, and the tensors; `(0, {})` if there is nothing of this call."""
@@ -60,9 +62,9 @@ class Partial:
         self._saved = time.monotonic()
 
 
-def _digest(probe: Probe, images: Sequence[Tensor], key: tuple[object, ...]) -> str:
+def _digest(probe: Probe, images: Sequence[Tensor], *key: object) -> str:
     specs = [str(quantizer.spec) for quantizer in probe.quantizers.values()]
-    digest = hashlib.sha256(repr((key, probe.widths, specs)).encode())
+    digest = hashlib.sha256(repr((*key, specs)).encode())
     for tensor in (*(value for name, value in probe.model.state_dict().items() if "bit_width" not in name), *images):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

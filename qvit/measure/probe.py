@@ -1,15 +1,21 @@
-"""A float model with switchable quantizers at every site: what all metrics look through.
+"""A float model and a copy of it in which any tensor can be quantized: one calibration for every question.
 
-The model is quantized by a plan whose specs get one scale per candidate width, and calibrated, so every site has its
-grid of least squared error at each width. All quantizers are then disabled: the model computes in float, and a metric
-looks at a tensor as it passes (`watched`), quantizes a copy of it (`errors`), or switches one site on (`only`).
+The copy has a scale for each candidate width of each site. At first all its quantizers are switched off: it computes
+in float. What is put in place of a float tensor x, and where, is one of
 
-Shapes: a tensor is viewed so that its heads are an axis (`spec.Layout`); `per_head` sums over all other axes.
+    apply      x̂ of whole sites, at any widths                 `runs/analysis.py`
+    only       x̂ of one head of one site                       `kl.py`
+    under      the tensors of another plan                     patch-wise widths, `methods/pmq.py`
+    watched    x as it is, with a gradient of its own          `fisher.py`, `hessian.py`; `errors` is x̂ - x
+
+and what comes out is compared with the float model's answer by `divergence_terms`.
+
+Shapes: a tensor is viewed so that its heads are an axis (`spec.Layout`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,77 +23,69 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.models.calibrate import calibrate
-from qvit.models.convert import Stage, quantize, stage_of
+from qvit.models.convert import quantize
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, quantizers_of
 
 
 class Probe:
-    """A calibrated copy of a float model, in eval mode, without gradients for its parameters.
+    """A float model, and its calibrated copy in eval mode, without gradients for its parameters.
 
     Args:
-        model: A float timm model of a supported family.
-        plan: Resolved plan of the grids; sites that it leaves in float are not probed.
-        widths: Candidate widths, ascending.
-        batches: Images to calibrate with.
+        model: A float timm model of a supported family; it stays as it is.
+        calibration: Batches of training images (B, channels, height, width).
+        plan: Resolved plan of the grids, with a scale for each width that is asked for; sites that it leaves in float
+            are not probed. None: the sites' defaults, for widths from 2 to 8.
     """
 
-    def __init__(self, model: nn.Module, plan: QuantPlan, widths: tuple[int, ...], batches: Sequence[Tensor]) -> None:
-        if stage_of(model) is not Stage.FLOAT:
-            raise UsageError("sensitivity is measured on a float model: this one is quantized already")
-        changes = {
-            "bit_width": widths[0],
-            "bit_width_range": [widths[0], widths[-1]],
-            "learn_bit_width": False,
-            "switchable_scale": len(widths) > 1,
-        }
-        specs = {name: None if spec is None else spec.changed(changes) for name, spec in plan.sites.items()}
-        self.model = calibrate(quantize(model, QuantPlan(plan.name, (), specs)), batches).eval().requires_grad_(False)
-        self.widths = widths
-        self.sites = inspect_model(self.model).sites
+    def __init__(self, model: nn.Module, calibration: Iterable[Tensor], plan: QuantPlan | None = None) -> None:
+        self.float_model, self.cost = model, inspect_model(model)
+        self.sites = self.cost.sites
+        plan = QuantPlan.any_width(self.sites) if plan is None else plan
+        self.model = calibrate(quantize(model, plan), calibration).eval().requires_grad_(False)
         found = dict(quantizers_of(self.model))
         self.quantizers: dict[str, Quantizer] = {name: found[name] for name in self.sites if name in found}
-        for quantizer in self.quantizers.values():
+        self.apply({})
+
+    def apply(self, widths: Mapping[str, tuple[int, ...]]) -> nn.Module:
+        """The copy with these widths, one per site or one per head; sites that are not named compute in float."""
+        for site, quantizer in self.quantizers.items():
+            own = widths.get(site)
+            quantizer.enabled = own is not None
+            if own is not None:
+                quantizer.freeze(own)
+        return self.model
+
+    def under(self, plan: QuantPlan) -> nn.Module:
+        """Another copy, in eval mode: quantized by a plan of the same grids, with the scales of this calibration."""
+        model = quantize(self.float_model, plan).eval()
+        own = model.state_dict()
+        scales = self.model.state_dict()
+        model.load_state_dict({key: own[key] if key.endswith(".bit_width") else scales[key] for key in scales})
+        return model
+
+    @contextmanager
+    def only(self, site: str, head: int, width: int) -> Iterator[None]:
+        """Within the block one head of one site is quantized, to `width` bits, and nothing else."""
+        quantizer, layout = self.quantizers[site], self.sites[site].layout
+
+        def keep_others(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            assert layout.heads is not None
+            chosen = torch.zeros(layout.num_heads, dtype=torch.bool, device=output.device)
+            chosen[head] = True
+            x, quantized = quantizer.view(inputs[0]), quantizer.view(output)
+            return torch.where(chosen.view(layout.heads), quantized, x).view_as(output)
+
+        hook = quantizer.register_forward_hook(keep_others) if layout.num_heads > 1 else None
+        quantizer.bit_width.fill_(width)
+        quantizer.enabled = True
+        try:
+            yield
+        finally:
             quantizer.enabled = False
-
-    def heads(self, site: str) -> int:
-        """How many rows the site's table has."""
-        return self.sites[site].layout.num_heads
-
-    def logits(self, images: Tensor) -> Tensor:
-        """The model's answer, (B, classes). Raises UsageError for a model without a classifier."""
-        answer = self.model(images)
-        classes = getattr(self.model, "num_classes", None)
-        if not isinstance(answer, Tensor) or answer.dim() != 2 or answer.shape[1] < 2 or classes == 0:
-            raise UsageError("sensitivity needs a classifier: the model must answer with (images, classes) numbers")
-        return answer
-
-    @torch.no_grad()
-    def errors(self, site: str, x: Tensor) -> Iterator[Tensor]:
-        """x̂ - x at each candidate width in turn, viewed with heads as an axis."""
-        quantizer = self.quantizers[site]
-        viewed = quantizer.view(x.detach())
-        for width in self.widths:
-            quantizer.bit_width.fill_(width)
-            yield quantizer.fake_quantize(viewed).sub_(viewed)
-
-    def per_head(self, site: str, values: Tensor) -> Tensor:
-        """Sums of a viewed tensor over all axes but the heads: (heads,), or (1,) for a site without heads."""
-        heads = self.sites[site].layout.heads
-        if heads is None:
-            return values.sum().reshape(1)
-        return values.sum_to_size((1,) * (values.dim() - len(heads)) + tuple(heads)).flatten()
-
-    def squares_per_head(self, site: str, values: Tensor) -> Tensor:
-        """Sums of squares of a viewed tensor over all axes but the heads, in one pass."""
-        heads = self.sites[site].layout.heads
-        if heads is None:
-            return torch.linalg.vector_norm(values).square().reshape(1)
-        shape = (1,) * (values.dim() - len(heads)) + tuple(heads)
-        others = [axis for axis, size in enumerate(shape) if size == 1]
-        norms = torch.linalg.vector_norm(values, dim=others) if len(others) < values.dim() else values.norm().reshape(1)
-        return norms.square().flatten()
+            if hook is not None:
+                hook.remove()
 
     @contextmanager
     def watched(self) -> Iterator[list[tuple[str, Tensor]]]:
@@ -115,27 +113,41 @@ class Probe:
             for hook in hooks:
                 hook.remove()
 
-    @contextmanager
-    def only(self, site: str, head: int, width: int) -> Iterator[None]:
-        """Within the block one head of one site is quantized, to `width` bits, and nothing else."""
-        quantizer, layout = self.quantizers[site], self.sites[site].layout
+    @torch.no_grad()
+    def errors(self, site: str, x: Tensor, widths: Sequence[int]) -> Iterator[Tensor]:
+        """x̂ - x at each width in turn, viewed with heads as an axis."""
+        quantizer = self.quantizers[site]
+        viewed = quantizer.view(x.detach())
+        for width in widths:
+            quantizer.bit_width.fill_(width)
+            yield quantizer.fake_quantize(viewed).sub_(viewed)
 
-        def keep_others(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            assert layout.heads is not None
-            chosen = torch.zeros(layout.num_heads, dtype=torch.bool, device=output.device)
-            chosen[head] = True
-            x, quantized = quantizer.view(inputs[0]), quantizer.view(output)
-            return torch.where(chosen.view(layout.heads), quantized, x).view_as(output)
+    def heads(self, site: str) -> int:
+        """How many rows the site's table has."""
+        return self.sites[site].layout.num_heads
 
-        hook = quantizer.register_forward_hook(keep_others) if layout.num_heads > 1 else None
-        quantizer.bit_width.fill_(width)
-        quantizer.enabled = True
-        try:
-            yield
-        finally:
-            quantizer.enabled = False
-            if hook is not None:
-                hook.remove()
+    def squares_per_head(self, site: str, values: Tensor) -> Tensor:
+        """Sums of squares of a viewed tensor over all axes but the heads: (heads,), or (1,) without heads."""
+        heads = self.sites[site].layout.heads
+        if heads is None:
+            return torch.linalg.vector_norm(values).square().reshape(1)
+        shape = (1,) * (values.dim() - len(heads)) + tuple(heads)
+        others = [axis for axis, size in enumerate(shape) if size == 1]
+        norms = torch.linalg.vector_norm(values, dim=others) if len(others) < values.dim() else values.norm().reshape(1)
+        return norms.square().flatten()
+
+    def logits(self, images: Tensor) -> Tensor:
+        """The copy's answer, (B, classes). Raises UsageError for a model without a classifier."""
+        answer = self.model(images)
+        classes = getattr(self.model, "num_classes", None)
+        if not isinstance(answer, Tensor) or answer.dim() != 2 or answer.shape[1] < 2 or classes == 0:
+            raise UsageError("sensitivity needs a classifier: the model must answer with (images, classes) numbers")
+        return answer
+
+
+def divergence_terms(reference: Tensor, answers: Tensor) -> Tensor:
+    """What KL(p || p̂) sums over the classes, in nats, from log p and log p̂: all three (B, classes)."""
+    return reference.exp() * (reference - answers)
 
 
 def require_finite(site: str, values: Tensor, what: str) -> None:

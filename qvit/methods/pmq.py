@@ -13,9 +13,9 @@ no public code: everything below is our reconstruction, not the paper's formulas
 `patchwise_plan` keeps every layer's average: rho·b_hi + (1 - rho)·b_lo = b, so it costs what the plain plan costs, but
 for rounding rho·N down. `allocate_splits` chooses a split (or none) per block: with splits of equal cost the one that
 hurts least, with splits of any cost the set that hurts least within one BOPs budget. As the weights' widths are given,
-a block's cost depends on its own split alone, and the choice is a knapsack with one item per block: solved exactly
-(scipy's milp). Damage is KL(float ‖ model) over calibration images with one block's split changed (the global metric of
-ZeroQ, Cai et al. 2020), measured where all other blocks are plain; damages of blocks are added up.
+a block's cost depends on its own split alone: a knapsack with one item per block, solved exactly (`allocate`). Damage
+is KL(float ‖ model) over calibration images with one block's split changed (the global metric of ZeroQ, Cai et al.
+2020), measured where all other blocks are plain; damages of blocks are added up.
 """
 
 from __future__ import annotations
@@ -23,16 +23,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, cast
 
-import numpy as np
 import torch
-from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
+from qvit.allocate import Problem, solve
 from qvit.errors import QvitError, UsageError
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
+from qvit.measure.probe import Probe, divergence_terms
 from qvit.plan.budget import format_bops
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
@@ -220,42 +217,33 @@ def measure_splits(
         key: Whether the keys are split, too.
         progress: Gets the number of candidates done, and of all.
     """
-    scales = calibrate(quantize(model, split_plan(plan, cost, {}, key=key)), calibration).state_dict()
+    probe = Probe(model, calibration, split_plan(plan, cost, {}, key=key))
     with torch.no_grad():
         reference = [model.eval()(batch).log_softmax(-1) for batch in batches]
-    plain_widths, plain, damages, done = block_widths(plan, cost, key=key), None, {}, 0
+    plain_widths, measured, done = block_widths(plan, cost, key=key), {}, 0
+    damages: dict[str, list[float]] = {block: [] for block in candidates}
     total = sum(len(own) for own in candidates.values())
     for block, own in candidates.items():
-        damages[block] = []
         for split in own:
             is_plain = split.high == split.low == plain_widths[block]
-            if plain is None or not is_plain:
-                quantized = quantize(model, split_plan(plan, cost, {block: split}, key=key))
-                quantized.load_state_dict(with_widths_of(scales, quantized))
-                value = divergence(quantized, batches, reference)
-                plain = value if is_plain else plain
-            damages[block].append(cast("float", plain) if is_plain else value)
+            place = "" if is_plain else block
+            if (place, split) not in measured:
+                quantized = probe.under(split_plan(plan, cost, {block: split}, key=key))
+                measured[place, split] = divergence(quantized, batches, reference)
+            damages[block].append(measured[place, split])
             done += 1
             if progress is not None:
                 progress(done, total)
     return damages
 
 
-def with_widths_of(scales: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Calibrated scales with the widths of another model of the same sites."""
-    own = model.state_dict()
-    return {key: own[key] if key.endswith(".bit_width") else value for key, value in scales.items()}
-
-
 @torch.no_grad()
 def divergence(model: nn.Module, batches: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """Mean KL(reference ‖ model) over images, in nats; `reference` are log-probabilities."""
-    total, images = 0.0, 0
+    total = 0.0
     for batch, logs in zip(batches, reference, strict=True):
-        own = model.eval()(batch).log_softmax(-1)
-        total += float((logs.exp() * (logs - own)).sum())
-        images += len(batch)
-    return total / images
+        total += float(divergence_terms(logs, model(batch).log_softmax(-1)).sum())
+    return total / sum(map(len, batches))
 
 
 def allocate_splits(
@@ -291,34 +279,8 @@ def allocate_splits(
             f"no splits fit into {format_bops(budget)}: with this plan the model takes between "
             f"{format_bops(lowest)} and {format_bops(highest)}"
         )
-    sizes = [len(own) for own in prices]
-    rows = np.zeros((len(sizes), sum(sizes)))
-    for row, start in enumerate(np.cumsum([0, *sizes[:-1]])):
-        rows[row, start : start + sizes[row]] = 1
-    price = np.array([value for own in prices for value in own], dtype=float)
-    unit = max(1.0, float(np.abs(price).max()))
-    damage = np.array([value for block in candidates for value in damages[block]], dtype=float)
-    limits: list[Any] = [
-        LinearConstraint(cast("Any", rows), 1, 1),
-        LinearConstraint(cast("Any", price[None] / unit), -np.inf, (budget - base) / unit),
-    ]
-    found = milp(damage, integrality=np.ones(len(damage)), bounds=Bounds(0, 1), constraints=limits)
-    if found.x is None:
-        raise QvitError(f"the allocation failed: {found.message}")
-    chosen, start = {}, 0
-    for block, own in candidates.items():
-        chosen[block] = own[int(np.argmax(found.x[start : start + len(own)]))]
-        start += len(own)
-    return chosen if bops(chosen) <= budget else _within(chosen, candidates, prices, budget - base)
-
-
-def _within(
-    chosen: dict[str, Split], candidates: Mapping[str, Sequence[Split]], prices: list[list[int]], room: int
-) -> dict[str, Split]:
-    """The choice made cheaper block by block until it fits: only where the solver's tolerance exceeded the budget."""
-    for (block, own), price in zip(candidates.items(), prices, strict=True):
-        chosen[block] = own[int(np.argmin(price))]
-        now = sum(p[list(candidates[b]).index(chosen[b])] for b, p in zip(candidates, prices, strict=True))
-        if now <= room:
-            break
-    return chosen
+    # The plan without splits is a unit of its own, with one option: costs stay integers.
+    options = [[0], *(list(range(len(own))) for own in prices)]
+    own_damages = [[0.0], *(damages[block] for block in candidates)]
+    _, *answer = solve(Problem(options, own_damages, [], [], [], budget, [[base], *prices]))
+    return {block: own[index] for (block, own), index in zip(candidates.items(), answer, strict=True)}

@@ -35,13 +35,10 @@ from qvit.documents import Analysis, read_document
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.files import write_json
 from qvit.locks import writing
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
+from qvit.measure.probe import Probe, divergence_terms
 from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel
-from qvit.plan.quant_plan import QuantPlan
 from qvit.plan.spec import Site
-from qvit.quantizers import quantizers_of
 from qvit.runs.subject import (
     Progress,
     Request,
@@ -121,27 +118,10 @@ def attention_layers(cost: CostModel) -> dict[str, int]:
     }
 
 
-class Probe:
-    """A model that takes any widths without being calibrated again, beside the float model that it came from.
+class AnalysisProbe(Probe):
+    """A probe whose answers are judged: against the truth, and against those of the float model."""
 
-    Args:
-        model: A float model; it stays as it is.
-        calibration: Batches of training images.
-    """
-
-    def __init__(self, model: nn.Module, calibration: Iterable[Tensor]) -> None:
-        self.float_model, self.cost = model, inspect_model(model)
-        self.model = calibrate(quantize(model, QuantPlan.any_width(self.cost.sites)), calibration).eval()
-        self._float: tuple[Tensor, Tensor] | None = None  # logarithms of probabilities, and the truth
-
-    def apply(self, widths: dict[str, tuple[int, ...]]) -> nn.Module:
-        """The model with these widths; sites that are not named compute in float."""
-        for site, quantizer in quantizers_of(self.model):
-            own = widths.get(site)
-            quantizer.enabled = own is not None
-            if own is not None:
-                quantizer.freeze(own)
-        return self.model
+    _float: tuple[Tensor, Tensor] | None = None  # logarithms of probabilities, and the truth
 
     def float_answers(self, images: Batches, progress: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
         """What the float model says about the images, and the truth; computed once."""
@@ -160,7 +140,7 @@ class Probe:
         of_float, widths = reference.argmax(-1), point.widths(self.cost)
         given = torch.cat([own for own, _ in logits(self.apply(widths), images, progress)]).float().log_softmax(-1)
         predicted = given.argmax(-1)
-        divergence = (reference.exp() * (reference - given)).sum(-1)
+        divergence = divergence_terms(reference, given).sum(-1)
         top1 = percent_equal(predicted, truth)
         whole = len(widths) == len(self.cost.sites)
         return asdict(point) | {
@@ -231,7 +211,7 @@ def head_points(
 def analyze_widths(
     model: nn.Module, calibration: Iterable[Tensor], images: Batches, *, widths: Sequence[int] = WIDTHS
 ) -> list[dict[str, Any]]:
-    """Figure 1: accuracy of a float model against the width of all its blocks; rows as from `Probe.measure`.
+    """Figure 1: accuracy of a float model against the width of all its blocks; rows as from `AnalysisProbe.measure`.
 
     Args:
         model: A float model of a supported family.
@@ -239,7 +219,7 @@ def analyze_widths(
         images: Batches of other images and class indices; passed over once per point.
         widths: From 2 to 8.
     """
-    points, probe = width_points(widths), Probe(model, calibration)
+    points, probe = width_points(widths), AnalysisProbe(model, calibration)
     return [probe.measure(point, images) for point in points]
 
 
@@ -252,7 +232,7 @@ def analyze_parts(
     widths: Sequence[int] = WIDTHS,
 ) -> list[dict[str, Any]]:
     """Figure 2a: one part of all blocks quantized, the rest in float. `parts` None means all; see `analyze_widths`."""
-    points, probe = part_points(inspect_model(model), parts, widths), Probe(model, calibration)
+    points, probe = part_points(inspect_model(model), parts, widths), AnalysisProbe(model, calibration)
     return [probe.measure(point, images) for point in points]
 
 
@@ -267,7 +247,7 @@ def analyze_heads(
 ) -> list[dict[str, Any]]:
     """Figure 2b: one head at `low_bits`, the rest at `high_bits`. `layers` None means all; see `analyze_widths`."""
     points = head_points(inspect_model(model), layers, low_bits=low_bits, high_bits=high_bits)
-    probe = Probe(model, calibration)
+    probe = AnalysisProbe(model, calibration)
     return [probe.measure(point, images) for point in points]
 
 
@@ -324,7 +304,7 @@ def _add(missing: list[Point], record: dict[str, Any], file: Path, subject: Subj
     total = step * (len(missing) + 1)
     start = time.perf_counter()
     notify("calibrating", 0, total)
-    probe = Probe(subject.model, subject.calibration())
+    probe = AnalysisProbe(subject.model, subject.calibration())
     loader = subject.loader()
     of_float, truth = probe.float_answers(loader, lambda n: notify("float", n, total))
     top1 = percent_equal(of_float, truth)

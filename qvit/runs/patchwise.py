@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.files import write_json
 from qvit.locks import writing
+from qvit.measure.probe import Probe
 from qvit.methods.pmq import (
     HIGH,
     LOW,
@@ -38,10 +39,7 @@ from qvit.methods.pmq import (
     patchwise_plan,
     split_plan,
     switchable,
-    with_widths_of,
 )
-from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
 from qvit.models.families import inspect_model
 from qvit.models.families.tokens import patch_grid
 from qvit.plan.budget import format_bops, parse_budget
@@ -112,9 +110,9 @@ def patchwise(
             plain = _plain_plan(None, cost, limit)
         chosen = replace(chosen, model=request.model)
         with watch("calibration"):
-            uniform = calibrate(quantize(subject.model, switchable(plain, cost)), subject.calibration()).eval()
-            model = quantize(subject.model, chosen).eval()
-            model.load_state_dict(with_widths_of(uniform.state_dict(), model))
+            plain_plan = switchable(plain, cost)
+            probe = Probe(subject.model, subject.calibration(), plain_plan)
+            uniform, model = (probe.under(own) for own in (plain_plan, chosen))
         found: dict[str, Tensor] = {}
         truth, count = torch.zeros(0), len(subject.judged)
         for number, (name, own) in enumerate((("float", subject.model), ("uniform", uniform), ("patchwise", model))):

@@ -13,7 +13,7 @@ from tiny_models import SMALL, calibrated_model
 from torch import nn
 
 from qvit.cli.export import _words
-from qvit.deploy.engines import openvino_int8_is_exact
+from qvit.deploy.engines.openvino import int8_is_exact as openvino_int8_is_exact
 from qvit.deploy.export import write as export
 from qvit.deploy.file.artifact import Artifact
 

@@ -225,7 +225,7 @@ def test_a_failing_peer_is_left_out_and_nothing_left_is_an_error(monkeypatch: py
     def prepare(material: Material) -> Any:
         raise RuntimeError("unsupported operator\nlong story")
 
-    monkeypatch.setitem(PEERS, "new-int8", Peer("new", "int8", (), False, prepare))
+    monkeypatch.setitem(PEERS._found, "new-int8", Peer("new", "int8", (), False, prepare))
     result = bench(quick(engines=["new", "qvit-torch"]))
     assert result["skipped"] == [{"engine": "new", "precision": "int8", "reason": "RuntimeError: unsupported operator"}]
     with pytest.raises(QvitError, match="new int8: RuntimeError: unsupported operator"):

@@ -16,14 +16,10 @@ from integer_models import frozen, packed_arguments
 from torch import Tensor
 
 import qvit
-from qvit.deploy.engines import (
-    ENGINES,
-    available_engines,
-    create_engine,
-    load,
-    onnxruntime_int8_is_exact,
-    openvino_int8_is_exact,
-)
+from qvit.deploy.engines import ENGINES, available_engines, create_engine, load
+from qvit.deploy.engines.base import Entry
+from qvit.deploy.engines.onnxruntime import int8_is_exact as onnxruntime_int8_is_exact
+from qvit.deploy.engines.openvino import int8_is_exact as openvino_int8_is_exact
 from qvit.deploy.file.artifact import Artifact
 from qvit.errors import QvitError, UsageError
 
@@ -42,22 +38,23 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_the_best_installed_engine_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(ENGINES) == ["openvino", "onnxruntime", "torch", "reference"]
+    assert list(ENGINES) == ["openvino", "onnxruntime", "torch", "reference", "native"]
     everything = [name for name in ENGINES if name in available_engines()]
-    assert available_engines() == everything and everything[-2:] == ["torch", "reference"]
+    assert available_engines() == everything and everything[-3:] == ["torch", "reference", "native"]
     without(monkeypatch, "openvino")
     assert "openvino" not in available_engines()
     without(monkeypatch, "onnxscript")
-    assert available_engines() == ["torch", "reference"]
+    assert available_engines() == ["torch", "reference", "native"]
     made: list[Any] = []
-    monkeypatch.setitem(ENGINES, "torch", (lambda artifact, threads, **options: made.append(options), ()))
+    entry = Entry(lambda artifact, threads, **options: made.append(options), (), 30)  # type: ignore[arg-type]
+    monkeypatch.setitem(ENGINES._found, "torch", entry)
     create_engine(packed()[0])
     assert made == [{}]
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("onnxrutime", "did you mean 'onnxruntime'"), ("tensorrt", "openvino, onnxruntime, torch, reference")],
+    [("onnxrutime", "did you mean 'onnxruntime'"), ("tensorrt", "openvino, onnxruntime, torch, reference, native")],
 )
 def test_an_unknown_engine(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
@@ -158,12 +155,12 @@ SIGNAL_AFTER_OPENVINO = """
 import gc, signal, subprocess, numpy
 from qvit.deploy.packages import openvino_core
 signal.signal(signal.SIGCHLD, lambda *_: None)
-from qvit.deploy.engines import openvino_int8_is_exact
+from qvit.deploy.engines.openvino import int8_is_exact
 import openvino
 from openvino import opset15 as ops
 x = ops.parameter([1, 4], numpy.float32)
 first, second = (openvino_core().compile_model(openvino.Model([ops.relu(x)], [x]), "CPU") for _ in range(2))
-openvino_int8_is_exact()
+int8_is_exact()
 del first; gc.collect()
 del second; gc.collect()
 subprocess.run(["true"], check=True)

@@ -18,7 +18,7 @@ from integer_models import float_model, frozen, packed_arguments
 from test_integer import patchwise
 from torch import Tensor, nn
 
-from qvit.deploy.engines import openvino_int8_is_exact
+from qvit.deploy.engines.openvino import int8_is_exact as openvino_int8_is_exact
 from qvit.deploy.export.onnx import (
     OPSET,
     OPSET_OF_2_BITS,

@@ -18,8 +18,6 @@ from qvit.measure import measure_sensitivity
 from qvit.measure.prefix import Prefix
 from qvit.measure.probe import Probe
 from qvit.models.block_inputs import attention_blocks
-from qvit.models.families import inspect_model
-from qvit.plan.quant_plan import QuantPlan
 
 CAIT = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 16, "num_heads": 2, "num_classes": 4}
 EVA = {"img_size": 28, "depth": 3, "embed_dim": 24, "num_heads": 2, "num_classes": 4}
@@ -80,8 +78,7 @@ def test_blocks_before_a_site_are_not_computed(monkeypatch: pytest.MonkeyPatch) 
 def test_a_model_with_another_way_around_its_blocks_is_computed_in_full() -> None:
     """The output of the first block is added to that of the last one."""
     model, batches = digits_model(depth=3), digit_batches(1, 3)
-    sites = inspect_model(model).sites
-    probe = Probe(model, QuantPlan("p", (), {name: site.default for name, site in sites.items()}), (2, 4), batches)
+    probe = Probe(model, batches)
     first, *_, last = attention_blocks(probe.model).values()
     kept: list[Tensor] = []
     first.register_forward_hook(lambda _module, _inputs, output: kept.append(output))

@@ -20,8 +20,8 @@ from qvit.quantizers import quantizers_of
 from qvit.report.analysis import render_analysis, write_analysis_page
 from qvit.runs import analysis as module
 from qvit.runs.analysis import (
+    AnalysisProbe,
     Point,
-    Probe,
     analyze,
     analyze_heads,
     analyze_parts,
@@ -50,8 +50,8 @@ def images(count: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def probe() -> Probe:
-    return Probe(digits_model(depth=2), digit_batches())
+def probe() -> AnalysisProbe:
+    return AnalysisProbe(digits_model(depth=2), digit_batches())
 
 
 class TestPoints:
@@ -65,13 +65,13 @@ class TestPoints:
         assert sum(part == "gelu" for part in found.values()) == 2
 
     @pytest.mark.parametrize("part", ["gelu", "fc", "msa"])
-    def test_a_part_alone_is_quantized(self, probe: Probe, part: str) -> None:
+    def test_a_part_alone_is_quantized(self, probe: AnalysisProbe, part: str) -> None:
         model = probe.apply(Point("parts", 3, part=part).widths(probe.cost))
         on = {site for site, quantizer in quantizers_of(model) if quantizer.enabled}
         assert on == {name for name, site in probe.cost.sites.items() if part_of(site) == part}
         assert all(int(w) == 3 for site, q in quantizers_of(model) if site in on for w in q.bit_width.flatten())
 
-    def test_one_head_of_one_layer_is_lowered_and_no_other(self, probe: Probe) -> None:
+    def test_one_head_of_one_layer_is_lowered_and_no_other(self, probe: AnalysisProbe) -> None:
         lowered = Point("heads", 2, layer="blocks.1.attn", head=1, others=8).widths(probe.cost)
         reference = Point("heads", 8, others=8).widths(probe.cost)
         changed = {name for name in lowered if lowered[name] != reference[name]}
@@ -79,7 +79,7 @@ class TestPoints:
         assert changed == {f"blocks.1.attn.{name}" for name in (*names, "proj.weight")}
         assert all(lowered[name] == (8, 2) for name in changed)
 
-    def test_lowering_a_head_leaves_the_output_of_the_others_alone(self, probe: Probe) -> None:
+    def test_lowering_a_head_leaves_the_output_of_the_others_alone(self, probe: AnalysisProbe) -> None:
         seen: list[torch.Tensor] = []
         output = dict(quantizers_of(probe.model))["blocks.0.attn.output"]
         hook = output.register_forward_hook(lambda _module, _inputs, result: seen.append(result))
@@ -117,13 +117,13 @@ class TestPoints:
 
 class TestProbe:
     @pytest.mark.parametrize("bits", [2, 5, 8])
-    def test_one_calibration_serves_every_width(self, probe: Probe, bits: int) -> None:
+    def test_one_calibration_serves_every_width(self, probe: AnalysisProbe, bits: int) -> None:
         plain = calibrate(quantize(probe.float_model, QuantPlan.preset(f"w{bits}a{bits}")), digit_batches())
         batch = digit_batches(1, seed=3)[0]
         switched = probe.apply(Point("widths", bits).widths(probe.cost))
         assert torch.allclose(switched(batch), plain.eval()(batch), atol=1e-6)
 
-    def test_rows(self, probe: Probe) -> None:
+    def test_rows(self, probe: AnalysisProbe) -> None:
         row = probe.measure(Point("widths", 8), images())
         assert row["top1"] == pytest.approx(probe.measure(Point("widths", 8), images())["top1"])
         assert row["bit_operations"] == probe.cost.bit_operations(probe.cost.uniform(8))
@@ -161,15 +161,15 @@ class TestFile:
 
     def test_it_goes_on_where_it_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = self.measure(tmp_path / "whole")
-        original, calls = Probe.measure, []
+        original, calls = AnalysisProbe.measure, []
 
-        def stops(self: Probe, point: Point, *rest: Any) -> dict[str, Any]:
+        def stops(self: AnalysisProbe, point: Point, *rest: Any) -> dict[str, Any]:
             calls.append(point)
             if len(calls) == 3:
                 raise KeyboardInterrupt
             return original(self, point, *rest)
 
-        monkeypatch.setattr(Probe, "measure", stops)
+        monkeypatch.setattr(AnalysisProbe, "measure", stops)
         with pytest.raises(KeyboardInterrupt):
             self.measure(tmp_path / "stopped")
         assert len(json.loads((tmp_path / "stopped" / "analysis.json").read_text())["points"]) == 2
@@ -180,7 +180,7 @@ class TestFile:
 
     def test_a_complete_one_measures_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         first = self.measure(tmp_path, what=("widths",))
-        monkeypatch.setattr(module, "Probe", None)
+        monkeypatch.setattr(module, "AnalysisProbe", None)
         assert self.measure(tmp_path, what=("widths",)) == first
 
     def test_asking_for_more_adds(self, tmp_path: Path) -> None:

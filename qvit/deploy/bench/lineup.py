@@ -8,14 +8,13 @@ of an engine of ours is a defect and is raised.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from qvit.deploy.bench.peers import PEERS, Material, Prepared, Runner, quiet
+from qvit.deploy.bench.peers.base import PEERS, Material, Prepared, quiet, without_gradients
 from qvit.deploy.bench.timing import Contender, Progress
 from qvit.errors import QvitError, UsageError, nearest
 
@@ -113,7 +112,7 @@ class Lineup:
             engine = create_engine(self.artifact, name.removeprefix(PREFIX), threads=self.material.threads)
             self._engines[name] = engine
         engine = self._engines[name]
-        run = _without_gradients(engine)
+        run = without_gradients(engine)
         run(images)
         return Contender(name, self.precision, engine.arithmetic, run, self.file_bytes, ours=True)
 
@@ -140,11 +139,3 @@ class Lineup:
         row = {"engine": engine, "precision": precision, "reason": reason}
         if row not in self.skipped:
             self.skipped.append(row)
-
-
-def _without_gradients(engine: Callable[[Tensor], Any]) -> Runner:
-    def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return engine(images)
-
-    return run

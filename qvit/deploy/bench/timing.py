@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvit.deploy.bench.peers import Runner
+from qvit.deploy.bench.peers.base import Runner
 from qvit.errors import UsageError
 
 #: What ratios are relative to: key of the row → name of the engine.

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvit.deploy.engines import ReferenceEngine, openvino_int8_is_exact
+from qvit.deploy.engines.openvino import int8_is_exact as openvino_int8_is_exact
+from qvit.deploy.engines.reference import ReferenceEngine
 from qvit.deploy.export.onnx import export_onnx, export_openvino, image_size
 from qvit.deploy.file.artifact import Artifact
-from qvit.deploy.packages import missing, openvino_core
+from qvit.deploy.packages import missing, onnxruntime_session, openvino_core
 from qvit.errors import UsageError, nearest
 from qvit.locks import writing_file
 
@@ -97,11 +98,7 @@ def export(
 def exported_runner(path: Path, to: str) -> Callable[[Tensor], Tensor]:
     """What an exported file answers to images, in its own runtime on CPU."""
     if to == "onnx":
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+        session = onnxruntime_session(path)
         return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
     compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0].copy())

@@ -1,0 +1,65 @@
+"""ONNX Runtime as a peer: the exported float model, and its static quantization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvit.deploy.bench.peers.base import Material, Prepared, Runner, peer
+from qvit.deploy.packages import onnxruntime_session
+
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+
+
+@peer("onnxruntime", "fp32", needs=ONNX, order=20)
+def onnxruntime_fp32(material: Material) -> Prepared:
+    """The exported model, with all of ONNX Runtime's graph optimizations (its default)."""
+    file = _exported(material)
+    return Prepared(lambda batch: _session(file, batch, material.threads), "fp32", file.stat().st_size)
+
+
+@peer("onnxruntime", "int8", needs=ONNX, order=20)
+def onnxruntime_int8(material: Material) -> Prepared:
+    """ONNX Runtime's static quantization, after the preprocessing that its documentation asks for.
+
+    On CPUs without VNNI instructions it recommends weights of 7 bits (`reduce_range`), because sums of its products of
+    uint8 and int8 saturate there. It is left off, as by default: it changes the answers, hardly the speed, and
+    `top1_agreement` shows the answers.
+    """
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.images = material.singles()
+
+        def get_next(self) -> Any:
+            image = next(self.images, None)
+            return None if image is None else {"images": image.numpy()}
+
+    prepared, quantized = (material.folder / f"onnxruntime-{name}.onnx" for name in ("prepared", "int8"))
+    quant_pre_process(str(_exported(material)), str(prepared), skip_symbolic_shape=True)
+    quantize_static(
+        str(prepared), str(quantized), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    arithmetic = "int8 weights, uint8 activations; what ONNX Runtime cannot fuse in fp32"
+    return Prepared(lambda batch: _session(quantized, batch, material.threads), arithmetic, quantized.stat().st_size)
+
+
+def _exported(material: Material) -> Path:
+    """The ONNX file of the float model with a free batch size; made once."""
+    file = material.folder / "float.onnx"
+    if not file.is_file():
+        torch.onnx.export(
+            material.model, (material.example,), str(file), input_names=["images"], output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, dynamo=True, verbose=False,
+        )  # fmt: skip
+    return file
+
+
+def _session(file: Path, batch: int, threads: int) -> Runner:
+    session = onnxruntime_session(str(file), threads, batch=batch)
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])

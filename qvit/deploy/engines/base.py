@@ -1,0 +1,118 @@
+"""What an engine is, the registry of all, and how one is chosen when a packed model is loaded.
+
+    openvino       the exported graph, int8 × int8 where that is exact on this processor
+    onnxruntime    the exported graph, uint8 × uint8
+    torch          the results of `reference` by int8 kernels or exact float32 units, glue compiled
+    reference      every product on int32, one operation after the other
+
+Without a name the first of this order is taken that is installed. `reference` and `torch` agree bit for bit unless the
+glue is compiled. Compiled code and the exported graphs have the same exact sums; their LayerNorm, softmax and GELU are
+other implementations, whose last digits differ, so a value on the edge between two integers may fall on the other side.
+An engine says in `arithmetic` what it computes on integers; none says more than it does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.packages import missing
+from qvit.errors import UsageError
+from qvit.registry import Registry
+
+
+class Engine(Protocol):
+    """A model that answers. It is made from an artifact, a number of threads or None, and options of its own.
+
+    Attributes:
+        arithmetic: In words, what runs on integers, and what is simulated.
+        artifact: What was loaded: plan, preprocessing, classes.
+    """
+
+    name: str
+    arithmetic: str
+    artifact: Artifact
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (B, classes) of images (B, channels, height, width) under the model's transform, float32."""
+        ...
+
+
+Make = TypeVar("Make", bound=Callable[..., Engine])
+
+
+class Entry(NamedTuple):
+    """An entry of `ENGINES`; see `register_engine`."""
+
+    make: Callable[..., Engine]
+    needs: tuple[str, ...]
+    order: int
+
+
+ENGINES: Registry[str, Entry] = Registry("engine", "qvit.deploy.engines", order=lambda entry: entry.order)
+
+
+def register_engine(name: str, *, needs: tuple[str, ...] = (), order: int = 100) -> Callable[[Make], Make]:
+    """Decorator: makes a class available as an engine.
+
+    Args:
+        name: Its name.
+        needs: Packages that must be installed.
+        order: Its place among the engines; of those that are installed the first is the default. Ours are at 10 to 40.
+    """
+
+    def register(make: Make) -> Make:
+        ENGINES.register(name)(Entry(make, needs, order))
+        return make
+
+    return register
+
+
+def available_engines() -> list[str]:
+    """Engines whose packages are installed, the best first."""
+    return [name for name, entry in ENGINES.items() if not missing(*entry.needs)]
+
+
+def create_engine(artifact: Artifact, name: str | None = None, *, threads: int | None = None, **options: Any) -> Engine:
+    """An engine for a packed model.
+
+    Args:
+        artifact: The model.
+        name: One of `ENGINES`; None for the best that is installed.
+        threads: Threads that it may use; None leaves that to the library.
+        options: Of the engine: `compiled` of `torch`.
+
+    Raises:
+        UsageError: An unknown engine, or one whose package is not installed.
+    """
+    name = name or available_engines()[0]
+    make, needs, _ = ENGINES[name]
+    if lacking := missing(*needs):
+        raise UsageError(f"engine '{name}' needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
+    unknown = [option for option in options if option not in inspect.signature(make).parameters]
+    if unknown:
+        raise UsageError(f"engine '{name}' has no option '{unknown[0]}'")
+    return make(artifact, threads, **options)
+
+
+def load(source: str | Path, engine: str | None = None, *, threads: int | None = None, **options: Any) -> Engine:
+    """Loads a packed model to run it.
+
+    Args:
+        source: A packed file (`qvit pack`), a folder or a hub repository that `Artifact.from_pretrained` takes.
+        engine, threads, options: See `create_engine`.
+
+    Returns:
+        A callable: images (B, channels, height, width) to logits (B, classes).
+
+    Raises:
+        QvitError: A file that cannot be read or is not what it says.
+    """
+    path = Path(source)
+    artifact = Artifact.load(path) if path.is_file() else Artifact.from_pretrained(str(source))
+    return create_engine(artifact, engine, threads=threads, **options)

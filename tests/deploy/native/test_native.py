@@ -1,0 +1,191 @@
+"""The native engine: every product exact at the ends of its range, whole models equal to the reference."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from tiny_models import shake
+from torch import Tensor
+
+import qvit
+from qvit.deploy.engines import create_engine
+from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.integer.reference import integer_form
+from qvit.deploy.native.library import form_index, forms, multiply
+from qvit.deploy.native.vit import NativeVit, why_not
+from qvit.errors import QvitError, UsageError
+from qvit.methods.ptq.method import ptq
+
+pytestmark = pytest.mark.skipif(not (shutil.which("g++") or os.environ.get("CXX")), reason="needs a C++ compiler")
+FORMS = ("AVX-512 VNNI", "AVX2", "portable")
+SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
+
+
+def form(name: str) -> str:
+    if name not in forms():
+        pytest.skip(f"this processor has no {name}")
+    return name
+
+
+def filled(shape: tuple[int, int], low: int, high: int, how: str) -> np.ndarray[Any, Any]:
+    """Integers within a range: at one end, at both in turn, or anywhere."""
+    if how == "random":
+        return np.random.default_rng(3).integers(low, high + 1, shape)
+    ends = np.full(shape, low if how == "least" else high)
+    if how == "alternating":
+        ends[:, ::2] = low
+    return ends
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("width", range(2, 9))
+def test_products_are_exact_at_the_ends_of_every_range(name: str, width: int) -> None:
+    for other in range(2, 9):
+        low, high, most = -(2 ** (width - 1)), 2 ** (width - 1) - 1, 2 ** (other - 1)
+        for ways in (("greatest", "greatest"), ("greatest", "least"), ("least", "least"), ("alternating", "random")):
+            for m, n, k in ((7, 33, 300), (1, 1, 1)):
+                a = filled((m, k), 0, high - low, ways[0])
+                w = filled((n, k), -most, most - 1, ways[1])
+                found = multiply(a.astype(np.uint8), low, high, w.astype(np.int8), form=form(name))
+                np.testing.assert_array_equal(found, (a + low) @ w.T)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 1, 3), (13, 5, 7), (25, 31, 197), (6, 64, 768), (37, 100, 64)])
+def test_products_of_odd_sizes(name: str, m: int, n: int, k: int) -> None:
+    a, w = filled((m, k), 0, 255, "random"), filled((n, k), -128, 127, "random")
+    found = multiply(a.astype(np.uint8), 0, 255, w.astype(np.int8), form=form(name))
+    np.testing.assert_array_equal(found, a @ w.T)
+
+
+def frozen(plan: str, images: Tensor, name: str = "vit_tiny_patch16_224", probs: str = "uniform", **kwargs: Any) -> Any:
+    """A packed small model, quantized after training."""
+    torch.manual_seed(5)
+    model = shake(timm.create_model(name, **(SMALL | kwargs))).eval()
+    quantized = ptq(model, plan, [images], probs=probs, calibration_images=len(images))
+    qvit.freeze(quantized)
+    return Artifact.from_model(quantized, model_name=name, model_kwargs=SMALL | kwargs)
+
+
+def images_for(count: int = 6, size: int = 32) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
+def require_the_reference(artifact: Artifact, images: Tensor, **options: Any) -> None:
+    """Answers as the reference's: equal but for values on the edge of two integers, which few images have."""
+    reference = integer_form(artifact.model(), None, artifact.integers)
+    with torch.no_grad():
+        expected = reference(images)
+    found = create_engine(artifact, "native", **options)(images)
+    error = (found - expected).abs().amax(1) / expected.std()
+    assert found.isfinite().all() and float(error.median()) < 1e-4 and float(error.max()) < 0.3
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("plan", "probs"),
+    [("w8a8", "uniform"), ("w4a4", "uniform"), ("w3a3", "log2"), ("w4a4", "log-sqrt2"), ("w2a8", "uniform")],
+)
+def test_models_answer_as_the_reference(name: str, plan: str, probs: str) -> None:
+    require_the_reference(frozen(plan, images_for(), probs=probs), images_for(), form=form(name), threads=2)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"init_values": 0.1},
+        {"global_pool": "avg"},
+        {"global_pool": "avg", "fc_norm": False, "reg_tokens": 3, "no_embed_class": True},
+        {"pre_norm": True, "qkv_bias": False},
+        {"act_layer": "quick_gelu"},
+        {"act_layer": "silu"},
+        {"act_layer": "gelu_tanh"},
+        {"act_layer": "relu"},
+        {"in_chans": 3, "class_token": False, "global_pool": "avg"},
+        {"img_size": (32, 64)},
+        {"qk_norm": True},
+        {"qk_norm": True, "norm_layer": "rmsnorm"},
+    ],
+    ids=str,
+)
+def test_variants_answer_as_the_reference(kwargs: dict[str, Any]) -> None:
+    images = images_for() if "img_size" not in kwargs else torch.randn(6, 3, 32, 64)
+    require_the_reference(frozen("w8a8", images, **kwargs), images)
+
+
+def test_widths_of_heads_may_differ() -> None:
+    images = images_for()
+    torch.manual_seed(5)
+    model = shake(timm.create_model("vit_tiny_patch16_224", **SMALL)).eval()
+    plan = qvit.QuantPlan.preset("w4a4").with_rules(
+        *(qvit.Rule(f"blocks.*.attn.{site}", {"bit_width": (2, 8, 3)}) for site in ("query", "key", "value", "output")),
+        qvit.Rule("blocks.*.attn.probs", {"bit_width": (8, 3, 5)}),
+    )
+    quantized = qvit.quantize(model, plan)
+    qvit.calibrate(quantized, [images])
+    qvit.freeze(quantized)
+    artifact = Artifact.from_model(quantized, model_name="vit_tiny_patch16_224", model_kwargs=SMALL)
+    require_the_reference(artifact, images)
+
+
+def test_the_answer_depends_on_neither_threads_nor_batch_nor_form() -> None:
+    images = images_for(9)
+    artifact = frozen("w4a8", images)
+    expected = create_engine(artifact, "native", threads=1)(images)
+    for threads in (2, 3, 7):
+        assert torch.equal(create_engine(artifact, "native", threads=threads)(images), expected)
+    engine = create_engine(artifact, "native", threads=2)
+    assert torch.equal(torch.cat([engine(image[None]) for image in images]), expected)
+    for name in forms():
+        assert torch.equal(create_engine(artifact, "native", form=name)(images), expected)
+
+
+def test_many_python_threads_and_a_fork() -> None:
+    images = images_for(4)
+    engine = create_engine(frozen("w8a8", images), "native", threads=2)
+    expected = engine(images)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(lambda _: engine(images), range(40)))
+    child = os.fork()
+    if child == 0:
+        same = np.array_equal(engine.model(images.numpy()), expected.numpy())
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert torch.equal(engine(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "plan", "reason"),
+    [
+        ({"scale_attn_norm": True}, "w8a8", "a norm in its attention"),
+        ({"num_classes": 0}, "w8a8", "no classifier"),
+        ({"global_pool": "max"}, "w8a8", "pools tokens by 'max'"),
+        ({"scale_mlp_norm": True}, "w8a8", "a norm in its MLP"),
+        ({"dynamic_img_size": True}, "w8a8", "image size is not fixed"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_run_is_named(kwargs: dict[str, Any], plan: str, reason: str) -> None:
+    artifact = frozen(plan, images_for(2), **kwargs)
+    assert any(reason in each for each in why_not(integer_form(artifact.model(), None, artifact.integers)))
+    with pytest.raises(UsageError, match="engine 'native' does not run this model"):
+        create_engine(artifact, "native")
+
+
+def test_wrong_requests() -> None:
+    images = images_for(2)
+    artifact = frozen("w8a8", images)
+    engine = create_engine(artifact, "native")
+    for wrong in (images[:0], images[:, :, :16], images[0]):
+        with pytest.raises(UsageError, match=r"images of shape \(B, 3, 32, 32\)"):
+            engine(wrong)
+    with pytest.raises(QvitError, match="no form 'AMX'"):
+        NativeVit(integer_form(artifact.model(), None, artifact.integers), form="AMX")
+    assert form_index(None) == 0
