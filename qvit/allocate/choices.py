@@ -16,6 +16,10 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
 from qvit.allocate.problem import Problem
 from qvit.allocate.units import Unit
 from qvit.errors import UsageError, nearest
@@ -77,12 +81,16 @@ def choices(
     counts = {name: len(sensitivity.table[name]) if name in sensitivity.table else 1 for name in cost.sites}
     flat = [(name, head) for name, count in counts.items() for head in range(count)]
     pinned = _pins(cost, sensitivity, pins, boundary)
-    place: dict[int, int] = {}
-    roots = _roots(flat, _tied(cost, counts, ties))
-    unit_of = [place.setdefault(root, len(place)) for root in roots]
-    members: list[list[tuple[str, int]]] = [[] for _ in place]
-    for own, index in zip(flat, unit_of, strict=True):
-        members[index].append(own)
+    index = {own: position for position, own in enumerate(flat)}
+    tied = np.array([(index[g[0]], index[own]) for g in _tied(cost, counts, ties) for own in g], dtype=int).reshape(
+        -1, 2
+    )
+    links = coo_array((np.ones(len(tied)), tuple(tied.T)), shape=(len(flat), len(flat)))
+    number, labels = connected_components(links, directed=False)
+    unit_of = labels.tolist()
+    members: list[list[tuple[str, int]]] = [[] for _ in range(number)]
+    for own, unit_index in zip(flat, unit_of, strict=True):
+        members[unit_index].append(own)
     options = [_options(cost, sensitivity, unit, own, pinned) for own in members]
     damages = [
         [sum(sensitivity.damage(*m, width) for m in own if m[0] in sensitivity.table) for width in widths]
@@ -106,16 +114,13 @@ def _options(
     names = list(dict.fromkeys(name for name, _ in members))
     if any(name not in sensitivity.table for name in names):
         return [FLOAT_BITS]
-    fixed = {name: pinned[name] for name in names if name in pinned}
-    if len(set(fixed.values())) > 1:
-        (first, one), (second, other) = (
-            list(fixed.items())[0],
-            next(p for p in fixed.items() if p[1] != list(fixed.values())[0]),
-        )
+    fixed = {pinned[name]: name for name in reversed(names) if name in pinned}
+    if len(fixed) > 1:
+        (other, second), (one, first) = list(fixed.items())[-2:]
         raise UsageError(
             f"'{first}' (pinned to {one} bits) is tied to '{second}' (pinned to {other}): change a pin or the tie"
         )
-    widths = [next(iter(fixed.values()))] if fixed else list(sensitivity.widths)
+    widths = list(fixed or sensitivity.widths)
     for name in names:
         row = unit.latency.get(name)
         if row is not None and not (widths := [width for width in widths if width in row]):
@@ -127,12 +132,10 @@ def _pins(cost: CostModel, sensitivity: Sensitivity, pins: Iterable[Pin], bounda
     """Width by site; the last pin wins."""
     if boundary is not None and not 2 <= boundary <= 16:
         raise UsageError(f"boundary {boundary} must lie between 2 and 16 bits, or be None for free")
-    ends = {name for name, site in cost.sites.items() if site.position != "block"}
-    pinned = (
-        {}
-        if boundary is None
-        else {name: boundary for name in cost.sites if name in ends and name in sensitivity.table}
-    )
+    pinned: dict[str, int] = {}
+    if boundary is not None:
+        ends = [name for name, site in cost.sites.items() if site.position != "block"]
+        pinned = {name: boundary for name in ends if name in sensitivity.table}
     for pin in pins:
         pattern, bits = _parsed_pin(pin)
         matching = [name for name in fnmatch.filter(cost.sites, pattern) if name in sensitivity.table]
@@ -185,20 +188,3 @@ def _wildcards(pattern: str, name: str) -> tuple[str, ...] | None:
     parts = {"*": "(.*)", "?": "(.)"}
     match = re.fullmatch("".join(parts.get(letter) or re.escape(letter) for letter in pattern), name)
     return None if match is None else match.groups()
-
-
-def _roots(flat: list[tuple[str, int]], groups: list[list[tuple[str, int]]]) -> list[int]:
-    """For every width the first one that it is tied to, directly or through others."""
-    index = {own: position for position, own in enumerate(flat)}
-    parent = list(range(len(flat)))
-
-    def root(position: int) -> int:
-        while parent[position] != position:
-            position = parent[position]
-        return position
-
-    for group in groups:
-        for own in group[1:]:
-            one, other = sorted((root(index[group[0]]), root(index[own])))
-            parent[other] = one
-    return [root(position) for position in range(len(flat))]

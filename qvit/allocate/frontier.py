@@ -16,7 +16,6 @@ alone.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from qvit.measure import Sensitivity, agreement_of
 from qvit.plan.cost import CostModel
 
 FORMAT, VERSION = "qvit-frontier", 1
+Corner = tuple[float, float, list[int]]  # cost, damage, answer
 
 
 @dataclass(frozen=True)
@@ -95,16 +95,11 @@ def frontier_report(
     """
     kind = Unit.of(unit, cost)
     problem = choices(cost, sensitivity, kind, pins, ties, boundary)
-    uniform = [
-        (
-            f"{bits} bit",
-            {name: (bits if cost.sites[name].position == "block" else boundary or bits,) for name in cost.sites},
-        )
-        for bits in sensitivity.widths
-        if all(bits in kind.latency[site] for site in kind.latency if cost.sites[site].position == "block")
-    ]
-    if len(sensitivity.table) < len(cost.sites):
-        uniform = []  # where some sites stay in float, no plan is uniform
+    uniform = []
+    for bits in sensitivity.widths if len(sensitivity.table) == len(cost.sites) else ():  # else no plan is uniform
+        widths = {name: (bits if site.position == "block" else boundary or bits,) for name, site in cost.sites.items()}
+        if all(bits in row for name, row in kind.latency.items() if cost.sites[name].position == "block"):
+            uniform.append((f"{bits} bit", widths))
     marked = {
         key: [{"name": name} | _point(widths, cost, sensitivity, kind).to_json() for name, widths in plans]
         for key, plans in (("chosen", list(chosen)), ("uniform", uniform))
@@ -123,13 +118,8 @@ def frontier_report(
 
 
 def _point(widths: Mapping[str, Sequence[int]], cost: CostModel, sensitivity: Sensitivity, unit: Unit) -> Point:
-    return Point(
-        unit.total(cost, widths),
-        sensitivity.predicted(widths),
-        dict(widths),
-        cost.bit_operations(widths),
-        cost.weight_bytes(widths),
-    )
+    own = (cost.bit_operations(widths), cost.weight_bytes(widths))
+    return Point(unit.total(cost, widths), sensitivity.predicted(widths), widths, *own)
 
 
 def _points(problem: Choices, cost: CostModel, sensitivity: Sensitivity, unit: Unit, limit: int) -> list[Point]:
@@ -137,11 +127,11 @@ def _points(problem: Choices, cost: CostModel, sensitivity: Sensitivity, unit: U
     return [_point(problem.widths(answer), cost, sensitivity, unit) for _, _, answer in corners]
 
 
-def lower_hull(problem: Choices, limit: int) -> list[tuple[float, float, list[int]]]:
-    """At most `limit` corners of the hull as (cost, damage, answer), cost ascending."""
+def lower_hull(problem: Choices, limit: int) -> list[Corner]:
+    """At most `limit` corners of the hull, cost ascending."""
     relaxation, task = Relaxation(problem.problem), problem.problem
 
-    def corner(answer: list[int]) -> tuple[float, float, list[int]]:
+    def corner(answer: list[int]) -> Corner:
         return task.cost(answer), task.damage(answer), answer
 
     largest = max(sum(map(max, task.damages)), 1e-30)
@@ -152,23 +142,21 @@ def lower_hull(problem: Choices, limit: int) -> list[tuple[float, float, list[in
     if len(found) == 1:
         return found
     across, down = good[0] - cheap[0], cheap[1] - good[1]
-    heap: list[tuple[float, int, Any, Any]] = []
-    count = 0
 
-    def push(one: Any, other: Any) -> None:
-        nonlocal count
-        count += 1
-        heapq.heappush(heap, (-max((other[0] - one[0]) / across, (one[1] - other[1]) / down), count, one, other))
+    def gap(pair: tuple[Corner, Corner]) -> float:
+        one, other = pair
+        return max((other[0] - one[0]) / across, (one[1] - other[1]) / down)
 
-    push(cheap, good)
-    while heap and len(found) < limit:
-        _, _, one, other = heapq.heappop(heap)
+    pairs = [(cheap, good)]
+    while pairs and len(found) < limit:
+        widest = max(pairs, key=gap)
+        pairs.remove(widest)
+        one, other = widest
         price = (one[1] - other[1]) / (other[0] - one[0])
         new = corner(relaxation.minimise(price))
         below = (one[1] + price * one[0]) - (new[1] + price * new[0])
         inside = one[0] < new[0] < other[0] and other[1] < new[1] < one[1]
         if inside and below > 1e-12 * (one[1] + price * one[0]):
             found.append(new)
-            push(one, new)
-            push(new, other)
+            pairs += [(one, new), (new, other)]
     return sorted(found, key=lambda point: point[:2])

@@ -10,7 +10,8 @@ second. A unit is one width: a site, one head of it, or several that are tied.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,63 @@ class Problem:
         """The total damage of integer widths."""
         own = zip(self.options, self.damages, widths, strict=True)
         return sum(damages[options.index(width)] for options, damages, width in own)
+
+    @cached_property
+    def neighbours(self) -> list[list[tuple[int, int]]]:
+        """For each unit the coefficients of its products, and the other units; a square has the unit itself."""
+        found: list[list[tuple[int, int]]] = [[] for _ in self.options]
+        for c, i, j in zip(self.coefficients, self.left, self.right, strict=True):
+            found[i].append((c, j))
+            if i != j:
+                found[j].append((c, i))
+        return found
+
+    def extra(self, widths: Sequence[int], unit: int, width: int) -> float:
+        """What the cost grows by where one unit gets another width."""
+        old, options = widths[unit], self.options[unit]
+        grown = sum(
+            c * (width**2 - old**2 if other == unit else (width - old) * widths[other])
+            for c, other in self.neighbours[unit]
+        )
+        if self.additive:
+            costs = self.additive[unit]
+            grown += costs[options.index(width)] - costs[options.index(old)]
+        return grown
+
+    def restricted(self, options: Sequence[Sequence[int]]) -> Problem:
+        """The same with some of the options alone."""
+
+        def kept(values: Sequence[Sequence[float]]) -> list[list[float]]:
+            own = zip(self.options, values, options, strict=True)
+            return [[row[known.index(width)] for width in some] for known, row, some in own]
+
+        additive = kept(self.additive) if self.additive else self.additive
+        return replace(self, options=options, damages=kept(self.damages), additive=additive)
+
+
+def filled(problem: Problem, widths: Sequence[int], *, steps: int | None = None) -> list[int]:
+    """Spends what is left of the budget: gives one unit at a time another option, most damage saved first.
+
+    Args:
+        problem: The problem.
+        widths: An answer within the budget.
+        steps: How many options further a unit may go at once; None for any option, narrower ones too.
+    """
+    current = list(widths)
+    while True:
+        room = problem.budget - problem.cost(current)
+        best: tuple[float, int, int] | None = None
+        for unit, (options, damages) in enumerate(zip(problem.options, problem.damages, strict=True)):
+            here = options.index(current[unit])
+            reach = range(len(options)) if steps is None else range(here + 1, min(here + 1 + steps, len(options)))
+            for n in reach:
+                gain = damages[here] - damages[n]
+                better = gain > 0 and (best is None or gain > best[0])
+                if better and problem.extra(current, unit, options[n]) <= room:
+                    best = (gain, unit, options[n])
+        if best is None:
+            return current
+        before = list(current)
+        current[best[1]] = best[2]
+        if problem.cost(current) > problem.budget:  # by the last digit of a float
+            return before

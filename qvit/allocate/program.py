@@ -26,10 +26,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from qvit.allocate.problem import Problem
+from qvit.allocate.problem import Problem, filled
 from qvit.allocate.relaxation import reduced
 from qvit.errors import QvitError
 
@@ -62,24 +63,7 @@ def solve(problem: Problem, *, exact: bool = True) -> list[int]:
     candidates += [] if found is None else [found]
     candidates += [] if candidates and exact else [_greedy(problem)]
     fitting = [answer for answer in candidates if problem.cost(answer) <= problem.budget]
-    return _spend_rest(problem, min(fitting, key=problem.damage))
-
-
-def _spend_rest(problem: Problem, widths: list[int]) -> list[int]:
-    """Raises one unit at a time, the one that saves most damage, while the budget has room."""
-    while True:
-        best: tuple[float, list[int]] | None = None
-        for unit, (options, damages) in enumerate(zip(problem.options, problem.damages, strict=True)):
-            position = options.index(widths[unit])
-            if position + 1 < len(options):
-                gain = damages[position] - damages[position + 1]
-                if gain > 0 and (best is None or gain > best[0]):
-                    raised = [*widths[:unit], options[position + 1], *widths[unit + 1 :]]
-                    if problem.cost(raised) <= problem.budget:
-                        best = (gain, raised)
-        if best is None:
-            return widths
-        widths = best[1]
+    return filled(problem, min(fitting, key=problem.damage), steps=1)
 
 
 def _greedy(problem: Problem) -> list[int]:
@@ -90,76 +74,63 @@ def _greedy(problem: Problem) -> list[int]:
     widths = [
         options[int(np.argmin(damages))] for options, damages in zip(problem.options, problem.damages, strict=True)
     ]
-    neighbours: list[list[tuple[float, int]]] = [[] for _ in widths]
-    for c, i, j in zip(problem.coefficients, problem.left, problem.right, strict=True):
-        neighbours[i].append((c, j))
-        neighbours[j].append((c, i))
-    total = problem.cost(widths)
-    while total > problem.budget:
-        best: tuple[float, int, int, float] | None = None
+    while problem.cost(widths) > problem.budget:
+        best: tuple[float, int, int] | None = None
         for unit, (options, damages) in enumerate(zip(problem.options, problem.damages, strict=True)):
             position = options.index(widths[unit])
-            if not position:
-                continue
-            saved = sum(c * widths[other] for c, other in neighbours[unit]) * (widths[unit] - options[position - 1])
-            if problem.additive:
-                saved += problem.additive[unit][position] - problem.additive[unit][position - 1]
+            saved = -problem.extra(widths, unit, options[position - 1]) if position else 0
             if saved > 0:
                 price = (damages[position - 1] - damages[position]) / saved
                 if best is None or price < best[0]:
-                    best = (price, unit, options[position - 1], saved)
+                    best = (price, unit, options[position - 1])
         if best is None:
             raise QvitError(f"no allocation fits into a budget of {problem.budget}")
         widths[best[1]] = best[2]
-        total = problem.cost(widths)
     return widths
 
 
 def _integer_program(problem: Problem, exact: bool, excluded: Sequence[Sequence[int]]) -> list[int] | None:
     """The widths that HiGHS finds, none of those that are excluded, or None."""
     start = np.cumsum([0, *(len(options) for options in problem.options)])
-    size = int(start[-1])
-    pairs = [(c, i, j) for c, i, j in zip(problem.coefficients, problem.left, problem.right, strict=True) if c]
-    base = size + np.cumsum([0, *(len(problem.options[i]) * len(problem.options[j]) for _, i, j in pairs)])
-    rows: list[int] = []
-    columns: list[int] = []
-    values: list[float] = []
+    size = total = int(start[-1])
+    rows: list[NDArray[Any]] = []
+    columns: list[NDArray[Any]] = []
+    values: list[NDArray[Any]] = []
     limits: list[float] = []
 
-    def add_row(entries: list[tuple[int, float]], right_hand_side: float) -> None:
-        rows.extend([len(limits)] * len(entries))
-        columns.extend(column for column, _ in entries)
-        values.extend(value for _, value in entries)
+    def add_row(own_columns: NDArray[Any], own_values: NDArray[Any], right_hand_side: float) -> None:
+        rows.append(np.full(len(own_columns), len(limits)))
+        columns.append(own_columns)
+        values.append(own_values)
         limits.append(right_hand_side)
 
     for unit, options in enumerate(problem.options):
-        add_row([(int(start[unit]) + n, 1.0) for n in range(len(options))], 1.0)
-    budget_row: list[tuple[int, float]] = []
-    unit_cost = max(1e-9, problem.budget / 1e4) if problem.additive else max(1.0, problem.budget / 1e4)
-    for position, (c, i, j) in enumerate(pairs):
-        many = len(problem.options[j])
-        first = int(base[position])
-        for n, width in enumerate(problem.options[i]):
-            add_row([(first + n * many + m, 1.0) for m in range(many)] + [(int(start[i]) + n, -1.0)], 0.0)
-            budget_row += [
-                (first + n * many + m, c * width * other / unit_cost) for m, other in enumerate(problem.options[j])
-            ]
-        for m in range(many):
-            add_row(
-                [(first + n * many + m, 1.0) for n in range(len(problem.options[i]))] + [(int(start[j]) + m, -1.0)], 0.0
-            )
+        add_row(start[unit] + np.arange(len(options)), np.ones(len(options)), 1.0)
+    costs: list[tuple[NDArray[Any], NDArray[Any]]] = []  # columns and values of the budget's row
+    for c, i, j in zip(problem.coefficients, problem.left, problem.right, strict=True):
+        if not c:
+            continue
+        products = c * np.outer(problem.options[i], problem.options[j])
+        z = total + np.arange(products.size).reshape(products.shape)
+        total += products.size
+        costs.append((z.ravel(), products.ravel()))
+        for unit, sums in ((i, z), (j, z.T)):
+            for n, own in enumerate(sums):
+                add_row(np.append(own, start[unit] + n), np.append(np.ones(len(own)), -1.0), 0.0)
     if problem.additive:
-        for unit, own in enumerate(problem.additive):
-            budget_row += [(int(start[unit]) + n, value / unit_cost) for n, value in enumerate(own)]
+        costs.append((np.arange(size), np.concatenate(problem.additive)))
     equalities = len(limits)
-    add_row(budget_row, problem.budget / unit_cost)
+    unit_cost = max(1e-9 if problem.additive else 1.0, problem.budget / 1e4)
+    if costs:
+        found, prices = (np.concatenate(parts) for parts in zip(*costs, strict=True))
+        add_row(found, prices / unit_cost, problem.budget / unit_cost)
     for widths in excluded:
-        chosen = [int(start[unit]) + options.index(widths[unit]) for unit, options in enumerate(problem.options)]
-        add_row([(column, 1.0) for column in chosen], len(chosen) - 1.0)
+        chosen = [start[unit] + options.index(widths[unit]) for unit, options in enumerate(problem.options)]
+        add_row(np.array(chosen), np.ones(len(chosen)), len(chosen) - 1.0)
     lower = np.array(limits)
     lower[equalities:] = -np.inf
-    total = int(base[-1])
-    matrix = coo_array((values, (rows, columns)), shape=(len(limits), total)).tocsr()
+    entries = (np.concatenate(rows), np.concatenate(columns))
+    matrix = coo_array((np.concatenate(values), entries), shape=(len(limits), total)).tocsr()
     # What all options of a unit have in common would only drown their differences in the solver's tolerance.
     damages = [np.asarray(own, dtype=float) for own in problem.damages]
     damage = np.concatenate([own - own.min() for own in damages] if exact else damages)

@@ -15,12 +15,11 @@ moves one unit at a time until none improves, which is a good answer and not a p
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qvit.allocate.problem import Problem
+from qvit.allocate.problem import Problem, filled
 
 _HALVINGS = 60
 
@@ -140,7 +139,7 @@ def reduced(problem: Problem) -> tuple[Problem, list[int]] | None:
         return None
     free = relaxation.minimise(0.0)
     if problem.cost(free) <= problem.budget:
-        return replace(problem, **_kept(problem, [[width] for width in free])), free
+        return problem.restricted([[width] for width in free]), free
     best = cheapest
     low, high = 0.0, 1e-30
     spread = max(max(own) - min(own) for own in problem.damages)
@@ -154,55 +153,15 @@ def reduced(problem: Problem) -> tuple[Problem, list[int]] | None:
             best = min(best, answer, key=problem.damage)
         else:
             low = middle
-    best = _filled(problem, best)
+    best = filled(problem, best)
     limit = problem.damage(best)
     allowed = np.isfinite(relaxation.damages)
     for price in (low, high):
         _, values = relaxation.bounds(price)
         slack = 1e-9 * (abs(limit) + abs(price * problem.budget))
         allowed &= values - price * problem.budget <= limit + slack
-    kept = []
-    for unit, options in enumerate(problem.options):
-        kept.append([width for n, width in enumerate(options) if allowed[unit, n] or width == best[unit]])
-    return replace(problem, **_kept(problem, kept)), best
-
-
-def _filled(problem: Problem, widths: list[int]) -> list[int]:
-    """Spends what is left of the budget, one option of one unit at a time, most damage saved first."""
-    current = list(widths)
-    room = problem.budget - problem.cost(current)
-    neighbours: list[list[tuple[float, int]]] = [[] for _ in current]
-    for c, i, j in zip(problem.coefficients, problem.left, problem.right, strict=True):
-        neighbours[i].append((c, j))
-        if i != j:
-            neighbours[j].append((c, i))
-    while True:
-        best: tuple[float, int, int, float] | None = None
-        for unit, (options, damages) in enumerate(zip(problem.options, problem.damages, strict=True)):
-            here = options.index(current[unit])
-            for n, width in enumerate(options):
-                gain = damages[here] - damages[n]
-                if gain <= 0 or (best is not None and gain <= best[0]):
-                    continue
-                extra = sum(
-                    c * (width**2 - current[unit] ** 2 if other == unit else (width - current[unit]) * current[other])
-                    for c, other in neighbours[unit]
-                )
-                extra += problem.additive[unit][n] - problem.additive[unit][here] if problem.additive else 0
-                if extra <= room:
-                    best = (gain, unit, width, extra)
-        if best is None:
-            return current
-        current[best[1]] = best[2]
-        room = problem.budget - problem.cost(current)
-
-
-def _kept(problem: Problem, options: list[list[int]]) -> dict[str, list[list[int]] | list[list[float]]]:
-    """Options, damages and additive costs of the options that stay."""
-    places = [[own.index(width) for width in kept] for own, kept in zip(problem.options, options, strict=True)]
-    parts = {"damages": problem.damages} | ({"additive": problem.additive} if problem.additive else {})
-    taken = {
-        key: [[own[n] for n in place] for own, place in zip(values, places, strict=True)]
-        for key, values in parts.items()
-    }
-    return {"options": options, **taken}
+    kept = [
+        [width for n, width in enumerate(options) if allowed[unit, n] or width == best[unit]]
+        for unit, options in enumerate(problem.options)
+    ]
+    return problem.restricted(kept), best

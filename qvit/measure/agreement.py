@@ -26,12 +26,13 @@ def agreement_of(predicted: Sensitivity, measured: Sensitivity) -> dict[str, Any
         UsageError: If fewer than three values are in common.
     """
     widths = [width for width in predicted.widths if width in measured.widths]
+    columns = [(width, predicted.widths.index(width), measured.widths.index(width)) for width in widths]
     rows = [
-        [site, head, width, _value(predicted, site, head, width), _value(measured, site, head, width)]
-        for site in predicted.raw
-        if site in measured.raw and len(predicted.raw[site]) == len(measured.raw[site])
-        for head in range(len(predicted.raw[site]))
-        for width in widths
+        [site, head, width, float(values[head, own]), float(measured.raw[site][head, other])]
+        for site, values in predicted.raw.items()
+        if site in measured.raw and len(values) == len(measured.raw[site])
+        for head in range(len(values))
+        for width, own, other in columns
     ]
     if len(rows) < 3:
         raise UsageError("the two sensitivities have next to nothing in common: were they measured on the same model?")
@@ -50,10 +51,6 @@ def agreement_of(predicted: Sensitivity, measured: Sensitivity) -> dict[str, Any
         "columns": ["site", "head", "width", "predicted", "measured"],
         "rows": rows,
     }
-
-
-def _value(table: Sensitivity, site: str, head: int, width: int) -> float:
-    return float(table.raw[site][head, table.widths.index(width)])
 
 
 def _rank_correlation(rows: list[list[Any]]) -> float | None:

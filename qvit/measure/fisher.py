@@ -28,8 +28,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from qvit.measure.metric import Table, Task, register_metric
+from qvit.measure.metric import Task, register_metric
 from qvit.measure.probe import require_finite
+from qvit.measure.table import Table
 
 _GENERATOR = "generator"
 

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from qvit.measure.fisher import Sums
-from qvit.measure.metric import Table, Task, register_metric
+from qvit.measure.metric import Task, register_metric
 from qvit.measure.probe import require_finite
+from qvit.measure.table import Table
 
 
 @register_metric("hessian")

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qvit.measure.metric import Table, Task, register_metric
+from qvit.measure.metric import Task, register_metric
 from qvit.measure.prefix import Prefix
 from qvit.measure.probe import divergence_terms, require_finite
+from qvit.measure.table import Table
 
 
 @register_metric("kl")

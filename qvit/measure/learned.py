@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from qvit.errors import UsageError
-from qvit.measure.metric import Table, Task, register_metric
+from qvit.measure.metric import Task, register_metric
+from qvit.measure.table import Table
 from qvit.models.convert import Stage, stage_of
 from qvit.models.families import inspect_model
 from qvit.quantizers import quantizers_of

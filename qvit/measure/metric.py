@@ -5,22 +5,19 @@ A metric is a file of this folder, or of a plugin, with one function under `@reg
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qvit.measure.partial import Partial
 from qvit.measure.probe import Probe
+from qvit.measure.table import Table
 from qvit.plan.quant_plan import QuantPlan
 from qvit.registry import Registry
-
-Table = Mapping[str, NDArray[np.float64]]
 
 
 @dataclass
@@ -65,6 +62,9 @@ class Task:
         return Partial(self.file, self.probe, self.widths, self.batches, (self.metric, self.seed))
 
 
+Measure = Callable[[Task], Table]
+
+
 class Metric(NamedTuple):
     """An entry of `METRICS`.
 
@@ -73,19 +73,17 @@ class Metric(NamedTuple):
         reads_images: Whether it measures a float model with images; else it reads a trained model.
     """
 
-    table: Callable[[Task], Table]
+    table: Measure
     reads_images: bool
 
 
 METRICS: Registry[str, Metric] = Registry("metric", "qvit.measure")
 
 
-def register_metric(
-    name: str, *, reads_images: bool = True
-) -> Callable[[Callable[[Task], Table]], Callable[[Task], Table]]:
+def register_metric(name: str, *, reads_images: bool = True) -> Callable[[Measure], Measure]:
     """Decorator: makes a function available as a metric."""
 
-    def register(table: Callable[[Task], Table]) -> Callable[[Task], Table]:
+    def register(table: Measure) -> Measure:
         METRICS.register(name)(Metric(table, reads_images))
         return table
 

@@ -33,19 +33,8 @@ from qvit.plan.spec import MOST_HEADS, MOST_SITES, Site
 FORMAT, VERSION = "qvit-sensitivity", 1
 _LARGEST, _LONGEST_NAME = 1e30, 500  # sums of many such numbers are finite
 Table = Mapping[str, NDArray[np.float64]]
-_KEYS = (
-    "format",
-    "version",
-    "model",
-    "metric",
-    "images",
-    "seed",
-    "seconds",
-    "type_normalised",
-    "widths",
-    "plan",
-    "sites",
-)
+_KINDS = {"model": str, "metric": str, "images": int, "seed": int, "type_normalised": bool}
+_KEYS = ("format", "version", *_KINDS, "seconds", "widths", "plan", "sites")
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,18 +120,21 @@ class Sensitivity:
             raise UsageError(f"{missing[0]} bit was not measured; this sensitivity has the widths {measured}")
         columns = [self.widths.index(width) for width in kept]
         raw = {site: values[:, columns] for site, values in self.raw.items()}
-        fields = {name: getattr(self, name) for name in ("model", "metric", "images", "seed", "seconds", "plan")}
-        return Sensitivity.from_raw(raw, widths=kept, type_normalised=self.type_normalised, **fields)
+        names = ("model", "metric", "images", "seed", "seconds", "plan", "type_normalised")
+        return Sensitivity.from_raw(raw, widths=kept, **{name: getattr(self, name) for name in names})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data in the format above."""
-        data: dict[str, Any] = {"format": FORMAT, "version": VERSION}
-        data |= {key: getattr(self, key) for key in ("model", "metric", "images", "seed", "seconds", "type_normalised")}
-        data |= {"widths": list(self.widths), "plan": None if self.plan is None else self.plan.to_json()}
-        data["sites"] = {
-            name: {"table": self.table[name].tolist(), "raw": self.raw[name].tolist()} for name in self.table
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            **{key: getattr(self, key) for key in ("model", "metric", "images", "seed", "seconds", "type_normalised")},
+            "widths": list(self.widths),
+            "plan": None if self.plan is None else self.plan.to_json(),
+            "sites": {
+                name: {"table": own.tolist(), "raw": self.raw[name].tolist()} for name, own in self.table.items()
+            },
         }
-        return data
 
     @classmethod
     def from_json(cls, data: Any) -> Sensitivity:
@@ -156,8 +148,8 @@ class Sensitivity:
                 raise UsageError(f"unknown key {shown(key)} in a sensitivity{nearest(key, _KEYS)}")
         if missing := [key for key in _KEYS if key not in data]:
             raise UsageError(f"the sensitivity lacks the key '{missing[0]}'")
-        for key, kind in (("model", str), ("metric", str), ("images", int), ("seed", int), ("type_normalised", bool)):
-            if not isinstance(data[key], kind) or (kind is int and isinstance(data[key], bool)):
+        for key, kind in _KINDS.items():
+            if type(data[key]) is not kind:
                 raise UsageError(f"'{key}' of a sensitivity must be {kind.__name__}, not {shown(data[key])}")
             if kind is str and len(data[key]) > _LONGEST_NAME:
                 raise UsageError(f"'{key}' of a sensitivity has {len(data[key]):,} characters")
@@ -186,7 +178,7 @@ class Sensitivity:
             if (table[name] < 0).any() or (np.diff(table[name], axis=1) > 0).any():
                 raise UsageError(f"'table' of site '{name}' must not be negative and must not increase with the width")
         plan = None if data["plan"] is None else QuantPlan.from_json(data["plan"])
-        fields = {key: data[key] for key in ("model", "metric", "images", "seed", "type_normalised")}
+        fields = {key: data[key] for key in _KINDS}
         return cls(**fields, seconds=float(data["seconds"]), widths=widths, table=table, raw=raw, plan=plan)
 
     def save(self, path: str | Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qvit.deploy.file import packing
-from qvit.deploy.file.packing import code_dtype, pack, pack_site, packed_size, site_size, unpack, unpack_site
+from qvit.deploy.file.packing import code_dtype, pack_site, site_size, unpack_site
 from qvit.errors import QvitError, UsageError
 from qvit.functional import integer_range
 from qvit.plan.cost import CostModel
@@ -19,6 +19,15 @@ from qvit.plan.spec import Layout, Site, TensorSpec
 
 ROWS = Layout(view=(3, 2, 5), heads=(3, 1, 1), channels=(3, 2, 1))
 COLUMNS = Layout(view=(5, 3, 2), heads=(3, 1), channels=(5, 1, 1))
+
+
+def pack(codes: Tensor, width: int, signed: bool) -> Tensor:
+    """Codes of one width."""
+    return pack_site(codes, [width], signed, Layout())
+
+
+def unpack(packed: Tensor, width: int, count: int, signed: bool) -> Tensor:
+    return unpack_site(packed, (count,), [width], signed, Layout())
 
 
 def random_codes(shape: tuple[int, ...], width: int, signed: bool, seed: int = 0) -> Tensor:
@@ -55,10 +64,10 @@ def test_identity_at_every_length(width: int, signed: bool) -> None:
     for length in range(71):
         codes = random_codes((length,), width, signed, seed=length)
         packed = pack(codes, width, signed)
-        assert len(packed) == math.ceil(length * width / 8) == packed_size(length, width)
+        assert len(packed) == math.ceil(length * width / 8) == site_size(length, [width])
         assert packed.dtype == torch.uint8
         found = unpack(packed, width, length, signed)
-        assert torch.equal(found.int(), codes) and found.dtype == code_dtype(width, signed)
+        assert torch.equal(found.int(), codes) and found.dtype == code_dtype([width], signed)
 
 
 @given(width=st.integers(1, 16), signed=st.booleans(), length=st.integers(0, 70), data=st.data())
@@ -108,7 +117,7 @@ def test_long_tensors_go_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
      (9, True, torch.int16), (16, True, torch.int16), (16, False, torch.int32)],
 )  # fmt: skip
 def test_the_smallest_type_that_holds_all_codes(width: int, signed: bool, dtype: torch.dtype) -> None:
-    assert code_dtype(width, signed) == dtype == code_dtype([1, width], signed)
+    assert code_dtype([width], signed) == dtype == code_dtype([1, width], signed)
     codes = torch.tensor(integer_range(width, signed))
     assert unpack(pack(codes, width, signed), width, 2, signed).tolist() == codes.tolist()
 

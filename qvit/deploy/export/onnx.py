@@ -4,10 +4,10 @@
                                                        ├─ MatMul ── Add(bias)
            integers of W ── DequantizeLinear(s_w) ─────┘
 
-The integer form of a model (`integer.py`) is traced by torch.export, with an arithmetic that writes these nodes for
-every product. Runtimes fuse the DQ nodes with the product, and apply scales after the sum. A scale per head on a Q or
-DQ node makes ONNX Runtime fail: there the tensor is divided by the vector of scales first, Q and DQ have the scale 1,
-and the vector is multiplied in after the product. Either way sums are exact, in integers or in float32.
+The integer form of a model (`integer/reference.py`) is traced by torch.export, with an arithmetic that writes these
+nodes for every product. Runtimes fuse the DQ nodes with the product, and apply scales after the sum. A scale per head
+on a Q or DQ node makes ONNX Runtime fail: there the tensor is divided by the vector of scales first, Q and DQ have the
+scale 1, and the vector is multiplied in after the product. Either way sums are exact, in integers or in float32.
 
 Widths are those of the plan: below 8 bits a Clip precedes the Q node, with a vector of limits where heads differ.
 
@@ -17,8 +17,8 @@ What runs on which integers is decided by the *dialect*, because runtimes differ
                    16-bit pairs that saturate: ONNX Runtime's own int8 models are wrong there, silently. Where a probe
                    finds them exact, uint8 × int8: the pair with VNNI kernels.
     openvino       int8 × int8, zero points nowhere: the only form in which all its layers take the int8 path.
-                   Saturates likewise; where a probe finds that (`engines.py`), products that could overflow stay codes
-                   in float32, exact up to 2^24.
+                   Saturates likewise; where a probe finds that (`engines/openvino.py`), products that could overflow
+                   stay codes in float32, exact up to 2^24.
 
 Files are smaller than what runs: weights of at most 4 and 2 bits are stored as UINT4 (opset 21) and UINT2 (opset 25,
 which OpenVINO 2026.4 does not read). Widths that follow the image are refused: they need a ranking of tokens that ONNX
@@ -136,29 +136,21 @@ class GraphArithmetic(Arithmetic):
 
     def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
         if operand.codes.is_floating_point():
-            values = weight if weight.is_floating_point() else _dequantize(weight, self.right[1])
-            return (operand.codes @ values) * (operand.scale * weight_scale)
+            return (operand.codes @ _values(weight, self.right[1])) * (operand.scale * weight_scale)
         # With the scales in the DQ nodes, runtimes multiply by them inside the product.
-        return _dequantize(operand.codes, operand.zero, operand.scale) @ _dequantize(
-            weight, self.right[1], weight_scale
-        )
+        x = _dequantize(operand.codes, operand.zero, operand.scale)
+        return x @ _dequantize(weight, self.right[1], weight_scale)
 
     def matmul(self, left: Operand, right: Operand, factor: float | Tensor) -> Tensor:
-        if left.codes.is_floating_point():
-            return self._scaled(left.codes @ right.codes, left.scale * factor * right.scale)
-        if left.scale.numel() == right.scale.numel() == 1 and isinstance(factor, float):
+        single = left.scale.numel() == right.scale.numel() == 1 and isinstance(factor, float)
+        if single and not left.codes.is_floating_point():
             values = _dequantize(left.codes, left.zero, left.scale * factor)
             return values @ _dequantize(right.codes, right.zero, right.scale)
-        values = _dequantize(left.codes, left.zero) @ _dequantize(right.codes, right.zero)
-        return self._scaled(values, left.scale * factor * right.scale)
+        sums = _values(left.codes, left.zero) @ _values(right.codes, right.zero)
+        return sums * self.spread(left.scale * factor * right.scale, sums)
 
     def total(self, operand: Operand, dim: int) -> Tensor:
-        codes = operand.codes
-        values = codes if codes.is_floating_point() else _dequantize(codes, operand.zero)
-        return values.sum(dim, keepdim=True)
-
-    def _scaled(self, sums: Tensor, scale: Tensor) -> Tensor:
-        return sums * self.spread(scale, sums)
+        return _values(operand.codes, operand.zero).sum(dim, keepdim=True)
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         """Numbers per head (H, 1, 1), as the runtime takes them beside `x` (B, H, N, ...)."""
@@ -222,6 +214,11 @@ def _dequantize(codes: Tensor, zero: int, scale: Tensor | None = None) -> Tensor
     axis = {} if scale.dim() == 0 else {"axis": codes.dim() - 1}
     inputs = (codes, scale, torch.full_like(scale, zero, dtype=codes.dtype)) if zero else (codes, scale)
     return _node("DequantizeLinear", inputs, torch.float32, codes, **axis)
+
+
+def _values(codes: Tensor, zero: int) -> Tensor:
+    """Codes as floats, which they may be already."""
+    return codes if codes.is_floating_point() else _dequantize(codes, zero)
 
 
 def onnx_model(
@@ -392,10 +389,8 @@ def export_openvino(
 
 def image_size(artifact: Artifact) -> tuple[int, int, int]:
     """(channels, height, width) of the images that a packed model takes."""
-    size = tuple(artifact.data_config["input_size"])
-    if len(size) != 3:
-        raise QvitError(f"the file's input size {size} is not (channels, height, width)")
-    return size
+    channels, height, width = artifact.data_config["input_size"]
+    return channels, height, width
 
 
 def openvino_model(graph: Any) -> Any:

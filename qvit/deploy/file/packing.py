@@ -35,59 +35,23 @@ from qvit.plan.spec import Layout
 _CHUNK = 1 << 16
 
 
-def packed_size(count: int, bit_width: int) -> int:
-    """Bytes that `count` codes of one width take."""
-    return math.ceil(count * bit_width / 8)
-
-
 def site_size(count: int, widths: Sequence[int]) -> int:
     """Bytes of a site of `count` codes with one width, or one for each of its equally large heads."""
     return math.ceil(sum(count // len(widths) * width for width in widths) / 8)
 
 
-def code_dtype(widths: int | Sequence[int], signed: bool) -> torch.dtype:
+def code_dtype(widths: Sequence[int], signed: bool) -> torch.dtype:
     """The smallest of int8, int16 and int32 that holds all codes of these widths."""
-    width = widths if isinstance(widths, int) else max(widths)
-    return next(
-        dtype
-        for dtype in (torch.int8, torch.int16, torch.int32)
-        if width <= torch.iinfo(dtype).bits - (0 if signed else 1)
-    )
-
-
-def pack(codes: Tensor, bit_width: int, signed: bool) -> Tensor:
-    """Codes of one width as bytes.
-
-    Args:
-        codes: Integers of any shape and integer dtype, in the range of the grid.
-        bit_width: 1 to 16.
-        signed: See `functional.integer_range`.
-
-    Returns:
-        uint8 of shape `(ceil(count·bit_width / 8),)`.
-
-    Raises:
-        UsageError: A code outside of the grid's range, a width that does not exist, codes that are no integers.
-    """
-    return _pack([codes.reshape(-1)], [bit_width], signed)
-
-
-def unpack(packed: Tensor, bit_width: int, count: int, signed: bool) -> Tensor:
-    """The inverse of `pack`: `(count,)` codes in the dtype that `code_dtype` says.
-
-    Raises QvitError if `packed` is not exactly what `count` codes take.
-    """
-    codes = torch.empty(count, dtype=code_dtype(_checked(bit_width), signed))
-    _unpack(packed, [codes], [bit_width], signed)
-    return codes
+    bits = max(widths) + (0 if signed else 1)
+    return next(dtype for dtype in (torch.int8, torch.int16, torch.int32) if bits <= torch.iinfo(dtype).bits)
 
 
 def pack_site(codes: Tensor, widths: Sequence[int], signed: bool, layout: Layout) -> Tensor:
     """The codes of a weight site as bytes.
 
     Args:
-        codes: Integers in the shape of the site's weight.
-        widths: One width, or one per head.
+        codes: Integers of any integer dtype in the shape of the site's weight, in the range of the grid.
+        widths: One width, or one per head, from 1 to 16.
         signed: See `functional.integer_range`.
         layout: The site's axes: where its heads are.
 
@@ -95,37 +59,10 @@ def pack_site(codes: Tensor, widths: Sequence[int], signed: bool, layout: Layout
         uint8 of shape `(site_size(codes.numel(), widths),)`.
 
     Raises:
-        UsageError: As `pack`; or widths that are not as many as the heads.
+        UsageError: A code outside of the grid's range, a width that does not exist, codes that are no integers, or
+            widths that are not as many as the heads.
     """
-    return _pack(list(_heads(codes, len(widths), layout)), widths, signed)
-
-
-def unpack_site(packed: Tensor, shape: Sequence[int], widths: Sequence[int], signed: bool, layout: Layout) -> Tensor:
-    """The inverse of `pack_site`: codes of `shape`, in the dtype that `code_dtype` says. Raises QvitError."""
-    codes = torch.empty(tuple(shape), dtype=code_dtype([_checked(width) for width in widths], signed))
-    _unpack(packed, list(_heads(codes, len(widths), layout)), widths, signed)
-    return codes
-
-
-def _heads(codes: Tensor, count: int, layout: Layout) -> Iterator[Tensor]:
-    """The part of each width, as views of `codes`: the whole of it, or one per head."""
-    if count == 1:
-        yield codes
-        return
-    if layout.heads is None or layout.num_heads != count:
-        raise UsageError(f"{count} bit-widths given for a tensor with {layout.num_heads} head(s)")
-    viewed = codes if layout.view is None else codes.view(layout.view)
-    axis = viewed.dim() - len(layout.heads) + layout.heads.index(count)
-    yield from viewed.unbind(axis)
-
-
-def _checked(bit_width: int) -> int:
-    if isinstance(bit_width, bool) or not isinstance(bit_width, int) or not 1 <= bit_width <= 16:
-        raise UsageError(f"bit_width {bit_width!r} must be an integer between 1 and 16")
-    return bit_width
-
-
-def _pack(parts: Sequence[Tensor], widths: Sequence[int], signed: bool) -> Tensor:
+    parts = list(_heads(codes, len(widths), layout))
     total = sum(part.numel() * _checked(width) for part, width in zip(parts, widths, strict=True))
     out = np.empty(math.ceil(total / 8), dtype=np.uint8)
     done, carry = 0, np.empty(0, dtype=np.uint8)
@@ -143,21 +80,13 @@ def _pack(parts: Sequence[Tensor], widths: Sequence[int], signed: bool) -> Tenso
     return torch.from_numpy(out)
 
 
-def _check_range(codes: Tensor, width: int, signed: bool) -> int:
-    """quant_min of the grid. Raises UsageError for a code outside of it."""
-    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-        raise UsageError(f"codes are integers, not {codes.dtype}")
-    low, high = integer_range(width, signed)
-    if codes.numel():
-        smallest, largest = (int(value) for value in torch.aminmax(codes))
-        if smallest < low or largest > high:
-            wrong = smallest if smallest < low else largest
-            raise UsageError(f"code {wrong} is outside of the grid of {width} bits, {low} to {high}")
-    return int(low)
+def unpack_site(packed: Tensor, shape: Sequence[int], widths: Sequence[int], signed: bool, layout: Layout) -> Tensor:
+    """The inverse of `pack_site`: codes of `shape`, in the dtype that `code_dtype` says.
 
-
-def _unpack(packed: Tensor, parts: Sequence[Tensor], widths: Sequence[int], signed: bool) -> None:
-    """Fills `parts`, which may be strided, with the codes of one stream."""
+    Raises QvitError if `packed` is not exactly what these codes take.
+    """
+    codes = torch.empty(tuple(shape), dtype=code_dtype([_checked(width) for width in widths], signed))
+    parts = list(_heads(codes, len(widths), layout))  # views, which may be strided
     total = sum(part.numel() * _checked(width) for part, width in zip(parts, widths, strict=True))
     if packed.dtype != torch.uint8 or packed.dim() != 1 or len(packed) != math.ceil(total / 8):
         raise QvitError(
@@ -182,3 +111,35 @@ def _unpack(packed: Tensor, parts: Sequence[Tensor], widths: Sequence[int], sign
             chunk.copy_(torch.from_numpy(unsigned + int(lowest)))
             position = end
         part.copy_(flat.view(part.shape))
+    return codes
+
+
+def _heads(codes: Tensor, count: int, layout: Layout) -> Iterator[Tensor]:
+    """The part of each width, as views of `codes`: the whole of it, or one per head."""
+    if count == 1:
+        yield codes
+        return
+    if layout.heads is None or layout.num_heads != count:
+        raise UsageError(f"{count} bit-widths given for a tensor with {layout.num_heads} head(s)")
+    viewed = codes if layout.view is None else codes.view(layout.view)
+    axis = viewed.dim() - len(layout.heads) + layout.heads.index(count)
+    yield from viewed.unbind(axis)
+
+
+def _checked(bit_width: int) -> int:
+    if isinstance(bit_width, bool) or not isinstance(bit_width, int) or not 1 <= bit_width <= 16:
+        raise UsageError(f"bit_width {bit_width!r} must be an integer between 1 and 16")
+    return bit_width
+
+
+def _check_range(codes: Tensor, width: int, signed: bool) -> int:
+    """quant_min of the grid. Raises UsageError for a code outside of it."""
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise UsageError(f"codes are integers, not {codes.dtype}")
+    low, high = integer_range(width, signed)
+    if codes.numel():
+        smallest, largest = (int(value) for value in torch.aminmax(codes))
+        if smallest < low or largest > high:
+            wrong = smallest if smallest < low else largest
+            raise UsageError(f"code {wrong} is outside of the grid of {width} bits, {low} to {high}")
+    return int(low)

@@ -1,7 +1,7 @@
 """How integers are made and multiplied: grids read once, operands, and the reference arithmetic that all others equal.
 
 An operand is x̂ = s·(q - z) + β with integers q. The reference multiplies them in int32, one operation after the other;
-others (`torch_integer.py`, `onnx.py`) use another unit or write a graph, and override as little as that takes. Scales
+others (`torch.py`, `export/onnx.py`) use another unit or write a graph, and override as little as that takes. Scales
 are applied after each sum, in one order everywhere:
 
     linear    Σ q_x q_w · (s_x·s_w)                matmul    Σ q_l q_r · (s_l·factor·s_r)

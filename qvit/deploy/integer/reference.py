@@ -18,7 +18,7 @@ What is not a product of integers stays as it was in training: LayerNorm, softma
 more than 8 bits, a scale that varies along the summed axis (activations per channel), or stays in float, as one whose
 quantizer is switched off; `report_of` says which and why.
 
-How codes are made and multiplied is an `Arithmetic`'s (`arithmetic.py`). The order of operations differs from fake
+An `Arithmetic` (`arithmetic.py`) makes codes and multiplies them. The order of operations differs from fake
 quantization in one respect: scales are applied after the sum, not before, so float rounding differs by about 1e-7 of
 the largest term, and not at all where scales are powers of two.
 """
@@ -125,48 +125,49 @@ class IntegerAttention:
     simulated: Mapping[str, str]
     #: Whether q, k, v leave their projection as codes.
     projects_codes: bool
+    #: A `Grid` by name of an activation.
+    grids: Any
+    # Of the attention module:
+    qkv: Any
+    num_heads: int
+    normalize_heads: Any
 
     def fused_projection(self, x: Tensor) -> Any:
-        module: Any = self
         if not self.projects_codes:
             return super().fused_projection(x)  # type: ignore[misc]
-        grids = tuple(module.grids[name] for name in QKV)
-        codes, zero = self.arithmetic.project_codes(self.arithmetic.encode(module.qkv.grid, x), module.qkv, grids)
-        parts = codes.unflatten(2, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        grids = tuple(self.grids[name] for name in QKV)
+        codes, zero = self.arithmetic.project_codes(self.arithmetic.encode(self.qkv.grid, x), self.qkv, grids)
+        parts = codes.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return tuple(Operand(part, own.scale, own.offset, zero) for part, own in zip(parts, grids, strict=True))
 
     def scores(self, q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
-        module: Any = self
         if "scores" in self.simulated:
             return super().scores(q, k, scale)  # type: ignore[misc]
         if isinstance(q, Operand) and isinstance(k, Operand):
             left, right = q, k
         else:
-            left = self.arithmetic.encode(module.grids["query"], q)
-            right = self.arithmetic.encode(module.grids["key"], for_all_heads(k, q.shape[1]))
+            left = self.arithmetic.encode(self.grids["query"], q)
+            right = self.arithmetic.encode(self.grids["key"], for_all_heads(k, q.shape[1]))
         codes, own, offset = (
             t if t is None or t.dim() < 2 else t.transpose(-2, -1) for t in (right.codes, right.scale, right.offset)
         )
         return self.arithmetic.product(left, replace(right, codes=codes, scale=own, offset=offset), scale)
 
     def weigh(self, probs: Tensor, v: Tensor) -> Tensor:
-        module: Any = self
         if "weigh" in self.simulated:
             return super().weigh(probs, v)  # type: ignore[misc]
-        left = self.arithmetic.encode(module.grids["probs"], probs)
+        left = self.arithmetic.encode(self.grids["probs"], probs)
         if isinstance(v, Operand):
             return self.arithmetic.product(left, v)
-        return self.arithmetic.product(
-            left, self.arithmetic.encode(module.grids["value"], for_all_heads(v, probs.shape[1]))
-        )
+        right = self.arithmetic.encode(self.grids["value"], for_all_heads(v, probs.shape[1]))
+        return self.arithmetic.product(left, right)
 
     def merge(self, x: Tensor) -> Any:
         """The heads' outputs as an operand of `proj`, (B, N, C)."""
-        module: Any = self
         if "proj" in self.simulated:
             return super().merge(x)  # type: ignore[misc]
-        x = module.normalize_heads(x)
-        operand = self.arithmetic.encode(module.grids["output"], x)
+        x = self.normalize_heads(x)
+        operand = self.arithmetic.encode(self.grids["output"], x)
         scale = operand.scale if operand.scale.dim() < 2 else operand.scale.flatten().unsqueeze(-1)
         return Operand(operand.codes.transpose(1, 2).flatten(2), scale, operand.offset, operand.zero)
 
@@ -175,10 +176,9 @@ class RankedIntegerAttention(IntegerAttention):
     """The same over ranked tokens; values of the two groups, whose scales differ, are weighted apart."""
 
     def ranked_operand(self, name: str, x: Tensor, rank: Tensor) -> Any:
-        module: Any = self
         if ("weigh" if name == "value" else "scores") in self.simulated:
             return super().ranked_operand(name, x, rank)  # type: ignore[misc]
-        x, grid = for_all_heads(x, module.num_heads), module.grids[name]
+        x, grid = for_all_heads(x, self.num_heads), self.grids[name]
         if not grid.splits_tokens:
             return self.arithmetic.encode(grid, x)
         if name != "value":
@@ -195,8 +195,7 @@ class RankedIntegerAttention(IntegerAttention):
     def weigh(self, probs: Tensor, v: Any) -> Tensor:
         if not isinstance(v, list):
             return super().weigh(probs, v)
-        module: Any = self
-        left, total = self.arithmetic.encode(module.grids["probs"], probs), torch.zeros((), device=probs.device)
+        left, total = self.arithmetic.encode(self.grids["probs"], probs), torch.zeros((), device=probs.device)
         for right in v:
             total = total + self.arithmetic.product(left, right)
         return total
@@ -233,10 +232,8 @@ def integer_form(
             cls = _integer_class(type(module))
             new: Any = cls.__new__(cls)
             new.__dict__ = module.__dict__
-            new.arithmetic, new.simulated = (
-                arithmetic,
-                simulated_products(module, projects=isinstance(module.proj, IntegerLinear)),
-            )
+            new.arithmetic = arithmetic
+            new.simulated = simulated_products(module, projects=isinstance(module.proj, IntegerLinear))
             found = {name: quantizer_at(module, name) for name in (*QKV, "probs", "output")}
             grids = {name: Grid(own) for name, own in found.items() if own is not None and own.uniform}
             for product, names in (("scores", ("query", "key")), ("weigh", ("probs", "value"))):
@@ -252,13 +249,10 @@ def integer_form(
 
 def _can_project_codes(module: Any) -> bool:
     """Whether q, k, v can leave a projection on integers as codes of one type, by rounding alone."""
-    if (
-        not module.projects_directly
-        or not isinstance(module.qkv, IntegerLinear)
-        or {"scores", "weigh"} & set(module.simulated)
-    ):
+    layer = module.qkv if module.projects_directly else None
+    if not isinstance(layer, IntegerLinear) or {"scores", "weigh"} & set(module.simulated):
         return False
-    layer, grids = module.qkv, [module.grids[name] for name in QKV]
+    grids = [module.grids[name] for name in QKV]
     plain = all(own.quantizer.rounds_only and not own.splits_tokens and own.unit != "float32" for own in grids)
     return plain and len({own.signed for own in grids}) == 1 and layer.segments == 1 and layer.weight_offset is None
 
