@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qvit.data.labels.recovery import SoftLabelLoss, first_classes
 from qvit.data.loading import LoaderLike
-from qvit.errors import QvitError, UsageError
+from qvit.errors import QvitError, UsageError, first_line
 from qvit.kernels import cpu
 from qvit.models.families import inspect_model
 from qvit.models.layers import QuantLinear
@@ -225,9 +225,7 @@ class Trainer:
         except QvitError as error:
             raise QvitError(f"the checkpoint of {self.run} does not fit this run: {error}") from None
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-            raise QvitError(
-                f"the checkpoint of {self.run} does not fit this run: {str(error).splitlines()[0]}"
-            ) from error
+            raise QvitError(f"the checkpoint of {self.run} does not fit this run: {first_line(error)}") from error
 
     def _wrap(self) -> None:
         """Prepares the model for the steps to come, anew if what is trained has changed (widths were frozen)."""
