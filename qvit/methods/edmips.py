@@ -52,7 +52,7 @@ class EdMIPSMethod(QViTMethod):
         bits = (LOW + HIGH) // 2
         return QuantPlan.preset(f"w{bits}a{bits}", boundary_bits=bits).resolve(cost.sites)
 
-    def plan(self, cost: CostModel) -> QuantPlan | None:
+    def plan(self, cost: CostModel) -> QuantPlan:
         if self.config.plan is not None:
             raise UsageError("method 'edmips' starts with all widths alike: it takes no --plan to start from")
         return super().plan(cost)

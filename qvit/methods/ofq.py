@@ -47,10 +47,8 @@ class OFQMethod(WithRemedy, LSQMethod):
     Options = OFQOptions
     options: Any
 
-    def plan(self, cost: CostModel) -> QuantPlan | None:
+    def plan(self, cost: CostModel) -> QuantPlan:
         plan = super().plan(cost)
-        if plan is None:
-            return None
         change = {"quantizer": "statsq", "granularity": self.options.weight_scales}
-        weights = [site for site in cost.sites.values() if site.role == "weight" and plan.sites[site.name] is not None]
-        return plan.with_rules(*(Rule(site.name, change) for site in weights)).resolve(cost.sites)
+        weights = [site.name for site in plan.quantized(cost.sites) if site.role == "weight"]
+        return plan.with_rules(*(Rule(name, change) for name in weights)).resolve(cost.sites)

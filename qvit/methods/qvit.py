@@ -140,12 +140,10 @@ class QViTMethod(Method):
             raise UsageError(f"method '{self.config.method}' needs a --budget, such as 4bit or 21.455G")
         return parse_budget(self.config.budget, cost)
 
-    def plan(self, cost: CostModel) -> QuantPlan | None:
+    def plan(self, cost: CostModel) -> QuantPlan:
         budget = self.budget(cost)
-        if self.config.plan is not None:
-            start = plan_from(self.config.plan).resolve(cost.sites)
-        else:
-            start = self.start(cost, budget)
+        given = self.config.plan
+        start = self.start(cost, budget) if given is None else plan_from(given).resolve(cost.sites)
         changes = {"learn_bit_width": True, "bit_width_range": [LOW, HIGH], **self.spec_changes()}
         rules = []
         for name, site in cost.sites.items():
@@ -153,20 +151,9 @@ class QViTMethod(Method):
             if spec is None:
                 continue
             heads = site.layout.num_heads if self.options.head_wise and site.layout.heads else 1
-            widths = list(
-                spec.widths if len(spec.widths) == heads else [round(sum(spec.widths) / len(spec.widths))] * heads
-            )
-            rules.append(
-                Rule(
-                    name,
-                    {
-                        **changes,
-                        "bit_width": [min(max(w, LOW), HIGH) for w in widths]
-                        if heads > 1
-                        else min(max(widths[0], LOW), HIGH),
-                    },
-                )
-            )
+            widths = spec.widths if len(spec.widths) == heads else (round(sum(spec.widths) / len(spec.widths)),) * heads
+            widths = [min(max(width, LOW), HIGH) for width in widths]
+            rules.append(Rule(name, {**changes, "bit_width": widths if heads > 1 else widths[0]}))
         rules += [*offset_rules(self.options.asymmetric), *scale_rules(self.scales, cost.sites.values())]
         return start.with_rules(*rules, name=f"{self.config.method}-{self.config.budget}").resolve(cost.sites)
 
@@ -195,18 +182,16 @@ class QViTMethod(Method):
     def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
         self.model, self.cost, self.steps_per_epoch = model, cost, steps_per_epoch
         self.limit = self.budget(cost)
-        self.order = [name for name in cost.sites if name in dict(quantizers_of(model))]
+        found = dict(quantizers_of(model))
+        self.order = [name for name in cost.sites if name in found]
         if len(self.order) != len(cost.sites):
             raise UsageError(
                 f"method '{self.config.method}' learns the widths of all sites: "
                 "a plan that leaves tensors in float can be trained with lsq+"
             )
-        found = dict(quantizers_of(model))
         self.quantizers = [found[name] for name in self.order]
-        device = self.quantizers[0].bit_width.device
-        self.differentiable = DifferentiableCost(
-            cost, {name: q.bit_width.numel() for name, q in zip(self.order, self.quantizers, strict=True)}
-        ).to(device)
+        counts = {name: found[name].bit_width.numel() for name in self.order}
+        self.differentiable = DifferentiableCost(cost, counts).to(self.quantizers[0].bit_width.device)
 
     def bit_operations(self) -> Tensor:
         """C(B) of the current widths, in BOPs, differentiable.
@@ -235,9 +220,8 @@ class QViTMethod(Method):
         if not self.quantizers[0].learns_width:
             return None
         if self.options.penalty == "absolute":
-            return (self.options.penalty_weight or 0.1) * ((self.bit_operations() - self.limit) / 1e9).clamp_min(
-                0
-            ).square()
+            excess = ((self.bit_operations() - self.limit) / 1e9).clamp_min(0)
+            return (self.options.penalty_weight or 0.1) * excess.square()
         return (self.options.penalty_weight or 50.0) * (self.bit_operations() / self.limit - 1).clamp_min(0).square()
 
     def before_step(self, trainer: Trainer) -> None:

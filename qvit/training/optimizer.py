@@ -30,7 +30,7 @@ gradients (AdaHessian): rounding has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -198,6 +198,17 @@ def _same(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one is other
 
 
+def _joined(rows: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Each column of a table of tensors as one flat tensor: they are hundreds of small ones."""
+    return [torch.cat([part.flatten() for part in column]) for column in zip(*rows, strict=True)]
+
+
+def _write(targets: list[Tensor], values: Tensor) -> None:
+    """Writes a flat tensor back to those that it was joined from."""
+    parts = values.split([target.numel() for target in targets])
+    torch._foreach_copy_(targets, [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
+
+
 class _ScaleRules:
     """Hooks that bound the relative step of scales and hold the columns that are not in use."""
 
@@ -222,14 +233,10 @@ class _ScaleRules:
             now, old = ([pair[i] for pair in bounded] for i in (0, 1))
             torch._foreach_maximum_(now, torch._foreach_mul(old, 1.0 - LARGEST_RELATIVE_STEP))
             torch._foreach_minimum_(now, torch._foreach_mul(old, 1.0 + LARGEST_RELATIVE_STEP))
-        banks = [(p, old) for p, old in pairs if p.shape[-1:] != (1,) and p.grad is not None]
-        if banks:  # all at once: they are hundreds of small tensors
-            gradients = torch.cat([p.grad.flatten() for p, _ in banks])  # type: ignore[union-attr]
-            old, now = (torch.cat([pair[i].flatten() for pair in banks]) for i in (1, 0))
-            kept = torch.where(gradients == 0, old, now).split([p.numel() for p, _ in banks])
-            torch._foreach_copy_(
-                [p for p, _ in banks], [part.view_as(p) for part, (p, _) in zip(kept, banks, strict=True)]
-            )
+        banks = [(p, old, p.grad) for p, old in pairs if p.shape[-1:] != (1,) and p.grad is not None]
+        if banks:
+            now, old, gradients = _joined(banks)
+            _write([p for p, *_ in banks], torch.where(gradients == 0, old, now))
         self.before = []
 
 
@@ -248,11 +255,9 @@ class _WidthRule:
     def _turn_inward(self, *_: Any) -> None:
         for limits in {limits for _, limits in self.widths}:
             own = [(width, width.grad) for width, other in self.widths if other == limits and width.grad is not None]
-            if own:  # all at once: they are hundreds of small tensors
-                widths, gradients = (torch.cat([pair[i].flatten() for pair in own]) for i in (0, 1))
-                kept = inward(widths, gradients, *limits).split([width.numel() for width, _ in own])
-                parts = [part.view_as(width) for part, (width, _) in zip(kept, own, strict=True)]
-                torch._foreach_copy_([gradient for _, gradient in own], parts)
+            if own:
+                widths, gradients = _joined(own)
+                _write([gradient for _, gradient in own], inward(widths, gradients, *limits))
 
     @torch.no_grad()
     def _project(self, *_: Any) -> None:
