@@ -20,9 +20,9 @@ By interpolation x̂ is on two grids at a time (`Mixed`); its sums are those of 
 
 All point beyond the width's limits, too: what counts is the sum over all parts of a batch (`training/optimizer.py`).
 
-`FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators: it saves `x` and a
-few numbers per group. On CPUs the operators are compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere
-the formulas below; a model that torch.compile or torch.export traces gets these, to be fused with what is around them.
+`FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators. On CPUs they are
+compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere the formulas below; a model that torch.compile
+or torch.export traces gets these, to be fused with what is around them.
 """
 
 from __future__ import annotations

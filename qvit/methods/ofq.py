@@ -1,7 +1,6 @@
 """OFQ: oscillation-free quantization (Liu et al., ICML 2023, arXiv 2302.02210), as far as its parts fit into a plan.
 
-* StatsQ: weights have a statistical scale per row in place of a learned one (`quantizers/statsq.py`). A learned scale
-  takes the weights at its rounding boundaries along when it moves, and oscillates with them.
+* StatsQ: weights have a statistical scale per row in place of a learned one (`quantizers/statsq.py`).
 * Confidence-guided annealing: in the last share of training only weights at a rounding boundary move
   (`training/oscillation/remedies.py`; the paper adds 30 epochs to 300 for it, hence the share of 0.1).
 * Activations as in LSQ+, here with one scale per head; the paper has one per token position and a learned shift before

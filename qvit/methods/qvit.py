@@ -3,8 +3,7 @@
     min over weights W, scales S, widths B     E[ loss ] + η·max(0, C(B)/c - 1)²   (eq. 12-14; relative form, see below)
 
 * Scales and widths are learned together, each attention head has its own widths (section 3.3, eq. 7-10).
-* Switchable scale: one scale per candidate width 2…8, so that a change of width does not throw away the scale it had
-  (eq. 11, Table 3b).
+* Switchable scale: one scale per candidate width 2…8 (eq. 11, Table 3b).
 * Widths start near the budget, the first and the last layer at 8; both are learned (section 4.1).
 * Two stages: widths move in the first σ of all epochs (searching), then stand still while weights and scales finish
   (diving). Table 3c: σ = 0.9 for 300 epochs.
@@ -20,16 +19,14 @@ What differs from the paper, by option back to it (`docs/evidence.md` has what e
 * Widths start at N for an N-bit budget. From N + 1, as published (`initial_bits`), the penalty first takes all widths
   far below the budget.
 * Widths have their own learning rate, which falls to zero within the searching stage: they come to rest before they are
-  frozen, as the paper's do at the end of 270 epochs under a cosine. With Adam a width moves by about one learning rate
-  per step; the first rate is what would carry it ten bits in the searching stage, never below the weights' rate.
-* σ is 0.9 from 200 epochs on, and 0.4 for shorter runs, whose weights need the time after the widths have come to rest.
-* The penalty counts real-valued widths, not rounded ones. With rounding, the widths of all large layers, which fall in
-  step, cross 2.5 together: the model drops far below its budget and the search has to climb back.
+  frozen. With Adam a width moves by about one learning rate per step; the first rate is never below the weights' rate.
+* σ is 0.4 for runs below 200 epochs, whose weights need the time after the widths have come to rest.
+* The penalty counts real-valued widths. With rounding, the widths of all large layers, which fall in step, cross 2.5
+  together: the model drops far below its budget and the search has to climb back.
 * The penalty is soft, the budget is not: at the end of the search an integer program turns b̃ into widths within the
   budget (`allocate/rounding.py`). The paper reports overshoots up to 2 %.
 
-Differing from the public code, as the paper has it: scales per head, heads on the right axis of the weights, mean of
-products in the cost (docs/paper-to-code.md).
+`docs/paper-to-code.md` has what differs from the public code.
 """
 
 from __future__ import annotations

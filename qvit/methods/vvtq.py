@@ -13,8 +13,7 @@ activations have outliers, and in training weights oscillate between grid points
 * Oscillation-aware bin regularization, L_OBR, which draws weights to the middle of their bin, late in training
   (`oscillation`; formulas and alternatives in `training/oscillation/remedies.py`).
 
-Grids are those of LSQ+: the GELU's output is unsigned with a learned offset, first and last layer have 8 bits. All
-widths are the budget's; `qvit+vvtq` learns them as Q-ViT does (`qvit.py`), with its scales per head, and starts the
+Grids and widths are those of LSQ+; `qvit+vvtq` learns widths as Q-ViT does, with its scales per head, and starts the
 remedy when they are frozen.
 
 Where this differs from the public code (HuangOwen/Quantization-Variation), and why:

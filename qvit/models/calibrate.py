@@ -20,8 +20,8 @@ from qvit.errors import QvitError, UsageError
 from qvit.models.convert import Stage, in_eval_mode, quantizers_disabled, stage_of
 from qvit.models.families import inspect_model
 from qvit.models.layers import weight_of
-from qvit.quantizers import HistogramObserver, Quantizer, quantizers_of
-from qvit.quantizers.observers import BINS, ValueObserver
+from qvit.quantizers import Quantizer, quantizers_of
+from qvit.quantizers.observers import BINS, HistogramObserver, ValueObserver
 
 
 @torch.no_grad()

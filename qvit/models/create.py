@@ -131,7 +131,7 @@ def without_storage(make: Callable[[], nn.Module]) -> nn.Module:
 
 def bytes_of(model: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    return total_bytes((*model.parameters(), *model.buffers()))
 
 
 def _check_size(name: str, model: nn.Module) -> None:

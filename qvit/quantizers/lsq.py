@@ -22,8 +22,8 @@ n of the gradient's factor, by option `scale_gradient`, for the N elements x tha
     count   N (LSQ)        count-linear   N·quant_max, so 1/(sqrt(N)·quant_max) (activations in VVTQ's public code)
     norm    Σ|x| (weights in VVTQ's public code)        norm-squared   (Σ|x|)², so 1/(Σ|x|·sqrt(quant_max)) (its paper)
 
-Initialisation minimises the squared error separately for every width (`observers.py`), as the Q-ViT authors do in place
-of LSQ's 2·mean|x|/sqrt(quant_max).
+Initialisation minimises the squared error for every width (`observers.py`), as in Q-ViT; LSQ takes
+2·mean|x|/sqrt(quant_max).
 """
 
 from __future__ import annotations

@@ -9,20 +9,17 @@
 
 Three rules apply around every step, as hooks of the optimizer, without asking the GPU anything:
 
-* Switchable scales: the column of a width that is not in use has a gradient of exactly zero, yet Adam's momentum would
-  go on moving it. It is put back.
-* A scale changes by at most a tenth of itself in one step. Adam moves every parameter by about lr, whatever its size;
-  the step size of attention probabilities at 8 bits is near 2e-4, so an unbounded step would throw it across zero.
-  (Ours; the Q-ViT code floors scales at 1e-4 instead.)
-* A gradient that would push a width further beyond a limit that it has reached does not count; it is that of the whole
-  batch, of all processes and micro-batches. And widths are put back into their range after a step: momentum carries
-  them across its limits otherwise, and they would have to travel all the way back before they are felt again.
+* Switchable scales: the column of a width that is not in use has no gradient, yet Adam's momentum would go on moving
+  it. It is put back.
+* A scale changes by at most a tenth of itself in one step: Adam moves every parameter by about lr, and 8-bit attention
+  probabilities have steps near 2e-4. (Ours; the Q-ViT code floors scales at 1e-4 instead.)
+* A gradient of the whole batch that would push a width further beyond a limit that it has reached does not count, and
+  widths are put back into their range after a step: momentum carries them across its limits otherwise.
 
 Adam divides a width's step by its recent gradients. The first ones, far above the budget, are huge: with the usual
 memory of a thousand steps (β₂ = 0.999) a short search would hardly move after them. Widths remember twenty (β₂ = 0.95).
 
-When the widths are frozen their group is emptied; nothing else of the optimizer changes, as in the paper's diving
-stage.
+When the widths are frozen their group is emptied; nothing else of the optimizer changes, as in the paper.
 
 Every optimizer of timm's registry is taken, with the prefix `lookahead_` as well, but for those that need gradients of
 gradients (AdaHessian): rounding has none.

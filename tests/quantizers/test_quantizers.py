@@ -16,8 +16,10 @@ from qvit.errors import QvitError, UsageError
 from qvit.functional import integer_range
 from qvit.models.layers import attention_sites, linear_sites
 from qvit.plan.spec import GRANULARITIES, Layout, TensorSpec
-from qvit.quantizers import HistogramObserver, LSQQuantizer, Quantizer, create_quantizer, quantizers_of
+from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
 from qvit.quantizers.base import QUANTIZERS, register_quantizer
+from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers.observers import HistogramObserver
 
 HEADS, DIM, INPUTS, OUTPUTS = 3, 4, 5, 6
 
