@@ -51,7 +51,8 @@ class _BinRegularizer(torch.autograd.Function):
         a, b = _coefficients(index, remainder, step, bins)
         gradient = a.view(w.shape).mul_(remainder).add_(b.view(w.shape))
         weighted = remainder.mul_(gradient)
-        loss = (weighted.sum_to_size(*(1,) * (w.dim() - scale.dim()), *scale.shape) * step).sum() / 2
+        shape = (1,) * (w.dim() - scale.dim()) + tuple(scale.shape)
+        loss = (weighted.sum_to_size(shape) * step).sum() / 2
         clipped = u.ne_(clamped).mul_(gradient)
         grad_scale = clamped.mul_(clipped).sum_to_size(scale.shape)
         ctx.save_for_backward(gradient.sub_(clipped).to(w.dtype), grad_scale.to(scale.dtype))
