@@ -17,14 +17,14 @@ Plans, sensitivities and packed files have readers of their own, in `plan/quant_
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
-from qvit.errors import QvitError, shown
+from qvit.errors import QvitError, nearest, shown
 from qvit.files import read_object
 from qvit.plan.spec import MOST_BLOCKS, MOST_HEADS, MOST_SITES
 
@@ -62,32 +62,32 @@ def checked(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise QvitError(f"{where}: {_in_short(_sentences(error, cls))}") from None
+        raise QvitError(f"{where}: {_in_short(error, cls, _of_document)}") from None
 
 
 def mistakes(error: ValidationError, cls: type[BaseModel]) -> str:
     """What pydantic found in options, as one line; unknown ones with the nearest name."""
-    return _in_short(_of_options(error, cls))
+    return _in_short(error, cls, _of_options)
 
 
-def _in_short(lines: Iterator[str]) -> str:
-    every = list(lines)
-    more = len(every) - _SHOWN_MISTAKES
-    return "; ".join(every[:_SHOWN_MISTAKES]) + (f"; and {more} more" if more > 0 else "")
+def _in_short(error: ValidationError, cls: type[BaseModel], say: Callable[[str, ErrorDetails, str], str]) -> str:
+    found = error.errors(include_url=False)
+    lines = []
+    for item in found[:_SHOWN_MISTAKES]:
+        key = ".".join(str(part) for part in item["loc"] if part != "[key]")[:200]
+        key = key.encode("utf-8", "replace").decode()  # half a character is no text, in a message neither
+        close = nearest(key, cls.model_fields, 1) or f" (known: {', '.join(cls.model_fields)})"
+        lines.append(say(key, item, close))
+    more = len(found) - len(lines)
+    return "; ".join(lines) + (f"; and {more} more" if more else "")
 
 
-def _of_options(error: ValidationError, cls: type[BaseModel]) -> Iterator[str]:
-    known = list(cls.model_fields)
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in item["loc"])[:200]
-        if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else f" (known: {', '.join(known)})"
-            yield f"unknown option '{key}'{hint}"
-        elif item["type"] == "value_error":
-            yield f"{key}: {item['ctx']['error']}"
-        else:
-            yield f"{key} = {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
+def _of_options(key: str, item: ErrorDetails, close: str) -> str:
+    if item["type"] == "extra_forbidden":
+        return f"unknown option '{key}'{close}"
+    if item["type"] == "value_error":
+        return f"{key}: {item.get('ctx', {})['error']}"
+    return f"{key} = {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
 _KINDS = {
@@ -103,21 +103,16 @@ _LIMITS = {
 }  # fmt: skip
 
 
-def _sentences(error: ValidationError, cls: type[BaseModel]) -> Iterator[str]:
-    for item in error.errors(include_url=False):
-        key, kind = ".".join(str(part) for part in item["loc"] if part != "[key]")[:200], item["type"]
-        key = key.encode("utf-8", "replace").decode()  # half a character is no text, in a message neither
-        if kind == "missing":
-            yield f"key '{key}' is missing"
-        elif kind == "value_error":
-            yield f"key '{key}' {item['ctx']['error']}" if key else f"it {item['ctx']['error']}"
-        elif kind == "extra_forbidden":
-            close = difflib.get_close_matches(key, list(cls.model_fields), n=1)
-            yield f"key '{key}' is unknown" + (f"; did you mean '{close[0]}'?" if close else "")
-        else:
-            limit = _LIMITS.get(kind)
-            must = _KINDS.get(kind.removesuffix("_type")) if limit is None else limit.format(**item.get("ctx", {}))
-            yield f"key '{key}' must be {must or item['msg']}, not {shown(item['input'])}"
+def _of_document(key: str, item: ErrorDetails, close: str) -> str:
+    kind, about = item["type"], item.get("ctx", {})
+    if kind == "missing":
+        return f"key '{key}' is missing"
+    if kind == "value_error":
+        return f"key '{key}' {about['error']}" if key else f"it {about['error']}"
+    if kind == "extra_forbidden":
+        return f"key '{key}' is unknown{close}"
+    must = _LIMITS[kind].format(**about) if kind in _LIMITS else _KINDS.get(kind.removesuffix("_type"), item["msg"])
+    return f"key '{key}' must be {must}, not {shown(item['input'])}"
 
 
 def _several(value: Any) -> Any:
@@ -170,24 +165,27 @@ def _seconds(value: Any) -> Any:
     return None if isinstance(value, dict) else value
 
 
-class Result(Document):
-    """`result.json`: the outcome of a finished run. Accuracies are percent, the other numbers plain counts."""
-
+class _Scores(Document):
     accuracy: Percent
     bit_operations: Count
     weight_bytes: Count
-    float_accuracy: Percent | None = None
     top5: Percent | None = None
     images: Count | None = None
     seconds: Annotated[Positive | None, BeforeValidator(_seconds)] = None
     seconds_total: Positive | None = None
     model: Name | None = None
-    method: Name | None = None
     budget: Name | None = None
     seed: Count | None = None
 
 
-class Outcome(Result):
+class Result(_Scores):
+    """`result.json`: the outcome of a finished run. Accuracies are percent, the other numbers plain counts."""
+
+    method: Name | None = None
+    float_accuracy: Percent | None = None
+
+
+class Outcome(_Scores):
     """A result that commands print."""
 
     method: Name

@@ -28,6 +28,11 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
+def first_line(error: BaseException) -> str:
+    """What went wrong, in a line, for messages that quote the error of a library."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     """Completes an "unknown name" message: `"; did you mean 'a' or 'b'?"`, or an empty string if nothing is close.
 

@@ -33,21 +33,6 @@ from torch.autograd.function import once_differentiable
 SMALLEST_SCALE = 1e-8
 
 
-class _RoundSTE(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return torch.round(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return grads[0]
-
-
-def round_ste(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Rounds half to even; the gradient passes unchanged (straight-through estimator, Bengio et al. 2013)."""
-    return _RoundSTE.apply(x)
-
-
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
@@ -61,6 +46,11 @@ class _StraightThrough(torch.autograd.Function):
 def straight_through(x: Float[Tensor, "..."], values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Returns `values`, of the shape and dtype of `x`; the gradient goes to `x`, unchanged and everywhere."""
     return _StraightThrough.apply(x, values)
+
+
+def round_ste(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Rounds half to even; the gradient passes unchanged (straight-through estimator, Bengio et al. 2013)."""
+    return straight_through(x, x.detach().round())
 
 
 class _ScaleGradient(torch.autograd.Function):

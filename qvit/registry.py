@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from qvit.errors import UsageError, nearest
+from qvit.errors import UsageError, nearest, shown
 
 K = TypeVar("K")
 T = TypeVar("T", covariant=True)
@@ -54,7 +54,7 @@ class Registry(Mapping[K, T], Generic[K, T]):
         self._fill()
         if name not in self._found:
             known = list(map(str, self))
-            raise UsageError(f"unknown {self.kind} '{name}'{nearest(str(name), known)} ({', '.join(known)})")
+            raise UsageError(f"unknown {self.kind} {shown(name)}{nearest(str(name), known)} ({', '.join(known)})")
         return self._found[name]
 
     def __contains__(self, name: object) -> bool:

@@ -128,7 +128,10 @@ def decode(content: bytes | memoryview, *, max_header: int = MAX_HEADER) -> Cont
         raise QvitError("its metadata are not texts by key")
     start = PREFIX + len(header)
     data = memoryview(content)[start:]
-    tensors = {name: _tensor(name, *place, data) for name, place in _places(parsed, len(data)).items()}
+    tensors = {
+        name: from_bytes(data[begin:end], dtype, f"tensor {name!r}").reshape(shape)
+        for name, (dtype, shape, begin, end) in _places(parsed, len(data)).items()
+    }
     return Contents(metadata, tensors, start, len(content))
 
 
@@ -178,13 +181,14 @@ def _sizes(values: Any) -> bool:
     )
 
 
-def _tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int, data: memoryview) -> Tensor:
-    if begin == end:
-        return torch.empty(shape, dtype=dtype)
-    raw = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.uint8)
+def from_bytes(content: memoryview, dtype: torch.dtype, what: str) -> Tensor:
+    """A flat tensor with a copy of some bytes; `what` names it in the QvitError for truth values that are none."""
+    if not content:
+        return torch.empty(0, dtype=dtype)
+    raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     if dtype == torch.bool and int(raw.max()) > 1:
-        raise QvitError(f"tensor {name!r} has truth values that are neither 0 nor 1")
-    return raw.view(dtype).reshape(shape)
+        raise QvitError(f"{what} has truth values that are neither 0 nor 1")
+    return raw.view(dtype)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

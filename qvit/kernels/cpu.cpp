@@ -5,9 +5,9 @@
 //     u = (x - offset) / scale      c = min(max(u, low), high)      q = round(c)      x^ = q*scale + offset
 //
 // A tensor comes as four sizes with strides; the last stride is 1. Scales, offsets and limits come as flat arrays with
-// one entry per group (or a single one), and the four strides with which the group of an element is found. Where a group is constant over
-// the last two sizes (per tensor, per head), they form a tile that one accumulator serves; else (per channel) sums are
-// kept for each entry. Sums run over blocks in float, from block to block in double, and are added up in the order of
+// one entry per group (or a single one: a bit of `single`), and the four strides with which the group of an element is
+// found. Where a group is constant over the last two sizes (per tensor, per head), they form a tile that one accumulator
+// serves; else (per channel) sums are kept for each entry. Sums run over blocks in float, from block to block in double, and are added up in the order of
 // the threads: the same numbers on every run with as many threads.
 //
 // Float and bfloat16 are read and written; arithmetic is in float. No header of PyTorch is needed.
@@ -98,19 +98,21 @@ struct Shape {
     int64_t elements() const { return size[0] * size[1] * size[2] * size[3]; }
 };
 
-// `stride` is 0 for a number that all groups share, else 1; offset may be null.
+// One of a grid's numbers for each group; `stride` is 0 where all groups share it.
 struct Numbers {
     const float* values;
     int64_t stride;
     float at(int64_t group) const { return values[group * stride]; }
-    Vec lanes(int64_t group, int64_t count) const {
-        return stride ? load(values + group, count) : splat(*values);
-    }
+    Vec lanes(int64_t group, int64_t count) const { return stride ? load(values + group, count) : splat(*values); }
 };
+
+// Scale, offset (or none), low and high of a grid, perhaps those of a second one, and a share of that.
 struct Grids {
-    Numbers scale, offset, low, high;
-    Grids(const float* s, const float* o, const float* l, const float* h, int single) :
-        scale{s, !(single & 1)}, offset{o, !(single & 2)}, low{l, !(single & 4)}, high{h, !(single & 8)} {}
+    Numbers numbers[9];
+    Grids(const float* const* values, int single) {
+        for (int i = 0; i < 9; ++i) numbers[i] = {values[i], !(single >> i & 1)};
+    }
+    bool are_two() const { return numbers[4].values; }
 };
 
 // Where a piece of work begins, and how large it is: rows × columns elements that share the first two indices.
@@ -153,74 +155,65 @@ template <class Do> void for_all(const Work& work, int threads, Do&& act) {
     }
 }
 
-// The grid of LANES elements: the same for all, or entry by entry.
+// The grid of LANES elements, from four numbers on: the same for all, or entry by entry.
 struct Lanes {
     Vec scale, offset, low, high;
     bool shifted;
-    Lanes(const Grids& g, int64_t at) :
-        scale(splat(g.scale.at(at))), offset(splat(g.offset.values ? g.offset.at(at) : 0.0f)),
-        low(splat(g.low.at(at))), high(splat(g.high.at(at))), shifted(g.offset.values != nullptr) {}
-    Lanes(const Grids& g, int64_t at, int64_t count) :
-        scale(g.scale.lanes(at, count)), offset(g.offset.values ? g.offset.lanes(at, count) : Vec{}),
-        low(g.low.lanes(at, count)), high(g.high.lanes(at, count)), shifted(g.offset.values != nullptr) {}
+    Lanes(const Numbers* own, int64_t at) :
+        scale(splat(own[0].at(at))), offset(splat(own[1].values ? own[1].at(at) : 0.0f)), low(splat(own[2].at(at))),
+        high(splat(own[3].at(at))), shifted(own[1].values != nullptr) {}
+    Lanes(const Numbers* own, int64_t at, int64_t count) :
+        scale(own[0].lanes(at, count)), offset(own[1].values ? own[1].lanes(at, count) : Vec{}), low(own[2].lanes(at, count)),
+        high(own[3].lanes(at, count)), shifted(own[1].values != nullptr) {}
     Vec steps(Vec x) const { return (shifted ? x - offset : x) / scale; }
     Vec value(Vec q) const { return shifted ? q * scale + offset : q * scale; }
-    Vec on_grid(Vec x) const { return value(round_even(clamp(steps(x), low, high))); }
+    Vec code(Vec x) const { return round_even(clamp(steps(x), low, high)); }
+    Vec on_grid(Vec x) const { return value(code(x)); }
 };
 
-// Two grids of neighbouring widths, and the share of the upper one.
+// Two grids, such as those of neighbouring widths, and the share of the second one.
 struct Pair {
     Lanes lower, upper;
     Vec share;
-    Pair(const Grids& l, const Grids& u, const Numbers& s, int64_t at) :
-        lower(l, at), upper(u, at), share(splat(s.at(at))) {}
-    Pair(const Grids& l, const Grids& u, const Numbers& s, int64_t at, int64_t n) :
-        lower(l, at, n), upper(u, at, n), share(s.lanes(at, n)) {}
+    Pair(const Numbers* own, int64_t at) : lower(own, at), upper(own + 4, at), share(splat(own[8].at(at))) {}
+    Pair(const Numbers* own, int64_t at, int64_t n) :
+        lower(own, at, n), upper(own + 4, at, n), share(own[8].lanes(at, n)) {}
+    Vec on_grid(Vec x) const {
+        const Vec low = lower.on_grid(x);
+        return low + share * (upper.on_grid(x) - low);
+    }
 };
 
-template <bool CODES, class X, class O>
-void forward(const X* x, O* out, const Grids& grids, const Shape& shape, float zero, int threads) {
+// Writes what `act` makes of the grid, as `Own`, and the values of LANES elements.
+template <class Own, class X, class O, class Act>
+void map(const X* x, O* out, const Grids& grids, const Shape& shape, int threads, const Act& act) {
     const bool tiled = shape.group[3] == 0;
     for_all(Work(shape), threads, [&](const Piece& p, int) {
-        const Lanes shared(grids, p.group);
+        const Own shared(grids.numbers, p.group);
         for (int64_t r = 0; r < p.rows; ++r) {
             const X* from = x + p.x + r * shape.x[2];
             O* to = out + p.out + r * shape.out[2];
             for (int64_t i = 0; i < p.columns; i += LANES) {
                 const int64_t n = p.columns - i;
-                const Lanes own = tiled ? shared : Lanes(grids, p.group + i, n);
-                const Vec q = round_even(clamp(own.steps(load(from + i, n)), own.low, own.high));
-                store(to + i, CODES ? q - zero : own.value(q), n);
+                const Own own = tiled ? shared : Own(grids.numbers, p.group + i, n);
+                store(to + i, act(own, load(from + i, n)), n);
             }
         }
     });
 }
 
-// x^ on the lower grid, and its share of the way to that on the upper one.
 template <class X, class O>
-void forward_mixed(const X* x, O* out, const Grids& lower, const Grids& upper, const Numbers& share,
-                   const Shape& shape, int threads) {
-    const bool tiled = shape.group[3] == 0;
-    for_all(Work(shape), threads, [&](const Piece& p, int) {
-        const Pair shared(lower, upper, share, p.group);
-        for (int64_t r = 0; r < p.rows; ++r) {
-            const X* from = x + p.x + r * shape.x[2];
-            O* to = out + p.out + r * shape.out[2];
-            for (int64_t i = 0; i < p.columns; i += LANES) {
-                const int64_t n = p.columns - i;
-                const Pair own = tiled ? shared : Pair(lower, upper, share, p.group + i, n);
-                const Vec value = load(from + i, n), low = own.lower.on_grid(value);
-                store(to + i, low + own.share * (own.upper.on_grid(value) - low), n);
-            }
-        }
-    });
+void forward(const X* x, O* out, const Grids& grids, const Shape& shape, int threads) {
+    const auto act = [](const auto& own, Vec value) { return own.on_grid(value); };
+    if (grids.are_two()) map<Pair>(x, out, grids, shape, threads, act);
+    else map<Lanes>(x, out, grids, shape, threads, act);
 }
 
-// Sums of N numbers per element over the elements of each group. `act` gets the grid of LANES elements, what
-// `whole` or `each` make of a group or of entries, with the pointers and the count, and fills in the N numbers.
-template <int N, class X, class G, class Whole, class Each, class Act>
-void sum_up(const G* grad, const X* x, float* sums, const Shape& shape, const int64_t* grad_strides, int64_t groups,
-            int threads, const Whole& whole, const Each& each, const Act& act) {
+// Sums of N numbers per element over the elements of each group. `act` gets the grid of LANES elements, as `Own`, with
+// their values and gradients, where to write, and the count; it fills in the N numbers.
+template <int N, class Own, class X, class G, class Act>
+void sum_up(const G* grad, const X* x, float* sums, const Grids& grids, const Shape& shape,
+            const int64_t* grad_strides, int64_t groups, int threads, const Act& act) {
     if (shape.elements() < SERIAL) threads = 1;
     std::vector<double> partial(threads * N * groups, 0.0);
     const bool tiled = shape.group[3] == 0;
@@ -235,7 +228,7 @@ void sum_up(const G* grad, const X* x, float* sums, const Shape& shape, const in
         for (int64_t k = work.count * thread / threads; k < end; ++k) {
             const Piece p = work.piece(k);
             const int64_t g_at = of_grad.piece(k).x;
-            const auto shared = whole(p.group);
+            const Own shared(grids.numbers, p.group);
             Vec so_far[N] = {};
             for (int64_t r = 0; r < p.rows; ++r) {
                 const X* from = x + p.x + r * shape.x[2];
@@ -244,7 +237,8 @@ void sum_up(const G* grad, const X* x, float* sums, const Shape& shape, const in
                 for (int64_t i = 0; i < p.columns; i += LANES) {
                     const int64_t n = p.columns - i;
                     Vec found[N];
-                    act(tiled ? shared : each(p.group + i, n), load(from + i, n), load(g_from + i, n), to + i, n, found);
+                    act(tiled ? shared : Own(grids.numbers, p.group + i, n), load(from + i, n), load(g_from + i, n), to + i,
+                        n, found);
                     if (tiled) {
                         // Lanes beyond the end have no gradient, but 0/scale may be NaN for a scale that is.
                         for (int s = 0; s < N; ++s) so_far[s] += found[s];
@@ -265,58 +259,42 @@ void sum_up(const G* grad, const X* x, float* sums, const Shape& shape, const in
     }
 }
 
-// grad_x, and for each group: sum g*(q - c), sum g'*c, sum g', with g' = g where u != c.
+// What of a gradient passes through a grid; and sum g*(q - c), sum g'*c, sum g', with g' = g where u != c.
+inline Vec through(const Lanes& own, Vec value, Vec g, Vec* found) {
+    const Vec u = own.steps(value), c = clamp(u, own.low, own.high), cut = u != c ? g : Vec{};
+    found[0] = (round_even(c) - c) * g;
+    found[1] = cut * c;
+    found[2] = cut;
+    return g - cut;
+}
+
+// On one grid: grad_x, and for each group the three sums. On two: grad_x, three sums of each by its share, and
+// sum g*(x^ above - x^ below), or that alone. `count` says which: 3, 7 or 1 sums.
 template <class X, class G>
-void backward(const G* grad, const X* x, X* grad_x, float* sums, const Grids& grids, const Shape& shape,
+void backward(const G* grad, const X* x, X* grad_x, float* sums, int count, const Grids& grids, const Shape& shape,
               const int64_t* grad_strides, int64_t groups, int threads) {
-    sum_up<3>(grad, x, sums, shape, grad_strides, groups, threads,
-        [&](int64_t at) { return Lanes(grids, at); }, [&](int64_t at, int64_t n) { return Lanes(grids, at, n); },
-        [&](const Lanes& own, Vec value, Vec g, int64_t to, int64_t n, Vec* found) {
-            const Vec u = own.steps(value), c = clamp(u, own.low, own.high), cut = u != c ? g : Vec{};
-            store(grad_x + to, g - cut, n);
-            found[0] = (round_even(c) - c) * g;
-            found[1] = cut * c;
-            found[2] = cut;
-        });
+    if (count == 3)
+        sum_up<3, Lanes>(grad, x, sums, grids, shape, grad_strides, groups, threads,
+            [&](const Lanes& own, Vec value, Vec g, int64_t to, int64_t n, Vec* found) {
+                store(grad_x + to, through(own, value, g, found), n);
+            });
+    else if (count == 7)
+        sum_up<7, Pair>(grad, x, sums, grids, shape, grad_strides, groups, threads,
+            [&](const Pair& own, Vec value, Vec g, int64_t to, int64_t n, Vec* found) {
+                const Vec passed = through(own.lower, value, g * (splat(1.0f) - own.share), found);
+                store(grad_x + to, passed + through(own.upper, value, g * own.share, found + 3), n);
+                found[6] = g * (own.upper.on_grid(value) - own.lower.on_grid(value));
+            });
+    else
+        sum_up<1, Pair>(grad, x, sums, grids, shape, grad_strides, groups, threads,
+            [&](const Pair& own, Vec value, Vec g, int64_t, int64_t, Vec* found) {
+                found[0] = g * (own.upper.on_grid(value) - own.lower.on_grid(value));
+            });
 }
 
-// The same for x^ on two grids: grad_x, three sums of each grid by its share, and sum g*(x^ above - x^ below).
-template <class X, class G>
-void backward_mixed(const G* grad, const X* x, X* grad_x, float* sums, const Grids& lower, const Grids& upper,
-                    const Numbers& share, const Shape& shape, const int64_t* grad_strides, int64_t groups,
-                    int threads) {
-    sum_up<7>(grad, x, sums, shape, grad_strides, groups, threads,
-        [&](int64_t at) { return Pair(lower, upper, share, at); },
-        [&](int64_t at, int64_t n) { return Pair(lower, upper, share, at, n); },
-        [&](const Pair& own, Vec value, Vec g, int64_t to, int64_t n, Vec* found) {
-            Vec values[2], passed = {};
-            for (int i = 0; i < 2; ++i) {
-                const Lanes& lanes = i ? own.upper : own.lower;
-                const Vec part = g * (i ? own.share : splat(1.0f) - own.share);
-                const Vec u = lanes.steps(value), c = clamp(u, lanes.low, lanes.high), q = round_even(c);
-                const Vec cut = u != c ? part : Vec{};
-                passed += part - cut;
-                values[i] = lanes.value(q);
-                found[3 * i] = (q - c) * part;
-                found[3 * i + 1] = cut * c;
-                found[3 * i + 2] = cut;
-            }
-            found[6] = g * (values[1] - values[0]);
-            store(grad_x + to, passed, n);
-        });
-}
-
-// For each group: sum g*(x^ on one grid - x^ on another).
-template <class X, class G>
-void difference(const G* grad, const X* x, float* sums, const Grids& above, const Grids& below, const Shape& shape,
-                const int64_t* grad_strides, int64_t groups, int threads) {
-    struct Both { Lanes above, below; };
-    sum_up<1>(grad, x, sums, shape, grad_strides, groups, threads,
-        [&](int64_t at) { return Both{{above, at}, {below, at}}; },
-        [&](int64_t at, int64_t n) { return Both{{above, at, n}, {below, at, n}}; },
-        [&](const Both& own, Vec value, Vec g, int64_t, int64_t, Vec* found) {
-            found[0] = g * (own.above.on_grid(value) - own.below.on_grid(value));
-        });
+template <class Act> void typed(const void* data, int type, const Act& act) {
+    if (type == 0) act((const float*)data);
+    else act((const BFloat16*)data);
 }
 
 }  // namespace
@@ -324,88 +302,32 @@ void difference(const G* grad, const X* x, float* sums, const Grids& above, cons
 // Element types: 0 float, 1 bfloat16; of an output also 2, integers less `zero`.
 extern "C" {
 
-int qvit_forward(const void* x, int x_type, void* out, int out_type, const float* scale, const float* offset,
-                 const float* low, const float* high, int single, const int64_t* shape_numbers, float zero,
-                 int threads) {
+int qvit_forward(const void* x, int x_type, void* out, int out_type, const float* const* numbers, int single,
+                 const int64_t* shape_numbers, float zero, int threads) {
     Shape shape;
     std::memcpy(&shape, shape_numbers, sizeof shape);
-    const Grids grids(scale, offset, low, high, single);
-    const auto of = [&](const auto* from) {
-        if (out_type == 0) forward<false>(from, (float*)out, grids, shape, 0, threads);
-        else if (out_type == 1) forward<false>(from, (BFloat16*)out, grids, shape, 0, threads);
-        else forward<true>(from, (int8_t*)out, grids, shape, zero, threads);
-    };
-    if (x_type == 0) of((const float*)x);
-    else of((const BFloat16*)x);
+    const Grids grids(numbers, single);
+    typed(x, x_type, [&](const auto* from) {
+        if (out_type == 0) forward(from, (float*)out, grids, shape, threads);
+        else if (out_type == 1) forward(from, (BFloat16*)out, grids, shape, threads);
+        else map<Lanes>(from, (int8_t*)out, grids, shape, threads,
+                        [zero](const Lanes& own, Vec value) { return own.code(value) - zero; });
+    });
     return 0;
 }
 
 int qvit_backward(const void* grad, int grad_type, const void* x, int x_type, void* grad_x, float* sums,
-                  const float* scale, const float* offset, const float* low, const float* high, int single,
-                  const int64_t* shape_numbers, const int64_t* grad_strides, int64_t groups, int threads) {
+                  int count, const float* const* numbers, int single, const int64_t* shape_numbers,
+                  const int64_t* grad_strides, int64_t groups, int threads) {
     Shape shape;
     std::memcpy(&shape, shape_numbers, sizeof shape);
-    const Grids grids(scale, offset, low, high, single);
-    const auto of = [&](const auto* from, auto* to) {
-        if (grad_type == 0) backward((const float*)grad, from, to, sums, grids, shape, grad_strides, groups, threads);
-        else backward((const BFloat16*)grad, from, to, sums, grids, shape, grad_strides, groups, threads);
-    };
-    if (x_type == 0) of((const float*)x, (float*)grad_x);
-    else of((const BFloat16*)x, (BFloat16*)grad_x);
-    return 0;
-}
-
-int qvit_forward_mixed(const void* x, int x_type, void* out, int out_type,
-                       const float* scale, const float* offset, const float* low, const float* high, int single,
-                       const float* scale2, const float* offset2, const float* low2, const float* high2, int single2,
-                       const float* share, int one_share, const int64_t* shape_numbers, int threads) {
-    Shape shape;
-    std::memcpy(&shape, shape_numbers, sizeof shape);
-    const Grids lower(scale, offset, low, high, single), upper(scale2, offset2, low2, high2, single2);
-    const Numbers own{share, !one_share};
-    const auto of = [&](const auto* from) {
-        if (out_type == 0) forward_mixed(from, (float*)out, lower, upper, own, shape, threads);
-        else forward_mixed(from, (BFloat16*)out, lower, upper, own, shape, threads);
-    };
-    if (x_type == 0) of((const float*)x);
-    else of((const BFloat16*)x);
-    return 0;
-}
-
-int qvit_backward_mixed(const void* grad, int grad_type, const void* x, int x_type, void* grad_x, float* sums,
-                        const float* scale, const float* offset, const float* low, const float* high, int single,
-                        const float* scale2, const float* offset2, const float* low2, const float* high2, int single2,
-                        const float* share, int one_share, const int64_t* shape_numbers, const int64_t* grad_strides,
-                        int64_t groups, int threads) {
-    Shape shape;
-    std::memcpy(&shape, shape_numbers, sizeof shape);
-    const Grids lower(scale, offset, low, high, single), upper(scale2, offset2, low2, high2, single2);
-    const Numbers own{share, !one_share};
-    const auto of = [&](const auto* from, auto* to) {
-        if (grad_type == 0)
-            backward_mixed((const float*)grad, from, to, sums, lower, upper, own, shape, grad_strides, groups, threads);
-        else backward_mixed((const BFloat16*)grad, from, to, sums, lower, upper, own, shape, grad_strides, groups,
-                            threads);
-    };
-    if (x_type == 0) of((const float*)x, (float*)grad_x);
-    else of((const BFloat16*)x, (BFloat16*)grad_x);
-    return 0;
-}
-
-int qvit_difference(const void* grad, int grad_type, const void* x, int x_type, float* sums,
-                    const float* scale, const float* offset, const float* low, const float* high, int single,
-                    const float* scale2, const float* offset2, const float* low2, const float* high2, int single2,
-                    const int64_t* shape_numbers, const int64_t* grad_strides, int64_t groups, int threads) {
-    Shape shape;
-    std::memcpy(&shape, shape_numbers, sizeof shape);
-    const Grids above(scale, offset, low, high, single), below(scale2, offset2, low2, high2, single2);
-    const auto of = [&](const auto* from) {
-        if (grad_type == 0)
-            difference((const float*)grad, from, sums, above, below, shape, grad_strides, groups, threads);
-        else difference((const BFloat16*)grad, from, sums, above, below, shape, grad_strides, groups, threads);
-    };
-    if (x_type == 0) of((const float*)x);
-    else of((const BFloat16*)x);
+    const Grids grids(numbers, single);
+    typed(grad, grad_type, [&](const auto* g) {
+        if (x_type == 0)
+            backward(g, (const float*)x, (float*)grad_x, sums, count, grids, shape, grad_strides, groups, threads);
+        else
+            backward(g, (const BFloat16*)x, (BFloat16*)grad_x, sums, count, grids, shape, grad_strides, groups, threads);
+    });
     return 0;
 }
 

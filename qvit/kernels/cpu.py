@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,16 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _READ = (torch.float32, torch.bfloat16)
 #: Elements beyond which memory is given back at once.
 LARGEST_SCRATCH = 2**24
-_Pair = tuple[tuple[Tensor | None, ...], tuple[Tensor | None, ...], Tensor]
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-_GRID = (_POINTER,) * 4 + (_INT, _POINTER)
 _SIGNATURES = {
-    "qvit_forward": (_POINTER, _INT, _POINTER, _INT, *_GRID, ctypes.c_float, _INT),
-    "qvit_backward": (_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, *_GRID, _POINTER, _LONG, _INT),
-    "qvit_forward_mixed": (_POINTER, _INT, _POINTER, _INT, *_GRID[:5], *_GRID[:5], _POINTER, _INT, _POINTER, _INT),
-    "qvit_backward_mixed": (
-        *(_POINTER, _INT, _POINTER, _INT, _POINTER, _POINTER, *_GRID[:5], *_GRID[:5], _POINTER, _INT),
-        *(_POINTER, _POINTER, _LONG, _INT),
-    ),
-    "qvit_difference": (_POINTER, _INT, _POINTER, _INT, _POINTER, *_GRID[:5], *_GRID, _POINTER, _LONG, _INT),
+    "qvit_forward": (*(_POINTER, _INT) * 3, _POINTER, ctypes.c_float, _INT),
+    "qvit_backward": (*(_POINTER, _INT) * 2, _POINTER, *(_POINTER, _INT) * 2, _POINTER, _POINTER, _LONG, _INT),
     "qvit_scale_sums": (_POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER, _LONG, _LONG, _INT),
 }
+_MOST_NUMBERS = 9
+#: (scale, offset, quant_min, quant_max), all of which broadcast against the tensor, the offset None for zero; of two
+#: grids, those of both, and the share of the second one.
+Numbers = Sequence[Tensor | None]
 
 
 def available() -> bool:
@@ -70,86 +67,48 @@ def handles(*tensors: Tensor | None) -> bool:
     return would_handle(*tensors) and FakeTensor not in map(type, tensors)
 
 
-def forward(
-    x: Tensor, grid: tuple[Tensor | None, ...], dtype: torch.dtype, zero: int = 0, out: Tensor | None = None
-) -> Tensor:
+def forward(x: Tensor, numbers: Numbers, dtype: torch.dtype, zero: int = 0, out: Tensor | None = None) -> Tensor:
     """x̂ in the dtype float32 or bfloat16, or codes less `zero` in int8; contiguous unless `out` is not.
 
     Args:
         x: float32 or bfloat16.
-        grid: (scale, offset, quant_min, quant_max), broadcasting against `x`; offset None for zero.
+        numbers: Of its grid, or of two.
         dtype: Of the result.
         zero: What is subtracted from codes.
         out: Where to write: of this dtype, and with strides for which four axes do.
     """
-    pointers, kept, groups = _flat(grid)
-    x, _, numbers, _ = _in_order(x, groups, None, out)
+    pointers, single, kept, groups = _flat(numbers)
+    x, _, shape, _ = _in_order(x, groups, None, out)
     out = torch.empty(x.shape, dtype=dtype) if out is None else out
-    _call("qvit_forward", x.data_ptr(), _TYPES[x.dtype], out.data_ptr(), _TYPES[dtype], *pointers, numbers,
-          zero, torch.get_num_threads())  # fmt: skip
+    _call("qvit_forward", x.data_ptr(), _TYPES[x.dtype], out.data_ptr(), _TYPES[dtype], pointers, single, shape, zero)
     del kept
     return out
 
 
-def backward(
-    grad: Tensor, x: Tensor, grid: tuple[Tensor | None, ...], out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The gradient of `x` and (3, groups) sums: see `fake_quantize.py`.
+def backward(grad: Tensor, x: Tensor, numbers: Numbers, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradient of `x` and (3, groups) sums, or (7, groups) on two grids: see `fake_quantize.backward_on`.
 
     Arguments as for `forward`; `out` may be `grad`.
     """
-    pointers, kept, groups = _flat(grid)
-    x, ordered, numbers, strides = _in_order(x, groups, grad, out)
-    assert ordered is not None
-    grad, count = ordered, math.prod(groups)
-    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    sums = torch.empty((3, *(1,) * (x.dim() - len(groups)), *groups), dtype=torch.float32)
-    _call("qvit_backward", grad.data_ptr(), _TYPES[grad.dtype], x.data_ptr(), _TYPES[x.dtype], out.data_ptr(),
-          sums.data_ptr(), *pointers, numbers, strides, count, torch.get_num_threads())  # fmt: skip
-    del kept
-    return out, sums
+    return _summed(grad, x, numbers, 3 if len(numbers) == 4 else 7, out)
 
 
-def forward_mixed(x: Tensor, pair: _Pair, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """x̂ between two grids in the dtype float32 or bfloat16: `pair` is the lower one, the upper one, and its share.
-
-    Otherwise as `forward`.
-    """
-    pointers, kept, groups = _flat_pair(pair)
-    x, _, numbers, _ = _in_order(x, groups, None, out)
-    out = torch.empty(x.shape, dtype=dtype) if out is None else out
-    _call("qvit_forward_mixed", x.data_ptr(), _TYPES[x.dtype], out.data_ptr(), _TYPES[dtype], *pointers, numbers,
-          torch.get_num_threads())  # fmt: skip
-    del kept
-    return out
-
-
-def backward_mixed(grad: Tensor, x: Tensor, pair: _Pair, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The gradient of `x` and (7, groups) sums: see `fake_quantize.backward_on`. Otherwise as `backward`."""
-    pointers, kept, groups = _flat_pair(pair)
-    x, ordered, numbers, strides = _in_order(x, groups, grad, out)
-    assert ordered is not None
-    out = torch.empty(x.shape, dtype=x.dtype) if out is None else out
-    sums = torch.empty((7, *(1,) * (x.dim() - len(groups)), *groups), dtype=torch.float32)
-    _call("qvit_backward_mixed", ordered.data_ptr(), _TYPES[ordered.dtype], x.data_ptr(), _TYPES[x.dtype],
-          out.data_ptr(), sums.data_ptr(), *pointers, numbers, strides, math.prod(groups),
-          torch.get_num_threads())  # fmt: skip
-    del kept
-    return out, sums
-
-
-def difference(grad: Tensor, x: Tensor, above: tuple[Tensor | None, ...], below: tuple[Tensor | None, ...]) -> Tensor:
+def difference(grad: Tensor, x: Tensor, above: Numbers, below: Numbers) -> Tensor:
     """(groups) sums of grad times x̂ on one grid less x̂ on another, whose groups are the same."""
-    pointers, kept, groups = _flat(above)
-    others, kept_too, _ = _flat(below)
-    x, ordered, numbers, strides = _in_order(x, groups, grad, None)
+    return _summed(grad, x, (*below, *above, below[0]), 1)[1][0]
+
+
+def _summed(grad: Tensor, x: Tensor, numbers: Numbers, rows: int, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The gradient of `x`, which is empty for a difference, and `rows` sums for each group."""
+    pointers, single, kept, groups = _flat(numbers)
+    x, ordered, shape, strides = _in_order(x, groups, grad, out)
     assert ordered is not None
-    sums = torch.empty((*(1,) * (x.dim() - len(groups)), *groups), dtype=torch.float32)
-    _call("qvit_difference", ordered.data_ptr(), _TYPES[ordered.dtype], x.data_ptr(), _TYPES[x.dtype],
-          sums.data_ptr(), *pointers, *others, numbers, strides, math.prod(groups),
-          torch.get_num_threads())  # fmt: skip
-    del kept, kept_too
-    return sums
+    out = torch.empty(x.shape if rows > 1 else 0, dtype=x.dtype) if out is None else out
+    sums = torch.empty((rows, *(1,) * (x.dim() - len(groups)), *groups), dtype=torch.float32)
+    _call("qvit_backward", ordered.data_ptr(), _TYPES[ordered.dtype], x.data_ptr(), _TYPES[x.dtype], out.data_ptr(),
+          sums.data_ptr(), rows, pointers, single, shape, strides, math.prod(groups))  # fmt: skip
+    del kept
+    return out, sums
 
 
 _SCRATCH = threading.local()
@@ -176,31 +135,20 @@ def scale_sums(sums: Tensor, more: Tensor, factor: Tensor, bias: Tensor, dtype: 
     sums, more, factor, bias = (part.contiguous() for part in (sums, more, factor, bias))
     rows, columns = sums.shape
     _call("qvit_scale_sums", sums.data_ptr(), more.data_ptr(), out.data_ptr(), _TYPES[dtype], factor.data_ptr(),
-          bias.data_ptr(), rows, columns, torch.get_num_threads())  # fmt: skip
+          bias.data_ptr(), rows, columns)  # fmt: skip
     return out
 
 
 def _call(name: str, *arguments: object) -> None:
-    getattr(_library(), name)(*arguments)
+    getattr(_library(), name)(*arguments, torch.get_num_threads())
 
 
-def _flat_pair(pair: _Pair) -> tuple[list[int | None], list[Tensor], tuple[int, ...]]:
-    """`_flat` of two grids and a share, one after the other."""
-    lower, upper, share = pair
-    groups = groups_of(*(part.shape for part in (*lower, *upper, share) if part is not None))
-    (first, *_), (second, *_), (third, *_) = found = [_flat(own, groups) for own in (lower, upper, (share,))]
-    return [*first, *second, *third], [part for own in found for part in own[1]], groups
-
-
-def _flat(
-    grid: tuple[Tensor | None, ...], groups: tuple[int, ...] | None = None
-) -> tuple[list[int | None], list[Tensor], tuple[int, ...]]:
-    """Pointers to the numbers, which of them are one for all groups; the tensors that hold them; the groups' shape."""
-    groups = groups_of(*(part.shape for part in grid if part is not None)) if groups is None else groups
-    kept, pointers, single = [], [], 0
-    for i, part in enumerate(grid):
+def _flat(numbers: Numbers) -> tuple[Any, int, list[Tensor], tuple[int, ...]]:
+    """Pointers to the numbers, a bit for each that all groups share, the tensors that hold them, the groups' shape."""
+    groups = groups_of(*(part.shape for part in numbers if part is not None))
+    pointers, single, kept = (_POINTER * _MOST_NUMBERS)(), 0, []
+    for i, part in enumerate(numbers):
         if part is None:
-            pointers.append(None)
             continue
         if part.numel() == 1:
             single |= 1 << i
@@ -209,8 +157,8 @@ def _flat(
         if part.dtype is not torch.float32 or not part.is_contiguous():
             part = part.detach().float().contiguous()
         kept.append(part)
-        pointers.append(part.data_ptr())
-    return [*pointers, single], kept, groups
+        pointers[i] = part.data_ptr()
+    return pointers, single, kept, groups
 
 
 def _in_order(

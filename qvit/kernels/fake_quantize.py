@@ -20,9 +20,9 @@ By interpolation x̂ is on two grids at a time (`Mixed`); its sums are those of 
 
 All point beyond the width's limits, too: what counts is the sum over all parts of a batch (`training/optimizer.py`).
 
-`FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators: it saves `x` and a
-few numbers per group. On CPUs the operators are compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere
-the formulas below; a model that torch.compile or torch.export traces gets these, to be fused with what is around them.
+`FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators. On CPUs they are
+compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere the formulas below; a model that torch.compile
+or torch.export traces gets these, to be fused with what is around them.
 """
 
 from __future__ import annotations
@@ -52,14 +52,13 @@ class Grid(NamedTuple):
     quant_min: Tensor
     quant_max: Tensor
 
+    def numbers(self) -> tuple[Tensor | None, ...]:
+        """All of them, as kernels take them."""
+        return self
+
     def heads_last(self) -> Grid:
         """The grid for `x.transpose(-3, -2)`."""
-
-        def turned(part: Tensor) -> Tensor:
-            return part if part.dim() < 2 else part.transpose(-3, -2)
-
-        offset = None if self.offset is None else turned(self.offset)
-        return Grid(turned(self.scale), offset, turned(self.quant_min), turned(self.quant_max))
+        return Grid(*map(_heads_last, self))
 
 
 class Mixed(NamedTuple):
@@ -70,13 +69,16 @@ class Mixed(NamedTuple):
     share: Tensor
 
     def numbers(self) -> tuple[Tensor | None, ...]:
-        """All nine, as kernels take them."""
+        """All nine, as of `Grid`."""
         return (*self.lower, *self.upper, self.share)
 
     def heads_last(self) -> Mixed:
         """As of `Grid`."""
-        share = self.share if self.share.dim() < 2 else self.share.transpose(-3, -2)
-        return Mixed(self.lower.heads_last(), self.upper.heads_last(), share)
+        return Mixed(self.lower.heads_last(), self.upper.heads_last(), _heads_last(self.share))
+
+
+def _heads_last(part: Any) -> Any:
+    return part if part is None or part.dim() < 2 else part.transpose(-3, -2)
 
 
 class Meta(NamedTuple):
@@ -115,15 +117,16 @@ def fuses(*tensors: Tensor | None) -> bool:
 
 def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid | Mixed, Tensor]:
     """The grid of the current widths, and these as integers; by interpolation both grids, and the lower widths."""
-    if meta.limits is None or meta.gradient != "interpolation":
-        return resolve_one(scales, offsets, bit_width, meta)
-    least, most = meta.limits
-    if _at_once(scales, meta):
-        assert meta.first is not None
-        about = (meta.first, meta.limits, meta.signed, SMALLEST_SCALE)
-        found: Any = gpu.resolve(scales, offsets, bit_width, *about, mixed=True)
+    mixed = meta.limits is not None and meta.gradient == "interpolation"
+    if meta.first is not None and _at_once(scales):
+        about = (meta.first, meta.limits, meta.signed, SMALLEST_SCALE, mixed)
+        found: Any = gpu.resolve(scales, offsets, bit_width, *about)
         if found is not None:
-            return Mixed(Grid(*found[:4]), Grid(*found[5:9]), found[10]), found[4]
+            lower = Grid(*found[:4])
+            return (Mixed(lower, Grid(*found[5:9]), found[10]) if mixed else lower), found[4]
+    if meta.limits is None or not mixed:
+        return formula_resolve(scales, offsets, bit_width, meta)
+    least, most = meta.limits
     width = wide(bit_width.detach()).clamp(least, most)
     lower = width.floor().clamp_max(max(least, most - 1))
     upper = _fixed(scales, offsets, (lower + 1).clamp_max(most), meta)
@@ -132,22 +135,14 @@ def resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Met
 
 def _fixed(scales: Tensor, offsets: Tensor | None, width: Tensor, meta: Meta) -> Grid:
     """The grid of integer widths that are given."""
-    return resolve_one(scales, offsets, width, meta._replace(limits=None, known_range=None))[0]
+    grid, _ = resolve(scales, offsets, width, meta._replace(limits=None, known_range=None))
+    assert isinstance(grid, Grid)
+    return grid
 
 
-def resolve_one(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid, Tensor]:
-    """`resolve` where x̂ is on a single grid."""
-    if _at_once(scales, meta):
-        assert meta.first is not None
-        found: Any = gpu.resolve(scales, offsets, bit_width, meta.first, meta.limits, meta.signed, SMALLEST_SCALE)
-        if found is not None:
-            return Grid(*found[:4]), found[4]
-    return formula_resolve(scales, offsets, bit_width, meta)
-
-
-def _at_once(scales: Tensor, meta: Meta) -> bool:
+def _at_once(scales: Tensor) -> bool:
     """Whether a kernel makes all numbers of a quantizer."""
-    return scales.is_cuda and meta.first is not None and not torch.compiler.is_compiling() and gpu.handles(scales)
+    return scales.is_cuda and not torch.compiler.is_compiling() and gpu.handles(scales)
 
 
 def formula_resolve(scales: Tensor, offsets: Tensor | None, bit_width: Tensor, meta: Meta) -> tuple[Grid, Tensor]:
@@ -189,8 +184,7 @@ def parameter_gradients(
     """
     mixed = isinstance(grid, Mixed)
     limits = None if slope is not None else meta.limits
-    if _at_once(scales, meta):
-        assert meta.first is not None
+    if meta.first is not None and _at_once(scales):
         about = (meta.first, limits, meta.signed, meta.elements_per_scale, meta.linear, mixed)
         scale = grid.lower.scale if isinstance(grid, Mixed) else grid.scale
         found = gpu.parameter_gradients(sums, scale, scales, offsets, bit_width, *about)
@@ -234,25 +228,20 @@ def quantize_on(
 
     `scratch` names memory that is used again on the CPU (`cpu.scratch`): the result is used up before the next call.
     """
-    if isinstance(grid, Mixed):
-        dtype = dtype or x.dtype
-        if not torch.compiler.is_compiling():
-            if _directly(x) and (found := gpu.forward(x, grid.numbers(), dtype)) is not None:
-                return found
-            if cpu.handles(x):
-                out = None if scratch is None else cpu.scratch(scratch, x.shape, dtype, x)
-                return cpu.forward_mixed(x, grid, dtype, out)
-        within = torch.promote_types(dtype, torch.float32)  # the mixture is rounded, not its parts
-        values, upper = (quantize_on(x, own, within) for own in (grid.lower, grid.upper))
-        return values.lerp_(upper, grid.share.to(within)).to(dtype)
-    if torch.compiler.is_compiling():
-        return _forward(x, *grid, dtype=dtype)
-    if _directly(x) and (found := gpu.forward(x, grid, dtype or x.dtype)) is not None:
-        return found
-    if scratch is None or not cpu.handles(x):
-        return torch.ops.qvit.fake_quantize(x, *grid, dtype)
     dtype = dtype or x.dtype
-    return cpu.forward(x, grid, dtype, out=cpu.scratch(scratch, x.shape, dtype, x))
+    if torch.compiler.is_compiling():
+        if isinstance(grid, Grid):
+            return _forward(x, *grid, dtype=dtype)
+    elif _directly(x) and (found := gpu.forward(x, grid.numbers(), dtype)) is not None:
+        return found
+    elif (scratch is not None or isinstance(grid, Mixed)) and cpu.handles(x):
+        out = None if scratch is None else cpu.scratch(scratch, x.shape, dtype, x)
+        return cpu.forward(x, grid.numbers(), dtype, out=out)
+    if isinstance(grid, Grid):
+        return torch.ops.qvit.fake_quantize(x, *grid, dtype)
+    within = torch.promote_types(dtype, torch.float32)  # the mixture is rounded, not its parts
+    values, upper = (quantize_on(x, own, within) for own in (grid.lower, grid.upper))
+    return values.lerp_(upper, grid.share.to(within)).to(dtype)
 
 
 def _directly(*tensors: Tensor) -> bool:
@@ -274,29 +263,23 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid | Mixed, out: Tensor | None 
     On two grids the sums are seven: those of the lower and of the upper one, by their shares, and the width's gradient.
     The gradient is written to `out` if that is given; it may be `grad` itself.
     """
-    if isinstance(grid, Mixed):
-        if not torch.compiler.is_compiling():
-            if _directly(grad, x) and (found := gpu.backward(grad, x, grid.numbers(), out)) is not None:
-                return found
-            if cpu.handles(grad, x):
-                return cpu.backward_mixed(grad, x, grid, out)
-        slope = difference_on(grad, x, grid.upper, grid.lower)
-        of_upper, above = backward_on(grad, x, grid.upper)
-        grad_x, below = backward_on(grad, x, grid.lower, out)
-        mixed = wide(grad_x)
-        mixed.lerp_(wide(of_upper), grid.share.to(mixed.dtype))
-        grad_x = mixed if mixed.dtype == grad_x.dtype else grad_x.copy_(mixed)
-        return grad_x, torch.cat([below * (1 - grid.share), above * grid.share, slope[None]])
     if torch.compiler.is_compiling():
-        return _backward(grad, x, *grid)
-    if _directly(grad, x) and (found := gpu.backward(grad, x, grid, out)) is not None:
+        if isinstance(grid, Grid):
+            return _backward(grad, x, *grid)
+    elif _directly(grad, x) and (found := gpu.backward(grad, x, grid.numbers(), out)) is not None:
         return found
-    if out is None:
-        return torch.ops.qvit.fake_quantize_backward(grad, x, *grid)
-    if cpu.handles(grad, x):
-        return cpu.backward(grad, x, grid, out)
-    grad_x, sums = torch.ops.qvit.fake_quantize_backward(grad, x, *grid)
-    return out.copy_(grad_x), sums
+    elif (out is not None or isinstance(grid, Mixed)) and cpu.handles(grad, x):
+        return cpu.backward(grad, x, grid.numbers(), out)
+    if isinstance(grid, Grid):
+        grad_x, sums = torch.ops.qvit.fake_quantize_backward(grad, x, *grid)
+        return (grad_x if out is None else out.copy_(grad_x)), sums
+    slope = difference_on(grad, x, grid.upper, grid.lower)
+    of_upper, above = backward_on(grad, x, grid.upper)
+    grad_x, below = backward_on(grad, x, grid.lower, out)
+    mixed = wide(grad_x)
+    mixed.lerp_(wide(of_upper), grid.share.to(mixed.dtype))
+    grad_x = mixed if mixed.dtype == grad_x.dtype else grad_x.copy_(mixed)
+    return grad_x, torch.cat([below * (1 - grid.share), above * grid.share, slope[None]])
 
 
 def difference_on(grad: Tensor, x: Tensor, above: Grid, below: Grid) -> Tensor:
@@ -312,17 +295,13 @@ def difference_on(grad: Tensor, x: Tensor, above: Grid, below: Grid) -> Tensor:
 
 def packed(grid: Grid | Mixed, width: Tensor) -> tuple[Tensor | None, ...]:
     """What `resolve` returned as tensors to be saved for backward."""
-    return (*grid, width) if isinstance(grid, Grid) else (*grid.numbers(), width)
+    return (*grid.numbers(), width)
 
 
 def unpacked(parts: Sequence[Any]) -> tuple[Grid | Mixed, Tensor]:
     """What `packed` was given."""
     grid = Grid(*parts[:4])
-    return (grid if len(parts) == PACKED else Mixed(grid, Grid(*parts[4:8]), parts[8])), parts[-1]
-
-
-#: How many tensors `packed` makes of a grid.
-PACKED = 5
+    return (grid if len(parts) == 5 else Mixed(grid, Grid(*parts[4:8]), parts[8])), parts[-1]
 
 
 class FakeQuantize(torch.autograd.Function):

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qvit.errors import first_line
 from qvit.kernels.shapes import Axes, axes_of, groups_of, numbers_of_groups
 
 log = logging.getLogger(__name__)
@@ -325,8 +326,3 @@ def _compute_what_formulas_do(device: torch.device) -> bool:
     wanted = [left + right for left, right in zip(*(own[:2] for own in parts), strict=True)]
     found = parameter_gradients(sums.contiguous(), own[0], banks, banks, width, *about, 1200, mixed=True)
     return result and same(found, [*wanted, moved], False)
-
-
-def first_line(error: Exception) -> str:
-    """What went wrong, in a line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

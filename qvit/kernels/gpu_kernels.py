@@ -31,18 +31,35 @@ def _steps(value, scale, offset, low, high, at, inside, SHIFTED: tl.constexpr): 
 
 
 @triton.jit
+def _elements(chunks, b_count, size, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The tile (a, b) of this program, rows, columns and numbers of its elements, and which of them there are."""
+    program = tl.program_id(0)
+    tile = program // chunks
+    i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
+    d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
+    return (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64), c, d, i, i < size
+
+
+@triton.jit
+def _through(part, u, clamped, q, sums, programs, inside):  # type: ignore[no-untyped-def]
+    """What of a gradient passes through a grid; this program's part of the three sums goes to `sums`."""
+    cut = tl.where(u != clamped, part, 0.0)
+    zero = tl.zeros_like(part)
+    own = sums + tl.program_id(0)
+    tl.store(own, tl.sum(tl.where(inside, (q - clamped) * part, zero)))
+    tl.store(own + programs, tl.sum(tl.where(inside, cut * clamped, zero)))
+    tl.store(own + 2 * programs, tl.sum(tl.where(inside, cut, zero)))
+    return part - cut
+
+
+@triton.jit
 def forward_kernel(  # type: ignore[no-untyped-def]
     x, out, scale, offset, low, high, scale2, offset2, low2, high2, share, chunks, b_count, size,
     x0, x1, x2, x3, g0, g1, g2, g3,
     COLUMNS: tl.constexpr, VARIES: tl.constexpr, SHIFTED: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x̂ of a block of elements."""
-    program = tl.program_id(0)
-    tile = program // chunks
-    a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
-    i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
+    a, b, c, d, i, inside = _elements(chunks, b_count, size, COLUMNS, BLOCK)
     value = _read(x, a, b, c, d, i, x0, x1, x2, x3, inside, COLUMNS)
     at = a * g0 + b * g1 + c * g2 + d * g3 if VARIES else a * g0 + b * g1
     known = inside if VARIES else True
@@ -50,7 +67,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     if MIXED:
         _, _, _, above = _steps(value, scale2, offset2, low2, high2, at, known, SHIFTED)
         result += tl.load(share + at, mask=known, other=0.0) * (above - result)
-    tl.store(out + tile.to(tl.int64) * size + i, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + (a * b_count + b) * size + i, result.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -60,32 +77,19 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, MIXED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a block of elements, and its part of the sums."""
-    program = tl.program_id(0)
-    tile = program // chunks
-    a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
-    i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
+    a, b, c, d, i, inside = _elements(chunks, b_count, size, COLUMNS, BLOCK)
     value = _read(x, a, b, c, d, i, x0, x1, x2, x3, inside, COLUMNS)
     g = _read(grad, a, b, c, d, i, y0, y1, y2, y3, inside, COLUMNS)
     at = a * g0 + b * g1
     u, clamped, q, below = _steps(value, scale, offset, low, high, at, True, SHIFTED)
     part = g * (1.0 - tl.load(share + at)) if MIXED else g
-    cut = tl.where(u != clamped, part, 0.0)
-    passed = part - cut
-    zero = tl.zeros_like(g)
-    tl.store(partial + program, tl.sum(tl.where(inside, (q - clamped) * part, zero)))
-    tl.store(partial + programs + program, tl.sum(tl.where(inside, cut * clamped, zero)))
-    tl.store(partial + 2 * programs + program, tl.sum(tl.where(inside, cut, zero)))
+    passed = _through(part, u, clamped, q, partial, programs, inside)
     if MIXED:
         u, clamped, q, above = _steps(value, scale2, offset2, low2, high2, at, True, SHIFTED)
         part = g * tl.load(share + at)
-        cut = tl.where(u != clamped, part, 0.0)
-        passed += part - cut
-        tl.store(partial + 3 * programs + program, tl.sum(tl.where(inside, (q - clamped) * part, zero)))
-        tl.store(partial + 4 * programs + program, tl.sum(tl.where(inside, cut * clamped, zero)))
-        tl.store(partial + 5 * programs + program, tl.sum(tl.where(inside, cut, zero)))
-        tl.store(partial + 6 * programs + program, tl.sum(tl.where(inside, (above - below) * g, zero)))
+        passed += _through(part, u, clamped, q, partial + 3 * programs, programs, inside)
+        moved = tl.sum(tl.where(inside, (above - below) * g, tl.zeros_like(g)))
+        tl.store(partial + 6 * programs + tl.program_id(0), moved)
     of_out = grad_x + a * o0 + b * o1
     of_out += c * o2 + d * o3 if COLUMNS > 0 else i
     tl.store(of_out, passed.to(grad_x.dtype.element_ty), mask=inside)
@@ -98,18 +102,13 @@ def difference_kernel(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block's part of the sums of grad times x̂ on one grid less x̂ on another."""
-    program = tl.program_id(0)
-    tile = program // chunks
-    a, b = (tile // b_count).to(tl.int64), (tile % b_count).to(tl.int64)
-    i = (program % chunks) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < size
-    d, c = i % COLUMNS if COLUMNS > 0 else i, i // COLUMNS if COLUMNS > 0 else tl.zeros_like(i)
+    a, b, c, d, i, inside = _elements(chunks, b_count, size, COLUMNS, BLOCK)
     value = _read(x, a, b, c, d, i, x0, x1, x2, x3, inside, COLUMNS)
     g = _read(grad, a, b, c, d, i, y0, y1, y2, y3, inside, COLUMNS)
     at = a * g0 + b * g1
     _, _, _, above = _steps(value, scale, offset, low, high, at, True, SHIFTED)
     _, _, _, below = _steps(value, scale2, offset2, low2, high2, at, True, SHIFTED)
-    tl.store(partial + program, tl.sum(tl.where(inside, (above - below) * g, tl.zeros_like(value))))
+    tl.store(partial + tl.program_id(0), tl.sum(tl.where(inside, (above - below) * g, tl.zeros_like(value))))
 
 
 @triton.jit

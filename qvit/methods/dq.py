@@ -5,11 +5,9 @@ b, two determine the third. With d and x_max learned, and b̃ = log2(x_max/d + 1
 do not depend on each other; parametrizations with an explicit width, which Q-ViT has, did worse in the paper.
 `quantizers/dq.py` has the quantizer.
 
-As in `qvit`, and for comparison's sake: sites, calibration, start at N bits, two stages, and the penalty
-η·max(0, C(B)/c - 1)², whose gradient reaches d and x_max through b̃. (The paper has the same form of penalty, on the
-bytes of weights and of activations.) At the end of the search b̃ is rounded within the budget; ranges are kept, scales
-are made to fit the new widths, and what the optimizer remembers of them is forgotten: the penalty is gone. From then on
-the quantizers are LSQ's.
+All else is as in `qvit`; the gradient of its penalty reaches d and x_max through b̃. (The paper has the same form of
+penalty, on the bytes of weights and of activations.) At the end of the search ranges are kept, scales are made to fit
+the rounded widths, and what the optimizer remembers of them is forgotten. From then on the quantizers are LSQ's.
 
 Ranges have the learning rate of widths, in log2; scales that of scales. Left out: step sizes that are powers of two.
 """

@@ -1,13 +1,12 @@
 """EdMIPS: a softmax over candidate widths is learned (Cai and Vasconcelos, CVPR 2020, arXiv 2004.05795).
 
-Every width from 2 to 8 is a branch of every site, with its own scale; x̂ is the mixture of the branches, and costs are
-expected ones, MACs · E[b_weight] · E[b_activation] (`quantizers/edmips.py`). All branches start alike: the search
-begins at 5 bits on average, whatever the budget, in the first and the last layer, too.
+Every width from 2 to 8 is a branch of every site (`quantizers/edmips.py`), and costs are expected ones, MACs ·
+E[b_weight] · E[b_activation]. All branches start alike: the search begins at 5 bits on average, whatever the budget, in
+the first and the last layer, too.
 
-As in `qvit`, and for comparison's sake: sites, calibration, two stages, and the penalty η·max(0, C/c - 1)² in place of
-the paper's λ·complexity, which has no budget: it is found by trying values of λ. At the end of the search the wish of
-each site is its likeliest width, as in the paper; what that exceeds the budget by, or leaves of it, is repaired by the
-integer program that rounds Q-ViT's widths. Then a column of each bank is left, an LSQ quantizer, and training goes on.
+All else is as in `qvit`, whose penalty takes the place of the paper's λ·complexity: that has no budget. At the end of
+the search the wish of each site is its likeliest width, as in the paper, brought within the budget as Q-ViT's widths
+are.
 
 In a short search the shares stay nearly equal: the penalty then tilts all of them alike, and the likeliest width is 2
 nearly everywhere while the expected one is at the budget. `wish="expected"` (ours) rounds expected widths instead.
@@ -52,7 +51,7 @@ class EdMIPSMethod(QViTMethod):
         bits = (LOW + HIGH) // 2
         return QuantPlan.preset(f"w{bits}a{bits}", boundary_bits=bits).resolve(cost.sites)
 
-    def plan(self, cost: CostModel) -> QuantPlan | None:
+    def plan(self, cost: CostModel) -> QuantPlan:
         if self.config.plan is not None:
             raise UsageError("method 'edmips' starts with all widths alike: it takes no --plan to start from")
         return super().plan(cost)

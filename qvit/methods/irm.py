@@ -59,9 +59,9 @@ class IRMMethod(LSQMethod):
     Options = IRMOptions
     options: Any
 
-    def plan(self, cost: CostModel) -> QuantPlan | None:
+    def plan(self, cost: CostModel) -> QuantPlan:
         plan = super().plan(cost)
-        if plan is None or not self.options.rectify:
+        if not self.options.rectify:
             return plan
         guided = [name for name in self._guided(cost) if plan.sites[name] is not None]
         return plan.with_rules(*(Rule(name, {"quantizer": "irm"}) for name in guided)).resolve(cost.sites)
@@ -79,11 +79,11 @@ class IRMMethod(LSQMethod):
             raise UsageError("method 'irm' looks at tensors inside the model: it cannot be compiled; guidance=0 can")
         # At this point the model has the float weights, in a resumed run, too: its own are loaded after this call.
         float_model = copy.deepcopy(model).eval().requires_grad_(False)
-        for _, quantizer in quantizers_of(float_model):
-            quantizer.enabled = False
         guided = set(self._guided(cost))
         for store, source in ((self.seen, model), (self.wanted, float_model)):
             for name, quantizer in quantizers_of(source):
+                if source is float_model:
+                    quantizer.enabled = False
                 if name in guided:
                     quantizer.register_forward_hook(_note(store, name, training=source is model))
 

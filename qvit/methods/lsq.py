@@ -45,7 +45,7 @@ class LSQMethod(Method):
     Options = LSQOptions
     options: LSQOptions
 
-    def plan(self, cost: CostModel) -> QuantPlan | None:
+    def plan(self, cost: CostModel) -> QuantPlan:
         if (self.config.budget is None) == (self.config.plan is None):
             raise UsageError(
                 f"method '{self.config.method}' needs either --budget, such as 4bit, or --plan, such as w4a4"
@@ -63,7 +63,7 @@ class LSQMethod(Method):
                 )
             plan = QuantPlan.preset(f"w{match[1]}a{match[1]}")
         plan = plan.resolve(cost.sites)
-        quantized = [site for site in cost.sites.values() if plan.sites[site.name] is not None]
+        quantized = plan.quantized(cost.sites)
         if self.config.method == "lsq":
             plan = plan.with_rules(*symmetric_rules(quantized))
         return plan.with_rules(

@@ -1,7 +1,6 @@
 """OFQ: oscillation-free quantization (Liu et al., ICML 2023, arXiv 2302.02210), as far as its parts fit into a plan.
 
-* StatsQ: weights have a statistical scale per row in place of a learned one (`quantizers/statsq.py`). A learned scale
-  takes the weights at its rounding boundaries along when it moves, and oscillates with them.
+* StatsQ: weights have a statistical scale per row in place of a learned one (`quantizers/statsq.py`).
 * Confidence-guided annealing: in the last share of training only weights at a rounding boundary move
   (`training/oscillation/remedies.py`; the paper adds 30 epochs to 300 for it, hence the share of 0.1).
 * Activations as in LSQ+, here with one scale per head; the paper has one per token position and a learned shift before
@@ -47,10 +46,8 @@ class OFQMethod(WithRemedy, LSQMethod):
     Options = OFQOptions
     options: Any
 
-    def plan(self, cost: CostModel) -> QuantPlan | None:
+    def plan(self, cost: CostModel) -> QuantPlan:
         plan = super().plan(cost)
-        if plan is None:
-            return None
         change = {"quantizer": "statsq", "granularity": self.options.weight_scales}
-        weights = [site for site in cost.sites.values() if site.role == "weight" and plan.sites[site.name] is not None]
-        return plan.with_rules(*(Rule(site.name, change) for site in weights)).resolve(cost.sites)
+        weights = [site.name for site in plan.quantized(cost.sites) if site.role == "weight"]
+        return plan.with_rules(*(Rule(name, change) for name in weights)).resolve(cost.sites)

@@ -3,8 +3,7 @@
     min over weights W, scales S, widths B     E[ loss ] + η·max(0, C(B)/c - 1)²   (eq. 12-14; relative form, see below)
 
 * Scales and widths are learned together, each attention head has its own widths (section 3.3, eq. 7-10).
-* Switchable scale: one scale per candidate width 2…8, so that a change of width does not throw away the scale it had
-  (eq. 11, Table 3b).
+* Switchable scale: one scale per candidate width 2…8 (eq. 11, Table 3b).
 * Widths start near the budget, the first and the last layer at 8; both are learned (section 4.1).
 * Two stages: widths move in the first σ of all epochs (searching), then stand still while weights and scales finish
   (diving). Table 3c: σ = 0.9 for 300 epochs.
@@ -20,16 +19,14 @@ What differs from the paper, by option back to it (`docs/evidence.md` has what e
 * Widths start at N for an N-bit budget. From N + 1, as published (`initial_bits`), the penalty first takes all widths
   far below the budget.
 * Widths have their own learning rate, which falls to zero within the searching stage: they come to rest before they are
-  frozen, as the paper's do at the end of 270 epochs under a cosine. With Adam a width moves by about one learning rate
-  per step; the first rate is what would carry it ten bits in the searching stage, never below the weights' rate.
-* σ is 0.9 from 200 epochs on, and 0.4 for shorter runs, whose weights need the time after the widths have come to rest.
-* The penalty counts real-valued widths, not rounded ones. With rounding, the widths of all large layers, which fall in
-  step, cross 2.5 together: the model drops far below its budget and the search has to climb back.
+  frozen. With Adam a width moves by about one learning rate per step; the first rate is never below the weights' rate.
+* σ is 0.4 for runs below 200 epochs, whose weights need the time after the widths have come to rest.
+* The penalty counts real-valued widths. With rounding, the widths of all large layers, which fall in step, cross 2.5
+  together: the model drops far below its budget and the search has to climb back.
 * The penalty is soft, the budget is not: at the end of the search an integer program turns b̃ into widths within the
   budget (`allocate/rounding.py`). The paper reports overshoots up to 2 %.
 
-Differing from the public code, as the paper has it: scales per head, heads on the right axis of the weights, mean of
-products in the cost (docs/paper-to-code.md).
+`docs/paper-to-code.md` has what differs from the public code.
 """
 
 from __future__ import annotations
@@ -140,12 +137,10 @@ class QViTMethod(Method):
             raise UsageError(f"method '{self.config.method}' needs a --budget, such as 4bit or 21.455G")
         return parse_budget(self.config.budget, cost)
 
-    def plan(self, cost: CostModel) -> QuantPlan | None:
+    def plan(self, cost: CostModel) -> QuantPlan:
         budget = self.budget(cost)
-        if self.config.plan is not None:
-            start = plan_from(self.config.plan).resolve(cost.sites)
-        else:
-            start = self.start(cost, budget)
+        given = self.config.plan
+        start = self.start(cost, budget) if given is None else plan_from(given).resolve(cost.sites)
         changes = {"learn_bit_width": True, "bit_width_range": [LOW, HIGH], **self.spec_changes()}
         rules = []
         for name, site in cost.sites.items():
@@ -153,20 +148,9 @@ class QViTMethod(Method):
             if spec is None:
                 continue
             heads = site.layout.num_heads if self.options.head_wise and site.layout.heads else 1
-            widths = list(
-                spec.widths if len(spec.widths) == heads else [round(sum(spec.widths) / len(spec.widths))] * heads
-            )
-            rules.append(
-                Rule(
-                    name,
-                    {
-                        **changes,
-                        "bit_width": [min(max(w, LOW), HIGH) for w in widths]
-                        if heads > 1
-                        else min(max(widths[0], LOW), HIGH),
-                    },
-                )
-            )
+            widths = spec.widths if len(spec.widths) == heads else (round(sum(spec.widths) / len(spec.widths)),) * heads
+            widths = [min(max(width, LOW), HIGH) for width in widths]
+            rules.append(Rule(name, {**changes, "bit_width": widths if heads > 1 else widths[0]}))
         rules += [*offset_rules(self.options.asymmetric), *scale_rules(self.scales, cost.sites.values())]
         return start.with_rules(*rules, name=f"{self.config.method}-{self.config.budget}").resolve(cost.sites)
 
@@ -195,18 +179,16 @@ class QViTMethod(Method):
     def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
         self.model, self.cost, self.steps_per_epoch = model, cost, steps_per_epoch
         self.limit = self.budget(cost)
-        self.order = [name for name in cost.sites if name in dict(quantizers_of(model))]
+        found = dict(quantizers_of(model))
+        self.order = [name for name in cost.sites if name in found]
         if len(self.order) != len(cost.sites):
             raise UsageError(
                 f"method '{self.config.method}' learns the widths of all sites: "
                 "a plan that leaves tensors in float can be trained with lsq+"
             )
-        found = dict(quantizers_of(model))
         self.quantizers = [found[name] for name in self.order]
-        device = self.quantizers[0].bit_width.device
-        self.differentiable = DifferentiableCost(
-            cost, {name: q.bit_width.numel() for name, q in zip(self.order, self.quantizers, strict=True)}
-        ).to(device)
+        counts = {name: found[name].bit_width.numel() for name in self.order}
+        self.differentiable = DifferentiableCost(cost, counts).to(self.quantizers[0].bit_width.device)
 
     def bit_operations(self) -> Tensor:
         """C(B) of the current widths, in BOPs, differentiable.
@@ -235,9 +217,8 @@ class QViTMethod(Method):
         if not self.quantizers[0].learns_width:
             return None
         if self.options.penalty == "absolute":
-            return (self.options.penalty_weight or 0.1) * ((self.bit_operations() - self.limit) / 1e9).clamp_min(
-                0
-            ).square()
+            excess = ((self.bit_operations() - self.limit) / 1e9).clamp_min(0)
+            return (self.options.penalty_weight or 0.1) * excess.square()
         return (self.options.penalty_weight or 50.0) * (self.bit_operations() / self.limit - 1).clamp_min(0).square()
 
     def before_step(self, trainer: Trainer) -> None:

@@ -13,8 +13,7 @@ activations have outliers, and in training weights oscillate between grid points
 * Oscillation-aware bin regularization, L_OBR, which draws weights to the middle of their bin, late in training
   (`oscillation`; formulas and alternatives in `training/oscillation/remedies.py`).
 
-Grids are those of LSQ+: the GELU's output is unsigned with a learned offset, first and last layer have 8 bits. All
-widths are the budget's; `qvit+vvtq` learns them as Q-ViT does (`qvit.py`), with its scales per head, and starts the
+Grids and widths are those of LSQ+; `qvit+vvtq` learns widths as Q-ViT does, with its scales per head, and starts the
 remedy when they are frozen.
 
 Where this differs from the public code (HuangOwen/Quantization-Variation), and why:
@@ -27,7 +26,6 @@ Where this differs from the public code (HuangOwen/Quantization-Variation), and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -37,7 +35,6 @@ from qvit.methods.lsq import LSQMethod
 from qvit.methods.qvit import QViTMethod, QViTOptions
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
-from qvit.plan.spec import Site
 from qvit.training.loop import Trainer
 from qvit.training.oscillation import Remedy, RemedyOptions, create_remedy
 
@@ -111,8 +108,9 @@ class _VariationAware(WithRemedy):
         plan = super().plan(cost)
         if plan is None:
             return None
-        quantized = [site for site in cost.sites.values() if plan.sites[site.name] is not None]
-        return plan.with_rules(*gradient_rules(self.options, quantized)).resolve(cost.sites)
+        forms = {"weight": self.options.scale_gradient, "activation": self.options.activation_scale_gradient}
+        rules = [Rule(site.name, {"scale_gradient": forms[site.role]}) for site in plan.quantized(cost.sites)]
+        return plan.with_rules(*rules).resolve(cost.sites)
 
 
 @register_method("vvtq")
@@ -132,9 +130,3 @@ class QViTVVTQMethod(_VariationAware, QViTMethod):
     @property
     def not_before(self) -> float:
         return self.searching_epochs / self.config.epochs
-
-
-def gradient_rules(options: VariationOptions, sites: Iterable[Site]) -> list[Rule]:
-    """A rule per site with the factor of its scale's gradient."""
-    forms = {"weight": options.scale_gradient, "activation": options.activation_scale_gradient}
-    return [Rule(site.name, {"scale_gradient": forms[site.role]}) for site in sites]

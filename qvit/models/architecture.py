@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from qvit.documents import MOST_CLASSES
 from qvit.errors import UsageError, nearest, shown
@@ -25,18 +25,12 @@ from qvit.plan.spec import MOST_BLOCKS, MOST_HEADS
 #: The largest model of timm has 6.7 billion.
 MOST_PARAMETERS = 8_000_000_000
 _NAME = re.compile(r"(timm/)?\w{1,80}(\.\w{1,80})?")
+_WEIGHTS = (
+    *("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_custom_load"),
+    *("pretrained_filter_fn", "pretrained_model_args"),
+)
 #: What timm takes beside the architecture, and what to do instead.
-_ELSEWHERE = {
-    "checkpoint_path": "use --weights",
-    "pretrained": "use --pretrained",
-    "pretrained_cfg": "use --weights",
-    "pretrained_cfg_overlay": "use --weights",
-    "pretrained_strict": "use --weights",
-    "pretrained_custom_load": "use --weights",
-    "pretrained_filter_fn": "use --weights",
-    "pretrained_model_args": "use --weights",
-    "cache_dir": "set HF_HOME",
-}
+_ELSEWHERE = {"pretrained": "use --pretrained", "cache_dir": "set HF_HOME", **dict.fromkeys(_WEIGHTS, "use --weights")}
 
 Size = Annotated[int, Field(ge=1, le=4096)]
 Patch = Annotated[int, Field(ge=1, le=512)]
@@ -58,95 +52,17 @@ Windows = Window | Annotated[list[Window], _A_FEW]
 HeadsOfStages = Heads | Annotated[list[Heads], _A_FEW]
 
 
-class Architecture(BaseModel):
-    """The arguments: those of VisionTransformer, Swin, Swin V2, EVA, BEiT and CaiT that plain data can be.
-
-    Those that take modules or functions are missing. A name of timm's registry serves for activations and norms.
-    """
+class _Blocks(BaseModel):
+    """The arguments that limit one another."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    img_size: Sizes | None = None
-    patch_size: Patches | None = None
-    in_chans: Annotated[int, Field(ge=1, le=256)] | None = None
-    num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)] | None = None
     embed_dim: Wide | None = None
     depth: Blocks | None = None
     depths: Annotated[list[Blocks], _A_FEW] | None = None
-    depth_token_only: Blocks | None = None
-    num_heads: HeadsOfStages | None = None
-    num_kv_heads: Heads | None = None
-    attn_pool_num_heads: Heads | None = None
-    head_dim: Annotated[int, Field(ge=1, le=1024)] | None = None
-    window_size: Windows | None = None
-    pretrained_window_sizes: Windows | None = None
-    ref_feat_shape: Sizes | None = None
-    reg_tokens: Tokens | None = None
-    num_reg_tokens: Tokens | None = None
-    swiglu_align_to: Tokens | None = None
-    rope_mrope_section: Annotated[list[Tokens], Field(min_length=3, max_length=3)] | None = None
-
-    mlp_ratio: Ratio | None = None
-    mlp_ratio_token_only: Ratio | None = None
-    attn_pool_mlp_ratio: Ratio | None = None
-    drop_rate: Rate | None = None
-    pos_drop_rate: Rate | None = None
-    patch_drop_rate: Rate | None = None
-    proj_drop_rate: Rate | None = None
-    attn_drop_rate: Rate | None = None
-    drop_path_rate: Rate | None = None
-    init_values: Real | None = None
-    head_init_scale: Real | None = None
-    rope_grid_offset: Real | None = None
-    rope_temperature: Real | None = None
-    rope_shift_coords: Real | None = None
-    rope_jitter_coords: Real | None = None
-    rope_rescale_coords: Real | None = None
-
-    qkv_bias: bool | None = None
-    qkv_fused: bool | None = None
-    qk_norm: bool | None = None
-    proj_bias: bool | None = None
-    scale_attn_norm: bool | None = None
-    scale_mlp_norm: bool | None = None
-    scale_attn_inner: bool | None = None
-    scale_mlp: bool | None = None
-    swiglu_mlp: bool | None = None
-    class_token: bool | None = None
-    no_embed_class: bool | None = None
-    pre_norm: bool | None = None
-    final_norm: bool | None = None
-    fc_norm: bool | None = None
-    use_fc_norm: bool | None = None
-    use_post_norm: bool | None = None
-    use_pre_transformer_norm: bool | None = None
-    use_post_transformer_norm: bool | None = None
-    attn_only_layer_scale: bool | None = None
-    pool_include_prefix: bool | None = None
-    fix_init: bool | None = None
-    dynamic_img_size: bool | None = None
-    dynamic_img_pad: bool | None = None
-    strict_img_size: bool | None = None
-    always_partition: bool | None = None
-    use_abs_pos_emb: bool | None = None
-    use_rel_pos_bias: bool | None = None
-    use_shared_rel_pos_bias: bool | None = None
-    use_rot_pos_emb: bool | None = None
-    rope_rotate_half: bool | None = None
-
-    global_pool: Registered | None = None
-    pos_embed: Registered | None = None
-    weight_init: Registered | None = None
-    act_layer: Registered | None = None
-    norm_layer: Registered | None = None
-    embed_norm_layer: Registered | None = None
-    attn_layer: Registered | None = None
-    attn_type: Registered | None = None
-    rope_type: Registered | None = None
-    rope_grid_indexing: Registered | None = None
 
     @model_validator(mode="after")
-    def _few_blocks(self) -> Architecture:
+    def _few_blocks(self) -> Self:
         if sum(self.depths or ()) > MOST_BLOCKS:
             raise ValueError(f"depths add up to {sum(self.depths or ())} blocks; at most {MOST_BLOCKS} are made")
         at_least = (self.depth or 0) * (self.embed_dim or 0) ** 2
@@ -156,6 +72,36 @@ class Architecture(BaseModel):
                 f"at most {MOST_PARAMETERS:,} are made"
             )
         return self
+
+
+_ARGUMENTS: list[tuple[Any, str]] = [
+    (Sizes, "img_size ref_feat_shape"),
+    (Patches, "patch_size"),
+    (Annotated[int, Field(ge=1, le=256)], "in_chans"),
+    (Annotated[int, Field(ge=0, le=MOST_CLASSES)], "num_classes"),
+    (Blocks, "depth_token_only"),
+    (HeadsOfStages, "num_heads"),
+    (Heads, "num_kv_heads attn_pool_num_heads"),
+    (Annotated[int, Field(ge=1, le=1024)], "head_dim"),
+    (Windows, "window_size pretrained_window_sizes"),
+    (Tokens, "reg_tokens num_reg_tokens swiglu_align_to"),
+    (Annotated[list[Tokens], Field(min_length=3, max_length=3)], "rope_mrope_section"),
+    (Ratio, "mlp_ratio mlp_ratio_token_only attn_pool_mlp_ratio"),
+    (Rate, "drop_rate pos_drop_rate patch_drop_rate proj_drop_rate attn_drop_rate drop_path_rate"),
+    (Real, "init_values head_init_scale rope_grid_offset rope_temperature rope_shift_coords rope_jitter_coords"),
+    (Real, "rope_rescale_coords"),
+    (bool, "qkv_bias qkv_fused qk_norm proj_bias scale_attn_norm scale_mlp_norm scale_attn_inner scale_mlp swiglu_mlp"),
+    (bool, "class_token no_embed_class pre_norm final_norm fc_norm use_fc_norm use_post_norm use_pre_transformer_norm"),
+    (bool, "use_post_transformer_norm attn_only_layer_scale pool_include_prefix fix_init dynamic_img_size"),
+    (bool, "dynamic_img_pad strict_img_size always_partition use_abs_pos_emb use_rel_pos_bias use_shared_rel_pos_bias"),
+    (bool, "use_rot_pos_emb rope_rotate_half"),
+    (Registered, "global_pool pos_embed weight_init act_layer norm_layer embed_norm_layer attn_layer attn_type"),
+    (Registered, "rope_type rope_grid_indexing"),
+]
+_FIELDS: dict[str, Any] = {name: (kind | None, None) for kind, names in _ARGUMENTS for name in names.split()}
+#: The arguments: those of VisionTransformer, Swin, Swin V2, EVA, BEiT and CaiT that plain data can be. Those that take
+#: modules or functions are missing. A name of timm's registry serves for activations and norms.
+Architecture = create_model("Architecture", __base__=_Blocks, **_FIELDS)
 
 
 def check_name(name: str) -> None:
@@ -184,7 +130,7 @@ def check_arguments(kwargs: Mapping[str, Any]) -> None:
         items = error.errors(include_url=False)  # of a number or a list of them, the one that says more
         item = next((item for item in items if not item["type"].endswith("_type")), items[0])
         if item["type"] == "value_error":
-            raise UsageError(str(item["ctx"]["error"])) from None
+            raise UsageError(str(item.get("ctx", {})["error"])) from None
         key = str(item["loc"][0])
         reason = f"{item['msg'][0].lower()}{item['msg'][1:]}"
         raise UsageError(f"argument '{key}' = {shown(kwargs[key])}: {reason}") from None

@@ -10,7 +10,8 @@ A block takes one tensor with images on its first axis, and perhaps further argu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,8 @@ from qvit.errors import QvitError
 from qvit.models.layers import AttentionSites
 
 CHUNK = 32
+#: Arguments but for the first, by place and by name.
+Extra = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Reached(Exception):
@@ -49,7 +52,7 @@ class Inputs:
         """The block's outputs, as inputs of what follows."""
         return Inputs(torch.cat([self.call(block, part) for part in self.x.split(CHUNK)]))
 
-    def with_extra(self, extra: tuple[tuple[Any, ...], dict[str, Any]]) -> Inputs:
+    def with_extra(self, extra: Extra) -> Inputs:
         """The same tensors with other further arguments."""
         return replace(self, args=extra[0], kwargs=extra[1])
 
@@ -66,89 +69,68 @@ def capture(model: nn.Module, path: str, batches: Iterable[Tensor], images: int)
 
     Raises QvitError if the block is never reached or there are no images.
     """
-    caught: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append((args, kwargs))
-        raise _Reached
-
-    parts, seen = [], 0
-    hook = model.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    parts: list[Tensor] = []
+    seen, extra = 0, None
+    with _arguments_of(model, path) as ask:
         for batch in batches:
-            # The very first piece is one image, so that arguments with one row per image are seen to differ.
             wanted = batch[: images - seen]
-            sizes = [1] if not parts else []
-            rest = len(wanted) - len(sizes)
-            sizes += [min(CHUNK, rest - done) for done in range(0, rest, CHUNK)]
-            for piece in wanted.split(sizes):
-                try:
-                    model(piece)
-                except _Reached:
-                    args, _ = caught[-1]
-                    if not args or not isinstance(args[0], Tensor) or len(args[0]) != len(piece):
-                        return None
-                    parts.append(args[0].clone())
-                else:
+            # The very first piece is one image, so that arguments with one row per image are seen to differ.
+            for piece in wanted.split(CHUNK) if parts else (wanted[:1], *wanted[1:].split(CHUNK)):
+                if not len(piece):
+                    continue
+                found = ask(piece)
+                if found is None:
                     raise QvitError(f"block '{path}' is not reached by a forward pass")
-                seen += len(piece)
-                first, last = _extra(caught[0]), _extra(caught[-1])
-                caught[1:] = []
-                if not _equal(first, last):
+                x, own = found
+                extra = own if extra is None else extra
+                if not isinstance(x, Tensor) or len(x) != len(piece) or not _equal(extra, own):
                     return None
+                parts.append(x.clone())
+                seen += len(piece)
             if seen >= images:
                 break
-    finally:
-        hook.remove()
-    if not parts:
+    if extra is None:
         raise QvitError("no images to reconstruct with: pass at least one batch of training images")
-    args, kwargs = caught[0]
-    return Inputs(torch.cat(parts), args[1:], kwargs)
+    return Inputs(torch.cat(parts), *extra)
 
 
 @torch.no_grad()
-def same_input(
-    model: nn.Module, first: str, second: str, batches: Iterable[Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+def same_input(model: nn.Module, first: str, second: str, batches: Iterable[Tensor]) -> Extra | None:
     """Whether block `second` gets the output of block `first` and nothing else that differs by image.
 
     Returns:
         The further arguments of `second`; None if it gets something else.
     """
-    outputs: list[Tensor] = []
-    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    outputs: list[Any] = []
+    hook = model.get_submodule(first).register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    images = next(iter(batches))[:3]
+    with hook, _arguments_of(model, second) as ask:
+        found = [ask(images[:2]), ask(images[-1:])]
+    one, other = found
+    if one is None or other is None or not _equal(outputs, [one[0], other[0]]):
+        return None
+    return one[1] if _equal(one[1], other[1]) else None
+
+
+@contextmanager
+def _arguments_of(model: nn.Module, path: str) -> Iterator[Callable[[Tensor], tuple[Any, Extra] | None]]:
+    """Within the block, what the module at `path` gets for some images: its first argument, and all others.
+
+    The model runs no further; None if it does not get there.
+    """
+    caught: list[tuple[Any, Extra]] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs.append((args, kwargs))
+        caught.append((args[0] if args else None, (args[1:], kwargs)))
         raise _Reached
 
-    def keep(_module: nn.Module, _args: Any, output: Tensor) -> None:
-        outputs.append(output)
+    def ask(images: Tensor) -> tuple[Any, Extra] | None:
+        with suppress(_Reached):
+            model(images)
+        return caught.pop() if caught else None
 
-    hooks = [
-        model.get_submodule(first).register_forward_hook(keep),
-        model.get_submodule(second).register_forward_pre_hook(stop, with_kwargs=True),
-    ]
-    images = next(iter(batches))[:3]
-    try:
-        for piece in (images[:2], images[-1:]):
-            try:
-                model(piece)
-            except _Reached:
-                continue
-            return None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for output, (args, _) in zip(outputs, inputs, strict=True):
-        if not args or not isinstance(args[0], Tensor) or not _equal(args[0], output):
-            return None
-    return _extra(inputs[0]) if _equal(_extra(inputs[0]), _extra(inputs[1])) else None
-
-
-def _extra(call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """All arguments but the first."""
-    return call[0][1:], call[1]
+    with model.get_submodule(path).register_forward_pre_hook(stop, with_kwargs=True):
+        yield ask
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
-from qvit.models.convert import Stage, stage_of
+from qvit.models.convert import Stage, in_eval_mode, quantizers_disabled, stage_of
 from qvit.models.families import inspect_model
 from qvit.models.layers import weight_of
-from qvit.quantizers import HistogramObserver, Quantizer, quantizers_of
-from qvit.quantizers.observers import BINS, ValueObserver
+from qvit.quantizers import Quantizer, quantizers_of
+from qvit.quantizers.observers import BINS, HistogramObserver, ValueObserver
 
 
 @torch.no_grad()
@@ -47,25 +49,18 @@ def calibrate(
         raise UsageError("calibrate needs quantizers: call qvit.quantize(model, plan) first")
     sites = inspect_model(model).sites
     quantizers = dict(quantizers_of(model))
-    activations = {name: quantizer for name, quantizer in quantizers.items() if sites[name].role == "activation"}
-    enabled = {name: quantizer.enabled for name, quantizer in quantizers.items()}
-    was_training = model.training
-    images, reached, hooks = 0, "", []
+    images, reached = 0, ""
 
-    def note(site: str) -> Callable[..., None]:
-        def hook(*_: object) -> None:
-            nonlocal reached
-            reached = site
+    def note(site: str, *_: object) -> None:
+        nonlocal reached
+        reached = site
 
-        return hook
-
-    try:
-        for quantizer in quantizers.values():
-            quantizer.enabled = False
-        for name, quantizer in activations.items():
-            quantizer.observer = quantizer.create_observer(observer)
-            hooks.append(quantizer.register_forward_pre_hook(note(name)))
-        model.eval()
+    with quantizers_disabled(model), in_eval_mode(model), ExitStack() as stack:
+        for name, quantizer in quantizers.items():
+            if sites[name].role == "activation":
+                quantizer.observer = quantizer.create_observer(observer)
+                stack.callback(setattr, quantizer, "observer", None)
+                stack.enter_context(quantizer.register_forward_pre_hook(partial(note, name)))
         for batch in batches:
             if not torch.isfinite(batch).all():
                 raise QvitError(
@@ -85,13 +80,6 @@ def calibrate(
                 quantizer.initialize(quantizer.observer or _observed_weight(quantizer, weight_of(model, name)))
             except QvitError as error:
                 raise QvitError(f"site '{name}': {error}") from None
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for name, quantizer in quantizers.items():
-            quantizer.observer = None
-            quantizer.enabled = enabled[name]
-        model.train(was_training)
     return model
 
 

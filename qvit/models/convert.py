@@ -105,6 +105,17 @@ def freeze(model: nn.Module, widths: Mapping[str, tuple[int, ...]] | None = None
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is in eval mode; afterwards in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield model
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def quantizers_disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes in float: every quantizer passes its input on."""
     before = [(quantizer, quantizer.enabled) for _, quantizer in quantizers_of(model)]

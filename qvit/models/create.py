@@ -22,7 +22,7 @@ import torch
 from timm.models import VisionTransformer, clean_state_dict, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from qvit.errors import QvitError, UsageError, nearest
+from qvit.errors import QvitError, UsageError, first_line, nearest
 from qvit.files import read_bytes
 from qvit.models.architecture import MOST_PARAMETERS, check_arguments, check_name
 from qvit.models.pickles import read_pickled, weights_in
@@ -112,7 +112,7 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
     except Exception as error:  # of timm, for any arguments that it did not expect together
         where = "cannot fetch the pretrained weights of" if pretrained else "cannot make"
         hint = "; without a network, give a file with --weights" if pretrained else ""
-        raise (QvitError if pretrained else UsageError)(f"{where} '{name}': {_first_line(error)}{hint}") from error
+        raise (QvitError if pretrained else UsageError)(f"{where} '{name}': {first_line(error)}{hint}") from error
     known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
     if pretrained and kwargs.get("num_classes", known) != known:
         _log.warning(
@@ -131,7 +131,7 @@ def without_storage(make: Callable[[], nn.Module]) -> nn.Module:
 
 def bytes_of(model: nn.Module) -> int:
     """Bytes of all parameters and buffers."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
+    return total_bytes((*model.parameters(), *model.buffers()))
 
 
 def _check_size(name: str, model: nn.Module) -> None:
@@ -252,7 +252,3 @@ def _classifiers(model: nn.Module) -> set[str]:
     found = get() if callable(get) else getattr(model, "head", None)
     layers = found if isinstance(found, tuple) else (found,)
     return {path for path, module in model.named_modules() if any(module is layer for layer in layers)}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,7 +26,8 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor
 
-from qvit.errors import QvitError
+from qvit.errors import QvitError, first_line
+from qvit.tensors import from_bytes
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MOST_INSTRUCTIONS, _MOST_RECORDS, _LARGEST_PROGRAM = 1_000_000, 100_000, 64 << 20
@@ -55,7 +56,8 @@ _PLAIN = {
     "BINBYTES8",
 }  # fmt: skip
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_NO_EFFECT = {"PROTO", "FRAME", "STOP"}
+_NO_EFFECT = {"PROTO", "FRAME"}
+_FROM_MARK = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "POP_MARK", "INST", "OBJ", "FROZENSET", "ADDITEMS"}
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,7 @@ class _Storage:
             if self.content is None or len(self.content) != size:
                 found = "none" if self.content is None else f"{len(self.content)}"
                 raise QvitError(f"storage {self.key!r:.40} should have {size} bytes, and has {found}")
-            raw = torch.frombuffer(bytearray(self.content), dtype=torch.uint8) if size else torch.empty(0).byte()
-            if self.dtype == torch.bool and size and int(raw.max()) > 1:
-                raise QvitError(f"storage {self.key!r:.40} has truth values that are neither 0 nor 1")
-            self.values = raw.view(self.dtype)
+            self.values = from_bytes(self.content, self.dtype, f"storage {self.key!r:.40}")
         return self.values
 
 
@@ -128,8 +127,7 @@ def read_pickled(content: bytes) -> Any:
     except QvitError:
         raise
     except Exception as error:  # of a damaged archive or program: whatever the line raises that it makes stumble
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise QvitError(f"it is damaged: {reason:.200}") from None
+        raise QvitError(f"it is damaged: {first_line(error):.200}") from None
 
 
 def _from_zip(content: bytes) -> Any:
@@ -210,7 +208,8 @@ class _Machine:
                 raise QvitError(f"its program has more than {_MOST_INSTRUCTIONS:,} instructions")
             name = opcode.name
             if name in _PLAIN:
-                stack.append(argument if _small(argument) else Unread("a number beyond 64 bits"))
+                huge = isinstance(argument, int) and argument != _MAGIC and argument.bit_length() > 64
+                stack.append(Unread("a number beyond 64 bits") if huge else argument)
             elif name in _CONSTANTS:
                 stack.append(_CONSTANTS[name])
             elif name == "MARK":
@@ -222,7 +221,9 @@ class _Machine:
             elif name in ("GET", "BINGET", "LONG_BINGET"):
                 stack.append(memo[argument])
             elif name not in _NO_EFFECT:
-                above = _above(stack, marks) if name in _FROM_MARK else []
+                mark = marks.pop() if name in _FROM_MARK else len(stack)
+                above = stack[mark:]
+                del stack[mark:]
                 self._step(name, argument, stack, above)
         raise QvitError("its program does not end")
 
@@ -253,7 +254,7 @@ class _Machine:
             _fill(stack[-1], [key, value])
         elif name == "SETITEMS":
             _fill(stack[-1], above)
-        elif name == "GLOBAL":
+        elif name in ("GLOBAL", "INST"):
             stack.append(Unread(str(argument).replace(" ", ".")))
         elif name == "STACK_GLOBAL":
             last, first = stack.pop(), stack.pop()
@@ -263,18 +264,12 @@ class _Machine:
             stack.append(_called(function, arguments))
         elif name == "BINPERSID":
             stack.append(self._storage(stack.pop()))
-        elif name == "BUILD":  # the state of an object that is not made, or attributes of a dictionary
-            stack.pop()
-        elif name == "POP":
-            stack.pop()
-        elif name == "NEWOBJ":
+        elif name in ("POP", "NEWOBJ", "BUILD"):  # BUILD: state of an object that is not made, or a dictionary's
             stack.pop()
         elif name == "NEWOBJ_EX":
             del stack[-2:]
         elif name in ("EMPTY_SET", "FROZENSET"):
             stack.append(Unread("a set"))
-        elif name == "INST":
-            stack.append(Unread(str(argument).replace(" ", ".")))
         elif name == "OBJ":
             stack.append(above[0] if above else Unread("an object"))
         elif name not in ("POP_MARK", "ADDITEMS"):
@@ -294,9 +289,6 @@ class _Machine:
         if (storage.dtype, storage.count) != (dtype, count):
             raise QvitError(f"storage {key!r:.40} is described in two ways")
         return storage
-
-
-_FROM_MARK = {"TUPLE", "LIST", "DICT", "APPENDS", "SETITEMS", "POP_MARK", "INST", "OBJ", "FROZENSET", "ADDITEMS"}
 
 
 class _Reader(io.RawIOBase):
@@ -320,17 +312,6 @@ class _Reader(io.RawIOBase):
 
     def tell(self) -> int:
         return self.place
-
-
-def _small(value: Any) -> bool:
-    return not isinstance(value, int) or value == _MAGIC or value.bit_length() <= 64
-
-
-def _above(stack: list[Any], marks: list[int]) -> list[Any]:
-    mark = marks.pop()
-    items = stack[mark:]
-    del stack[mark:]
-    return items
 
 
 def _extend(target: Any, items: list[Any]) -> None:

@@ -150,6 +150,10 @@ class QuantPlan:
                 f"it was made for {self.model or 'another model'}"
             )
 
+    def quantized(self, sites: Mapping[str, Site]) -> list[Site]:
+        """Those of a model's sites that this plan, resolved for it, does not leave in float."""
+        return [site for name, site in sites.items() if self.sites[name] is not None]
+
     def widths(self) -> dict[str, Sequence[int]]:
         """Widths per site as `cost.CostModel` takes them; 32 for float."""
         return {name: (FLOAT_BITS,) if spec is None else _widths_of(spec) for name, spec in self.sites.items()}

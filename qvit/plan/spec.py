@@ -116,22 +116,20 @@ class TensorSpec:
     token_bit_width: TokenSplit | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bit_width_range, tuple) or len(self.bit_width_range) != 2:
-            raise UsageError(f"bit_width_range {shown(self.bit_width_range)} must be two integers, the smaller first")
+        limits = self.bit_width_range
+        if not isinstance(limits, tuple) or len(limits) != 2 or not 1 <= _whole(limits[0]) <= _whole(limits[1]) <= 16:
+            raise UsageError(
+                f"bit_width_range {shown(limits)} must be two integers between 1 and 16, the smaller first"
+            )
         if not isinstance(self.granularity, (PerTensor, PerChannel, PerHead)):
             raise UsageError(f"granularity {shown(self.granularity)} must be one of {', '.join(GRANULARITIES)}")
         if not self.widths:
             raise UsageError("bit_width is empty: give one width, or one per head")
         if len(self.widths) > MOST_HEADS:
             raise UsageError(f"bit_width has {len(self.widths):,} widths; a tensor has at most {MOST_HEADS:,} heads")
-        low, high = self.bit_width_range
-        if isinstance(low, bool) or isinstance(high, bool):
-            raise UsageError(f"bit_width_range {shown(self.bit_width_range)} must be two integers, the smaller first")
-        if not (isinstance(low, int) and isinstance(high, int) and 1 <= low <= high <= 16):
-            given = shown(self.bit_width_range)
-            raise UsageError(f"bit_width_range {given} must be two integers between 1 and 16, the smaller first")
+        low, high = limits
         for width in self.widths:
-            if isinstance(width, bool) or not isinstance(width, int) or not 1 <= width <= 16:
+            if not 1 <= _whole(width) <= 16:
                 raise UsageError(f"bit_width {shown(width)} must be an integer between 1 and 16")
             if self.learn_bit_width and not low <= width <= high:
                 raise UsageError(
@@ -151,7 +149,7 @@ class TensorSpec:
         low, share = split.low, split.share
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise UsageError(f"the share of important tokens must lie between 0 and 1, unlike {shown(share)}")
-        if isinstance(low, bool) or not isinstance(low, int) or not self.bit_width_range[0] <= low <= min(self.widths):
+        if not self.bit_width_range[0] <= _whole(low) <= min(self.widths):
             raise UsageError(
                 f"the width of less important tokens must be an integer from {self.bit_width_range[0]} to the "
                 f"tensor's width, {min(self.widths)}, unlike {shown(low)}"
@@ -208,6 +206,11 @@ class TensorSpec:
             elif value is not None:  # left out otherwise: plans without token groups read as they always did
                 values[name] = dataclasses.asdict(value)
         return values
+
+
+def _whole(value: Any) -> int:
+    """A whole number; 0, which is no width, for anything else."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 _FIELDS = {field.name for field in dataclasses.fields(TensorSpec)} - {"options"}

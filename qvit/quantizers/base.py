@@ -107,6 +107,16 @@ class Quantizer(nn.Module):
         """b, integer-valued in float dtype, with straight-through gradient while it is learned."""
         return round_ste(self.clamped_bit_width()) if self.learns_width else self.bit_width
 
+    @property
+    def largest_width(self) -> int:
+        """The width that it has, or may learn, the largest one of its heads."""
+        return max(self.spec.bit_width_range if self.learns_width else self.spec.widths)
+
+    def width_per_scale(self) -> Tensor:
+        """b of each scale, to broadcast against `scale_shape`; the median where heads of several widths share one."""
+        own = self.integer_bit_width()
+        return own if self.groups == tuple(self.scale_shape) else own.flatten().median()
+
     def view(self, x: Tensor) -> Tensor:
         """`x` with its heads on an axis of their own."""
         return x if self.layout.view is None else x.view(self.layout.view)
@@ -168,7 +178,7 @@ class Quantizer(nn.Module):
     @property
     def fits_int8(self) -> bool:
         """Whether codes have at most 8 bits, wherever a learned width goes."""
-        return max(self.spec.bit_width_range if self.learns_width else self.spec.widths) <= 8
+        return self.largest_width <= 8
 
     def rectify(self, x: Tensor) -> Tensor:
         """What is laid on the grid: `x`, unless the quantizer makes its distribution regular first."""

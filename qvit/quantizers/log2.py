@@ -66,8 +66,7 @@ class Log2Quantizer(BankQuantizer):
         x, weight = observer.histogram()
         x = x.clamp_min(0).reshape(*self.scale_shape, -1)
         weight = weight.reshape(x.shape)
-        shared = torch.broadcast_shapes(self.scale_shape, self.bit_width.shape) != tuple(self.scale_shape)
-        own = self.bit_width.flatten().median() if shared else self.bit_width.unsqueeze(-1)
+        own = self.width_per_scale().unsqueeze(-1)
         widths = [own.new_tensor(bits) for bits in self.bank_widths] or [own]
         self.scale.copy_(torch.cat([self._fitted(x, weight, width) for width in widths], dim=-1))
         self.calibrated = True

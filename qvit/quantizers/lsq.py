@@ -22,8 +22,8 @@ n of the gradient's factor, by option `scale_gradient`, for the N elements x tha
     count   N (LSQ)        count-linear   N·quant_max, so 1/(sqrt(N)·quant_max) (activations in VVTQ's public code)
     norm    Σ|x| (weights in VVTQ's public code)        norm-squared   (Σ|x|)², so 1/(Σ|x|·sqrt(quant_max)) (its paper)
 
-Initialisation minimises the squared error separately for every width (`observers.py`), as the Q-ViT authors do in place
-of LSQ's 2·mean|x|/sqrt(quant_max).
+Initialisation minimises the squared error for every width (`observers.py`), as in Q-ViT; LSQ takes
+2·mean|x|/sqrt(quant_max).
 """
 
 from __future__ import annotations
@@ -79,28 +79,17 @@ class LearnedScaleQuantizer(BankQuantizer):
 
     @torch.no_grad()
     def initialize(self, observer: HistogramObserver) -> None:
-        own = self.integer_bit_width()
+        own = self.width_per_scale()
         widths = self.bank_widths or tuple(sorted({int(width) for width in own.flatten().tolist()}))
         scales, offsets = observer.fit(widths, signed=self.spec.signed, with_offset=self.offset is not None)
         if not self.bank_widths:
-            pick = self._own_width_index(own, widths)
+            places = torch.tensor(widths, device=own.device, dtype=own.dtype)
+            pick = torch.searchsorted(places, own.expand(self.scale_shape).unsqueeze(-1).contiguous())
             scales, offsets = (values.gather(-1, pick) for values in (scales, offsets))
         self.scale.copy_(scales.reshape(self.scale.shape))
         if self.offset is not None:
             self.offset.copy_(offsets.reshape(self.offset.shape))
         self.calibrated = True
-
-    def _own_width_index(self, own: Tensor, widths: tuple[int, ...]) -> Tensor:
-        """For each scale the index of its width, where scales are not switchable.
-
-        Where heads of several widths share a scale, it is the index of the middle one.
-        """
-        if torch.broadcast_shapes(self.scale_shape, tuple(own.shape)) == tuple(self.scale_shape):
-            per_scale = own.expand(self.scale_shape)
-        else:
-            per_scale = own.flatten().median().expand(self.scale_shape)
-        table = torch.tensor(widths, device=own.device, dtype=own.dtype)
-        return (per_scale.unsqueeze(-1) == table).to(torch.int64).argmax(-1, keepdim=True)
 
 
 @register_quantizer("lsq")

@@ -49,13 +49,7 @@ class StatsQuantizer(Quantizer):
         magnitudes = x.detach().float().abs()
         shape = (1,) * (x.dim() - len(self.scale_shape)) + tuple(self.scale_shape)
         mean = magnitudes.sum_to_size(shape) * (math.prod(shape) / x.numel())
-        return (2 * mean / torch.exp2(self._own_width() - 1)).clamp_min(SMALLEST_SCALE).reshape(self.scale_shape)
-
-    def _own_width(self) -> Tensor:
-        """The width of each scale; the median where heads of several widths share one."""
-        if torch.broadcast_shapes(self.scale_shape, self.bit_width.shape) == tuple(self.scale_shape):
-            return self.bit_width
-        return self.bit_width.flatten().median()
+        return (2 * mean / torch.exp2(self.width_per_scale() - 1)).clamp_min(SMALLEST_SCALE).reshape(self.scale_shape)
 
     def fake_quantize(self, x: Tensor, bit_width: Tensor | None = None) -> Tensor:
         with torch.no_grad():
@@ -75,5 +69,5 @@ class StatsQuantizer(Quantizer):
         x, weight = observer.histogram()
         x, weight = (values.reshape(*self.scale_shape, -1) for values in (x, weight))
         mean = (x.abs() * weight).sum(-1) / weight.sum(-1).clamp_min(1)
-        self.scale.copy_((2 * mean / torch.exp2(self._own_width() - 1)).clamp_min(SMALLEST_SCALE))
+        self.scale.copy_((2 * mean / torch.exp2(self.width_per_scale() - 1)).clamp_min(SMALLEST_SCALE))
         self.calibrated = True

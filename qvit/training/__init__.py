@@ -1,4 +1,4 @@
 """Training on timm, torch and accelerate: configuration, data, optimizer, loop, checkpoints.
 
-Methods plug in through `loop.Hooks`.
+Methods plug in through `hooks.ComposedHooks`.
 """

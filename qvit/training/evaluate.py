@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError
+from qvit.models.convert import in_eval_mode
 
 
 @torch.no_grad()
@@ -39,12 +40,10 @@ def evaluate(
     Raises:
         QvitError: If there are no images, most could not be read, or the logits are not finite.
     """
-    was_training = model.training
-    model.eval()
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     correct = torch.zeros(3, dtype=torch.int64, device=device)
     images = 0
-    try:
+    with in_eval_mode(model):
         for batch, targets in loader:
             logits = model(batch)
             ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets.unsqueeze(-1)
@@ -53,8 +52,6 @@ def evaluate(
             images += len(batch)
             if progress is not None:
                 progress(images)
-    finally:
-        model.train(was_training)
     counts = torch.cat([correct, correct.new_tensor([images, getattr(loader, "skipped", 0)])])
     if reduce is not None:
         counts = reduce(counts)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.kernels.gpu import first_line
+from qvit.errors import first_line
 from qvit.quantizers.base import has_hooks
 
 _log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -28,46 +28,8 @@ if TYPE_CHECKING:
 Part = tuple[type, Callable[..., Any]]
 
 
-class Hooks(Protocol):
-    """What the loop calls. `ComposedHooks` does nothing."""
-
-    def on_epoch(self, trainer: Trainer, epoch: int) -> None:
-        """Called before the epoch's first step."""
-        ...
-
-    def penalty(self, step: int = 0) -> Tensor | None:
-        """Added to the loss of every step, once whatever its micro-batches; None for none.
-
-        `step` steps are done before it.
-        """
-        ...
-
-    def before_step(self, trainer: Trainer) -> None:
-        """Called when all gradients of a step are there, before they are clipped."""
-        ...
-
-    def after_step(self, trainer: Trainer) -> None:
-        """Called after the optimizer's step; `trainer.step` does not count it yet."""
-        ...
-
-    def figures(self, *, every_width: bool) -> dict[str, Any]:
-        """Figures for the log: `bit_operations`, and at the end of an epoch the widths.
-
-        Called where waiting for the device is allowed.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold beside model and optimizer: tensors, in dictionaries."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over what `state_dict` returned; not called for a checkpoint without it."""
-        ...
-
-
 class ComposedHooks:
-    """Hooks without parts; the base of classes that have some.
+    """What the loop calls: hooks without parts; the base of classes that have some.
 
     Every class of an instance's method resolution order that defines a hook has a part in it, mixins that do not derive
     from this class included.
@@ -86,25 +48,37 @@ class ComposedHooks:
     def attach(self, model: nn.Module, cost: CostModel, steps_per_epoch: int) -> None:
         """Called once with the calibrated (or resumed) model, before training."""
 
-    def on_epoch(self, trainer: Trainer, epoch: int) -> None: ...
+    def on_epoch(self, trainer: Trainer, epoch: int) -> None:
+        """Called before the epoch's first step."""
 
     def penalty(self, step: int = 0) -> Tensor | None:
-        return None
+        """Added to the loss of every step, once whatever its micro-batches; None for none.
 
-    def before_step(self, trainer: Trainer) -> None: ...
+        `step` steps are done before it.
+        """
 
-    def after_step(self, trainer: Trainer) -> None: ...
+    def before_step(self, trainer: Trainer) -> None:
+        """Called when all gradients of a step are there, before they are clipped."""
+
+    def after_step(self, trainer: Trainer) -> None:
+        """Called after the optimizer's step; `trainer.step` does not count it yet."""
 
     def finish(self, trainer: Trainer) -> None:
         """Called after the last step, before the result is evaluated."""
 
     def figures(self, *, every_width: bool) -> dict[str, Any]:
+        """Figures for the log: `bit_operations`, and at the end of an epoch the widths.
+
+        Called where waiting for the device is allowed.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside model and optimizer: tensors, in dictionaries."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned; not called for a checkpoint without it."""
 
 
 def _parts_of(cls: type, name: str) -> tuple[Part, ...]:

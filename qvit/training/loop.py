@@ -6,8 +6,8 @@ With stored soft labels (`qvit.data.labels`) their cross-entropy takes the place
 logged is the agreement with the teacher's first class.
 
 A step is the gradient of this loss over `batch_size` images, on all processes and in all their micro-batches together,
-then the optimizer's step and timm's schedule, per step. A method takes part through `Hooks`: what happens at the start
-of an epoch (Q-ViT freezes its widths there), which penalty is added, which figures are logged.
+then the optimizer's step and timm's schedule, per step. A method takes part through its hooks (`hooks.py`): what
+happens at the start of an epoch (Q-ViT freezes its widths there), which penalty is added, which figures are logged.
 
 Nothing asks the device for a number within a step, and processes exchange gradients alone: figures are read every
 `log_every` steps, and a loss that is not finite is noted on the device and found then; the run stops with the step's
@@ -39,7 +39,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qvit.data.labels.recovery import SoftLabelLoss, first_classes
 from qvit.data.loading import LoaderLike
-from qvit.errors import QvitError, UsageError
+from qvit.errors import QvitError, UsageError, first_line
 from qvit.kernels import cpu
 from qvit.models.families import inspect_model
 from qvit.models.layers import QuantLinear
@@ -49,7 +49,7 @@ from qvit.training.config import TrainConfig
 from qvit.training.distill import distillation_loss
 from qvit.training.graphs import GraphedModel, can_be_graphed
 from qvit.training.held_weights import HeldWeights
-from qvit.training.hooks import Hooks
+from qvit.training.hooks import ComposedHooks
 from qvit.training.log import RunLog
 from qvit.training.optimizer import create_optimizer, require_fitting_state
 from qvit.training.oscillation import Diagnostics, quantized_weights
@@ -89,7 +89,7 @@ class Trainer:
         *,
         num_classes: int,
         run: Path,
-        hooks: Hooks,
+        hooks: ComposedHooks,
         width_lr: float,
         teacher: Callable[[Tensor], Tensor] | None = None,
         monitor: Callable[[nn.Module], float] | None = None,
@@ -225,9 +225,7 @@ class Trainer:
         except QvitError as error:
             raise QvitError(f"the checkpoint of {self.run} does not fit this run: {error}") from None
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
-            raise QvitError(
-                f"the checkpoint of {self.run} does not fit this run: {str(error).splitlines()[0]}"
-            ) from error
+            raise QvitError(f"the checkpoint of {self.run} does not fit this run: {first_line(error)}") from error
 
     def _wrap(self) -> None:
         """Prepares the model for the steps to come, anew if what is trained has changed (widths were frozen)."""

@@ -9,20 +9,17 @@
 
 Three rules apply around every step, as hooks of the optimizer, without asking the GPU anything:
 
-* Switchable scales: the column of a width that is not in use has a gradient of exactly zero, yet Adam's momentum would
-  go on moving it. It is put back.
-* A scale changes by at most a tenth of itself in one step. Adam moves every parameter by about lr, whatever its size;
-  the step size of attention probabilities at 8 bits is near 2e-4, so an unbounded step would throw it across zero.
-  (Ours; the Q-ViT code floors scales at 1e-4 instead.)
-* A gradient that would push a width further beyond a limit that it has reached does not count; it is that of the whole
-  batch, of all processes and micro-batches. And widths are put back into their range after a step: momentum carries
-  them across its limits otherwise, and they would have to travel all the way back before they are felt again.
+* Switchable scales: the column of a width that is not in use has no gradient, yet Adam's momentum would go on moving
+  it. It is put back.
+* A scale changes by at most a tenth of itself in one step: Adam moves every parameter by about lr, and 8-bit attention
+  probabilities have steps near 2e-4. (Ours; the Q-ViT code floors scales at 1e-4 instead.)
+* A gradient of the whole batch that would push a width further beyond a limit that it has reached does not count, and
+  widths are put back into their range after a step: momentum carries them across its limits otherwise.
 
 Adam divides a width's step by its recent gradients. The first ones, far above the budget, are huge: with the usual
 memory of a thousand steps (β₂ = 0.999) a short search would hardly move after them. Widths remember twenty (β₂ = 0.95).
 
-When the widths are frozen their group is emptied; nothing else of the optimizer changes, as in the paper's diving
-stage.
+When the widths are frozen their group is emptied; nothing else of the optimizer changes, as in the paper.
 
 Every optimizer of timm's registry is taken, with the prefix `lookahead_` as well, but for those that need gradients of
 gradients (AdaHessian): rounding has none.
@@ -30,7 +27,7 @@ gradients (AdaHessian): rounding has none.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -198,6 +195,17 @@ def _same(one: Any, other: Any) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one is other
 
 
+def _joined(rows: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Each column of a table of tensors as one flat tensor: they are hundreds of small ones."""
+    return [torch.cat([part.flatten() for part in column]) for column in zip(*rows, strict=True)]
+
+
+def _write(targets: list[Tensor], values: Tensor) -> None:
+    """Writes a flat tensor back to those that it was joined from."""
+    parts = values.split([target.numel() for target in targets])
+    torch._foreach_copy_(targets, [part.view_as(target) for part, target in zip(parts, targets, strict=True)])
+
+
 class _ScaleRules:
     """Hooks that bound the relative step of scales and hold the columns that are not in use."""
 
@@ -222,14 +230,10 @@ class _ScaleRules:
             now, old = ([pair[i] for pair in bounded] for i in (0, 1))
             torch._foreach_maximum_(now, torch._foreach_mul(old, 1.0 - LARGEST_RELATIVE_STEP))
             torch._foreach_minimum_(now, torch._foreach_mul(old, 1.0 + LARGEST_RELATIVE_STEP))
-        banks = [(p, old) for p, old in pairs if p.shape[-1:] != (1,) and p.grad is not None]
-        if banks:  # all at once: they are hundreds of small tensors
-            gradients = torch.cat([p.grad.flatten() for p, _ in banks])  # type: ignore[union-attr]
-            old, now = (torch.cat([pair[i].flatten() for pair in banks]) for i in (1, 0))
-            kept = torch.where(gradients == 0, old, now).split([p.numel() for p, _ in banks])
-            torch._foreach_copy_(
-                [p for p, _ in banks], [part.view_as(p) for part, (p, _) in zip(kept, banks, strict=True)]
-            )
+        banks = [(p, old, p.grad) for p, old in pairs if p.shape[-1:] != (1,) and p.grad is not None]
+        if banks:
+            now, old, gradients = _joined(banks)
+            _write([p for p, *_ in banks], torch.where(gradients == 0, old, now))
         self.before = []
 
 
@@ -248,11 +252,9 @@ class _WidthRule:
     def _turn_inward(self, *_: Any) -> None:
         for limits in {limits for _, limits in self.widths}:
             own = [(width, width.grad) for width, other in self.widths if other == limits and width.grad is not None]
-            if own:  # all at once: they are hundreds of small tensors
-                widths, gradients = (torch.cat([pair[i].flatten() for pair in own]) for i in (0, 1))
-                kept = inward(widths, gradients, *limits).split([width.numel() for width, _ in own])
-                parts = [part.view_as(width) for part, (width, _) in zip(kept, own, strict=True)]
-                torch._foreach_copy_([gradient for _, gradient in own], parts)
+            if own:
+                widths, gradients = _joined(own)
+                _write([gradient for _, gradient in own], inward(widths, gradients, *limits))
 
     @torch.no_grad()
     def _project(self, *_: Any) -> None:

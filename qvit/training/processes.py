@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qvit.errors import QvitError, UsageError
+from qvit.errors import QvitError, UsageError, first_line
 
 
 class Processes:
@@ -50,7 +50,7 @@ class Processes:
             try:
                 torch.empty(0, device=device)
             except (RuntimeError, AssertionError) as error:
-                raise UsageError(f"device '{device}' is not available: {str(error).splitlines()[0]}") from None
+                raise UsageError(f"device '{device}' is not available: {first_line(error)}") from None
 
     def _join(self, device: str) -> None:
         for flag, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_FSDP", "FSDP")):
@@ -71,7 +71,7 @@ class Processes:
         try:
             state = PartialState(cpu=on_cpu)
         except (RuntimeError, ValueError) as error:
-            raise QvitError(f"the processes of this job cannot reach each other: {_first_line(error)}") from error
+            raise QvitError(f"the processes of this job cannot reach each other: {first_line(error)}") from error
         atexit.register(state.destroy_process_group)
         self.rank, self.world_size = state.process_index, state.num_processes
         self.device = str(state.device)
@@ -134,10 +134,6 @@ class Processes:
             if self.alone or not any(word in text for word in lost):
                 raise
             raise QvitError(
-                f"process {self.rank} of {self.world_size} lost the others ({_first_line(error)}): "
+                f"process {self.rank} of {self.world_size} lost the others ({first_line(error)}): "
                 "one of them ended or cannot be reached, and its own message says why"
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

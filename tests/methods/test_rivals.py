@@ -14,7 +14,8 @@ from qvit.errors import UsageError
 from qvit.methods import create_method
 from qvit.methods.irm import similarity_distance
 from qvit.models.families import inspect_model
-from qvit.quantizers import StatsQuantizer, quantizers_of
+from qvit.quantizers import quantizers_of
+from qvit.quantizers.statsq import StatsQuantizer
 from qvit.runs.run import load_run, resume, train
 from qvit.training import checkpoint as checkpoint_module
 

@@ -24,8 +24,9 @@ from qvit.models.convert import Stage, freeze, plan_of, quantize, stage_of
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.plan.spec import Layout, PerHead, TensorSpec
-from qvit.quantizers import LSQQuantizer, create_quantizer, quantizers_of
+from qvit.quantizers import create_quantizer, quantizers_of
 from qvit.quantizers.edmips import START
+from qvit.quantizers.lsq import LSQQuantizer
 from qvit.runs.packed import pack_run
 from qvit.runs.run import load_run, resume, train
 from qvit.training import checkpoint as checkpoint_module

@@ -20,7 +20,8 @@ from qvit.models.convert import Stage, freeze, plan_of, quantize, quantizers_dis
 from qvit.models.families import inspect_model
 from qvit.models.layers import QuantConv2d, QuantLinear
 from qvit.plan.quant_plan import QuantPlan, Rule
-from qvit.quantizers import LSQQuantizer, Quantizer, quantizers_of
+from qvit.quantizers import Quantizer, quantizers_of
+from qvit.quantizers.lsq import LSQQuantizer
 from qvit.quantizers.observers import BINS, HistogramObserver
 
 LEARNED = {"learn_bit_width": True, "switchable_scale": True}

@@ -19,8 +19,9 @@ from qvit.plan import options
 from qvit.plan.options import Options, ScaleOptions, declare_options
 from qvit.plan.quant_plan import QuantPlan
 from qvit.plan.spec import Layout, TensorSpec
-from qvit.quantizers import LSQQuantizer, create_quantizer
+from qvit.quantizers import create_quantizer
 from qvit.quantizers.base import QUANTIZERS, register_quantizer
+from qvit.quantizers.lsq import LSQQuantizer
 
 #: A site as qvit 0.1.0 wrote it.
 WRITTEN = {

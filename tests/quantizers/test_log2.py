@@ -15,7 +15,8 @@ from qvit.models.convert import Stage, freeze, plan_of, quantize, stage_of
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.plan.spec import Layout, PerHead, TensorSpec
-from qvit.quantizers import Log2Quantizer, Quantizer, create_quantizer
+from qvit.quantizers import Quantizer, create_quantizer
+from qvit.quantizers.log2 import Log2Quantizer
 
 NAMES = ("log2", "log-sqrt2")
 PROBS = Layout(heads=(2, 1, 1))

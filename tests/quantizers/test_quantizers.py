@@ -16,8 +16,10 @@ from qvit.errors import QvitError, UsageError
 from qvit.functional import integer_range
 from qvit.models.layers import attention_sites, linear_sites
 from qvit.plan.spec import GRANULARITIES, Layout, TensorSpec
-from qvit.quantizers import HistogramObserver, LSQQuantizer, Quantizer, create_quantizer, quantizers_of
+from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
 from qvit.quantizers.base import QUANTIZERS, register_quantizer
+from qvit.quantizers.lsq import LSQQuantizer
+from qvit.quantizers.observers import HistogramObserver
 
 HEADS, DIM, INPUTS, OUTPUTS = 3, 4, 5, 6
 
@@ -522,6 +524,9 @@ def test_impossible_quantizers_are_refused() -> None:
         make("input", bit_width=[4, 4])
     with pytest.raises(UsageError, match=r"unknown quantizer 'lsqq'; did you mean 'lsq'\?"):
         make("input", quantizer="lsqq")
+    with pytest.raises(UsageError, match="unknown quantizer 'lsq") as refused:
+        make("input", quantizer="lsq" * 100_000)  # a name of a stranger's file is not repeated whole
+    assert len(str(refused.value)) < 500
 
 
 def test_a_new_quantizer_is_one_registered_class(monkeypatch: pytest.MonkeyPatch) -> None:

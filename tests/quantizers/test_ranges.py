@@ -12,8 +12,8 @@ from torch import Tensor
 from qvit.errors import QvitError, UsageError
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
-from qvit.quantizers import HistogramObserver, quantizers_of
-from qvit.quantizers.observers import ValueObserver
+from qvit.quantizers import quantizers_of
+from qvit.quantizers.observers import HistogramObserver, ValueObserver
 from qvit.quantizers.ranges import OBSERVERS, PERCENTILE, MinMaxObserver, PercentileObserver, observer_class
 
 WIDTHS = (2, 4, 8)

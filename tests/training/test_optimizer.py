@@ -16,7 +16,8 @@ from qvit.errors import UsageError
 from qvit.models.convert import freeze, quantize
 from qvit.models.create import create_model
 from qvit.plan.quant_plan import QuantPlan, Rule
-from qvit.quantizers import LSQQuantizer, quantizers_of
+from qvit.quantizers import quantizers_of
+from qvit.quantizers.lsq import LSQQuantizer
 from qvit.training.checkpoint import load_checkpoint, save_checkpoint
 from qvit.training.optimizer import LARGEST_RELATIVE_STEP, WIDTH_BETA2, create_optimizer, drop_widths
 

@@ -15,13 +15,14 @@ without a bias stay as they are. The first and the last layer are corrected too.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
-from qvit.models.convert import Stage, quantizers_disabled, stage_of
+from qvit.models.convert import Stage, in_eval_mode, quantizers_disabled, stage_of
 from qvit.models.families import inspect_model
 
 #: No more images than this take part; the mean of an output has settled long before.
@@ -88,14 +89,10 @@ def correct_biases(
 
 def _run(model: nn.Module, images: Tensor, hooks: dict[str, Callable[..., Any]]) -> None:
     """One pass in eval mode with forward hooks on some modules."""
-    was_training = model.training
-    handles = [model.get_submodule(path).register_forward_hook(hook) for path, hook in hooks.items()]
-    try:
-        model.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-        model.train(was_training)
+    with in_eval_mode(model), ExitStack() as stack:
+        for path, hook in hooks.items():
+            stack.enter_context(model.get_submodule(path).register_forward_hook(hook))
+        model(images)
 
 
 def _channel_means(module: nn.Module, output: Tensor) -> Tensor:

@@ -22,7 +22,9 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.models.block_inputs import Inputs, attention_blocks, capture, same_input
-from qvit.models.convert import Stage, stage_of
+from qvit.models.convert import Stage, in_eval_mode, stage_of
 from qvit.quantizers import quantizers_of
 
 _log = logging.getLogger(__name__)
@@ -109,13 +111,12 @@ def reconstruct(
     blocks = attention_blocks(model)
     if not blocks:
         raise UsageError(f"{type(model).__name__} has no blocks of attention to reconstruct")
-    was_training, errors = model.training, []
-    model.eval()
+    errors = []
     originals = {path: reference.get_submodule(path) for path in blocks}
     fisher = fisher_weights(reference, list(blocks), batches, options.images) if options.fisher else {}
     generator = torch.Generator().manual_seed(options.seed)
     before: tuple[str, Inputs, Inputs] | None = None
-    try:
+    with in_eval_mode(model):
         for path, block in blocks.items():
             pair = _inputs_of(path, model, reference, batches, options, before)
             if pair is None:
@@ -129,8 +130,6 @@ def reconstruct(
             quantized = quantized.through(block)
             errors.append(BlockError(path, error, relative_error(quantized.x, target.x)))
             before = (path, quantized, target)
-    finally:
-        model.train(was_training)
     return errors
 
 
@@ -232,15 +231,13 @@ def fisher_weights(model: nn.Module, paths: list[str], batches: Iterable[Tensor]
     sums: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def keep(path: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            outputs[path] = output
+    def keep(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        outputs[path] = output
 
-        return hook
-
-    hooks = [model.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
     seen = 0
-    try:
+    with ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(model.get_submodule(path).register_forward_hook(partial(keep, path)))
         for batch in batches:
             logits = model(batch[: images - seen])
             loss = nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum")
@@ -250,7 +247,4 @@ def fisher_weights(model: nn.Module, paths: list[str], batches: Iterable[Tensor]
             seen += len(logits)
             if seen >= images:
                 break
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {path: total / total.mean().clamp_min(1e-30) for path, total in sums.items()}

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
-from qvit.models.convert import Stage, quantizers_disabled, stage_of
+from qvit.models.convert import Stage, in_eval_mode, quantizers_disabled, stage_of
 from qvit.quantizers.ranges import PercentileObserver
 
 #: Children of a module: a LayerNorm, and the linear layers that alone may see its output.
@@ -143,22 +144,15 @@ def reparameterize(model: nn.Module, batches: Iterable[Tensor], *, strength: flo
         raise UsageError("reparameterize before calibration: the scales of a calibrated model would no longer fit")
     if not 0 <= strength <= 1:
         raise UsageError(f"strength {strength} of the reparameterization must lie between 0 and 1")
-    folds, hooks, images = list(folds_of(model)), [], 0
-    was_training = model.training
-    try:
+    folds, images = list(folds_of(model)), 0
+    with quantizers_disabled(model), in_eval_mode(model), ExitStack() as stack:
         for fold in folds:
-            hooks.append(fold.norm.register_forward_hook(fold.see_output))
+            stack.enter_context(fold.norm.register_forward_hook(fold.see_output))
             for path, linear in fold.linears.items():
-                hooks.append(linear.register_forward_pre_hook(functools.partial(fold.see_input, path)))
-        model.eval()
-        with quantizers_disabled(model):
-            for batch in batches:
-                model(batch)
-                images += len(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.train(was_training)
+                stack.enter_context(linear.register_forward_pre_hook(functools.partial(fold.see_input, path)))
+        for batch in batches:
+            model(batch)
+            images += len(batch)
     if folds and not images:
         raise QvitError("no images to reparameterize with: pass at least one batch of training images")
     direct = [fold for fold in folds if "" in fold.sums and fold.is_direct]

@@ -10,32 +10,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Protocol
 
 from torch import nn
 
 from qvit.errors import UsageError
-from qvit.models.layers import Specs
-from qvit.plan.cost import CostModel, Matmul
-from qvit.plan.spec import Site
+from qvit.models.families.parts import Family
+from qvit.plan.cost import CostModel
 from qvit.registry import Registry
-
-
-class Family(Protocol):
-    """What a family's file defines."""
-
-    def sites(self, model: nn.Module) -> list[Site]:
-        """All tensors that get quantized, in the order of the computation."""
-        ...
-
-    def matmuls(self, model: nn.Module) -> list[Matmul]:
-        """All products of quantized tensors, with MACs for one image of the model's configured size."""
-        ...
-
-    def swap(self, model: nn.Module, sites: dict[str, Site], specs: Specs) -> None:
-        """Replaces float modules by quantized ones, in place; parameters are shared, keys are kept."""
-        ...
-
 
 FAMILIES: Registry[type[nn.Module], Family] = Registry("family", "qvit.models.families")
 

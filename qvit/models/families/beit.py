@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qvit.models.families.base import register_family
 from qvit.models.families.parts import (
     MLPS,
-    FamilyOfParts,
+    Family,
     Part,
     attention_part,
     classifiers,
@@ -41,7 +41,7 @@ class QuantBeitAttention(AttentionSites, Attention):
 
 
 @register_family(Beit)
-class BeitFamily(FamilyOfParts):
+class BeitFamily(Family):
     """The parts of Beit."""
 
     supported = "patch embedding by one convolution, blocks with timm's Attention and MLP, and a linear classifier"

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from qvit.models.families.base import register_family
 from qvit.models.families.parts import (
-    FamilyOfParts,
+    Family,
     Part,
     attention_part,
     classifiers,
@@ -77,7 +77,7 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 @register_family(Cait)
-class CaitFamily(FamilyOfParts):
+class CaitFamily(Family):
     """The parts of Cait."""
 
     supported = "patch embedding by one convolution, timm's two kinds of CaiT blocks, and a linear classifier"

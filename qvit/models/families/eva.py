@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qvit.models.families.base import register_family
 from qvit.models.families.parts import (
     MLPS,
-    FamilyOfParts,
+    Family,
     Part,
     attention_part,
     classifiers,
@@ -85,7 +85,7 @@ QUANTIZED: dict[type, type[nn.Module]] = {
 
 
 @register_family(Eva)
-class EvaFamily(FamilyOfParts):
+class EvaFamily(Family):
     """The parts of Eva."""
 
     supported = (

@@ -1,7 +1,7 @@
 """What families are made of: the parts of a model, and a family that is nothing but the list of them.
 
 A `Part` is a layer or an attention module with all that qvit has to know: its sites, its products, and the classes that
-take its modules' place. A `FamilyOfParts` names the parts of a model once; sites, costs and conversion all follow from
+take its modules' place. A `Family` names the parts of a model once; sites, costs and conversion all follow from
 that one list, so they cannot disagree. So does the refusal: a layer with weights that is in no part raises, with its
 path. The few that stay in float on purpose are listed by the family (`float_modules`), with the reason beside them.
 A norm whose channels come first raises, too: such a model computes nothing, in float neither.
@@ -61,8 +61,8 @@ class Part:
     replacements: list[tuple[str, type[nn.Module]]]
 
 
-class FamilyOfParts:
-    """A family that is defined by the parts of its models."""
+class Family:
+    """Base class of families, which are defined by the parts of their models."""
 
     #: What a refusal says is supported.
     supported: str
@@ -76,12 +76,15 @@ class FamilyOfParts:
         return ()
 
     def sites(self, model: nn.Module) -> list[Site]:
+        """All tensors that get quantized, in the order of the computation."""
         return [site for part in self._all_parts(model) for site in part.sites]
 
     def matmuls(self, model: nn.Module) -> list[Matmul]:
+        """All products of quantized tensors, with MACs for one image of the model's configured size."""
         return [matmul for part in self._all_parts(model) for matmul in part.matmuls]
 
     def swap(self, model: nn.Module, sites: dict[str, Site], specs: Specs) -> None:
+        """Replaces float modules by quantized ones, in place; parameters are shared, keys are kept."""
         for part in self._all_parts(model):
             for path, cls in part.replacements:
                 quantized = adopt(cls, model.get_submodule(path))

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qvit.models.families.base import register_family
 from qvit.models.families.parts import (
     MLPS,
-    FamilyOfParts,
+    Family,
     Part,
     attention_part,
     classifiers,
@@ -124,7 +124,7 @@ def stages(
 
 
 @register_family(SwinTransformer)
-class Swin(FamilyOfParts):
+class Swin(Family):
     """The parts of SwinTransformer."""
 
     supported = "patch embedding by one convolution, blocks with timm's WindowAttention and MLP, and patch merging"

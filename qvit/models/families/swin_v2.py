@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvit.models.families.base import register_family
-from qvit.models.families.parts import FamilyOfParts, Part, classifiers, patch_embedding
+from qvit.models.families.parts import Family, Part, classifiers, patch_embedding
 from qvit.models.families.swin import stages, windows_bias
 from qvit.models.layers import AttentionSites
 
@@ -50,7 +50,7 @@ class QuantCosineWindowAttention(AttentionSites, WindowAttention):
 
 
 @register_family(SwinTransformerV2)
-class SwinV2(FamilyOfParts):
+class SwinV2(Family):
     """The parts of SwinTransformerV2."""
 
     supported = "patch embedding by one convolution, blocks with timm's WindowAttention and MLP, and patch merging"

@@ -30,7 +30,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from qvit.models.families.base import register_family
-from qvit.models.families.parts import FamilyOfParts, Part, attention_part, classifiers, mlp_parts, patch_embedding
+from qvit.models.families.parts import Family, Part, attention_part, classifiers, mlp_parts, patch_embedding
 from qvit.models.families.tokens import RankedAttention, RankedBlock, RankedMlp, rank_blocks, splits_tokens, with_tokens
 from qvit.models.layers import AttentionSites, Specs, additive_mask
 from qvit.plan.spec import Site
@@ -51,7 +51,7 @@ class QuantAttention(AttentionSites, Attention):
 
 
 @register_family(VisionTransformer, VisionTransformerDistilled)
-class ViT(FamilyOfParts):
+class ViT(Family):
     """The parts of VisionTransformer."""
 
     supported = (

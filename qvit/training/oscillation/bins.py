@@ -51,7 +51,8 @@ class _BinRegularizer(torch.autograd.Function):
         a, b = _coefficients(index, remainder, step, bins)
         gradient = a.view(w.shape).mul_(remainder).add_(b.view(w.shape))
         weighted = remainder.mul_(gradient)
-        loss = (weighted.sum_to_size(_leading(scale, w)) * step).sum() / 2
+        shape = (1,) * (w.dim() - scale.dim()) + tuple(scale.shape)
+        loss = (weighted.sum_to_size(shape) * step).sum() / 2
         clipped = u.ne_(clamped).mul_(gradient)
         grad_scale = clamped.mul_(clipped).sum_to_size(scale.shape)
         ctx.save_for_backward(gradient.sub_(clipped).to(w.dtype), grad_scale.to(scale.dtype))
@@ -102,8 +103,3 @@ def _coefficients(index: Tensor, remainder: Tensor, step: Tensor, bins: int) -> 
     pair = (spread + twice / remainder.numel(), -spread * mean)
     a, b = (values.expand(len(index), -1).gather(1, index) for values in pair)
     return a, b
-
-
-def _leading(scale: Tensor, w: Tensor) -> tuple[int, ...]:
-    """The shape of `scale` with as many dimensions as `w`."""
-    return (1,) * (w.dim() - scale.dim()) + tuple(scale.shape)

@@ -112,10 +112,9 @@ class Regularizer(Remedy):
 
 def _regularized(quantizer: Quantizer, weight: Tensor) -> Tensor:
     offset = quantizer.grid()[1]
-    widths = quantizer.spec.bit_width_range if quantizer.learns_width else quantizer.spec.widths
     bits = quantizer.integer_bit_width().detach()
     centred = weight if offset is None else weight - offset
-    return bin_regularizer(centred, quantizer.active_scale(), bits, quantizer.spec.signed, 2 ** max(widths))
+    return bin_regularizer(centred, quantizer.active_scale(), bits, quantizer.spec.signed, 2**quantizer.largest_width)
 
 
 class Freezing(Remedy):

@@ -156,8 +156,7 @@ class Diagnostics:
 
 def fits_int8(quantizer: Quantizer) -> bool:
     """Whether all codes that the quantizer may give fit into a signed byte."""
-    widest = max(quantizer.spec.widths) if not quantizer.learns_width else quantizer.spec.bit_width_range[1]
-    return integer_range(widest, quantizer.spec.signed)[1] <= 127
+    return integer_range(quantizer.largest_width, quantizer.spec.signed)[1] <= 127
 
 
 def _rows_per_group(quantizer: Quantizer, weight: Tensor) -> int:
