@@ -216,3 +216,23 @@ def _in_any_order(source: Source, problem: str) -> ImageSource:
     if isinstance(source, ShardSource):
         raise UsageError(f"{source.name} {problem}")
     return source
+
+
+def require_apart(calibration: Source, evaluation: Source) -> None:
+    """Raises QvitError if images are in both sources: the same name in the same folder or archive."""
+    if not isinstance(calibration, ImageSource) or not isinstance(evaluation, ImageSource):
+        if calibration.name == evaluation.name:
+            raise QvitError(f"calibration and evaluation images are the same, {evaluation.name}: give others to one")
+        return
+    if common := _places(calibration) & _places(evaluation):
+        raise QvitError(
+            f"{len(common)} of {len(evaluation)} evaluation images are calibration images too, first "
+            f"'{min(common)}': calibrate on images that are not evaluated"
+        )
+
+
+def _places(source: ImageSource) -> set[str]:
+    """The place of every image: its name below its folder or archive."""
+    origin = Path(source.store.origin).expanduser()
+    root = str(origin.resolve()) if origin.exists() else str(origin)
+    return {f"{root}/{source.filename(index)}" for index in range(len(source))}

@@ -162,13 +162,12 @@ def _read_cost(file: Path) -> Cost | None:
 
 
 def _parse_result(data: Mapping[str, Any]) -> Outcome:
-    total, own = data.get("seconds_total"), data.get("seconds")
     return Outcome(
         accuracy=data["accuracy"],
         bit_operations=data["bit_operations"],
         weight_bytes=data["weight_bytes"],
         float_accuracy=data.get("float_accuracy"),
-        seconds=own if total is None and not isinstance(own, dict) else total,
+        seconds=data["seconds"].get("total"),
     )
 
 

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from qvit.data.open import data_config_of, open_data_of
+from qvit.errors import UsageError
 from qvit.methods import create_method
 from qvit.models.convert import quantize
 from qvit.models.create import WEIGHTS_FILE, create_model
@@ -53,6 +54,8 @@ def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
         QvitError: Unknown names, an impossible budget, a batch that cannot be shared, data that are not there.
     """
     method = create_method(config)
+    if not method.trains:
+        raise UsageError(f"method '{config.method}' has no training to plan: leave out --dry-run")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro = micro_batch(config, processes)
     config.require_labels_alone()

@@ -23,7 +23,6 @@ from qvit.locks import writing_file
 from qvit.methods import create_method
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished, written
-from qvit.runs.ptq import score_beside
 from qvit.runs.run import load_run
 from qvit.training.config import TrainConfig
 from qvit.training.evaluate import evaluate
@@ -139,12 +138,12 @@ def compare_packed(
     """
     running = load(file, engine)
     loader = eval_loader(source, dict(running.artifact.data_config), batch_size=batch_size, workers=0, device="cpu")
-    scores = score_beside(Running(running), running.artifact.model(), loader)
+    scores = evaluate(Running(running), loader, reference=running.artifact.model())
     return {
         "engine": running.name,
         "arithmetic": running.arithmetic,
         "top1": scores["top1"],
-        "top1_simulated": scores["top1_float"],
+        "top1_simulated": scores["top1_reference"],
         "agreement": scores["agreement"],
         "images": scores["images"],
     }

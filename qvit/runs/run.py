@@ -1,7 +1,9 @@
-"""One run from a config to its directory: data, float model, quantization, calibration, training, evaluation, files.
+"""One run from a config to its directory: data, float model, quantization, training, evaluation, files.
 
-The test images are opened for the final number alone; calibration and monitoring see training images. What the files
-of a run's directory are is said in `runs/directory.py`.
+    open images → float model → the method's quantized model → [training] → score it beside the float model → files
+
+Post-training quantization is this path without the training. The test images are opened for the final number alone;
+calibration and monitoring see training images. What the files of a run's directory are is said in `runs/directory.py`.
 
 Under accelerate's launcher every process goes through the same steps. The first one claims the directory, writes all
 files and speaks; calibration is its own, handed to the others, and an evaluation counts each image in one process.
@@ -15,14 +17,14 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvit.data.labels import SoftLabelStore
 from qvit.data.labels.loading import StoredLabels
@@ -36,19 +38,21 @@ from qvit.data.open import (
     open_data,
     open_data_of,
     open_source,
+    require_apart,
     train_loader,
 )
-from qvit.documents import Outcome, read_document
+from qvit.documents import RESULT_VERSION, Outcome, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.files import parse_json, write_json
 from qvit.methods import Method, create_method
-from qvit.models.calibrate import calibrate
+from qvit.methods.base import Preparation
+from qvit.methods.ptq.reconstruction import Progress
 from qvit.models.convert import plan_of, quantize
 from qvit.models.create import WEIGHTS_FILE, create_model, without_storage
 from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
-from qvit.runs.directory import CONFIG, COST, PLAN, RESULT, claimed, clear, read_config, require_finished, written
+from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear, read_config, require_finished, written
 from qvit.tensors import total_bytes
 from qvit.training.checkpoint import (
     last_checkpoint,
@@ -61,6 +65,7 @@ from qvit.training.checkpoint import (
 from qvit.training.config import TrainConfig
 from qvit.training.distill import Teacher
 from qvit.training.evaluate import evaluate
+from qvit.training.log import RunLog, Stopwatch
 from qvit.training.loop import Trainer, micro_batch
 from qvit.training.processes import Processes
 from qvit.version import __version__
@@ -70,9 +75,15 @@ Notify = Callable[[str], None]
 
 
 def train(
-    config: TrainConfig, out: str | Path, *, overwrite: bool = False, quiet: bool = False, notify: Notify = _log.info
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+    notify: Notify = _log.info,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Trains and evaluates a run.
+    """Makes a run: quantizes and trains as its method does, and evaluates.
 
     Args:
         config: All options.
@@ -80,10 +91,10 @@ def train(
         overwrite: Deletes the run that is there.
         quiet: No progress bar.
         notify: Receives one line per stage of the run.
+        progress: Called after each step of a reconstruction.
 
     Returns:
-        The content of `result.json`: `{"model", "method", "accuracy", "float_accuracy", "budget", "bit_operations",
-        "weight_bytes", "seconds", "seed", ...}`, in percent, BOPs and bytes.
+        The content of `result.json`, see `documents.Result`: accuracies in percent, BOPs, bytes, seconds per stage.
     """
     run, processes = Path(out), Processes(config.device)
     with (
@@ -91,7 +102,7 @@ def train(
         claimed(run, overwrite) if processes.is_main else contextlib.nullcontext(),
     ):
         processes.wait()
-        return _execute(config, run, processes, None, quiet=quiet, notify=notify)
+        return _execute(config, run, processes, None, quiet=quiet, notify=notify, progress=progress)
 
 
 def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) -> dict[str, Any]:
@@ -194,6 +205,7 @@ class _Setup:
     data_config: dict[str, Any]
     cost: CostModel
     processes: Processes
+    watch: Stopwatch
 
     @property
     def device(self) -> str:
@@ -218,8 +230,9 @@ def _execute(
     *,
     quiet: bool,
     notify: Notify,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    started = time.perf_counter()
+    watch = Stopwatch()
     if config.threads:
         torch.set_num_threads(config.threads)
     if not processes.is_main:
@@ -228,38 +241,79 @@ def _execute(
     config.require_labels_alone()
     if state is not None:
         require_same_labels(run)
-    setup = _prepare(config, run, processes, state is None, notify)
-    model = _starting_model(config, run, setup, state, notify)
-    trainer = _trainer(config, run, setup, model)
-    setup.method.attach(model, setup.cost, trainer.steps_per_epoch)
-    if state is not None:
-        trainer.restore(state)
-        notify(f"resuming {run} after step {trainer.step} of {trainer.total_steps}")
-    _log_start(trainer, config, setup, resumed=state is not None)
-    trainer.fit(quiet=quiet)
-    setup.method.finish(trainer)
-    result_model = trainer.result_model
-    cost = _costs(config, setup, result_model)
+    setup = _prepare(config, run, processes, state is None, notify, watch)
+    model = _starting_model(config, run, setup, state, notify, progress)
+    if setup.method.trains:
+        log, model, steps = _trained(config, run, setup, model, state, quiet=quiet, notify=notify)
+    else:
+        steps, log = 0, RunLog(run / LOG, tensorboard=config.tensorboard)
+        log.write("start", step=0, time=time.time(), **_budgets(setup))
+    cost = setup.cost.report(_plan(config, setup, model).widths(), model=config.model, plan=setup.method.plan_name)
     if processes.is_main:
-        _plan(config, setup, result_model).save(run / PLAN)
+        _plan(config, setup, model).save(run / PLAN)
         write_json(run / COST, cost)
-        save_weights(run / WEIGHTS_FILE, result_model)
+        save_weights(run / WEIGHTS_FILE, model)
     notify(f"evaluating on {len(setup.bundle.test)} test images")
-    result = _result(config, setup, result_model, cost)
-    result["seconds"] = round(time.perf_counter() - started, 2)
-    trainer.log.write("end", step=trainer.total_steps, accuracy=result["accuracy"], seconds=result["seconds"])
+    with watch("evaluate"):
+        score = _evaluator(config, setup, setup.bundle.test)
+        scores = score(model, setup.float_model if setup.method.quantizes else None)
+    result = _result(config, setup, scores, cost)
+    log.write("end", step=steps, accuracy=result["accuracy"], seconds=result["seconds"]["total"])
     if processes.is_main:
         write_json(run / RESULT, result)
     return result
 
 
+def _trained(
+    config: TrainConfig,
+    run: Path,
+    setup: _Setup,
+    model: nn.Module,
+    state: dict[str, Any] | None,
+    *,
+    quiet: bool,
+    notify: Notify,
+) -> tuple[RunLog, nn.Module, int]:
+    """The log of the training, the model that it results in, and the number of its steps."""
+    trainer = _trainer(config, run, setup, model)
+    setup.method.attach(model, setup.cost, trainer.steps_per_epoch)
+    if state is not None:
+        trainer.restore(state)
+        notify(f"resuming {run} after step {trainer.step} of {trainer.total_steps}")
+    trainer.log.write(
+        "start" if state is None else "resume",
+        step=trainer.step,
+        time=time.time(),
+        epochs=config.epochs,
+        steps_per_epoch=trainer.steps_per_epoch,
+        **_budgets(setup),
+    )
+    with setup.watch("train"):
+        trainer.fit(quiet=quiet)
+    setup.method.finish(trainer)
+    return trainer.log, trainer.result_model, trainer.total_steps
+
+
+def _budgets(setup: _Setup) -> dict[str, Any]:
+    """Bit operations that a log's figures are seen beside."""
+    cost = setup.cost
+    uniform = {str(bits): cost.bit_operations(cost.uniform(bits)) for bits in range(2, 9)}
+    return {"budget_bit_operations": setup.method.budget(cost), "uniform_bit_operations": uniform}
+
+
 def _silence(_: str) -> None: ...
 
 
-def _prepare(config: TrainConfig, run: Path, processes: Processes, fresh: bool, notify: Notify) -> _Setup:
+def _prepare(
+    config: TrainConfig, run: Path, processes: Processes, fresh: bool, notify: Notify, watch: Stopwatch
+) -> _Setup:
     """Opens data and float model, and writes the config of a fresh run."""
     method = create_method(config)
+    if not method.trains and not processes.alone:
+        raise UsageError("post-training quantization takes one process: start it without a launcher")
     bundle = open_data_of(config)
+    if not method.trains:
+        require_apart(bundle.train, bundle.test)
     notify(bundle.note)
     seed_everything(config.seed)
     float_model = create_float_model(config, bundle.num_classes, load=True).to(processes.device).eval()
@@ -269,7 +323,7 @@ def _prepare(config: TrainConfig, run: Path, processes: Processes, fresh: bool, 
         notify("no --weights and no --pretrained: the float model is untrained, and so will be what is made of it")
     if fresh and processes.is_main:
         write_json(run / CONFIG, run_record(config, bundle, processes))
-    return _Setup(method, plan, bundle, float_model, data_config_of(float_model), cost, processes)
+    return _Setup(method, plan, bundle, float_model, data_config_of(float_model), cost, processes, watch)
 
 
 def run_record(config: TrainConfig, bundle: DataBundle, processes: Processes) -> dict[str, Any]:
@@ -292,10 +346,34 @@ def run_record(config: TrainConfig, bundle: DataBundle, processes: Processes) ->
     }
 
 
+class _CalibrationImages:
+    """Training images under the evaluation transform, read again each time they are iterated; the same ones."""
+
+    def __init__(self, config: TrainConfig, setup: _Setup) -> None:
+        self.source, self.data_config = setup.bundle.train, setup.data_config
+        self.settings: dict[str, Any] = {
+            "images": setup.method.images,
+            "batch_size": min(setup.method.calibration_batch, config.calibration_images),
+            "seed": config.seed,
+            "workers": config.workers,
+            "device": setup.device,
+            "on_bad_image": config.on_bad_image,
+        }
+        iter(self)  # too few images are an error before anything is computed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return calibration_batches(self.source, self.data_config, **self.settings)
+
+
 def _starting_model(
-    config: TrainConfig, run: Path, setup: _Setup, state: dict[str, Any] | None, notify: Notify
+    config: TrainConfig,
+    run: Path,
+    setup: _Setup,
+    state: dict[str, Any] | None,
+    notify: Notify,
+    progress: Progress | None,
 ) -> nn.Module:
-    """The model that training starts from: the float one, a freshly calibrated one, or that of a checkpoint."""
+    """The model that training starts from: the float one, what the method makes of it, or that of a checkpoint."""
     if setup.plan is None:
         return setup.float_model
     if state is not None:
@@ -303,19 +381,8 @@ def _starting_model(
         return model.to(setup.device)
     if setup.processes.is_main:
         replace(setup.plan, model=config.model).save(run / PLAN)
-    model = quantize(setup.float_model, setup.plan)
-    notify(f"calibrating on {config.calibration_images} training images")
-    batches = calibration_batches(
-        setup.bundle.train,
-        setup.data_config,
-        images=config.calibration_images,
-        batch_size=min(64, config.calibration_images),
-        seed=config.seed,
-        workers=config.workers,
-        device=setup.device,
-        on_bad_image=config.on_bad_image,
-    )
-    return setup.processes.share(calibrate(model, batches))
+    given = Preparation(_CalibrationImages(config, setup), run, setup.watch, notify, progress)
+    return setup.processes.share(setup.method.quantized(setup.float_model, setup.plan, given))
 
 
 def _plan_of_checkpoint(run: Path, state: dict[str, Any]) -> Any:
@@ -411,15 +478,16 @@ def stored_labels(config: TrainConfig, num_classes: int) -> StoredLabels | None:
     )
 
 
-def _evaluator(config: TrainConfig, setup: _Setup, source: Source) -> Callable[[nn.Module], dict[str, Any]]:
-    """Scores models on some images, each image in one process."""
-    loader = eval_loader(
-        source,
-        setup.data_config,
-        batch_size=max(64, micro_batch(config, setup.processes.world_size)),
-        **setup.reading(config),
-    )
-    return lambda model: evaluate(model, loader, reduce=setup.processes.sum)
+def _evaluator(config: TrainConfig, setup: _Setup, source: Source) -> Callable[..., dict[str, Any]]:
+    """Scores a model on some images, beside the reference if one is given; each image in one process."""
+    least = 64 if setup.method.trains else 1
+    size = max(least, micro_batch(config, setup.processes.world_size))
+    loader = eval_loader(source, setup.data_config, batch_size=size, **setup.reading(config))
+
+    def score(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Any]:
+        return evaluate(model, loader, reference=reference, reduce=setup.processes.sum)
+
+    return score
 
 
 def _monitor(config: TrainConfig, setup: _Setup) -> Callable[[nn.Module], float] | None:
@@ -433,51 +501,27 @@ def _monitor(config: TrainConfig, setup: _Setup) -> Callable[[nn.Module], float]
 def _plan(config: TrainConfig, setup: _Setup, model: nn.Module) -> QuantPlan:
     """The plan of a model as it is; for a float model one that leaves every site in float."""
     if setup.method.quantizes:
-        return plan_of(model, _plan_name(config), config.model)
+        return plan_of(model, setup.method.plan_name, config.model)
     return QuantPlan("float", (), dict.fromkeys(setup.cost.sites), config.model)
 
 
-def _plan_name(config: TrainConfig) -> str:
-    if config.budget:
-        return f"{config.method}-{config.budget}"
-    return Path(config.plan).stem if config.plan else config.method
-
-
-def _costs(config: TrainConfig, setup: _Setup, model: nn.Module) -> dict[str, Any]:
-    widths = _plan(config, setup, model).widths()
-    return setup.cost.report(widths, model=config.model, plan=_plan_name(config))
-
-
-def _log_start(trainer: Trainer, config: TrainConfig, setup: _Setup, *, resumed: bool) -> None:
-    uniform = {str(bits): setup.cost.bit_operations(setup.cost.uniform(bits)) for bits in range(2, 9)}
-    trainer.log.write(
-        "resume" if resumed else "start",
-        step=trainer.step,
-        time=time.time(),
-        epochs=config.epochs,
-        steps_per_epoch=trainer.steps_per_epoch,
-        budget_bit_operations=setup.method.budget(setup.cost),
-        uniform_bit_operations=uniform,
-    )
-
-
-def _result(config: TrainConfig, setup: _Setup, model: nn.Module, cost: dict[str, Any]) -> dict[str, Any]:
-    score = _evaluator(config, setup, setup.bundle.test)
-    scores = score(model)
-    float_scores = score(setup.float_model) if setup.method.quantizes else scores
+def _result(config: TrainConfig, setup: _Setup, scores: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
     return {
+        "version": RESULT_VERSION,
         "model": config.model,
         "method": config.method,
         "accuracy": scores["top1"],
-        "float_accuracy": float_scores["top1"],
+        "float_accuracy": scores.get("top1_reference", scores["top1"]),
+        "top5": scores["top5"],
+        "agreement": scores.get("agreement"),
+        "images": scores["images"],
         "budget": config.budget,
         "bit_operations": cost["bit_operations"],
         "weight_bytes": cost["weight_bytes"],
-        "seconds": 0.0,
+        "seconds": setup.watch.record(),
         "seed": config.seed,
-        "top5": scores["top5"],
-        "images": scores["images"],
-        "epochs": config.epochs,
+        "epochs": config.epochs if setup.method.trains else 0,
+        **setup.method.record(),
     }
 
 

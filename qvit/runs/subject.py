@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,25 +191,6 @@ def paired_standard_error(first: Tensor, second: Tensor) -> float:
     """Standard error of the difference of two shares of the same images, from two bool tensors, in percent."""
     difference = first.double() - second.double()
     return 100.0 * float(difference.std(correction=0)) / math.sqrt(len(difference))
-
-
-class Stopwatch:
-    """Seconds by stage: `with watch("calibration"): ...`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._stage, self._since = "", 0.0
-
-    def __call__(self, stage: str) -> Stopwatch:
-        self._stage = stage
-        return self
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self._since
-        self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + spent, 3)
 
 
 def _drawn(source: Source, images: int | None, seed: int) -> Source:

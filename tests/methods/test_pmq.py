@@ -439,7 +439,7 @@ class TestEndToEnd:
         result = patchwise(self.REQUEST, tmp_path, budget="4bit", allocation=allocation, score_images=8, picture=2)
         assert result["bit_operations"] <= result["budget"] == result["uniform_bit_operations"]
         assert json.loads((tmp_path / "patchwise.json").read_text()) == result
-        assert set(result["seconds"]) == {"allocation", "calibration", "float", "uniform", "patchwise"}
+        assert set(result["seconds"]) == {"allocation", "calibration", "float", "uniform", "patchwise", "total"}
         cost = json.loads((tmp_path / "cost.json").read_text())
         assert cost["bit_operations"] == result["bit_operations"]
         assert QuantPlan.load(tmp_path / "plan.json").model == "vit_digits"

@@ -38,7 +38,10 @@ RESULT_TYPES: dict[str, Any] = {
     "budget": (str, type(None)),
     "bit_operations": int,
     "weight_bytes": int,
-    "seconds": float,
+    "seconds": dict,
+    "version": int,
+    "top5": float,
+    "images": int,
     "seed": int,
 }
 
@@ -133,7 +136,7 @@ def test_result_json_keeps_its_contract(finished: Path, name: str) -> None:
     assert result["model"] == "vit_digits" and result["method"] == config.method
     assert result["budget"] == config.budget and result["seed"] == config.seed
     assert 0 <= result["accuracy"] <= 100 and 0 <= result["float_accuracy"] <= 100
-    assert result["images"] == 597 and result["seconds"] > 0
+    assert result["images"] == 597 and result["seconds"]["total"] >= result["seconds"]["train"] > 0
     cost = json.loads((run / "cost.json").read_text())
     assert cost["bit_operations"] == result["bit_operations"] and cost["weight_bytes"] == result["weight_bytes"]
     if config.method == "float":
@@ -177,7 +180,7 @@ def test_the_log_tells_the_run_in_order(finished: Path, name: str) -> None:
     kinds |= set() if config.method == "float" else {"diagnostics"}
     assert {event["event"] for event in log} == kinds
     result = json.loads((run / "result.json").read_text())
-    assert end["accuracy"] == result["accuracy"] and end["seconds"] == result["seconds"]
+    assert end["accuracy"] == result["accuracy"] and end["seconds"] == result["seconds"]["total"]
     for event in log:
         if event["event"] == "step":
             assert {"loss", "task_loss", "penalty", "bit_operations", "lr", "images_per_second", "epoch"} <= set(event)
