@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from qvit.data.reading import Reading
 from qvit.data.sampling import AFFINE, EpochCounter, derived_seed, epoch_order, process_batches
 from qvit.errors import UsageError
 
@@ -114,15 +115,11 @@ class DigitsLoader:
         images: `[count, 1, 8, 8]` float32 in 0..1.
         targets: `[count]` int64.
         data_config: timm's data configuration; `input_size`, `mean` and `std` are used.
-        batch_size: Images in a batch.
-        device: Where batches live.
+        how: Batch size, device, seed, and which part of every batch.
         shuffle: Draw a new order each epoch.
         augment: Apply `random_affine`.
         drop_last: Leave out a last batch that would be smaller than the others.
         repeats: How often an image is drawn for an epoch, which keeps its length.
-        seed: Chooses order and augmentation, together with the epoch.
-        rank: Number of this process, which takes its part of every batch.
-        world_size: How many processes there are.
     """
 
     def __init__(
@@ -130,21 +127,17 @@ class DigitsLoader:
         images: Tensor,
         targets: Tensor,
         data_config: Mapping[str, Any],
+        how: Reading,
         *,
-        batch_size: int,
-        device: torch.device,
         shuffle: bool = False,
         augment: bool = False,
         drop_last: bool = False,
         repeats: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
-        self._images = images.to(device)
-        self._targets = targets.to(device)
-        self._shuffle, self._augment, self._repeats, self._seed = shuffle, augment, repeats, seed
-        self._batches = process_batches(len(images), batch_size, drop_last=drop_last, rank=rank, world_size=world_size)
+        device = how.device
+        self._images, self._targets = images.to(device), targets.to(device)
+        self._shuffle, self._augment, self._repeats, self._seed = shuffle, augment, repeats, how.seed
+        self._batches = process_batches(len(images), how.batch_size, drop_last, how.rank, how.world_size)
         self._epochs = EpochCounter()
         self._channels, *self._size = data_config["input_size"]
         self._mean = _per_channel(data_config["mean"], self._channels).to(device)

@@ -31,17 +31,20 @@ from qvit.data.collection import (
 )
 from qvit.data.digits import DIGITS
 from qvit.data.images import ImageDataset, ImageSource, ImageStore
-from qvit.data.loading import LoaderLike, Source, calibration_batches, eval_loader, train_loader
+from qvit.data.loading import CalibrationImages, LoaderLike, Source, calibration_batches, eval_loader, train_loader
+from qvit.data.reading import Reading
 from qvit.data.shards import ShardSource
 from qvit.errors import QvitError, UsageError
 
 __all__ = [
     "AugmentConfig",
+    "CalibrationImages",
     "DataBundle",
     "ImageDataset",
     "ImageSource",
     "ImageStore",
     "LoaderLike",
+    "Reading",
     "ShardSource",
     "Source",
     "calibration_batches",

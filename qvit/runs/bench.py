@@ -28,7 +28,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from qvit.data.open import calibration_batches, data_config_of, open_data
+from qvit.data.open import Reading, calibration_batches, data_config_of, open_data
 from qvit.deploy.bench.hardware import cpu_instructions, hardware
 from qvit.deploy.bench.lineup import Lineup, chosen
 from qvit.deploy.bench.peers import Material
@@ -256,10 +256,10 @@ def _images(request: BenchRequest, config: dict[str, Any], bundle: Any) -> tuple
         generator = torch.Generator().manual_seed(request.seed)
         noise = torch.randn(count + request.images, *config["input_size"], generator=generator)
         return list(noise[:count].split(16)), noise[count:], NOISE
-    options: dict[str, Any] = {"batch_size": 16, "seed": request.seed, "workers": request.workers}
+    how = Reading(16, request.workers, seed=request.seed)
     count = request.calibration_images or min(CALIBRATION_IMAGES, len(bundle.train))
-    calibration = list(calibration_batches(bundle.train, config, images=count, **options))
-    judged = list(calibration_batches(bundle.test, config, images=min(request.images, len(bundle.test)), **options))
+    calibration = list(calibration_batches(bundle.train, config, how, images=count))
+    judged = list(calibration_batches(bundle.test, config, how, images=min(request.images, len(bundle.test))))
     return calibration, torch.cat(judged), str(bundle.note)
 
 

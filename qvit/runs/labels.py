@@ -24,7 +24,7 @@ from qvit.data.images import ImageSource
 from qvit.data.labels.loading import labelling_loader, require_rows
 from qvit.data.labels.store import LabelCall, SoftLabelStore, digest_of_images
 from qvit.data.labels.writer import StoreWriter
-from qvit.data.open import data_config_of, open_data_of
+from qvit.data.open import Reading, data_config_of, open_data_of
 from qvit.errors import QvitError, UsageError
 from qvit.locks import is_leftover, writing
 from qvit.models.create import create_model
@@ -124,14 +124,8 @@ def _write(
         notify(f"going on with {folder}: {done} of {total} crops are labelled")
     report(done, total)
     start, before = time.perf_counter(), done
-    loader = labelling_loader(
-        source,
-        call,
-        batch_size=request.batch_size,
-        workers=request.workers,
-        device=device,
-        on_bad_image=request.on_bad_image,
-    )
+    how = Reading(request.batch_size, request.workers, device, request.on_bad_image)
+    loader = labelling_loader(source, call, how)
     for shard in writer.todo:
         images, crops = call.empty(shard)
         loader.set_epoch(shard)

@@ -122,7 +122,7 @@ def evaluate_packed(
     artifact = running.artifact
     names = None if class_map else list(artifact.class_names) or None
     source = open_source(data, class_map=class_map, class_names=names, split="test")
-    loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers, device="cpu")
+    loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers)
     scores = evaluate(Running(running), loader, progress=progress)
     return scores | {"engine": running.name, "arithmetic": running.arithmetic}
 
@@ -137,7 +137,7 @@ def compare_packed(
         of images whose first class is the same.
     """
     running = load(file, engine)
-    loader = eval_loader(source, dict(running.artifact.data_config), batch_size=batch_size, workers=0, device="cpu")
+    loader = eval_loader(source, dict(running.artifact.data_config), batch_size=batch_size)
     scores = evaluate(Running(running), loader, reference=running.artifact.model())
     return {
         "engine": running.name,

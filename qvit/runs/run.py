@@ -17,22 +17,23 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qvit.data.labels import SoftLabelStore
 from qvit.data.labels.loading import StoredLabels
 from qvit.data.loading import Source
 from qvit.data.open import (
     AugmentConfig,
+    CalibrationImages,
     DataBundle,
-    calibration_batches,
+    Reading,
     data_config_of,
     eval_loader,
     open_data,
@@ -180,7 +181,7 @@ def evaluate_run(
     source = _images_to_score(config, record, data, class_map)
     return evaluate(
         model,
-        eval_loader(source, data_config_of(model), batch_size=batch_size, workers=workers, device=place),
+        eval_loader(source, data_config_of(model), Reading(batch_size, workers, place)),
         progress=progress,
     )
 
@@ -211,15 +212,17 @@ class _Setup:
     def device(self) -> str:
         return self.processes.device
 
-    def reading(self, config: TrainConfig) -> dict[str, Any]:
-        """How this process reads its part of the images: what all loaders are told."""
-        return {
-            "workers": config.workers,
-            "device": self.device,
-            "on_bad_image": config.on_bad_image,
-            "rank": self.processes.rank,
-            "world_size": self.processes.world_size,
-        }
+    def reading(self, config: TrainConfig, batch_size: int) -> Reading:
+        """How this process reads its part of the images."""
+        return Reading(
+            batch_size,
+            config.workers,
+            self.device,
+            config.on_bad_image,
+            config.seed,
+            self.processes.rank,
+            self.processes.world_size,
+        )
 
 
 def _execute(
@@ -346,25 +349,6 @@ def run_record(config: TrainConfig, bundle: DataBundle, processes: Processes) ->
     }
 
 
-class _CalibrationImages:
-    """Training images under the evaluation transform, read again each time they are iterated; the same ones."""
-
-    def __init__(self, config: TrainConfig, setup: _Setup) -> None:
-        self.source, self.data_config = setup.bundle.train, setup.data_config
-        self.settings: dict[str, Any] = {
-            "images": setup.method.images,
-            "batch_size": min(setup.method.calibration_batch, config.calibration_images),
-            "seed": config.seed,
-            "workers": config.workers,
-            "device": setup.device,
-            "on_bad_image": config.on_bad_image,
-        }
-        iter(self)  # too few images are an error before anything is computed
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return calibration_batches(self.source, self.data_config, **self.settings)
-
-
 def _starting_model(
     config: TrainConfig,
     run: Path,
@@ -381,7 +365,9 @@ def _starting_model(
         return model.to(setup.device)
     if setup.processes.is_main:
         replace(setup.plan, model=config.model).save(run / PLAN)
-    given = Preparation(_CalibrationImages(config, setup), run, setup.watch, notify, progress)
+    how = setup.reading(config, min(setup.method.calibration_batch, config.calibration_images))
+    images = CalibrationImages(setup.bundle.train, setup.data_config, how, setup.method.images)
+    given = Preparation(images, run, setup.watch, notify, progress)
     return setup.processes.share(setup.method.quantized(setup.float_model, setup.plan, given))
 
 
@@ -396,11 +382,9 @@ def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) ->
     loader = train_loader(
         setup.bundle.train,
         setup.data_config,
-        batch_size=micro_batch(config, setup.processes.world_size),
+        setup.reading(config, micro_batch(config, setup.processes.world_size)),
         augment=replace(AugmentConfig.preset(config.augment), repeated_augmentation=config.repeated_augmentation),
-        seed=config.seed,
         labels=stored_labels(config, getattr(setup.float_model, "num_classes", setup.bundle.num_classes)),
-        **setup.reading(config),
     )
     setup.method.steps_per_epoch = len(loader) // config.accumulate
     return Trainer(
@@ -482,7 +466,7 @@ def _evaluator(config: TrainConfig, setup: _Setup, source: Source) -> Callable[.
     """Scores a model on some images, beside the reference if one is given; each image in one process."""
     least = 64 if setup.method.trains else 1
     size = max(least, micro_batch(config, setup.processes.world_size))
-    loader = eval_loader(source, setup.data_config, batch_size=size, **setup.reading(config))
+    loader = eval_loader(source, setup.data_config, setup.reading(config, size))
 
     def score(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Any]:
         return evaluate(model, loader, reference=reference, reduce=setup.processes.sum)

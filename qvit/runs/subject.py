@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qvit.data.open import (
     DataBundle,
     LoaderLike,
+    Reading,
     ShardSource,
     Source,
     calibration_batches,
@@ -81,31 +82,22 @@ class Subject:
     data_config: dict[str, Any]
     device: str
 
+    @property
+    def how(self) -> Reading:
+        """How the images are read."""
+        return Reading(self.request.batch_size, self.request.workers, self.device, seed=self.request.seed)
+
     def calibration(self, *, images: int | None = None, skip: int = 0) -> Iterator[Tensor]:
         """Batches of training images, drawn by the seed; `skip` leaves out the first ones of that draw."""
-        count, size = images or self.request.calibration_images, self.request.batch_size
-        drawn = calibration_batches(
-            self.bundle.train,
-            self.data_config,
-            images=count + skip,
-            batch_size=min(size, count + skip),
-            seed=self.request.seed,
-            workers=self.request.workers,
-            device=self.device,
-        )
+        count = (images or self.request.calibration_images) + skip
+        drawn = calibration_batches(self.bundle.train, self.data_config, self.how, images=count)
         if not skip:
             return drawn
-        return iter(torch.cat(list(drawn))[skip:].split(size))
+        return iter(torch.cat(list(drawn))[skip:].split(self.request.batch_size))
 
     def loader(self) -> LoaderLike:
         """A pass over the judged images."""
-        return eval_loader(
-            self.judged,
-            self.data_config,
-            batch_size=self.request.batch_size,
-            workers=self.request.workers,
-            device=self.device,
-        )
+        return eval_loader(self.judged, self.data_config, self.how)
 
     def settings(self) -> dict[str, Any]:
         """What a measurement depends on, as plain data; weights by their content."""

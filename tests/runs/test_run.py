@@ -546,7 +546,7 @@ def test_eight_bits_without_training_are_as_good_as_float(tmp_path: Path) -> Non
 def test_training_calibration_and_monitoring_never_see_test_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    seen: dict[str, list[set[int]]] = {"train_loader": [], "calibration_batches": [], "eval_loader": []}
+    seen: dict[str, list[set[int]]] = {"train_loader": [], "CalibrationImages": [], "eval_loader": []}
     for function in seen:
         original = getattr(runs, function)
 
@@ -558,7 +558,7 @@ def test_training_calibration_and_monitoring_never_see_test_images(
     train(run_config(name, epochs=1, monitor_share=0.1), tmp_path / "run", quiet=True)
     test = set(open_data("digits").test.rows.tolist())
     assert len(test) == 597
-    (trained,), calibrated = seen["train_loader"], seen["calibration_batches"]
+    (trained,), calibrated = seen["train_loader"], seen["CalibrationImages"]
     watched, tested = seen["eval_loader"]
     assert tested == test
     assert not (trained & test) and not (watched & test) and not (trained & watched)
