@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from qvit.data.augment import AugmentConfig, data_config_of
 from qvit.data.collection import (
@@ -77,35 +76,6 @@ class DataBundle:
     class_names: list[str]
     held_out: ImageSource | None
     note: str
-
-
-class DataOptions(Protocol):
-    """Where images are, as the options of a run or of a store of labels say it."""
-
-    @property
-    def data(self) -> str: ...
-    @property
-    def eval_data(self) -> str | None: ...
-    @property
-    def class_map(self) -> str | None: ...
-    @property
-    def test_share(self) -> float: ...
-    @property
-    def monitor_share(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
-
-
-def open_data_of(options: DataOptions) -> DataBundle:
-    """`open_data` for these options."""
-    return open_data(
-        options.data,
-        test_data=options.eval_data,
-        class_map=options.class_map,
-        test_share=options.test_share,
-        monitor_share=options.monitor_share,
-        seed=options.seed,
-    )
 
 
 def open_data(

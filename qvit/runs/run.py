@@ -31,13 +31,10 @@ from qvit.data.labels.loading import StoredLabels
 from qvit.data.loading import Source
 from qvit.data.open import (
     AugmentConfig,
-    CalibrationImages,
     DataBundle,
     Reading,
     data_config_of,
     eval_loader,
-    open_data,
-    open_data_of,
     open_source,
     require_apart,
     train_loader,
@@ -54,6 +51,7 @@ from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear, read_config, require_finished, written
+from qvit.runs.subject import Subject, float_model, open_images, open_subject
 from qvit.tensors import total_bytes
 from qvit.training.checkpoint import (
     last_checkpoint,
@@ -61,7 +59,6 @@ from qvit.training.checkpoint import (
     load_state,
     read_tensors,
     save_weights,
-    seed_everything,
 )
 from qvit.training.config import TrainConfig
 from qvit.training.distill import Teacher
@@ -139,8 +136,8 @@ def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
     config, record = read_config(run)
     require_finished(run)
     classes = int(record["num_classes"])
-    _require_bytes(run, without_storage(lambda: create_float_model(config, classes, load=False)))
-    model = create_float_model(config, classes, load=False)
+    _require_bytes(run, without_storage(lambda: float_model(config, classes, load=False)))
+    model = float_model(config, classes, load=False)
     if create_method(config).quantizes:
         model = quantize(model, QuantPlan.load(run / PLAN), in_place=True)
     try:
@@ -191,7 +188,7 @@ def _images_to_score(config: TrainConfig, record: dict[str, Any], data: str, cla
     own = data == config.data or Path(data).resolve() == Path(config.data)
     same_classes = class_map is None or str(Path(class_map).resolve()) == config.class_map
     if own and same_classes and config.eval_data is None:
-        return open_data(config.data, class_map=config.class_map, test_share=config.test_share).test
+        return open_images(config).test
     return open_source(data, class_map=class_map, class_names=None if class_map else record["class_names"])
 
 
@@ -201,28 +198,13 @@ class _Setup:
 
     method: Method
     plan: QuantPlan | None
-    bundle: DataBundle
-    float_model: nn.Module
-    data_config: dict[str, Any]
+    subject: Subject
     cost: CostModel
-    processes: Processes
     watch: Stopwatch
 
     @property
-    def device(self) -> str:
-        return self.processes.device
-
-    def reading(self, config: TrainConfig, batch_size: int) -> Reading:
-        """How this process reads its part of the images."""
-        return Reading(
-            batch_size,
-            config.workers,
-            self.device,
-            config.on_bad_image,
-            config.seed,
-            self.processes.rank,
-            self.processes.world_size,
-        )
+    def processes(self) -> Processes:
+        return self.subject.processes
 
 
 def _execute(
@@ -256,10 +238,10 @@ def _execute(
         _plan(config, setup, model).save(run / PLAN)
         write_json(run / COST, cost)
         save_weights(run / WEIGHTS_FILE, model)
-    notify(f"evaluating on {len(setup.bundle.test)} test images")
+    notify(f"evaluating on {len(setup.subject.bundle.test)} test images")
     with watch("evaluate"):
-        score = _evaluator(config, setup, setup.bundle.test)
-        scores = score(model, setup.float_model if setup.method.quantizes else None)
+        score = _evaluator(config, setup, setup.subject.bundle.test)
+        scores = score(model, setup.subject.model if setup.method.quantizes else None)
     result = _result(config, setup, scores, cost)
     log.write("end", step=steps, accuracy=result["accuracy"], seconds=result["seconds"]["total"])
     if processes.is_main:
@@ -314,19 +296,17 @@ def _prepare(
     method = create_method(config)
     if not method.trains and not processes.alone:
         raise UsageError("post-training quantization takes one process: start it without a launcher")
-    bundle = open_data_of(config)
+    subject = open_subject(config, processes, notify)
+    bundle = subject.bundle
     if not method.trains:
         require_apart(bundle.train, bundle.test)
-    notify(bundle.note)
-    seed_everything(config.seed)
-    float_model = create_float_model(config, bundle.num_classes, load=True).to(processes.device).eval()
-    cost = inspect_model(float_model)
+    cost = inspect_model(subject.model)
     plan = method.plan(cost)
     if plan is not None and config.weights is None and not config.pretrained:
         notify("no --weights and no --pretrained: the float model is untrained, and so will be what is made of it")
     if fresh and processes.is_main:
         write_json(run / CONFIG, run_record(config, bundle, processes))
-    return _Setup(method, plan, bundle, float_model, data_config_of(float_model), cost, processes, watch)
+    return _Setup(method, plan, subject, cost, watch)
 
 
 def run_record(config: TrainConfig, bundle: DataBundle, processes: Processes) -> dict[str, Any]:
@@ -359,16 +339,16 @@ def _starting_model(
 ) -> nn.Module:
     """The model that training starts from: the float one, what the method makes of it, or that of a checkpoint."""
     if setup.plan is None:
-        return setup.float_model
+        return setup.subject.model
     if state is not None:
-        model = quantize(setup.float_model, QuantPlan.from_json(_plan_of_checkpoint(run, state)))
-        return model.to(setup.device)
+        model = quantize(setup.subject.model, QuantPlan.from_json(_plan_of_checkpoint(run, state)))
+        return model.to(setup.subject.device)
     if setup.processes.is_main:
         replace(setup.plan, model=config.model).save(run / PLAN)
-    how = setup.reading(config, min(setup.method.calibration_batch, config.calibration_images))
-    images = CalibrationImages(setup.bundle.train, setup.data_config, how, setup.method.images)
+    size = min(setup.method.calibration_batch, config.calibration_images)
+    images = setup.subject.calibration_images(setup.method.images, size)
     given = Preparation(images, run, setup.watch, notify, progress)
-    return setup.processes.share(setup.method.quantized(setup.float_model, setup.plan, given))
+    return setup.processes.share(setup.method.quantized(setup.subject.model, setup.plan, given))
 
 
 def _plan_of_checkpoint(run: Path, state: dict[str, Any]) -> Any:
@@ -380,18 +360,18 @@ def _plan_of_checkpoint(run: Path, state: dict[str, Any]) -> Any:
 
 def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) -> Trainer:
     loader = train_loader(
-        setup.bundle.train,
-        setup.data_config,
-        setup.reading(config, micro_batch(config, setup.processes.world_size)),
+        setup.subject.bundle.train,
+        setup.subject.data_config,
+        setup.subject.reading(micro_batch(config, setup.processes.world_size)),
         augment=replace(AugmentConfig.preset(config.augment), repeated_augmentation=config.repeated_augmentation),
-        labels=stored_labels(config, getattr(setup.float_model, "num_classes", setup.bundle.num_classes)),
+        labels=stored_labels(config, getattr(setup.subject.model, "num_classes", setup.subject.bundle.num_classes)),
     )
     setup.method.steps_per_epoch = len(loader) // config.accumulate
     return Trainer(
         model,
         config,
         loader,
-        num_classes=setup.bundle.num_classes,
+        num_classes=setup.subject.bundle.num_classes,
         run=run,
         hooks=setup.method,
         width_lr=setup.method.width_lr,
@@ -412,16 +392,16 @@ def _teacher(config: TrainConfig, setup: _Setup) -> Teacher | None:
     if config.teacher is None:
         if not setup.method.quantizes:
             raise UsageError(f"method '{config.method}' has no float model to learn from: name one with --teacher")
-        return Teacher(setup.float_model)
-    classes = getattr(setup.float_model, "num_classes", setup.bundle.num_classes)
+        return Teacher(setup.subject.model)
+    classes = getattr(setup.subject.model, "num_classes", setup.subject.bundle.num_classes)
     model = teacher_model(config.teacher, config.teacher_weights, config.teacher_kwargs, classes)
     teacher = Teacher(
         model,
-        student_data=setup.data_config,
+        student_data=setup.subject.data_config,
         own_data=data_config_of(model),
-        num_classes=getattr(setup.float_model, "num_classes", None),
+        num_classes=getattr(setup.subject.model, "num_classes", None),
     )
-    return teacher.to(setup.device)
+    return teacher.to(setup.subject.device)
 
 
 def teacher_model(name: str, weights: str | None, kwargs: Mapping[str, Any], num_classes: int) -> nn.Module:
@@ -466,7 +446,7 @@ def _evaluator(config: TrainConfig, setup: _Setup, source: Source) -> Callable[.
     """Scores a model on some images, beside the reference if one is given; each image in one process."""
     least = 64 if setup.method.trains else 1
     size = max(least, micro_batch(config, setup.processes.world_size))
-    loader = eval_loader(source, setup.data_config, setup.reading(config, size))
+    loader = setup.subject.loader(source, size)
 
     def score(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Any]:
         return evaluate(model, loader, reference=reference, reduce=setup.processes.sum)
@@ -476,9 +456,9 @@ def _evaluator(config: TrainConfig, setup: _Setup, source: Source) -> Callable[.
 
 def _monitor(config: TrainConfig, setup: _Setup) -> Callable[[nn.Module], float] | None:
     """Measures accuracy on the images held out from training, in percent; None where there are none."""
-    if setup.bundle.held_out is None:
+    if setup.subject.bundle.held_out is None:
         return None
-    score = _evaluator(config, setup, setup.bundle.held_out)
+    score = _evaluator(config, setup, setup.subject.bundle.held_out)
     return lambda model: score(model)["top1"]
 
 
@@ -507,16 +487,6 @@ def _result(config: TrainConfig, setup: _Setup, scores: dict[str, Any], cost: di
         "epochs": config.epochs if setup.method.trains else 0,
         **setup.method.record(),
     }
-
-
-def create_float_model(config: TrainConfig, num_classes: int, *, load: bool) -> nn.Module:
-    """The float model of a run, with its weights if they are to be loaded."""
-    kwargs = {"num_classes": num_classes, **config.model_kwargs}
-    if kwargs["num_classes"] < num_classes:
-        raise UsageError(f"the data have {num_classes} classes, the model is asked for {kwargs['num_classes']}")
-    return create_model(
-        config.model, weights=config.weights if load else None, pretrained=config.pretrained and load, **kwargs
-    )
 
 
 def _hardware(device: str) -> str:

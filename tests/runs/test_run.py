@@ -25,6 +25,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.models.convert import Stage, plan_of, stage_of
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs import run as runs
+from qvit.runs import subject as subjects
 from qvit.runs.run import evaluate_run, load_run, resume, train
 from qvit.training.checkpoint import checkpoints_of
 from qvit.training.config import TrainConfig
@@ -548,13 +549,14 @@ def test_training_calibration_and_monitoring_never_see_test_images(
 ) -> None:
     seen: dict[str, list[set[int]]] = {"train_loader": [], "CalibrationImages": [], "eval_loader": []}
     for function in seen:
-        original = getattr(runs, function)
+        module = runs if function == "train_loader" else subjects
+        original = getattr(module, function)
 
         def spy(source: Any, *args: Any, function: str = function, original: Any = original, **kwargs: Any) -> Any:
             seen[function].append(set(source.rows.tolist()))
             return original(source, *args, **kwargs)
 
-        monkeypatch.setattr(runs, function, spy)
+        monkeypatch.setattr(module, function, spy)
     train(run_config(name, epochs=1, monitor_share=0.1), tmp_path / "run", quiet=True)
     test = set(open_data("digits").test.rows.tolist())
     assert len(test) == 597
