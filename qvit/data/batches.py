@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from qvit.data.decoding import IN_A_ROW, UnreadableImage, mode_of, one_line
 from qvit.data.images import ImageSource
 from qvit.data.reading import Reading
-from qvit.data.sampling import ERASING, Batches, EpochCounter, derived_seed, seeded
+from qvit.data.sampling import ERASING, Batches, Passes, derived_seed, seeded
 from qvit.errors import QvitError
 
 
@@ -121,7 +121,7 @@ def too_many_in_a_row(name: str, error: UnreadableImage) -> str:
     return f"{IN_A_ROW} images in a row of {name} cannot be read, the last of them {error.image!r}: {error.reason}"
 
 
-class BatchLoader:
+class BatchLoader(Passes):
     """Batches of normalised images on the device; see `LoaderLike`.
 
     Args:
@@ -150,7 +150,7 @@ class BatchLoader:
         self._schedule: Any = samples if batches is None else batches
         self._length: int = samples.batches if batches is None else len(batches)
         self._source, self._replaces = source, samples.replaces
-        self._epochs, self._found, self.skipped = EpochCounter(), dict[str, None](), 0
+        self._found, self.skipped = dict[str, None](), 0
         channels, device = data_config["input_size"][0], torch.device(how.device)
         dealt: dict[str, Any] = {"batch_size": how.batch_size} if batches is None else {"batch_sampler": batches}
         loader = DataLoader(
@@ -172,15 +172,8 @@ class BatchLoader:
         self._erasing = _SeededErasing(random_erasing, device, how.seed, how.rank) if random_erasing else None
         self._prefetcher.random_erasing = self._erasing  # type: ignore[assignment]
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """The next pass is that of `epoch`, without its first `skip` batches."""
-        self._epochs.set_epoch(epoch, skip)
-
     def __len__(self) -> int:
         return self._length
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._pass(*self._epochs.begin())
 
     def bad_images(self) -> list[str]:
         """Names of the images that could not be read, of those this loader has met so far."""

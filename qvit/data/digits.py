@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qvit.data.reading import Reading
-from qvit.data.sampling import AFFINE, EpochCounter, derived_seed, epoch_order, process_batches
+from qvit.data.sampling import AFFINE, Passes, derived_seed, epoch_order, process_batches
 from qvit.errors import UsageError
 
 DIGITS = "digits"
@@ -108,7 +108,7 @@ def random_affine(
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-class DigitsLoader:
+class DigitsLoader(Passes):
     """Iterates over batches of digits that were put on the device once, when the loader was made.
 
     Args:
@@ -138,14 +138,9 @@ class DigitsLoader:
         self._images, self._targets = images.to(device), targets.to(device)
         self._shuffle, self._augment, self._repeats, self._seed = shuffle, augment, repeats, how.seed
         self._batches = process_batches(len(images), how.batch_size, drop_last, how.rank, how.world_size)
-        self._epochs = EpochCounter()
         self._channels, *self._size = data_config["input_size"]
         self._mean = _per_channel(data_config["mean"], self._channels).to(device)
         self._std = _per_channel(data_config["std"], self._channels).to(device)
-
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """The next pass is that of `epoch`, without its first `skip` batches."""
-        self._epochs.set_epoch(epoch, skip)
 
     def bad_images(self) -> list[str]:
         """No names: digits cannot be unreadable."""
@@ -153,9 +148,6 @@ class DigitsLoader:
 
     def __len__(self) -> int:
         return len(self._batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._pass(*self._epochs.begin())
 
     def _pass(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         images, targets = self._images, self._targets

@@ -142,11 +142,10 @@ class RowBatches(Batches):
         return lambda batch: [(row, None) for row in range(batch.start, batch.stop)]
 
 
-class EpochCounter:
-    """The epoch and first batch of a loader's next pass: what `set_epoch` said, else the epoch after the last one."""
+class Passes:
+    """Base of loaders: a pass is of the epoch that `set_epoch` said, or else of the epoch after the last one."""
 
-    def __init__(self) -> None:
-        self._next = (0, 0)
+    _next = (0, 0)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """The next pass is that of `epoch`, without its first `skip` batches."""
@@ -154,8 +153,10 @@ class EpochCounter:
             raise UsageError(f"a pass needs epoch >= 0 and skip >= 0, not {epoch} and {skip}")
         self._next = (epoch, skip)
 
-    def begin(self) -> tuple[int, int]:
-        """The epoch and first batch of the pass that begins now."""
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, skip = self._next
         self._next = (epoch + 1, 0)
-        return epoch, skip
+        return self._pass(epoch, skip)
+
+    def _pass(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        raise NotImplementedError

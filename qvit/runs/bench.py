@@ -203,14 +203,14 @@ def _open_file(request: BenchRequest) -> _Subject:
             model.load_state_dict({key: there[key] for key in wanted})
         else:
             note = f"{UNTRAINED}: the file's weights do not fit the float model"
-    bundle = _opened_data(request)
+    bundle = None if request.data is None else open_images(request)
     return _Subject(model, artifact, quantized, *_images(request, artifact.data_config, bundle), note)
 
 
 def _open_model(request: BenchRequest, notify: Callable[[str], None]) -> _Subject:
     from qvit.deploy.file.artifact import Artifact
 
-    bundle = _opened_data(request)
+    bundle = None if request.data is None else open_images(request)
     classes = None if bundle is None else bundle.num_classes
     seed_everything(request.seed)
     model = float_model(request, classes).eval()
@@ -232,12 +232,6 @@ def _open_model(request: BenchRequest, notify: Callable[[str], None]) -> _Subjec
         plan_name=Path(plan).stem,
     )
     return _Subject(model, artifact, artifact.model().eval(), calibration, judged, images, note)
-
-
-def _opened_data(request: BenchRequest) -> Any:
-    if request.data is None:
-        return None
-    return open_images(request)
 
 
 def _images(request: BenchRequest, config: dict[str, Any], bundle: Any) -> tuple[list[Tensor], Tensor, str]:

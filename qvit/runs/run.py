@@ -192,24 +192,9 @@ def _images_to_score(config: TrainConfig, record: dict[str, Any], data: str, cla
     return open_source(data, class_map=class_map, class_names=None if class_map else record["class_names"])
 
 
-@dataclass
-class _Setup:
-    """What a run works with."""
-
-    method: Method
-    plan: QuantPlan | None
-    subject: Subject
-    cost: CostModel
-    watch: Stopwatch
-
-    @property
-    def processes(self) -> Processes:
-        return self.subject.processes
-
-
 def _execute(
     config: TrainConfig,
-    run: Path,
+    folder: Path,
     processes: Processes,
     state: dict[str, Any] | None,
     *,
@@ -217,6 +202,7 @@ def _execute(
     notify: Notify,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
+    """Makes a run, or goes on from the `state` of a checkpoint."""
     watch = Stopwatch()
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -225,88 +211,245 @@ def _execute(
     micro_batch(config, processes.world_size)  # refused before anything is read
     config.require_labels_alone()
     if state is not None:
-        require_same_labels(run)
-    setup = _prepare(config, run, processes, state is None, notify, watch)
-    model = _starting_model(config, run, setup, state, notify, progress)
-    if setup.method.trains:
-        log, model, steps = _trained(config, run, setup, model, state, quiet=quiet, notify=notify)
-    else:
-        steps, log = 0, RunLog(run / LOG, tensorboard=config.tensorboard)
-        log.write("start", step=0, time=time.time(), **_budgets(setup))
-    cost = setup.cost.report(_plan(config, setup, model).widths(), model=config.model, plan=setup.method.plan_name)
-    if processes.is_main:
-        _plan(config, setup, model).save(run / PLAN)
-        write_json(run / COST, cost)
-        save_weights(run / WEIGHTS_FILE, model)
-    notify(f"evaluating on {len(setup.subject.bundle.test)} test images")
-    with watch("evaluate"):
-        score = _evaluator(config, setup, setup.subject.bundle.test)
-        scores = score(model, setup.subject.model if setup.method.quantizes else None)
-    result = _result(config, setup, scores, cost)
-    log.write("end", step=steps, accuracy=result["accuracy"], seconds=result["seconds"]["total"])
-    if processes.is_main:
-        write_json(run / RESULT, result)
-    return result
-
-
-def _trained(
-    config: TrainConfig,
-    run: Path,
-    setup: _Setup,
-    model: nn.Module,
-    state: dict[str, Any] | None,
-    *,
-    quiet: bool,
-    notify: Notify,
-) -> tuple[RunLog, nn.Module, int]:
-    """The log of the training, the model that it results in, and the number of its steps."""
-    trainer = _trainer(config, run, setup, model)
-    setup.method.attach(model, setup.cost, trainer.steps_per_epoch)
-    if state is not None:
-        trainer.restore(state)
-        notify(f"resuming {run} after step {trainer.step} of {trainer.total_steps}")
-    trainer.log.write(
-        "start" if state is None else "resume",
-        step=trainer.step,
-        time=time.time(),
-        epochs=config.epochs,
-        steps_per_epoch=trainer.steps_per_epoch,
-        **_budgets(setup),
-    )
-    with setup.watch("train"):
-        trainer.fit(quiet=quiet)
-    setup.method.finish(trainer)
-    return trainer.log, trainer.result_model, trainer.total_steps
-
-
-def _budgets(setup: _Setup) -> dict[str, Any]:
-    """Bit operations that a log's figures are seen beside."""
-    cost = setup.cost
-    uniform = {str(bits): cost.bit_operations(cost.uniform(bits)) for bits in range(2, 9)}
-    return {"budget_bit_operations": setup.method.budget(cost), "uniform_bit_operations": uniform}
+        require_same_labels(folder)
+    method = create_method(config)
+    if not method.trains and not processes.alone:
+        raise UsageError("post-training quantization takes one process: start it without a launcher")
+    subject = open_subject(config, processes, notify)
+    if not method.trains:
+        require_apart(subject.bundle.train, subject.bundle.test)
+    run = _Run(config, folder, method, subject, inspect_model(subject.model), watch, notify)
+    plan = method.plan(run.cost)
+    if plan is not None and config.weights is None and not config.pretrained:
+        notify("no --weights and no --pretrained: the float model is untrained, and so will be what is made of it")
+    if state is None and processes.is_main:
+        write_json(folder / CONFIG, run_record(config, subject.bundle, processes))
+    model = run.starting_model(plan, state, progress)
+    if method.trains:
+        return run.end(*run.trained(model, state, quiet=quiet))
+    log = RunLog(folder / LOG, tensorboard=config.tensorboard)
+    log.write("start", step=0, time=time.time(), **run.budgets())
+    return run.end(model, log, 0)
 
 
 def _silence(_: str) -> None: ...
 
 
-def _prepare(
-    config: TrainConfig, run: Path, processes: Processes, fresh: bool, notify: Notify, watch: Stopwatch
-) -> _Setup:
-    """Opens data and float model, and writes the config of a fresh run."""
-    method = create_method(config)
-    if not method.trains and not processes.alone:
-        raise UsageError("post-training quantization takes one process: start it without a launcher")
-    subject = open_subject(config, processes, notify)
-    bundle = subject.bundle
-    if not method.trains:
-        require_apart(bundle.train, bundle.test)
-    cost = inspect_model(subject.model)
-    plan = method.plan(cost)
-    if plan is not None and config.weights is None and not config.pretrained:
-        notify("no --weights and no --pretrained: the float model is untrained, and so will be what is made of it")
-    if fresh and processes.is_main:
-        write_json(run / CONFIG, run_record(config, bundle, processes))
-    return _Setup(method, plan, subject, cost, watch)
+@dataclass
+class _Run:
+    """A run that is being made: its options and directory, and what it works with."""
+
+    config: TrainConfig
+    folder: Path
+    method: Method
+    subject: Subject
+    cost: CostModel
+    watch: Stopwatch
+    notify: Notify
+
+    @property
+    def processes(self) -> Processes:
+        return self.subject.processes
+
+    @property
+    def micro_batch(self) -> int:
+        """Images that a process takes at a time in training."""
+        return micro_batch(self.config, self.processes.world_size)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the model, which may have more than the data."""
+        return getattr(self.subject.model, "num_classes", self.subject.bundle.num_classes)
+
+    def starting_model(
+        self, plan: QuantPlan | None, state: dict[str, Any] | None, progress: Progress | None
+    ) -> nn.Module:
+        """The model that training starts from: the float one, what the method makes of it, or that of a checkpoint."""
+        subject, method = self.subject, self.method
+        if plan is None:
+            return subject.model
+        if state is not None:
+            model = quantize(subject.model, QuantPlan.from_json(_plan_of_checkpoint(self.folder, state)))
+            return model.to(subject.device)
+        if self.processes.is_main:
+            replace(plan, model=self.config.model).save(self.folder / PLAN)
+        size = min(method.calibration_batch, self.config.calibration_images)
+        images = subject.calibration_images(method.images, size)
+        given = Preparation(images, self.folder, self.watch, self.notify, progress)
+        return self.processes.share(method.quantized(subject.model, plan, given))
+
+    def trained(self, model: nn.Module, state: dict[str, Any] | None, *, quiet: bool) -> tuple[nn.Module, RunLog, int]:
+        """The model that training results in, the log, and the number of its steps."""
+        config, trainer = self.config, self.trainer(model)
+        self.method.attach(model, self.cost, trainer.steps_per_epoch)
+        if state is not None:
+            trainer.restore(state)
+            self.notify(f"resuming {self.folder} after step {trainer.step} of {trainer.total_steps}")
+        trainer.log.write(
+            "start" if state is None else "resume",
+            step=trainer.step,
+            time=time.time(),
+            epochs=config.epochs,
+            steps_per_epoch=trainer.steps_per_epoch,
+            **self.budgets(),
+        )
+        with self.watch("train"):
+            trainer.fit(quiet=quiet)
+        self.method.finish(trainer)
+        return trainer.result_model, trainer.log, trainer.total_steps
+
+    def trainer(self, model: nn.Module) -> Trainer:
+        config, subject, method = self.config, self.subject, self.method
+        augment = AugmentConfig.preset(config.augment)
+        loader = train_loader(
+            subject.bundle.train,
+            subject.data_config,
+            subject.reading(self.micro_batch),
+            augment=replace(augment, repeated_augmentation=config.repeated_augmentation),
+            labels=self.stored_labels(),
+        )
+        method.steps_per_epoch = len(loader) // config.accumulate
+        return Trainer(
+            model,
+            config,
+            loader,
+            num_classes=subject.bundle.num_classes,
+            run=self.folder,
+            hooks=method,
+            width_lr=method.width_lr,
+            teacher=self.teacher(),
+            monitor=self.monitor(),
+            plan=lambda: self.plan_of(model).to_json() if method.quantizes else None,
+            label=" ".join(filter(None, (config.method, config.budget))),
+            processes=self.processes,
+        )
+
+    def stored_labels(self) -> StoredLabels | None:
+        """The soft labels that a run learns from; None where it learns from those of the data. Raises QvitError."""
+        config = self.config
+        if config.labels is None:
+            return None
+        return StoredLabels(
+            SoftLabelStore(config.labels),
+            self.num_classes,
+            crops_per_image=config.crops_per_image,
+            single_from=max(0, config.epochs - config.single_crop_epochs),
+            interpolation=config.crop_interpolation,
+        )
+
+    def teacher(self) -> Teacher | None:
+        """Whom the model learns from: nobody, the float model that it was made from, or the one that is named."""
+        config, subject = self.config, self.subject
+        if not config.distill:
+            if config.teacher is not None:
+                raise UsageError("a teacher without --distill teaches nothing: give a share, such as --distill 1")
+            return None
+        if config.teacher is None:
+            if not self.method.quantizes:
+                raise UsageError(f"method '{config.method}' has no float model to learn from: name one with --teacher")
+            return Teacher(subject.model)
+        model = teacher_model(config.teacher, config.teacher_weights, config.teacher_kwargs, self.num_classes)
+        teacher = Teacher(
+            model,
+            student_data=subject.data_config,
+            own_data=data_config_of(model),
+            num_classes=getattr(subject.model, "num_classes", None),
+        )
+        return teacher.to(subject.device)
+
+    def evaluator(self, source: Source) -> Callable[..., dict[str, Any]]:
+        """Scores a model on some images, beside the reference if one is given; each image in one process."""
+        loader = self.subject.loader(source, max(64 if self.method.trains else 1, self.micro_batch))
+
+        def score(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Any]:
+            return evaluate(model, loader, reference=reference, reduce=self.processes.sum)
+
+        return score
+
+    def monitor(self) -> Callable[[nn.Module], float] | None:
+        """Measures accuracy on the images held out from training, in percent; None where there are none."""
+        if self.subject.bundle.held_out is None:
+            return None
+        score = self.evaluator(self.subject.bundle.held_out)
+        return lambda model: score(model)["top1"]
+
+    def plan_of(self, model: nn.Module) -> QuantPlan:
+        """The plan of a model as it is; for a float model one that leaves every site in float."""
+        if self.method.quantizes:
+            return plan_of(model, self.method.plan_name, self.config.model)
+        return QuantPlan("float", (), dict.fromkeys(self.cost.sites), self.config.model)
+
+    def budgets(self) -> dict[str, Any]:
+        """Bit operations that a log's figures are seen beside."""
+        cost = self.cost
+        uniform = {str(bits): cost.bit_operations(cost.uniform(bits)) for bits in range(2, 9)}
+        return {"budget_bit_operations": self.method.budget(cost), "uniform_bit_operations": uniform}
+
+    def end(self, model: nn.Module, log: RunLog, steps: int) -> dict[str, Any]:
+        """Writes and scores the final model; returns the result."""
+        config, method, plan = self.config, self.method, self.plan_of(model)
+        cost = self.cost.report(plan.widths(), model=config.model, plan=method.plan_name)
+        if self.processes.is_main:
+            plan.save(self.folder / PLAN)
+            write_json(self.folder / COST, cost)
+            save_weights(self.folder / WEIGHTS_FILE, model)
+        test = self.subject.bundle.test
+        self.notify(f"evaluating on {len(test)} test images")
+        with self.watch("evaluate"):
+            scores = self.evaluator(test)(model, self.subject.model if method.quantizes else None)
+        result = {
+            "version": RESULT_VERSION,
+            "model": config.model,
+            "method": config.method,
+            "accuracy": scores["top1"],
+            "float_accuracy": scores.get("top1_reference", scores["top1"]),
+            "top5": scores["top5"],
+            "agreement": scores.get("agreement"),
+            "images": scores["images"],
+            "budget": config.budget,
+            "bit_operations": cost["bit_operations"],
+            "weight_bytes": cost["weight_bytes"],
+            "seconds": self.watch.record(),
+            "seed": config.seed,
+            "epochs": config.epochs if method.trains else 0,
+            **method.record(),
+        }
+        log.write("end", step=steps, accuracy=result["accuracy"], seconds=result["seconds"]["total"])
+        if self.processes.is_main:
+            write_json(self.folder / RESULT, result)
+        return result
+
+
+def _plan_of_checkpoint(run: Path, state: dict[str, Any]) -> Any:
+    try:
+        return parse_json(state["plan"])
+    except ValueError as error:
+        raise QvitError(f"the checkpoint of {run} does not fit this run: its plan cannot be read: {error}") from None
+
+
+def require_same_labels(run: Path) -> None:
+    """Raises QvitError if the soft labels of a run are not those that it began with."""
+    config, record = read_config(run)
+    began_with = record.get("labels_digest")
+    if config.labels is not None and began_with is not None and SoftLabelStore(config.labels).digest != began_with:
+        raise QvitError(
+            f"{config.labels} holds other soft labels than those that {run} began with: put these back, or start anew"
+        )
+
+
+def teacher_model(name: str, weights: str | None, kwargs: Mapping[str, Any], num_classes: int) -> nn.Module:
+    """The model that is named as a teacher: that of a finished run, or timm's, with its weights from a file or the hub.
+
+    Args:
+        name: A run's directory, or timm's name.
+        weights: A file of weights for timm's model; None to take them from the hub.
+        kwargs: For `timm.create_model`.
+        num_classes: Classes of the student; those of timm's model where weights are given and `kwargs` say nothing.
+    """
+    if (Path(name) / CONFIG).is_file():
+        return load_run(name)
+    classes = {} if weights is None else {"num_classes": num_classes}
+    return create_model(name, weights=weights, pretrained=weights is None, **(classes | dict(kwargs)))
 
 
 def run_record(config: TrainConfig, bundle: DataBundle, processes: Processes) -> dict[str, Any]:
@@ -326,166 +469,6 @@ def run_record(config: TrainConfig, bundle: DataBundle, processes: Processes) ->
         "processes": processes.world_size,
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _starting_model(
-    config: TrainConfig,
-    run: Path,
-    setup: _Setup,
-    state: dict[str, Any] | None,
-    notify: Notify,
-    progress: Progress | None,
-) -> nn.Module:
-    """The model that training starts from: the float one, what the method makes of it, or that of a checkpoint."""
-    if setup.plan is None:
-        return setup.subject.model
-    if state is not None:
-        model = quantize(setup.subject.model, QuantPlan.from_json(_plan_of_checkpoint(run, state)))
-        return model.to(setup.subject.device)
-    if setup.processes.is_main:
-        replace(setup.plan, model=config.model).save(run / PLAN)
-    size = min(setup.method.calibration_batch, config.calibration_images)
-    images = setup.subject.calibration_images(setup.method.images, size)
-    given = Preparation(images, run, setup.watch, notify, progress)
-    return setup.processes.share(setup.method.quantized(setup.subject.model, setup.plan, given))
-
-
-def _plan_of_checkpoint(run: Path, state: dict[str, Any]) -> Any:
-    try:
-        return parse_json(state["plan"])
-    except ValueError as error:
-        raise QvitError(f"the checkpoint of {run} does not fit this run: its plan cannot be read: {error}") from None
-
-
-def _trainer(config: TrainConfig, run: Path, setup: _Setup, model: nn.Module) -> Trainer:
-    loader = train_loader(
-        setup.subject.bundle.train,
-        setup.subject.data_config,
-        setup.subject.reading(micro_batch(config, setup.processes.world_size)),
-        augment=replace(AugmentConfig.preset(config.augment), repeated_augmentation=config.repeated_augmentation),
-        labels=stored_labels(config, getattr(setup.subject.model, "num_classes", setup.subject.bundle.num_classes)),
-    )
-    setup.method.steps_per_epoch = len(loader) // config.accumulate
-    return Trainer(
-        model,
-        config,
-        loader,
-        num_classes=setup.subject.bundle.num_classes,
-        run=run,
-        hooks=setup.method,
-        width_lr=setup.method.width_lr,
-        teacher=_teacher(config, setup),
-        monitor=_monitor(config, setup),
-        plan=lambda: _plan(config, setup, model).to_json() if setup.method.quantizes else None,
-        label=" ".join(filter(None, (config.method, config.budget))),
-        processes=setup.processes,
-    )
-
-
-def _teacher(config: TrainConfig, setup: _Setup) -> Teacher | None:
-    """Whom the model learns from: nobody, the float model that it was made from, or the one that is named."""
-    if not config.distill:
-        if config.teacher is not None:
-            raise UsageError("a teacher without --distill teaches nothing: give a share, such as --distill 1")
-        return None
-    if config.teacher is None:
-        if not setup.method.quantizes:
-            raise UsageError(f"method '{config.method}' has no float model to learn from: name one with --teacher")
-        return Teacher(setup.subject.model)
-    classes = getattr(setup.subject.model, "num_classes", setup.subject.bundle.num_classes)
-    model = teacher_model(config.teacher, config.teacher_weights, config.teacher_kwargs, classes)
-    teacher = Teacher(
-        model,
-        student_data=setup.subject.data_config,
-        own_data=data_config_of(model),
-        num_classes=getattr(setup.subject.model, "num_classes", None),
-    )
-    return teacher.to(setup.subject.device)
-
-
-def teacher_model(name: str, weights: str | None, kwargs: Mapping[str, Any], num_classes: int) -> nn.Module:
-    """The model that is named as a teacher: that of a finished run, or timm's, with its weights from a file or the hub.
-
-    Args:
-        name: A run's directory, or timm's name.
-        weights: A file of weights for timm's model; None to take them from the hub.
-        kwargs: For `timm.create_model`.
-        num_classes: Classes of the student; those of timm's model where weights are given and `kwargs` say nothing.
-    """
-    if (Path(name) / CONFIG).is_file():
-        return load_run(name)
-    classes = {} if weights is None else {"num_classes": num_classes}
-    return create_model(name, weights=weights, pretrained=weights is None, **(classes | dict(kwargs)))
-
-
-def require_same_labels(run: Path) -> None:
-    """Raises QvitError if the soft labels of a run are not those that it began with."""
-    config, record = read_config(run)
-    began_with = record.get("labels_digest")
-    if config.labels is not None and began_with is not None and SoftLabelStore(config.labels).digest != began_with:
-        raise QvitError(
-            f"{config.labels} holds other soft labels than those that {run} began with: put these back, or start anew"
-        )
-
-
-def stored_labels(config: TrainConfig, num_classes: int) -> StoredLabels | None:
-    """The soft labels that a run learns from; None where it learns from those of the data. Raises QvitError."""
-    if config.labels is None:
-        return None
-    return StoredLabels(
-        SoftLabelStore(config.labels),
-        num_classes,
-        crops_per_image=config.crops_per_image,
-        single_from=max(0, config.epochs - config.single_crop_epochs),
-        interpolation=config.crop_interpolation,
-    )
-
-
-def _evaluator(config: TrainConfig, setup: _Setup, source: Source) -> Callable[..., dict[str, Any]]:
-    """Scores a model on some images, beside the reference if one is given; each image in one process."""
-    least = 64 if setup.method.trains else 1
-    size = max(least, micro_batch(config, setup.processes.world_size))
-    loader = setup.subject.loader(source, size)
-
-    def score(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Any]:
-        return evaluate(model, loader, reference=reference, reduce=setup.processes.sum)
-
-    return score
-
-
-def _monitor(config: TrainConfig, setup: _Setup) -> Callable[[nn.Module], float] | None:
-    """Measures accuracy on the images held out from training, in percent; None where there are none."""
-    if setup.subject.bundle.held_out is None:
-        return None
-    score = _evaluator(config, setup, setup.subject.bundle.held_out)
-    return lambda model: score(model)["top1"]
-
-
-def _plan(config: TrainConfig, setup: _Setup, model: nn.Module) -> QuantPlan:
-    """The plan of a model as it is; for a float model one that leaves every site in float."""
-    if setup.method.quantizes:
-        return plan_of(model, setup.method.plan_name, config.model)
-    return QuantPlan("float", (), dict.fromkeys(setup.cost.sites), config.model)
-
-
-def _result(config: TrainConfig, setup: _Setup, scores: dict[str, Any], cost: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "version": RESULT_VERSION,
-        "model": config.model,
-        "method": config.method,
-        "accuracy": scores["top1"],
-        "float_accuracy": scores.get("top1_reference", scores["top1"]),
-        "top5": scores["top5"],
-        "agreement": scores.get("agreement"),
-        "images": scores["images"],
-        "budget": config.budget,
-        "bit_operations": cost["bit_operations"],
-        "weight_bytes": cost["weight_bytes"],
-        "seconds": setup.watch.record(),
-        "seed": config.seed,
-        "epochs": config.epochs if setup.method.trains else 0,
-        **setup.method.record(),
     }
 
 
