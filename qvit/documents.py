@@ -49,10 +49,15 @@ class Document(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """The content in its present form, where an earlier version wrote it otherwise."""
+        return data
 
-def read_document(cls: type[BaseModel], path: str | Path, what: str, **options: Any) -> dict[str, Any]:
-    """The checked content of a JSON file; see `files.read_object` and `checked`."""
-    data = read_object(path, what, **options)
+
+def read_document(cls: type[Document], path: str | Path, what: str, **options: Any) -> dict[str, Any]:
+    """The checked content of a JSON file, in its present form; see `files.read_object` and `checked`."""
+    data = cls.upgraded(read_object(path, what, **options))
     checked(cls, data, f"the {what} {path}")
     return data
 
@@ -160,22 +165,41 @@ class RunRecord(RunHead):
     started: Name | None = None
 
 
-def _seconds(value: Any) -> Any:
-    """Seconds in all, where a document has them by stage."""
-    return None if isinstance(value, dict) else value
+RESULT_VERSION = 2
 
 
 class _Scores(Document):
+    """What results say.
+
+    Attributes:
+        version: 2; 0.1.0 wrote none, and `seconds` in another form (`upgraded`).
+        agreement: Share of test images with the same first answer as the float model's.
+        seconds: By stage (`calibrate`, `sensitivity`, `allocate`, `reconstruct`, `train`, `evaluate`), and `total`.
+    """
+
+    version: Annotated[int, Field(ge=1, le=RESULT_VERSION)] = RESULT_VERSION
     accuracy: Percent
     bit_operations: Count
     weight_bytes: Count
     top5: Percent | None = None
+    agreement: Percent | None = None
     images: Count | None = None
-    seconds: Annotated[Positive | None, BeforeValidator(_seconds)] = None
-    seconds_total: Positive | None = None
+    seconds: Annotated[dict[Name, Positive], Field(max_length=100)] = {}
     model: Name | None = None
     budget: Name | None = None
     seed: Count | None = None
+    epochs: Step | None = None
+
+    @classmethod
+    def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """0.1.0 wrote `seconds` in all after training; after post-training by stage, beside `seconds_total`."""
+        if "version" in data:
+            return data
+        data = {"version": 1, **data}
+        seconds, total = data.get("seconds"), data.pop("seconds_total", None)
+        if not isinstance(seconds, dict):
+            seconds, total = {}, seconds if total is None else total
+        return data | {"seconds": seconds if total is None else seconds | {"total": total}}
 
 
 class Result(_Scores):
@@ -193,7 +217,7 @@ class Outcome(_Scores):
 
     @model_validator(mode="after")
     def _is_timed(self) -> Outcome:
-        if self.seconds is None and self.seconds_total is None:
+        if "total" not in self.seconds:
             raise ValueError("has no 'seconds'")
         return self
 

@@ -55,10 +55,10 @@ def accepting_a_config(ptq: Callable[..., Any]) -> Callable[..., Any]:
     def either(model: Any, *args: Any, **kwargs: Any) -> Any:
         if type(model).__name__ != "TrainConfig":
             return ptq(model, *args, **kwargs)
-        from qvit.runs.ptq import ptq as make_run
+        from qvit.runs.run import train
 
-        message = "qvit.ptq(config, out) goes with the next version: use `from qvit.runs.ptq import ptq`"
+        message = "qvit.ptq(config, out) goes with the next version: use `qvit.train(config, out)`"
         warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return make_run(model, *args, **kwargs)
+        return train(model, *args, **kwargs)
 
     return either

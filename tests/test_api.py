@@ -77,7 +77,7 @@ def test_ptq_quantizes_a_model_and_still_makes_a_run_of_a_config(tmp_path: Path)
     assert stage_of(qvit.ptq(model, "w8a8", digit_batches())) is Stage.FROZEN
     qvit.train(small_config(method="float", epochs=1), tmp_path / "float", quiet=True)
     config = small_config(method="ptq", budget="w8a8", weights=str(tmp_path / "float"), calibration_images=32)
-    with pytest.warns(DeprecationWarning, match=r"qvit\.ptq\(config, out\) goes .* `from qvit\.runs"):
+    with pytest.warns(DeprecationWarning, match=r"qvit\.ptq\(config, out\) goes .* `qvit\.train"):
         result = qvit.ptq(config, tmp_path / "ptq")  # type: ignore[arg-type]
     assert result["method"] == "ptq" and (tmp_path / "ptq" / "result.json").is_file()
 

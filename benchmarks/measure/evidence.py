@@ -46,11 +46,12 @@ from record import RESULTS, record_of
 from rich.console import Console
 from sets import SETS, add_arguments, common_of, float_jobs, float_of, parsed, spread
 
+from qvit.documents import Outcome, read_document
 from qvit.errors import QvitError
 from qvit.files import write_json
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import CONFIG, PLAN, RESULT
-from qvit.runs.jobs import Job, run_jobs, seconds_of, work
+from qvit.runs.jobs import Job, run_jobs, work
 from qvit.training.config import TrainConfig
 
 #: A post-training plan on the grids of trained rows: uniform, one scale per head.
@@ -201,7 +202,7 @@ def main() -> None:
         "train_images": 1200 if options.set == "digits" else options.train_images,
         "float_images": 1200 if options.set == "digits" else options.float_images or options.train_images,
         "rows": rows,
-        "hours": round(sum(seconds_of(read(run)) for run in finished) / 3600, 2),
+        "hours": round(sum(read(run)["seconds"]["total"] for run in finished) / 3600, 2),
         "seconds": round(time.perf_counter() - started, 1),
         **record_of(device=options.device, switches=("--table-only",)),
         **where_and_when(finished),
@@ -278,7 +279,7 @@ def added_to(before: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(run: Path) -> dict[str, Any]:
-    return json.loads((run / RESULT).read_text(encoding="utf-8"))
+    return read_document(Outcome, run / RESULT, "result")
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -317,7 +318,7 @@ def summary(by_seed: list[list[Path]]) -> dict[str, Any]:
         "width_counts": {kind: {str(width): own[width] for width in sorted(own)} for kind, own in counts.items()},
         "hardware": sorted({config_of(run)["hardware"] for runs in by_seed for run in runs}),
         "images": results[0]["images"],
-        "seconds_mean": statistics.mean(seconds_of(result) for result in results),
+        "seconds_mean": statistics.mean(result["seconds"]["total"] for result in results),
         "seeds": [own[0]["seed"] for own in of_seeds],
     }
 

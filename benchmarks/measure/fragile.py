@@ -33,9 +33,9 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     folder: Path = options.data
-    request = Request(
-        MODEL,
-        str(folder / TRAINING),
+    request = Request.create(
+        model=MODEL,
+        data=str(folder / TRAINING),
         eval_data=str(folder / JUDGED),
         weights=str(folder / f"{MODEL}.safetensors"),
         class_map=str(folder / "imagenet-classes.txt"),

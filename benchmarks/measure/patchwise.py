@@ -53,9 +53,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "patchwise.json")
     options = parser.parse_args()
     folder: Path = options.data
-    request = Request(
-        "deit_tiny_patch16_224",
-        str(folder / "tiny-imagenet-train-0.tar"),
+    request = Request.create(
+        model="deit_tiny_patch16_224",
+        data=str(folder / "tiny-imagenet-train-0.tar"),
         eval_data=str(folder / "imagenet-sample.tar"),
         weights=str(folder / "deit_tiny_patch16_224.safetensors"),
         class_map=str(folder / "imagenet-classes.txt"),

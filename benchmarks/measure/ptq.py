@@ -25,10 +25,10 @@ from record import RESULTS, record_of
 
 from qvit.files import write_json
 from qvit.runs.directory import RESULT, SENSITIVITY
-from qvit.runs.ptq import ptq
+from qvit.runs.run import train
 from qvit.training.config import TrainConfig
 
-KEYS = ("top1", "agreement", "bit_operations", "weight_bytes", "seconds", "seconds_total", "images", "reconstruction")
+KEYS = ("agreement", "bit_operations", "weight_bytes", "seconds", "images", "reconstruction")
 
 
 def main() -> None:
@@ -42,8 +42,8 @@ def main() -> None:
                 continue
             result = measure(options, budget, metric, reconstruct)
             if not rows:
-                rows.append({"budget": "float", "top1": result["top1_float"], "agreement": 100.0})
-            row = {"budget": budget, "metric": metric, "reconstruct": reconstruct}
+                rows.append({"budget": "float", "top1": result["float_accuracy"], "agreement": 100.0})
+            row = {"budget": budget, "metric": metric, "reconstruct": reconstruct, "top1": result["accuracy"]}
             rows.append(row | {key: result[key] for key in KEYS})
             sys.stderr.write(json.dumps(rows[-1]) + "\n")
             write(options, rows)
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace, budget: str, metric: str | None, recons
         device=options.device,
         threads=options.threads,
     )
-    result = ptq(config, run, overwrite=True)
+    result = train(config, run, overwrite=True, quiet=True)
     if metric is not None:
         shutil.copyfile(run / SENSITIVITY, shared)
         result["seconds"]["sensitivity"] = json.loads(shared.read_text(encoding="utf-8"))["seconds"]

@@ -26,6 +26,7 @@ from record import RESULTS, record_of
 from rich.console import Console
 from sets import SETS, SMALL, add_arguments, common_of, float_jobs, parsed, spread
 
+from qvit.documents import Outcome, read_document
 from qvit.files import write_json
 from qvit.runs.directory import LOG, RESULT
 from qvit.runs.jobs import Job, run_jobs
@@ -109,7 +110,7 @@ def label(options: argparse.Namespace, common: dict[str, Any], labels: dict[str,
 
 def summary(runs: Path, budget: str, name: str, row: Row, jobs: list[Job]) -> dict[str, Any]:
     """A row of the table: accuracies in percent with deviation over seeds (n - 1), and oscillation in percent."""
-    results = [json.loads((runs / job.name / RESULT).read_text(encoding="utf-8")) for job in jobs]
+    results = [read_document(Outcome, runs / job.name / RESULT, "result") for job in jobs]
     shares = [oscillating(runs / job.name) for job in jobs]
     return {
         "budget": budget,
@@ -124,7 +125,7 @@ def summary(runs: Path, budget: str, name: str, row: Row, jobs: list[Job]) -> di
         "accuracies": [result["accuracy"] for result in results],
         "float_accuracies": [result["float_accuracy"] for result in results],
         "images": results[0]["images"],
-        "seconds_mean": statistics.mean(result["seconds"] for result in results),
+        "seconds_mean": statistics.mean(result["seconds"]["total"] for result in results),
         "seeds": [result["seed"] for result in results],
     }
 

@@ -79,9 +79,10 @@ def analyze(
     from qvit.runs.analysis import analyze as measure
     from qvit.runs.subject import Request
 
-    request = Request(
-        model, data, eval_data, weights, pretrained, class_map, images, calibration_images, batch_size,
-        workers or 0, device, seed, pairs(model_arg),
+    request = Request.create(
+        model=model, data=data, eval_data=eval_data, weights=weights, pretrained=pretrained, class_map=class_map,
+        images=images, calibration_images=calibration_images, batch_size=batch_size, workers=workers or 0,
+        device=device, seed=seed, model_kwargs=pairs(model_arg),
     )  # fmt: skip
     with progress_bar(hidden=as_json) as progress:
         record = measure(
@@ -158,9 +159,10 @@ def patchwise(
     from qvit.runs.patchwise import patchwise as measure
     from qvit.runs.subject import Request
 
-    request = Request(
-        model, data, eval_data, weights, pretrained, class_map, images, calibration_images, batch_size,
-        workers or 0, device, seed, pairs(model_arg),
+    request = Request.create(
+        model=model, data=data, eval_data=eval_data, weights=weights, pretrained=pretrained, class_map=class_map,
+        images=images, calibration_images=calibration_images, batch_size=batch_size, workers=workers or 0,
+        device=device, seed=seed, model_kwargs=pairs(model_arg),
     )  # fmt: skip
     with progress_bar(hidden=as_json) as progress:
         result = measure(

@@ -86,8 +86,8 @@ def bench(
     from qvit.runs.bench import BenchRequest
     from qvit.runs.bench import bench as measure
 
-    request = BenchRequest(
-        model, plan=plan, batches=tuple(batch or [1]), engines=engine, peers=not no_peers, weights=weights,
+    request = BenchRequest.create(
+        model=model, plan=plan, batches=tuple(batch or [1]), engines=engine, peers=not no_peers, weights=weights,
         pretrained=pretrained, model_kwargs=pairs(model_arg), data=data, eval_data=eval_data, class_map=class_map,
         calibration_images=calibration_images, images=images, threads=threads, rounds=rounds, seconds=seconds,
         max_seconds=max_seconds, workers=workers or 0, seed=seed,

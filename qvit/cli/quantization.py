@@ -101,7 +101,7 @@ def ptq(
 
     [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data imagenet --budget 6bit --metric fisher --out runs/mixed[/]
     """
-    from qvit.runs.ptq import ptq as quantize_after_training
+    from qvit.runs.run import train
     from qvit.training.config import TrainConfig
 
     options = {
@@ -120,16 +120,15 @@ def ptq(
     )  # fmt: skip
     silent = quiet or as_json
     with _bar(silent) as progress:
-        result = quantize_after_training(
-            config, run, overwrite=overwrite, notify=(lambda _: None) if silent else say, progress=progress
-        )
+        notify = (lambda _: None) if silent else say
+        result = train(config, run, overwrite=overwrite, quiet=silent, notify=notify, progress=progress)
     if as_json:
         return print_json(result)
     say(
-        f"top-1 {result['top1']:.2f} % (float {result['top1_float']:.2f} %), "
+        f"top-1 {result['accuracy']:.2f} % (float {result['float_accuracy']:.2f} %), "
         f"same answer on {result['agreement']:.2f} % of {result['images']} images, "
         f"{bops(result['bit_operations'])} bit operations, weights {size(result['weight_bytes'])}, "
-        f"{result['seconds_total']:.0f} s"
+        f"{result['seconds']['total']:.0f} s"
     )
     say(f"run: {run.absolute()}   (`qvit report {run}` draws it)")
 

@@ -182,7 +182,7 @@ def _show_result(result: dict[str, Any], run: Path, as_json: bool) -> None:
     of_float = "" if result["method"] == "float" else f" (float {result['float_accuracy']:.2f} %)"
     say(
         f"accuracy {result['accuracy']:.2f} %{of_float}, {bops(result['bit_operations'])} bit operations, "
-        f"weights {size(result['weight_bytes'])}, {result['seconds']:.0f} s"
+        f"weights {size(result['weight_bytes'])}, {result['seconds']['total']:.0f} s"
     )
     say(f"run: {run.absolute()}   (`qvit report {run}` draws it)")
 

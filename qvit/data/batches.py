@@ -12,45 +12,48 @@ number, rank), so unlike the other augmentation it depends on how images are dea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qvit.data.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, is_fatal, one_line
+from qvit.data.decoding import IN_A_ROW, UnreadableImage, mode_of, one_line
 from qvit.data.images import ImageSource
-from qvit.data.sampling import ERASING, EpochCounter, derived_seed, seeded
+from qvit.data.reading import Reading
+from qvit.data.sampling import ERASING, Batches, Passes, derived_seed, seeded
 from qvit.errors import QvitError
 
 
 class Sample(NamedTuple):
-    """What became of a position: an image, or None where it is left out.
+    """What became of a position: an image or several crops of one, or None where it is left out.
 
     Attributes:
-        image: `[channels, height, width]` uint8, as timm's transforms make it for its prefetching loader; with a
-            leading dimension where a position has several crops.
-        target: The class; an array with an entry per crop where there are several.
+        image: `[crops, channels, height, width]` uint8.
+        target: The class of each crop, `[crops]` int64, or soft labels `[crops, ...]`.
         bad: Name and reason of each unreadable image met on the way.
         failure: Message of the error that ends the pass.
     """
 
     image: Any
-    target: Any = -1
+    target: Any = None
     bad: tuple[tuple[str, str], ...] = ()
     failure: str | None = None
 
 
 def collate(samples: list[Sample], channels: int) -> tuple[Tensor, Tensor, list[tuple[str, str]], str | None]:
     """Samples as a batch, which is empty if no image is left, with all unreadable images and the first failure."""
-    kept = [(sample.image, sample.target) for sample in samples if sample.image is not None]
+    kept = [sample for sample in samples if sample.image is not None]
     images, targets = torch.zeros(0, channels, 1, 1), torch.zeros(0, dtype=torch.int64)
     if kept:
-        images, targets = fast_collate(kept)
+        images = torch.from_numpy(np.concatenate([sample.image for sample in kept]))
+        targets = torch.from_numpy(np.concatenate([sample.target for sample in kept]))
     bad = [found for sample in samples for found in sample.bad]
     return images, targets, bad, next((sample.failure for sample in samples if sample.failure), None)
 
@@ -60,23 +63,23 @@ class RowSamples(Dataset):
 
     Args:
         source: The images.
-        transform: Takes a PIL image.
-        mode: "RGB" or "L".
-        on_bad_image: "fatal" or "skip".
-        replace: Take the next readable row of the source in the place of an unreadable one; else leave it out.
+        transform: Takes a PIL image; None where `sample` is defined anew.
+        channels: Of the images.
+        how: Whether unreadable images are errors.
+        replaces: Take the next readable row of the source in the place of an unreadable one; else leave it out.
     """
 
     def __init__(
         self,
         source: ImageSource,
-        transform: Callable[[Any], Any],
-        mode: str,
-        on_bad_image: BadImagePolicy,
+        transform: Callable[[Any], np.ndarray] | None,
+        channels: int,
+        how: Reading,
         *,
-        replace: bool,
+        replaces: bool,
     ) -> None:
-        self._source, self._transform, self._mode = source, transform, mode
-        self._fatal, self._replace = is_fatal(on_bad_image), replace
+        self._source, self._transform, self._mode = source, transform, mode_of(channels)
+        self._fatal, self.replaces = how.fatal, replaces
         self._in_a_row, self._last_bad = 0, -1
 
     def __getitem__(self, position: tuple[int, Any]) -> Sample:
@@ -94,7 +97,7 @@ class RowSamples(Dataset):
                 self._last_bad = index
                 if self._in_a_row >= IN_A_ROW:
                     return Sample(None, bad=tuple(bad), failure=too_many_in_a_row(self._source.name, error))
-                if not self._replace:
+                if not self.replaces:
                     break
                 continue
             self._in_a_row = 0
@@ -103,15 +106,14 @@ class RowSamples(Dataset):
 
     def sample(self, image: Any, index: int, key: Any, bad: tuple[tuple[str, str], ...]) -> Sample:
         """What becomes of the image with number `index`; `key` is the second part of the position, a sample seed."""
-        return Sample(transformed(self._transform, image, key), int(self._source.targets[index]), bad)
+        assert self._transform is not None
+        return Sample(transformed(self._transform, image, key), self._source.targets[index : index + 1], bad)
 
 
-def transformed(transform: Callable[[Any], Any], image: Any, seed: int | None) -> Any:
-    """`transform(image)` with the generators seeded by `seed`, and restored; as they are if it is None."""
-    if seed is None:
-        return transform(image)
-    with seeded(seed):
-        return transform(image)
+def transformed(transform: Callable[[Any], np.ndarray], image: Any, seed: int | None) -> np.ndarray:
+    """`transform(image)[None]` with the generators seeded by `seed`, and restored; as they are if it is None."""
+    with nullcontext() if seed is None else seeded(seed):
+        return transform(image)[None]
 
 
 def too_many_in_a_row(name: str, error: UnreadableImage) -> str:
@@ -119,29 +121,17 @@ def too_many_in_a_row(name: str, error: UnreadableImage) -> str:
     return f"{IN_A_ROW} images in a row of {name} cannot be read, the last of them {error.image!r}: {error.reason}"
 
 
-class Schedule(Protocol):
-    """What decides the samples of a pass: a batch sampler, or an iterable data set."""
-
-    def start(self, epoch: int, skip: int) -> None: ...
-
-
-class BatchLoader:
+class BatchLoader(Passes):
     """Batches of normalised images on the device; see `LoaderLike`.
 
     Args:
-        dataset: Yields `Sample`.
-        schedule: Is told the epoch and the first batch of each pass.
-        length: Batches in an epoch.
+        samples: Yields `Sample`: `RowSamples`, or a stream that is told the epoch and first batch of each pass itself,
+            and knows its number of batches (`ShardSamples`).
         source: Its name, length and record of bad images are used.
         data_config: `input_size`, `mean` and `std` are used.
-        workers: Processes that decode; 0 to decode in this one. They end with the pass.
-        device: Where batches go.
-        replaces: Unreadable images are replaced, not left out.
+        how: Batch size, workers, device; seed and rank for erasing.
+        batches: Which rows are in which batch; None for a stream.
         random_erasing: Probability of erasing a rectangle.
-        seed: The run's seed, for erasing.
-        rank: Number of this process, for erasing.
-        collate_samples: Makes a batch of samples, as `collate` does.
-        options: Further arguments of `DataLoader`: the batch sampler or the batch size.
 
     Attributes:
         skipped: Images left out in the latest pass, because they could not be read.
@@ -149,31 +139,27 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: Any,
-        schedule: Schedule,
-        length: int,
+        samples: Any,
         source: Any,
-        data_config: Any,
+        data_config: Mapping[str, Any],
+        how: Reading,
         *,
-        workers: int,
-        device: torch.device,
-        replaces: bool,
+        batches: Batches | None = None,
         random_erasing: float = 0.0,
-        seed: int = 0,
-        rank: int = 0,
-        collate_samples: Callable[..., Any] = collate,
-        **options: Any,
     ) -> None:
-        self._schedule, self._length, self._source, self._replaces = schedule, length, source, replaces
-        self._epochs, self._found, self.skipped = EpochCounter(), dict[str, None](), 0
-        channels = data_config["input_size"][0]
+        self._schedule: Any = samples if batches is None else batches
+        self._length: int = samples.batches if batches is None else len(batches)
+        self._source, self._replaces = source, samples.replaces
+        self._found, self.skipped = dict[str, None](), 0
+        channels, device = data_config["input_size"][0], torch.device(how.device)
+        dealt: dict[str, Any] = {"batch_size": how.batch_size} if batches is None else {"batch_sampler": batches}
         loader = DataLoader(
-            dataset,
-            num_workers=workers,
-            collate_fn=partial(collate_samples, channels=channels),
+            samples,
+            num_workers=how.workers,
+            collate_fn=partial(collate, channels=channels),
             pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # else each pass draws a seed for workers from the global one
-            **options,
+            **dealt,
         )
         self._prefetcher = PrefetchLoader(
             _Received(loader, self._note),  # type: ignore[arg-type]
@@ -183,18 +169,11 @@ class BatchLoader:
             device,
             torch.float32,
         )
-        self._erasing = _SeededErasing(random_erasing, device, seed, rank) if random_erasing else None
+        self._erasing = _SeededErasing(random_erasing, device, how.seed, how.rank) if random_erasing else None
         self._prefetcher.random_erasing = self._erasing  # type: ignore[assignment]
-
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """The next pass is that of `epoch`, without its first `skip` batches."""
-        self._epochs.set_epoch(epoch, skip)
 
     def __len__(self) -> int:
         return self._length
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._pass(*self._epochs.begin())
 
     def bad_images(self) -> list[str]:
         """Names of the images that could not be read, of those this loader has met so far."""

@@ -12,11 +12,11 @@ import io
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 from PIL import Image
 
-from qvit.errors import QvitError, UsageError
+from qvit.errors import QvitError
 
 logger = logging.getLogger(__name__)
 
@@ -27,14 +27,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 IN_A_ROW = 100
 """So many unreadable images one after another are no damaged files: a disk has gone, or a folder holds no images."""
-
-
-def is_fatal(policy: BadImagePolicy) -> bool:
-    """Whether an unreadable image is an error. Raises UsageError for a policy that there is not."""
-    if policy not in get_args(BadImagePolicy):
-        allowed = " or ".join(f"'{name}'" for name in get_args(BadImagePolicy))
-        raise UsageError(f"on_bad_image is {allowed}, not {policy!r}")
-    return policy == "fatal"
 
 
 def mode_of(channels: int) -> str:

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from qvit.data.sampling import AFFINE, EpochCounter, derived_seed, epoch_order, process_batches
+from qvit.data.reading import Reading
+from qvit.data.sampling import AFFINE, Passes, derived_seed, epoch_order, process_batches
 from qvit.errors import UsageError
 
 DIGITS = "digits"
@@ -107,22 +108,18 @@ def random_affine(
     return functional.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-class DigitsLoader:
+class DigitsLoader(Passes):
     """Iterates over batches of digits that were put on the device once, when the loader was made.
 
     Args:
         images: `[count, 1, 8, 8]` float32 in 0..1.
         targets: `[count]` int64.
         data_config: timm's data configuration; `input_size`, `mean` and `std` are used.
-        batch_size: Images in a batch.
-        device: Where batches live.
+        how: Batch size, device, seed, and which part of every batch.
         shuffle: Draw a new order each epoch.
         augment: Apply `random_affine`.
         drop_last: Leave out a last batch that would be smaller than the others.
         repeats: How often an image is drawn for an epoch, which keeps its length.
-        seed: Chooses order and augmentation, together with the epoch.
-        rank: Number of this process, which takes its part of every batch.
-        world_size: How many processes there are.
     """
 
     def __init__(
@@ -130,29 +127,20 @@ class DigitsLoader:
         images: Tensor,
         targets: Tensor,
         data_config: Mapping[str, Any],
+        how: Reading,
         *,
-        batch_size: int,
-        device: torch.device,
         shuffle: bool = False,
         augment: bool = False,
         drop_last: bool = False,
         repeats: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
     ) -> None:
-        self._images = images.to(device)
-        self._targets = targets.to(device)
-        self._shuffle, self._augment, self._repeats, self._seed = shuffle, augment, repeats, seed
-        self._batches = process_batches(len(images), batch_size, drop_last=drop_last, rank=rank, world_size=world_size)
-        self._epochs = EpochCounter()
+        device = how.device
+        self._images, self._targets = images.to(device), targets.to(device)
+        self._shuffle, self._augment, self._repeats, self._seed = shuffle, augment, repeats, how.seed
+        self._batches = process_batches(len(images), how.batch_size, drop_last, how.rank, how.world_size)
         self._channels, *self._size = data_config["input_size"]
         self._mean = _per_channel(data_config["mean"], self._channels).to(device)
         self._std = _per_channel(data_config["std"], self._channels).to(device)
-
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """The next pass is that of `epoch`, without its first `skip` batches."""
-        self._epochs.set_epoch(epoch, skip)
 
     def bad_images(self) -> list[str]:
         """No names: digits cannot be unreadable."""
@@ -160,9 +148,6 @@ class DigitsLoader:
 
     def __len__(self) -> int:
         return len(self._batches)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self._pass(*self._epochs.begin())
 
     def _pass(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
         images, targets = self._images, self._targets

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from qvit.data.augment import AugmentConfig, eval_config, eval_transform, train_transform
 from qvit.data.batches import BatchLoader, RowSamples
-from qvit.data.decoding import BadImagePolicy, mode_of
 from qvit.data.digits import DigitsLoader, DigitStore
 from qvit.data.images import ImageSource
 from qvit.data.labels.loading import StoredLabels
-from qvit.data.sampling import EpochBatches, RowBatches, require_process
-from qvit.data.shard_stream import shard_calibration_loader, shard_loader
+from qvit.data.reading import Reading
+from qvit.data.sampling import EpochBatches, RowBatches
+from qvit.data.shard_stream import shard_loader
 from qvit.data.shards import ShardSource
 from qvit.errors import QvitError, UsageError
 
@@ -56,17 +57,12 @@ class LoaderLike(Protocol):
 def train_loader(
     source: Source,
     data_config: Mapping[str, Any],
+    how: Reading = Reading(),
     *,
-    batch_size: int,
     augment: AugmentConfig = AugmentConfig(),
-    workers: int = 0,
-    device: str | torch.device = "cpu",
     drop_last: bool = True,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    on_bad_image: BadImagePolicy = "fatal",
     labels: StoredLabels | None = None,
+    **changes: Any,
 ) -> LoaderLike:
     """Shuffled and augmented batches, for training; `qvit.data.sampling` says in which order.
 
@@ -76,146 +72,89 @@ def train_loader(
     Args:
         source: The images.
         data_config: timm's data configuration of the model (`data_config_of`).
-        batch_size: Images in a batch of this process; no more than its part of the images.
+        how: How they are read; a batch has no more images than the process has.
         augment: What happens to them.
-        workers: Processes that decode; 0 to decode in this one. They change nothing but the time it takes.
-        device: Where batches go.
         drop_last: Leave out a last batch that would be smaller than the others.
-        seed: Chooses order and augmentation, together with the epoch.
-        rank: Number of this process.
-        world_size: How many processes train together, each on its part of every batch.
-        on_bad_image: "fatal": an unreadable image is an error that names it. "skip": the next readable image of the
-            source takes its place.
         labels: Replay crops that a teacher has labelled, in the place of augmentation; targets are
             `[batch, 2, k]` then, see `qvit.data.labels`.
+        changes: Fields of `how` by name, such as `batch_size=100`.
 
     Raises:
         QvitError: Fewer images than processes; on iteration, an image that cannot be read, or too many of them.
     """
-    require_process(batch_size, workers, rank, world_size)
+    how = replace(how, **changes)
+    channels = data_config["input_size"][0]
     if labels is not None:
-        source = labels.select(source, data_config["input_size"][0])
-    if len(source) < world_size:
-        raise QvitError(f"{source.name} has {len(source)} images, too few for {world_size} processes")
-    if batch_size * world_size > len(source):
-        lowered = len(source) // world_size
-        logger.warning("the batch size %d is lowered to %d, all images of %s", batch_size, lowered, source.name)
-        batch_size = lowered
-    place = {"seed": seed, "rank": rank, "world_size": world_size}
-    if labels is not None and isinstance(source, ImageSource):
-        options: dict[str, Any] = {"workers": workers, "device": device, "on_bad_image": on_bad_image, **place}
-        return labels.loader(source, data_config, batch_size=batch_size, drop_last=drop_last, **options)
+        source = labels.select(source, channels)
+    if len(source) < how.world_size:
+        raise QvitError(f"{source.name} has {len(source)} images, too few for {how.world_size} processes")
+    if how.batch_size * how.world_size > len(source):
+        lowered = len(source) // how.world_size
+        logger.warning("the batch size %d is lowered to %d, all images of %s", how.batch_size, lowered, source.name)
+        how = replace(how, batch_size=lowered)
+    erased = augment.random_erasing
     if isinstance(source, ShardSource):
         if augment.repeated_augmentation > 1:
             raise UsageError("repeated augmentation needs images that can be read in any order, unlike those of shards")
-        return shard_loader(
-            source,
-            data_config,
-            train_transform(data_config, augment),
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            on_bad_image=on_bad_image,
-            training=True,
-            random_erasing=augment.random_erasing,
-            **place,
-        )
-    order = {"repeats": augment.repeated_augmentation, "drop_last": drop_last, **place}
+        transform = train_transform(data_config, augment)
+        return shard_loader(source, data_config, transform, how, training=True, random_erasing=erased)
+    if labels is not None:
+        return labels.loader(source, data_config, how, drop_last=drop_last)
+    repeats = max(augment.repeated_augmentation, 1)
     if isinstance(source.store, DigitStore):
-        return _digits_loader(
-            source, data_config, batch_size, device, shuffle=True, augment=not augment.is_off, **order
-        )
-    batches = EpochBatches(len(source), batch_size, **order)
-    mode = mode_of(data_config["input_size"][0])
-    samples = RowSamples(source, train_transform(data_config, augment), mode, on_bad_image, replace=True)
-    return BatchLoader(
-        samples,
-        batches,
-        len(batches),
-        source,
-        data_config,
-        workers=workers,
-        device=torch.device(device),
-        replaces=True,
-        random_erasing=augment.random_erasing,
-        seed=seed,
-        rank=rank,
-        batch_sampler=batches,
-    )
+        own = {"augment": not augment.is_off, "drop_last": drop_last, "repeats": repeats}
+        return DigitsLoader(*_digits(source), data_config, how, shuffle=True, **own)
+    batches = EpochBatches(len(source), how, repeats=repeats, drop_last=drop_last)
+    samples = RowSamples(source, train_transform(data_config, augment), channels, how, replaces=True)
+    return BatchLoader(samples, source, data_config, how, batches=batches, random_erasing=erased)
 
 
-def eval_loader(
-    source: Source,
-    data_config: Mapping[str, Any],
-    *,
-    batch_size: int,
-    workers: int = 0,
-    device: str | torch.device = "cpu",
-    rank: int = 0,
-    world_size: int = 1,
-    on_bad_image: BadImagePolicy = "fatal",
-) -> LoaderLike:
+def eval_loader(source: Source, data_config: Mapping[str, Any], how: Reading = Reading(), **changes: Any) -> LoaderLike:
     """Images in their order, under the model's evaluation transform: each is with one process, the r-th, (r+W)-th, ...
 
-    Other arguments and errors as for `train_loader`; with `on_bad_image="skip"` unreadable images are left out.
+    Arguments and errors as for `train_loader`; with `on_bad_image="skip"` unreadable images are left out.
     """
-    require_process(batch_size, workers, rank, world_size)
+    how = replace(how, **changes)
+    config, transform = eval_config(data_config), eval_transform(data_config)
     if isinstance(source, ShardSource):
-        return shard_loader(
-            source,
-            eval_config(data_config),
-            eval_transform(data_config),
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            on_bad_image=on_bad_image,
-            training=False,
-            rank=rank,
-            world_size=world_size,
-        )
-    part = source.subset(range(rank, len(source), world_size)) if world_size > 1 else source
+        return shard_loader(source, config, transform, how)
+    part = source.subset(range(how.rank, len(source), how.world_size)) if how.world_size > 1 else source
     if isinstance(source.store, DigitStore):
-        return _digits_loader(part, data_config, batch_size, device, drop_last=False)
-    batches, mode = RowBatches(len(part), batch_size), mode_of(data_config["input_size"][0])
-    return BatchLoader(
-        RowSamples(part, eval_transform(data_config), mode, on_bad_image, replace=False),
-        batches,
-        len(batches),
-        source,
-        eval_config(data_config),
-        workers=workers,
-        device=torch.device(device),
-        replaces=False,
-        batch_sampler=batches,
-    )
+        return DigitsLoader(*_digits(part), data_config, replace(how, rank=0, world_size=1))
+    samples = RowSamples(part, transform, data_config["input_size"][0], how, replaces=False)
+    return BatchLoader(samples, source, config, how, batches=RowBatches(len(part), how.batch_size))
 
 
 def calibration_batches(
-    source: Source,
-    data_config: Mapping[str, Any],
-    *,
-    images: int,
-    batch_size: int,
-    seed: int = 0,
-    workers: int = 0,
-    device: str | torch.device = "cpu",
-    on_bad_image: BadImagePolicy = "fatal",
+    source: Source, data_config: Mapping[str, Any], how: Reading = Reading(), *, images: int, **changes: Any
 ) -> Iterator[Tensor]:
-    """Batches of `images` different training images, drawn by `seed`, under the evaluation transform.
+    """Batches of `images` different training images, drawn by the seed, under the evaluation transform.
 
     Args:
         source: The training images.
         data_config: timm's data configuration of the model.
-        images: How many in all.
-        batch_size: How many in a batch; the last has what remains.
-        seed: Chooses images and order.
-        workers: Processes that decode.
-        device: Where batches go.
-        on_bad_image: As for `eval_loader`; with "skip" there are fewer images if some cannot be read.
+        how: How they are read, all of them by each process; with `on_bad_image="skip"` there are fewer if some cannot
+            be read.
+        images: How many in all; the last batch has what remains.
+        changes: Fields of `how` by name, such as `batch_size=32`.
 
     Raises:
         QvitError: The source has fewer images, or (on iteration) one of them cannot be read.
     """
+    how = replace(how, rank=0, world_size=1, **changes)
+    require_enough(source, images)
+    if isinstance(source, ShardSource):
+        config, transform = eval_config(data_config), eval_transform(data_config)
+        loader: LoaderLike = shard_loader(source, config, transform, how, calibration=images)
+    else:
+        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(how.seed))
+        chosen = source.subset(order[:images], f"{source.name}, for calibration")
+        loader = eval_loader(chosen, data_config, how)
+    return (batch for batch, _ in loader)
+
+
+def require_enough(source: Source, images: int) -> None:
+    """Raises UsageError or QvitError unless `images` calibration images can be drawn."""
     if images < 1:
         raise UsageError(f"calibration takes at least one image, not {images}")
     if images > len(source):
@@ -223,28 +162,25 @@ def calibration_batches(
             f"too few images to calibrate: {source.name} has {len(source)}, calibration needs {images}; "
             "ask for fewer calibration images or give more training images"
         )
-    if isinstance(source, ShardSource):
-        loader: LoaderLike = shard_calibration_loader(
-            source,
-            eval_config(data_config),
-            eval_transform(data_config),
-            images=images,
-            batch_size=batch_size,
-            seed=seed,
-            workers=workers,
-            device=device,
-            on_bad_image=on_bad_image,
-        )
-        return (batch for batch, _ in loader)
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
-    chosen = source.subset(order[:images], f"{source.name}, for calibration")
-    options: dict[str, Any] = {"workers": workers, "device": device, "on_bad_image": on_bad_image}
-    return (batch for batch, _ in eval_loader(chosen, data_config, batch_size=batch_size, **options))
 
 
-def _digits_loader(
-    source: ImageSource, data_config: Mapping[str, Any], batch_size: int, device: str | torch.device, **options: Any
-) -> DigitsLoader:
+@dataclass(frozen=True)
+class CalibrationImages:
+    """`calibration_batches` that can be iterated any number of times: they are read again, the same ones."""
+
+    source: Source
+    data_config: Mapping[str, Any]
+    how: Reading
+    images: int
+
+    def __post_init__(self) -> None:
+        require_enough(self.source, self.images)  # before anything is computed
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return calibration_batches(self.source, self.data_config, self.how, images=self.images)
+
+
+def _digits(source: ImageSource) -> tuple[Tensor, Tensor]:
+    """The images of a selection of digits, and their classes."""
     store: Any = source.store
-    images, targets = store.images[source.rows], torch.from_numpy(source.targets)
-    return DigitsLoader(images, targets, data_config, batch_size=batch_size, device=torch.device(device), **options)
+    return store.images[source.rows], torch.from_numpy(source.targets)

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from qvit.data.augment import AugmentConfig, data_config_of
 from qvit.data.collection import (
@@ -31,17 +30,20 @@ from qvit.data.collection import (
 )
 from qvit.data.digits import DIGITS
 from qvit.data.images import ImageDataset, ImageSource, ImageStore
-from qvit.data.loading import LoaderLike, Source, calibration_batches, eval_loader, train_loader
+from qvit.data.loading import CalibrationImages, LoaderLike, Source, calibration_batches, eval_loader, train_loader
+from qvit.data.reading import Reading
 from qvit.data.shards import ShardSource
 from qvit.errors import QvitError, UsageError
 
 __all__ = [
     "AugmentConfig",
+    "CalibrationImages",
     "DataBundle",
     "ImageDataset",
     "ImageSource",
     "ImageStore",
     "LoaderLike",
+    "Reading",
     "ShardSource",
     "Source",
     "calibration_batches",
@@ -74,35 +76,6 @@ class DataBundle:
     class_names: list[str]
     held_out: ImageSource | None
     note: str
-
-
-class DataOptions(Protocol):
-    """Where images are, as the options of a run or of a store of labels say it."""
-
-    @property
-    def data(self) -> str: ...
-    @property
-    def eval_data(self) -> str | None: ...
-    @property
-    def class_map(self) -> str | None: ...
-    @property
-    def test_share(self) -> float: ...
-    @property
-    def monitor_share(self) -> float: ...
-    @property
-    def seed(self) -> int: ...
-
-
-def open_data_of(options: DataOptions) -> DataBundle:
-    """`open_data` for these options."""
-    return open_data(
-        options.data,
-        test_data=options.eval_data,
-        class_map=options.class_map,
-        test_share=options.test_share,
-        monitor_share=options.monitor_share,
-        seed=options.seed,
-    )
 
 
 def open_data(
@@ -216,3 +189,23 @@ def _in_any_order(source: Source, problem: str) -> ImageSource:
     if isinstance(source, ShardSource):
         raise UsageError(f"{source.name} {problem}")
     return source
+
+
+def require_apart(calibration: Source, evaluation: Source) -> None:
+    """Raises QvitError if images are in both sources: the same name in the same folder or archive."""
+    if not isinstance(calibration, ImageSource) or not isinstance(evaluation, ImageSource):
+        if calibration.name == evaluation.name:
+            raise QvitError(f"calibration and evaluation images are the same, {evaluation.name}: give others to one")
+        return
+    if common := _places(calibration) & _places(evaluation):
+        raise QvitError(
+            f"{len(common)} of {len(evaluation)} evaluation images are calibration images too, first "
+            f"'{min(common)}': calibrate on images that are not evaluated"
+        )
+
+
+def _places(source: ImageSource) -> set[str]:
+    """The place of every image: its name below its folder or archive."""
+    origin = Path(source.store.origin).expanduser()
+    root = str(origin.resolve()) if origin.exists() else str(origin)
+    return {f"{root}/{source.filename(index)}" for index in range(len(source))}

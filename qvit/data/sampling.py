@@ -14,7 +14,7 @@ their place in the order decides, so that the training does not depend on the nu
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from qvit.data.reading import Reading
 from qvit.errors import UsageError
 
 # The first word of a key says what the numbers are for, so that no two streams of a run are the same.
@@ -78,15 +79,7 @@ def epoch_order(count: int, seed: int, epoch: int, repeats: int = 1) -> tuple[Te
     return rows, torch.randint(2**62, (count,), generator=generator)
 
 
-def require_process(batch_size: int, workers: int, rank: int, world_size: int) -> None:
-    """Raises UsageError for numbers that cannot describe a loader of a process."""
-    if batch_size < 1 or workers < 0:
-        raise UsageError(f"a loader needs batch_size >= 1 and workers >= 0, not {batch_size} and {workers}")
-    if not 0 <= rank < world_size:
-        raise UsageError(f"a loader needs 0 <= rank < world_size, not rank {rank} of {world_size}")
-
-
-def process_batches(count: int, batch_size: int, *, drop_last: bool, rank: int = 0, world_size: int = 1) -> list[slice]:
+def process_batches(count: int, batch_size: int, drop_last: bool, rank: int = 0, world_size: int = 1) -> list[slice]:
     """Positions of the batches of one process in an order of `count` positions; as many as each other process has.
 
     Without `drop_last` the images that fill no global batch are dealt out in parts of nearly equal size, if there is
@@ -102,70 +95,57 @@ def process_batches(count: int, batch_size: int, *, drop_last: bool, rank: int =
     return found
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of `(row, sample seed)` of one process, in the order of an epoch.
+class Batches(Sampler[list[Any]]):
+    """Batches of the positions of one process; subclasses say what is at a position of an epoch.
 
     Args:
-        count: Images there are.
-        batch_size: Images in a batch of this process.
-        seed: The run's seed.
-        repeats: See `epoch_order`.
-        drop_last: See `process_batches`.
-        rank: Number of this process.
-        world_size: How many processes there are.
+        slices: The positions of each batch, see `process_batches`.
     """
 
-    def __init__(
-        self,
-        count: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        repeats: int = 1,
-        drop_last: bool = True,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self._order: dict[str, Any] = {"count": count, "seed": seed, "repeats": max(repeats, 1)}
-        self._batches = process_batches(count, batch_size, drop_last=drop_last, rank=rank, world_size=world_size)
-        self._epoch, self._skip = 0, 0
+    def __init__(self, slices: list[slice]) -> None:
+        self._slices, self._epoch, self._skip = slices, 0, 0
 
     def start(self, epoch: int, skip: int) -> None:
         """The next iteration is that of `epoch`, from batch `skip`."""
         self._epoch, self._skip = epoch, skip
 
+    def order(self, epoch: int) -> Callable[[slice], list[Any]]:
+        """What is at given positions of an epoch."""
+        raise NotImplementedError
+
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._slices)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        rows, seeds = epoch_order(epoch=self._epoch, **self._order)
-        for batch in self._batches[self._skip :]:
-            yield list(zip(rows[batch].tolist(), seeds[batch].tolist(), strict=True))
+    def __iter__(self) -> Iterator[list[Any]]:
+        return map(self.order(self._epoch), self._slices[self._skip :])
 
 
-class RowBatches(Sampler[list[tuple[int, None]]]):
+class EpochBatches(Batches):
+    """Batches of `(row, sample seed)`, in the order of an epoch of `count` images; see `epoch_order`."""
+
+    def __init__(self, count: int, how: Reading, *, repeats: int = 1, drop_last: bool = True) -> None:
+        super().__init__(process_batches(count, how.batch_size, drop_last, how.rank, how.world_size))
+        self._count, self._seed, self._repeats = count, how.seed, repeats
+
+    def order(self, epoch: int) -> Callable[[slice], list[tuple[int, int]]]:
+        rows, seeds = epoch_order(self._count, self._seed, epoch, self._repeats)
+        return lambda batch: list(zip(rows[batch].tolist(), seeds[batch].tolist(), strict=True))
+
+
+class RowBatches(Batches):
     """Batches of `(row, None)`: all rows in their order, the same in each epoch."""
 
     def __init__(self, count: int, batch_size: int) -> None:
-        self._count, self._batch_size, self._skip = count, batch_size, 0
+        super().__init__(process_batches(count, batch_size, drop_last=False))
 
-    def start(self, epoch: int, skip: int) -> None:
-        """The next iteration begins at batch `skip`."""
-        self._skip = skip
-
-    def __len__(self) -> int:
-        return -(-self._count // self._batch_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, None]]]:
-        for start in range(self._skip * self._batch_size, self._count, self._batch_size):
-            yield [(row, None) for row in range(start, min(start + self._batch_size, self._count))]
+    def order(self, epoch: int) -> Callable[[slice], list[tuple[int, None]]]:
+        return lambda batch: [(row, None) for row in range(batch.start, batch.stop)]
 
 
-class EpochCounter:
-    """The epoch and first batch of a loader's next pass: what `set_epoch` said, else the epoch after the last one."""
+class Passes:
+    """Base of loaders: a pass is of the epoch that `set_epoch` said, or else of the epoch after the last one."""
 
-    def __init__(self) -> None:
-        self._next = (0, 0)
+    _next = (0, 0)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """The next pass is that of `epoch`, without its first `skip` batches."""
@@ -173,8 +153,10 @@ class EpochCounter:
             raise UsageError(f"a pass needs epoch >= 0 and skip >= 0, not {epoch} and {skip}")
         self._next = (epoch, skip)
 
-    def begin(self) -> tuple[int, int]:
-        """The epoch and first batch of the pass that begins now."""
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, skip = self._next
         self._next = (epoch + 1, 0)
-        return epoch, skip
+        return self._pass(epoch, skip)
+
+    def _pass(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:
+        raise NotImplementedError

@@ -18,16 +18,18 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from timm.data.readers.reader_wds import SAMPLE_INITIAL_SIZE, SAMPLE_SHUFFLE_SIZE
 from torch.utils.data import IterableDataset, get_worker_info
 
 from qvit.data.archives import DamagedArchive, content_of, members, open_archive
 from qvit.data.batches import BatchLoader, Sample, too_many_in_a_row, transformed
-from qvit.data.decoding import IN_A_ROW, BadImagePolicy, UnreadableImage, decode, is_fatal, mode_of, one_line
+from qvit.data.decoding import IN_A_ROW, UnreadableImage, decode, mode_of, one_line
+from qvit.data.reading import Reading
 from qvit.data.sampling import CALIBRATION, SHARDS, derived_seed
 from qvit.data.shards import IMAGE_EXTENSIONS, SHARD_ERRORS, ShardSource, label_of
 from qvit.errors import QvitError, UsageError
@@ -42,36 +44,30 @@ class ShardSamples(IterableDataset):
     Args:
         source: The shards.
         transform: Takes a PIL image.
-        mode: "RGB" or "L".
-        on_bad_image: "fatal" or "skip"; then training takes the next image of the stream, evaluation goes without.
-        batch_size: Images in a batch.
+        channels: Of the images.
+        how: Batch size, part and seed; in training an unreadable image gives way to the next of the stream, otherwise
+            it is left out.
         lanes: Workers, 1 if images are read in the main process.
-        per_lane: Images that each lane yields, repeating its shards; None for each image once, in order.
-        shuffle: Mix shards and images, by `seed` and epoch.
-        seed: A key of whole numbers.
-        rank: Number of this process.
-        world_size: How many processes there are.
+        batches: Batches of an epoch, over all lanes.
+        per_lane: Images that each lane yields, repeating its shards, mixed; None for each image once, in order.
+        purpose: The first word of the seeds, see `qvit.data.sampling`.
     """
 
     def __init__(
         self,
         source: ShardSource,
         transform: Callable[[Any], Any],
-        mode: str,
-        on_bad_image: BadImagePolicy,
+        channels: int,
+        how: Reading,
         *,
-        batch_size: int,
         lanes: int,
+        batches: int,
         per_lane: int | None,
-        shuffle: bool,
-        seed: tuple[int, ...] = (),
-        rank: int = 0,
-        world_size: int = 1,
+        purpose: int = SHARDS,
     ) -> None:
-        self._source, self._transform, self._mode = source, transform, mode
-        self._fatal, self._batch_size = is_fatal(on_bad_image), batch_size
-        self._lanes, self._per_lane, self._shuffle, self._seed = lanes, per_lane, shuffle, seed
-        self._rank, self._world_size = rank, world_size
+        self._source, self._transform, self._mode, self._how = source, transform, mode_of(channels), how
+        self._lanes, self._per_lane, self.batches = lanes, per_lane, batches
+        self.replaces, self._seed = per_lane is not None, (purpose, how.seed)
         self._epoch, self._skip = 0, 0
         self._bad: list[tuple[str, str]] = []  # met since the last image that was yielded
         self._in_a_row = 0
@@ -88,10 +84,10 @@ class ShardSamples(IterableDataset):
         # Torch asks the workers for batches in turn, always beginning with the first, so the first now takes the lane
         # whose turn it would be. That lane and the others have yielded these batches of the ones that are left out:
         lane = (number + self._skip) % self._lanes
-        before = len(range(lane, self._skip, self._lanes)) * self._batch_size
+        before = len(range(lane, self._skip, self._lanes)) * self._how.batch_size
         self._bad, self._in_a_row = [], 0
         try:
-            yield from self._samples(self._rank * self._lanes + lane, before)
+            yield from self._samples(self._how.rank * self._lanes + lane, before)
             if self._bad:
                 yield Sample(None, bad=self._met())
         except QvitError as error:
@@ -99,9 +95,9 @@ class ShardSamples(IterableDataset):
 
     def _samples(self, lane: int, before: int) -> Iterator[Sample]:
         """The samples of a lane, numbered over all processes, after the first `before`."""
-        count, image, target = 0, None, -1
+        count, image, target = 0, None, 0
         for raw in self._stream(lane):
-            if count >= before or not self._fatal:  # else nothing of it matters
+            if count >= before or not self._how.fatal:  # else nothing of it matters
                 try:
                     image, target = self._decode(raw)
                 except UnreadableImage as error:
@@ -112,8 +108,8 @@ class ShardSamples(IterableDataset):
                 self._in_a_row = 0
             count += 1
             if count > before:
-                seed = derived_seed(*self._seed, self._epoch, 1 + lane, count) if self._shuffle else None
-                yield Sample(transformed(self._transform, image, seed), target, self._met())
+                seed = derived_seed(*self._seed, self._epoch, 1 + lane, count) if self.replaces else None
+                yield Sample(transformed(self._transform, image, seed), np.array([target]), self._met())
             if count == self._per_lane:
                 return
 
@@ -122,7 +118,7 @@ class ShardSamples(IterableDataset):
         return bad
 
     def _note(self, error: UnreadableImage) -> None:
-        if self._fatal:
+        if self._how.fatal:
             raise error
         self._bad.append((error.image, error.reason))
         self._in_a_row += 1
@@ -134,10 +130,10 @@ class ShardSamples(IterableDataset):
         from webdataset.filters import shuffle
 
         shards = list(self._source.shards)
-        if self._shuffle:
+        if self.replaces:
             random.Random(derived_seed(*self._seed, self._epoch)).shuffle(shards)
-        shards = shards[lane :: self._world_size * self._lanes]
-        if not self._shuffle:
+        shards = shards[lane :: self._how.world_size * self._lanes]
+        if not self.replaces:
             yield from self._read(shards)
             return
         draw = random.Random(derived_seed(*self._seed, self._epoch, 1 + lane))
@@ -202,97 +198,42 @@ def shard_loader(
     source: ShardSource,
     data_config: Mapping[str, Any],
     transform: Callable[[Any], Any],
+    how: Reading,
     *,
-    batch_size: int,
-    workers: int,
-    device: str | torch.device,
-    on_bad_image: BadImagePolicy,
-    training: bool,
+    training: bool = False,
+    calibration: int | None = None,
     random_erasing: float = 0.0,
-    seed: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> BatchLoader:
-    """A loader for training or evaluation; arguments as for `qvit.data.loading.train_loader`.
+    """A loader for training, for evaluation, or of the first `calibration` images after shuffling.
+
+    The latter are of a single stream, whatever the number of workers.
 
     Raises:
         QvitError: Training with fewer shards than processes.
     """
-    count = len(source.shards)
+    count, world_size, size = len(source.shards), how.world_size, how.batch_size
     if training and count < world_size:
         raise QvitError(f"{source.name} has {count} shards, too few for {world_size} processes; each needs one")
-    workers = min(workers, -(-count // world_size) if not training else count // world_size)
-    lanes = max(workers, 1)
-    if training:
-        per_lane = -(-len(source) // (world_size * lanes))
-        length = lanes * -(-per_lane // batch_size)
-        per_lane = length // lanes * batch_size
+    most = 1 if calibration is not None else count // world_size if training else -(-count // world_size)
+    workers = min(how.workers, most)
+    lanes, per_lane = max(workers, 1), calibration
+    if calibration is not None:
+        batches = -(-calibration // size)
+    elif training:
+        batches = lanes * -(-len(source) // (world_size * lanes * size))
+        per_lane = batches // lanes * size
     else:
-        per_lane = None
-        parts = [slice(rank * lanes + lane, None, world_size * lanes) for lane in range(lanes)]
+        parts = [slice(how.rank * lanes + lane, None, world_size * lanes) for lane in range(lanes)]
         sizes = [sum(source.lengths[part]) for part in parts] if source.lengths else [len(source) // world_size]
-        length = sum(-(-size // batch_size) for size in sizes)
+        batches = sum(-(-part // size) for part in sizes)
     samples = ShardSamples(
         source,
         transform,
-        mode_of(data_config["input_size"][0]),
-        on_bad_image,
-        batch_size=batch_size,
+        data_config["input_size"][0],
+        how,
         lanes=lanes,
+        batches=batches,
         per_lane=per_lane,
-        shuffle=training,
-        seed=(SHARDS, seed),
-        rank=rank,
-        world_size=world_size,
+        purpose=SHARDS if calibration is None else CALIBRATION,
     )
-    return BatchLoader(
-        samples,
-        samples,
-        length,
-        source,
-        data_config,
-        workers=workers,
-        device=torch.device(device),
-        replaces=training,
-        random_erasing=random_erasing,
-        seed=seed,
-        rank=rank,
-        batch_size=batch_size,
-    )
-
-
-def shard_calibration_loader(
-    source: ShardSource,
-    data_config: Mapping[str, Any],
-    transform: Callable[[Any], Any],
-    *,
-    images: int,
-    batch_size: int,
-    seed: int,
-    workers: int,
-    device: str | torch.device,
-    on_bad_image: BadImagePolicy,
-) -> BatchLoader:
-    """The first `images` images after shuffling by `seed`, from a single stream, whatever the number of workers."""
-    samples = ShardSamples(
-        source,
-        transform,
-        mode_of(data_config["input_size"][0]),
-        on_bad_image,
-        batch_size=batch_size,
-        lanes=1,
-        per_lane=images,
-        shuffle=True,
-        seed=(CALIBRATION, seed),
-    )
-    return BatchLoader(
-        samples,
-        samples,
-        -(-images // batch_size),
-        source,
-        data_config,
-        workers=min(workers, 1),
-        device=torch.device(device),
-        replaces=True,
-        batch_size=batch_size,
-    )
+    return BatchLoader(samples, source, data_config, replace(how, workers=workers), random_erasing=random_erasing)

@@ -1,21 +1,29 @@
-"""What a method is: the plan it starts from, and its part in training.
+"""What a method is: the plan it starts from, how it makes the quantized model, and its part in training.
 
-`plan` turns a budget into the starting plan for a model's sites (None for a method that does not quantize); `attach` is
-called with the calibrated model, `finish` at the end; the hooks of `training/hooks.py` do the rest, of which a class
-defines its own part alone. Everything else - data, calibration, loop, evaluation, files - is the same for all methods.
+`plan` turns a budget into the starting plan for a model's sites (None for a method that does not quantize); `quantized`
+makes the model of it, which is the end of a method that does not train; `attach` is called with that model, `finish` at
+the end; the hooks of `training/hooks.py` do the rest, of which a class defines its own part alone. Everything else -
+data, loop, evaluation, files - is the same for all methods.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
 
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.registry import Registry
 from qvit.training.config import TrainConfig, validated
 from qvit.training.hooks import ComposedHooks
+from qvit.training.log import Stopwatch
 
 METHODS: Registry[str, type[Method]] = Registry("method", "qvit.methods")
 #: Class decorator: makes a method available under names.
@@ -28,6 +36,26 @@ class MethodOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What a method makes the quantized model with.
+
+    Attributes:
+        images: Batches (B, channels, height, width) of `Method.images` training images under the evaluation transform,
+            the same ones each time they are iterated.
+        run: The run's directory, for what the method keeps there.
+        watch: Takes the seconds of each stage.
+        notify: Receives one line per stage.
+        progress: Called after each step of a reconstruction, see `methods.ptq.reconstruction.Progress`.
+    """
+
+    images: Iterable[Tensor]
+    run: Path
+    watch: Stopwatch
+    notify: Callable[[str], None]
+    progress: Callable[[str, int, int, float], None] | None = None
+
+
 class Method(ComposedHooks):
     """Base class.
 
@@ -38,15 +66,40 @@ class Method(ComposedHooks):
 
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     quantizes: ClassVar[bool] = True
+    #: False: the model that `quantized` returns is the result.
+    trains: ClassVar[bool] = True
+    #: Calibration images that pass through the model at a time.
+    calibration_batch: ClassVar[int] = 64
     #: Batches of an epoch, set before `width_lr` is read.
     steps_per_epoch: int
 
     def __init__(self, config: TrainConfig, options: Any) -> None:
         self.config, self.options = config, options
+        #: The name of the plan that the run ends with.
+        self.plan_name = config.method
+        if config.budget:
+            self.plan_name = f"{config.method}-{config.budget}"
+        elif config.plan:
+            self.plan_name = Path(config.plan).stem
 
     def plan(self, cost: CostModel) -> QuantPlan | None:
         """The starting plan, resolved or as rules; None if nothing is quantized."""
         raise NotImplementedError
+
+    @property
+    def images(self) -> int:
+        """How many training images `quantized` looks at."""
+        return self.config.calibration_images
+
+    def quantized(self, model: nn.Module, plan: QuantPlan, given: Preparation) -> nn.Module:
+        """The calibrated model with the quantizers of `plan`, made of a float model, which stays as it is."""
+        given.notify(f"calibrating on {self.config.calibration_images} training images")
+        with given.watch("calibrate"):
+            return calibrate(quantize(model, plan), given.images)
+
+    def record(self) -> dict[str, Any]:
+        """What `result.json` says about this method beside what it says about all."""
+        return {}
 
     def budget(self, cost: CostModel) -> int | None:
         """The limit on BOPs that the run was given, as a number; None for none."""

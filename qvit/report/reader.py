@@ -106,7 +106,7 @@ def load_runs(paths: Iterable[str | Path]) -> list[Run]:
 def _read(file: Path, what: str, document: type[D]) -> D | None:
     """A document, or None if there is no such file."""
     try:
-        return checked(document, read_object(file, what), f"the {what} {file}")
+        return checked(document, document.upgraded(read_object(file, what)), f"the {what} {file}")
     except MissingFile:
         return None
 

@@ -148,7 +148,7 @@ def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "bit_operations_g": None if cost is None else cost / 1e9,
         "float_bit_operations": None if macs is None else round(macs * FLOAT_BITS * FLOAT_BITS),
         "weight_bytes": None if size is None else round(size),
-        "seconds": _mean([r.seconds if r.seconds_total is None else r.seconds_total for r in results]),
+        "seconds": _mean([r.seconds.get("total") for r in results]),
     }
 
 

@@ -18,8 +18,8 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from qvit.data.open import calibration_batches, data_config_of, open_data
+from qvit.data.open import Reading, calibration_batches, data_config_of
 from qvit.deploy.bench.hardware import cpu_instructions, hardware
 from qvit.deploy.bench.lineup import Lineup, chosen
 from qvit.deploy.bench.peers import Material
@@ -39,7 +39,9 @@ from qvit.methods.ptq.method import ptq
 from qvit.models.convert import plan_of
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
+from qvit.runs.subject import float_model, open_images
 from qvit.training.checkpoint import seed_everything
+from qvit.training.config import Location, SubjectOptions
 from qvit.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -52,9 +54,8 @@ CALIBRATION_IMAGES, CALIBRATION_NOISE = 64, 8
 PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx")
 
 
-@dataclass(frozen=True)
-class BenchRequest:
-    """The options.
+class BenchRequest(SubjectOptions):
+    """The options; those of images play no part without data.
 
     Attributes:
         model: timm's name, or the file of an artifact.
@@ -63,35 +64,26 @@ class BenchRequest:
         engines: Names of engines or rows to measure, such as `qvit-torch`, `openvino` or `openvino-int8`; `qvit` are
             all of ours. None: all.
         peers: Whether peers take part.
-        weights, pretrained, model_kwargs: Of the float model; see `create_model`.
-        data, eval_data, class_map: Images; see `open_data`. No data: noise.
+        data: Images; see `open_data`. None: noise.
         calibration_images: How many images calibrate; None: 64, or 8 of noise.
         images: On how many images answers are compared.
         threads: Of every engine; None: as many as PyTorch takes here.
         rounds, seconds, max_seconds: See `qvit.deploy.bench.timing.measure`; the limit is for all batch sizes together.
-        workers: Processes that decode images.
         seed: Draws images, noise and untrained weights.
     """
 
-    model: str
+    model: Location
+    data: Location | None = None  # type: ignore[assignment]
     plan: str | None = None
     batches: Sequence[int] = (1,)
     engines: Sequence[str] | None = None
     peers: bool = True
-    weights: str | None = None
-    pretrained: bool = False
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    data: str | None = None
-    eval_data: str | None = None
-    class_map: str | None = None
     calibration_images: int | None = None
     images: int = 32
     threads: int | None = None
     rounds: int = 10
     seconds: float = 2.0
     max_seconds: float = 300.0
-    workers: int = 0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -211,18 +203,17 @@ def _open_file(request: BenchRequest) -> _Subject:
             model.load_state_dict({key: there[key] for key in wanted})
         else:
             note = f"{UNTRAINED}: the file's weights do not fit the float model"
-    bundle = _opened_data(request)
+    bundle = None if request.data is None else open_images(request)
     return _Subject(model, artifact, quantized, *_images(request, artifact.data_config, bundle), note)
 
 
 def _open_model(request: BenchRequest, notify: Callable[[str], None]) -> _Subject:
     from qvit.deploy.file.artifact import Artifact
 
-    bundle = _opened_data(request)
-    classes = {} if bundle is None else {"num_classes": bundle.num_classes}
-    kwargs = {**classes, **request.model_kwargs}
+    bundle = None if request.data is None else open_images(request)
+    classes = None if bundle is None else bundle.num_classes
     seed_everything(request.seed)
-    model = create_model(request.model, weights=request.weights, pretrained=request.pretrained, **kwargs).eval()
+    model = float_model(request, classes).eval()
     note = UNTRAINED
     if request.weights or request.pretrained:
         note = f"of {Path(request.weights).name}" if request.weights else "timm's pretrained ones"
@@ -234,19 +225,13 @@ def _open_model(request: BenchRequest, notify: Callable[[str], None]) -> _Subjec
     artifact = Artifact.from_model(
         quantized,
         model_name=request.model,
-        model_kwargs=kwargs,
+        model_kwargs=({} if classes is None else {"num_classes": classes}) | request.model_kwargs,
         data_config=config,
         class_names=() if bundle is None else tuple(bundle.class_names),
         provenance={"made_by": "qvit bench", "images": images, "float_weights": note},
         plan_name=Path(plan).stem,
     )
     return _Subject(model, artifact, artifact.model().eval(), calibration, judged, images, note)
-
-
-def _opened_data(request: BenchRequest) -> Any:
-    if request.data is None:
-        return None
-    return open_data(request.data, test_data=request.eval_data, class_map=request.class_map)
 
 
 def _images(request: BenchRequest, config: dict[str, Any], bundle: Any) -> tuple[list[Tensor], Tensor, str]:
@@ -256,10 +241,10 @@ def _images(request: BenchRequest, config: dict[str, Any], bundle: Any) -> tuple
         generator = torch.Generator().manual_seed(request.seed)
         noise = torch.randn(count + request.images, *config["input_size"], generator=generator)
         return list(noise[:count].split(16)), noise[count:], NOISE
-    options: dict[str, Any] = {"batch_size": 16, "seed": request.seed, "workers": request.workers}
+    how = Reading(16, request.workers, seed=request.seed)
     count = request.calibration_images or min(CALIBRATION_IMAGES, len(bundle.train))
-    calibration = list(calibration_batches(bundle.train, config, images=count, **options))
-    judged = list(calibration_batches(bundle.test, config, images=min(request.images, len(bundle.test)), **options))
+    calibration = list(calibration_batches(bundle.train, config, how, images=count))
+    judged = list(calibration_batches(bundle.test, config, how, images=min(request.images, len(bundle.test))))
     return calibration, torch.cat(judged), str(bundle.note)
 
 

@@ -3,7 +3,7 @@
 RUN/config.json         every option, versions, hardware, command, class names: enough to start it again
 RUN/plan.json           the plan: that of the start while the run is going on, then the final one
 RUN/cost.json           costs per site, as `qvit cost --json` prints them
-RUN/sensitivity.json    what mixed widths were chosen by, after `qvit ptq --metric`
+RUN/sensitivity.json    what mixed widths were chosen by, by method `ptq`
 RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
 RUN/tensorboard/        the same figures for TensorBoard, on request
 RUN/model.safetensors   final weights and scales
@@ -28,12 +28,13 @@ from qvit.documents import RunRecord, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.files import MissingFile
 from qvit.locks import BeingWritten, is_leftover, writer_of, writing
+from qvit.methods.ptq.method import SENSITIVITY
 from qvit.models.create import WEIGHTS_FILE
 from qvit.training.checkpoint import FOLDER, last_checkpoint
 from qvit.training.config import TrainConfig
 
 CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
-SENSITIVITY, PACKED = "sensitivity.json", "packed.safetensors"
+PACKED = "packed.safetensors"
 
 
 @contextmanager
@@ -113,9 +114,6 @@ def require_finished(run: Path) -> None:
         return
     if writer := writer_of(run):
         raise BeingWritten(f"{run} holds no {RESULT} yet: it is being written by {writer}")
-    again = (
-        "repeat the `qvit ptq` that began it"
-        if read_config(run)[0].method == "ptq"
-        else f"continue it with `qvit train --resume {run}`"
+    raise QvitError(
+        f"{run} holds an interrupted run (it has no {RESULT}): continue it with `qvit train --resume {run}`"
     )
-    raise QvitError(f"{run} holds an interrupted run (it has no {RESULT}): {again}")

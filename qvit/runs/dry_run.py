@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from qvit.data.open import data_config_of, open_data_of
+from qvit.data.open import data_config_of
+from qvit.errors import UsageError
 from qvit.methods import create_method
 from qvit.models.convert import quantize
 from qvit.models.create import WEIGHTS_FILE, create_model
@@ -33,6 +34,7 @@ from qvit.models.families import inspect_model
 from qvit.plan.cost import FLOAT_BITS
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
+from qvit.runs.subject import float_model, open_images
 from qvit.training.config import TrainConfig
 from qvit.training.loop import micro_batch
 from qvit.training.optimizer import create_optimizer
@@ -53,14 +55,14 @@ def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
         QvitError: Unknown names, an impossible budget, a batch that cannot be shared, data that are not there.
     """
     method = create_method(config)
+    if not method.trains:
+        raise UsageError(f"method '{config.method}' has no training to plan: leave out --dry-run")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro = micro_batch(config, processes)
     config.require_labels_alone()
     images, classes = _count_images(config) if with_data else (None, None)
     with torch.device("meta"):
-        kwargs: dict[str, Any] = {} if classes is None else {"num_classes": classes}
-        kwargs |= config.model_kwargs
-        model = create_model(config.model, **kwargs)
+        model = float_model(config, classes, load=False)
         cost = inspect_model(model)
         plan = method.plan(cost)
         if plan is not None:
@@ -90,7 +92,7 @@ def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
 
 
 def _count_images(config: TrainConfig) -> tuple[dict[str, int], int]:
-    bundle = open_data_of(config)
+    bundle = open_images(config)
     sources = {"train": bundle.train, "held out": bundle.held_out, "test": bundle.test}
     return {name: len(source) for name, source in sources.items() if source is not None}, bundle.num_classes
 

@@ -25,7 +25,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from qvit.errors import QvitError
 from qvit.locks import writer_of, writing
 from qvit.runs.directory import LOG, RESULT, forget_progress, read_config, written
-from qvit.runs.ptq import ptq
 from qvit.runs.run import resume, train
 from qvit.training.checkpoint import last_checkpoint
 from qvit.training.config import TrainConfig
@@ -39,8 +38,6 @@ _AT_WORK = threading.Event()
 def work(run: str, values: dict[str, Any]) -> dict[str, Any]:
     """One run, in a process of the pool: resumed if it can be."""
     folder, config = Path(run), TrainConfig.create(**values)
-    if config.method == "ptq":
-        return ptq(config, folder, overwrite=True)
     if last_checkpoint(folder) and not (folder / RESULT).is_file():
         return resume(folder, quiet=True)
     return train(config, folder, overwrite=True, quiet=True)
@@ -52,7 +49,7 @@ class Job:
 
     Attributes:
         name: Its directory's name.
-        config: Its options; with method `ptq` it is a post-training quantization.
+        config: Its options.
         after: The job that it starts from; None for none.
         work: What runs it, given its directory and its options; a function that other processes can import.
     """
@@ -201,14 +198,8 @@ def _run(function: Callable[[str, dict[str, Any]], dict[str, Any]], run: str, va
         _AT_WORK.clear()
 
 
-def seconds_of(result: dict[str, Any]) -> float:
-    """What a run took, training or not."""
-    total = result.get("seconds_total")
-    return result["seconds"] if total is None else total
-
-
 def _announce(job: Job, result: dict[str, Any], console: Console) -> None:
-    console.print(f"{job.name:<18} {result['accuracy']:6.2f} %   {seconds_of(result):5.1f} s", highlight=False)
+    console.print(f"{job.name:<18} {result['accuracy']:6.2f} %   {result['seconds']['total']:5.1f} s", highlight=False)
 
 
 def _epochs_done(run: Path) -> int:

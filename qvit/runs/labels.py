@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from qvit.data.digits import DIGITS
@@ -24,13 +24,14 @@ from qvit.data.images import ImageSource
 from qvit.data.labels.loading import labelling_loader, require_rows
 from qvit.data.labels.store import LabelCall, SoftLabelStore, digest_of_images
 from qvit.data.labels.writer import StoreWriter
-from qvit.data.open import data_config_of, open_data_of
+from qvit.data.open import Reading, data_config_of
 from qvit.errors import QvitError, UsageError
 from qvit.locks import is_leftover, writing
 from qvit.models.create import create_model
 from qvit.runs.directory import CONFIG, read_config
 from qvit.runs.run import teacher_model
-from qvit.training.config import validated
+from qvit.runs.subject import open_images
+from qvit.training.config import ImageOptions, validated
 from qvit.training.distill import Teacher, require_same_channels
 from qvit.training.processes import Processes
 
@@ -39,40 +40,26 @@ CROPS_PER_SHARD = 2**18
 """A kill loses at most the time for so many crops; a shard of them has 7.6 MB for k = 5."""
 
 
-class LabelRequest(BaseModel):
+class LabelRequest(ImageOptions):
     """Options of `qvit labels`.
 
     Data options are those of the run that will train with the labels. `flip` is a probability; by default one half,
     and 0 for digits. `top_k` is a number of classes, or "full". By default a shard has about 2¹⁸ crops.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    model: str
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
     teacher: str
     teacher_weights: str | None = None
     teacher_kwargs: dict[str, Any] = Field(default_factory=dict)
-    data: str = DIGITS
-    eval_data: str | None = None
-    class_map: str | None = None
-    test_share: float = Field(0.2, gt=0, lt=1)
-    monitor_share: float = Field(0.0, ge=0, lt=1)
-    on_bad_image: Literal["fatal", "skip"] = "fatal"
     crops: int = Field(ge=1)
     top_k: int | Literal["full"] = 5
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
     flip: float | None = Field(None, ge=0, le=1)
-    seed: int = Field(0, ge=0)
     images_per_shard: int | None = Field(None, ge=1)
-    batch_size: int = Field(64, ge=1)
-    workers: int = Field(0, ge=0)
-    device: str = "auto"
 
     @classmethod
-    def create(cls, **values: Any) -> LabelRequest:
+    def create(cls, /, **values: Any) -> LabelRequest:
         """Validates `values`. Raises UsageError with one line per mistake."""
         request = validated(cls, values)
         if not 0 < request.scale[0] <= request.scale[1] <= 1:
@@ -113,7 +100,7 @@ def _write(
     request: LabelRequest, folder: Path, notify: Callable[[str], None], report: Callable[[int, int], None]
 ) -> dict[str, Any]:
     device = Processes(request.device).device
-    bundle = open_data_of(request)
+    bundle = open_images(request)
     source = require_rows(bundle.train)
     notify(bundle.note)
     teacher, call = _teacher_and_call(request, source, device)
@@ -124,14 +111,8 @@ def _write(
         notify(f"going on with {folder}: {done} of {total} crops are labelled")
     report(done, total)
     start, before = time.perf_counter(), done
-    loader = labelling_loader(
-        source,
-        call,
-        batch_size=request.batch_size,
-        workers=request.workers,
-        device=device,
-        on_bad_image=request.on_bad_image,
-    )
+    how = Reading(request.batch_size, request.workers, device, request.on_bad_image)
+    loader = labelling_loader(source, call, how)
     for shard in writer.todo:
         images, crops = call.empty(shard)
         loader.set_epoch(shard)

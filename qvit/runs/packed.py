@@ -23,7 +23,6 @@ from qvit.locks import writing_file
 from qvit.methods import create_method
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished, written
-from qvit.runs.ptq import score_beside
 from qvit.runs.run import load_run
 from qvit.training.config import TrainConfig
 from qvit.training.evaluate import evaluate
@@ -123,7 +122,7 @@ def evaluate_packed(
     artifact = running.artifact
     names = None if class_map else list(artifact.class_names) or None
     source = open_source(data, class_map=class_map, class_names=names, split="test")
-    loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers, device="cpu")
+    loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers)
     scores = evaluate(Running(running), loader, progress=progress)
     return scores | {"engine": running.name, "arithmetic": running.arithmetic}
 
@@ -138,13 +137,13 @@ def compare_packed(
         of images whose first class is the same.
     """
     running = load(file, engine)
-    loader = eval_loader(source, dict(running.artifact.data_config), batch_size=batch_size, workers=0, device="cpu")
-    scores = score_beside(Running(running), running.artifact.model(), loader)
+    loader = eval_loader(source, dict(running.artifact.data_config), batch_size=batch_size)
+    scores = evaluate(Running(running), loader, reference=running.artifact.model())
     return {
         "engine": running.name,
         "arithmetic": running.arithmetic,
         "top1": scores["top1"],
-        "top1_simulated": scores["top1_float"],
+        "top1_simulated": scores["top1_reference"],
         "agreement": scores["agreement"],
         "images": scores["images"],
     }

@@ -47,7 +47,8 @@ from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, plan_from
 from qvit.plan.spec import TensorSpec
 from qvit.quantizers import quantizers_of
-from qvit.runs.subject import Progress, Request, Stopwatch, Subject, answers, open_subject, percent_equal
+from qvit.runs.subject import Progress, Request, Subject, answers, open_subject, percent_equal
+from qvit.training.log import Stopwatch
 
 RESULT, PLAN, COST, PATCHES = "patchwise.json", "plan.json", "cost.json", "patches.json"
 ALLOCATIONS = ("same", "average", "free")
@@ -137,7 +138,7 @@ def patchwise(
             "allocation": allocation,
             "splits": _splits_of(chosen),
             "score_images": 0 if allocation == "same" else score_images,
-            "seconds": watch.seconds,
+            "seconds": watch.record(),
             "settings": subject.settings(),
         }
         chosen.save(folder / PLAN)

@@ -1,18 +1,17 @@
-"""What a measurement without training works on: a float model, images to calibrate with, and images to judge by.
+"""Model, weights, images, transform and classes, opened in one place: what every run and measurement works on.
 
-`Request` holds the options, `open_subject` the things. Calibration images come from the training images alone, the
-judged ones from the test images alone (`training.data.open_data` keeps them apart and refuses one name for both). Where
-fewer images are asked for than there are, the seed draws them; the float weights and the drawn images are the same in
-every call, which is what makes a measurement resumable.
+`open_images` opens the images alone, `float_model` makes the model for their classes, `open_subject` does both.
+Calibration images come from the training images alone, the judged ones from the test images alone (`data.open` keeps
+them apart and refuses one name for both). Where fewer images are asked for than there are, the seed draws them; the
+float weights and the drawn images are the same in every call, which is what makes a measurement resumable.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from qvit.data.open import (
+    CalibrationImages,
     DataBundle,
     LoaderLike,
+    Reading,
     ShardSource,
     Source,
-    calibration_batches,
     data_config_of,
     eval_loader,
     open_data,
@@ -33,80 +33,81 @@ from qvit.data.open import (
 from qvit.errors import UsageError
 from qvit.models.create import create_model
 from qvit.training.checkpoint import seed_everything
+from qvit.training.config import ImageOptions, Many, SubjectOptions, Times
 from qvit.training.processes import Processes
 
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Request:
-    """The options.
+class Request(SubjectOptions):
+    """Options of a measurement without training.
 
     Attributes:
-        model: timm's name.
-        data: Training images, for calibration; see `open_data`.
-        eval_data: Images to judge by; None: the test split of `data`, or a share of it.
-        weights: File of float weights, or the run of a float model.
-        pretrained: Takes the weights from timm's hub.
-        class_map: File of lines `index<TAB>folder`.
         images: How many images to judge by, drawn by the seed; None: all.
         calibration_images: How many images to calibrate with.
-        batch_size, workers, device: Of the loaders and the model.
-        seed: Draws images.
-        model_kwargs: For `timm.create_model`.
     """
 
-    model: str
-    data: str
-    eval_data: str | None = None
-    weights: str | None = None
-    pretrained: bool = False
-    class_map: str | None = None
-    images: int | None = None
-    calibration_images: int = 64
-    batch_size: int = 16
-    workers: int = 0
-    device: str = "auto"
-    seed: int = 0
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: Times = 16
+    images: Many | None = None
+    calibration_images: Many = 64
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A float model in eval mode and its images."""
+    """A float model in eval mode on its device, and its images.
 
-    request: Request
+    Attributes:
+        options: What was asked for.
+        model: The model.
+        bundle: All its images.
+        judged: Those to judge by.
+        data_config: timm's data configuration of the model.
+        processes: Those that work together.
+    """
+
+    options: SubjectOptions
     model: nn.Module
     bundle: DataBundle
     judged: Source
     data_config: dict[str, Any]
-    device: str
+    processes: Processes
+
+    @property
+    def device(self) -> str:
+        return self.processes.device
+
+    def reading(self, batch_size: int | None = None) -> Reading:
+        """How this process reads its part of the images."""
+        options = self.options
+        return Reading(
+            batch_size or options.batch_size,
+            options.workers,
+            self.device,
+            options.on_bad_image,
+            options.seed,
+            self.processes.rank,
+            self.processes.world_size,
+        )
+
+    def calibration_images(self, images: int, batch_size: int | None = None) -> CalibrationImages:
+        """Training images, drawn by the seed, in batches that can be iterated any number of times."""
+        return CalibrationImages(self.bundle.train, self.data_config, self.reading(batch_size), images)
 
     def calibration(self, *, images: int | None = None, skip: int = 0) -> Iterator[Tensor]:
-        """Batches of training images, drawn by the seed; `skip` leaves out the first ones of that draw."""
-        count, size = images or self.request.calibration_images, self.request.batch_size
-        drawn = calibration_batches(
-            self.bundle.train,
-            self.data_config,
-            images=count + skip,
-            batch_size=min(size, count + skip),
-            seed=self.request.seed,
-            workers=self.request.workers,
-            device=self.device,
-        )
-        if not skip:
-            return drawn
-        return iter(torch.cat(list(drawn))[skip:].split(size))
+        """Batches of the training images that a `Request` asks for; `skip` leaves out the first ones of that draw."""
+        count = (images or self.request.calibration_images) + skip
+        drawn = iter(self.calibration_images(count))
+        return drawn if not skip else iter(torch.cat(list(drawn))[skip:].split(self.options.batch_size))
 
-    def loader(self) -> LoaderLike:
-        """A pass over the judged images."""
-        return eval_loader(
-            self.judged,
-            self.data_config,
-            batch_size=self.request.batch_size,
-            workers=self.request.workers,
-            device=self.device,
-        )
+    def loader(self, source: Source | None = None, batch_size: int | None = None) -> LoaderLike:
+        """Passes over the judged images, or others."""
+        return eval_loader(self.judged if source is None else source, self.data_config, self.reading(batch_size))
+
+    @property
+    def request(self) -> Request:
+        """The options of a measurement."""
+        assert isinstance(self.options, Request)
+        return self.options
 
     def settings(self) -> dict[str, Any]:
         """What a measurement depends on, as plain data; weights by their content."""
@@ -123,25 +124,53 @@ class Subject:
         }
 
 
-def open_subject(request: Request) -> Subject:
-    """Opens model and images.
+def open_images(options: ImageOptions) -> DataBundle:
+    """The images. Raises UsageError or QvitError, see `open_data`."""
+    return open_data(
+        options.data,
+        test_data=options.eval_data,
+        class_map=options.class_map,
+        test_share=options.test_share,
+        monitor_share=options.monitor_share,
+        seed=options.seed,
+    )
+
+
+def float_model(options: SubjectOptions, num_classes: int | None, *, load: bool = True) -> nn.Module:
+    """The float model for images of so many classes (None: as many as timm's has), with its weights if they are loaded.
+
+    Raises:
+        UsageError: A model that there is not, or one with too few classes.
+        QvitError: Weights that cannot be read.
+    """
+    kwargs = ({} if num_classes is None else {"num_classes": num_classes}) | options.model_kwargs
+    if num_classes is not None and kwargs["num_classes"] < num_classes:
+        raise UsageError(f"the data have {num_classes} classes, the model is asked for {kwargs['num_classes']}")
+    weights = options.weights if load else None
+    return create_model(options.model, weights=weights, pretrained=options.pretrained and load, **kwargs)
+
+
+def open_subject(
+    options: SubjectOptions, processes: Processes | None = None, notify: Callable[[str], None] = lambda _: None
+) -> Subject:
+    """Opens images and model; the global generators are seeded in between.
+
+    Args:
+        options: Which.
+        processes: Those that work together; None: this one alone.
+        notify: Is told what the images are.
 
     Raises:
         UsageError: An option that cannot be meant, or training images that are judged by, too.
         QvitError: Weights or data that cannot be read.
     """
-    for name in ("images", "calibration_images", "batch_size"):
-        value = getattr(request, name)
-        if value is not None and value < 1:
-            raise UsageError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
-    bundle = open_data(request.data, test_data=request.eval_data, class_map=request.class_map)
-    seed_everything(request.seed)
-    kwargs = {"num_classes": bundle.num_classes, **request.model_kwargs}
-    device = Processes(request.device).device
-    model = create_model(request.model, weights=request.weights, pretrained=request.pretrained, **kwargs)
-    model = model.to(device).eval()
-    judged = _drawn(bundle.test, request.images, request.seed)
-    return Subject(request, model, bundle, judged, data_config_of(model), device)
+    processes = processes or Processes(options.device)
+    bundle = open_images(options)
+    notify(bundle.note)
+    seed_everything(options.seed)
+    model = float_model(options, bundle.num_classes).to(processes.device).eval()
+    judged = _drawn(bundle.test, options.images, options.seed) if isinstance(options, Request) else bundle.test
+    return Subject(options, model, bundle, judged, data_config_of(model), processes)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -192,25 +221,6 @@ def paired_standard_error(first: Tensor, second: Tensor) -> float:
     """Standard error of the difference of two shares of the same images, from two bool tensors, in percent."""
     difference = first.double() - second.double()
     return 100.0 * float(difference.std(correction=0)) / math.sqrt(len(difference))
-
-
-class Stopwatch:
-    """Seconds by stage: `with watch("calibration"): ...`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._stage, self._since = "", 0.0
-
-    def __call__(self, stage: str) -> Stopwatch:
-        self._stage = stage
-        return self
-
-    def __enter__(self) -> None:
-        self._since = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        spent = time.perf_counter() - self._since
-        self.seconds[self._stage] = round(self.seconds.get(self._stage, 0.0) + spent, 3)
 
 
 def _drawn(source: Source, images: int | None, seed: int) -> Source:

@@ -7,7 +7,7 @@ name. A run is reproduced by its config: the same config, seed and hardware give
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -18,29 +18,18 @@ from qvit.models.architecture import check_arguments
 T = TypeVar("T", bound=BaseModel)
 Location = Annotated[str, Field(max_length=4096)]
 #: Numbers have an end: options are read from files of strangers, too.
-Many, Times = Annotated[int, Field(ge=1, le=10**9)], Annotated[int, Field(ge=1, le=10**6)]
+Many = Annotated[int, Field(ge=1, le=10**9)]
+Times = Annotated[int, Field(ge=1, le=10**6)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 
-class TrainConfig(BaseModel):
-    """Options of `qvit train`; the defaults suit a short quantization-aware finetuning from a trained float model.
-
-    Learning rates are for the batch size as given (no scaling rule); epochs count passes over the training images.
-    `batch_size` is the number of images per optimizer step, over all processes and all `accumulate` micro-batches: the
-    same config on more processes is the same training.
-    """
+class ImageOptions(BaseModel):
+    """Which images, for which model, and how they are read: what every command that looks at images is told."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     model: Name
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    weights: Location | None = None
-    pretrained: bool = False
-    method: Name = "qvit"
-    method_options: dict[str, Any] = Field(default_factory=dict)
-    budget: Name | None = None
-    plan: Location | None = None
-
     data: Location = "digits"
     eval_data: Location | None = None
     class_map: Location | None = None
@@ -48,6 +37,55 @@ class TrainConfig(BaseModel):
     monitor_share: float = Field(0.0, ge=0, lt=1)
     workers: int = Field(0, ge=0, le=4096)
     on_bad_image: Literal["fatal", "skip"] = "fatal"
+    batch_size: Times = 64
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    device: Name = "auto"
+
+    @field_validator("model_kwargs", "teacher_kwargs", check_fields=False)
+    @classmethod
+    def _architecture_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_arguments(value)
+        return value
+
+    @classmethod
+    def create(cls, /, **values: Any) -> Self:
+        """Validates `values`. Raises UsageError with one line per mistake."""
+        return validated(cls, values)
+
+
+class SubjectOptions(ImageOptions):
+    """A float model and its images: what `runs.subject.open_subject` opens.
+
+    Attributes:
+        model: timm's name.
+        model_kwargs: For `timm.create_model`.
+        weights: File of float weights, or the run of a float model.
+        pretrained: Takes the weights from timm's hub.
+        data: Training images, also those for calibration; see `open_data`.
+        eval_data: Images to judge by; None: the test split of `data`, or a share of it.
+        class_map: File of lines `index<TAB>folder`.
+        test_share, monitor_share: See `open_data`.
+        workers, on_bad_image, batch_size, seed: See `Reading`.
+        device: Where the model computes.
+    """
+
+    weights: Location | None = None
+    pretrained: bool = False
+
+
+class TrainConfig(SubjectOptions):
+    """Options of `qvit train`; the defaults suit a short quantization-aware finetuning from a trained float model.
+
+    Learning rates are for the batch size as given (no scaling rule); epochs count passes over the training images.
+    `batch_size` is the number of images per optimizer step, over all processes and all `accumulate` micro-batches: the
+    same config on more processes is the same training.
+    """
+
+    method: Name = "qvit"
+    method_options: dict[str, Any] = Field(default_factory=dict)
+    budget: Name | None = None
+    plan: Location | None = None
+
     augment: Literal["none", "light", "deit"] = "light"
     repeated_augmentation: int = Field(0, ge=0, le=1000)
     mixup: float = Field(0.0, ge=0, le=1000)
@@ -60,7 +98,6 @@ class TrainConfig(BaseModel):
     crop_interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
 
     epochs: Times = 30
-    batch_size: Times = 64
     accumulate: Times = 1
     opt: Name = "adamw"
     lr: Rate = 5e-4
@@ -79,8 +116,6 @@ class TrainConfig(BaseModel):
     stochastic_depth: bool = False
 
     calibration_images: Many = 256
-    seed: int = Field(0, ge=0, le=2**63 - 1)
-    device: Name = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
     cuda_graphs: bool = True
@@ -92,12 +127,6 @@ class TrainConfig(BaseModel):
     keep_checkpoints: Many = 2
     tensorboard: bool = False
     diagnostics: bool = True
-
-    @field_validator("model_kwargs", "teacher_kwargs")
-    @classmethod
-    def _architecture_alone(cls, value: dict[str, Any]) -> dict[str, Any]:
-        check_arguments(value)
-        return value
 
     @field_validator("data", "eval_data", "class_map", "weights", "plan", "teacher", "teacher_weights", "labels")
     @classmethod
@@ -123,11 +152,6 @@ class TrainConfig(BaseModel):
                     f"labels={self.labels!r} are learned from alone, on the crops they were made for: leave out "
                     f"{name}={value!r}"
                 )
-
-    @classmethod
-    def create(cls, /, **values: Any) -> TrainConfig:
-        """Validates `values`. Raises UsageError with one line per mistake."""
-        return validated(cls, values)
 
 
 def validated(cls: type[T], values: dict[str, Any]) -> T:

@@ -7,6 +7,7 @@ summed once, at the end. Parts need not be equal, and may be empty: no image is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def evaluate(
     model: nn.Module,
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
+    reference: nn.Module | None = None,
     progress: Callable[[int], None] | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
@@ -29,38 +31,48 @@ def evaluate(
     Args:
         model: Returns logits (B, classes).
         loader: Batches of images (B, ...) and class indices (B,).
+        reference: Another model, such as the float one, that is scored on the same images.
         progress: Called with the number of images after each batch, those of this process.
         reduce: Sums an int64 tensor on the model's device over processes, and returns the sum. It is called exactly
             once, also in a process without images.
 
     Returns:
-        `{"top1", "top5", "images"}`, in percent; with fewer than five classes top5 counts all of them. Images that the
-        loader left out because they could not be read are not among them; if there are any, `"skipped"` says how many.
+        `{"top1", "top5", "images"}`, in percent; with fewer than five classes top5 counts all of them. With a
+        reference also `"top1_reference"`, and `"agreement"`: the share of images with the same first answer, right or
+        wrong. Images that the loader left out because they could not be read are not among them; if there are any,
+        `"skipped"` says how many.
 
     Raises:
         QvitError: If there are no images, most could not be read, or the logits are not finite.
     """
+    models = [model] if reference is None else [model, reference]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    correct = torch.zeros(3, dtype=torch.int64, device=device)
+    hits = torch.zeros(5, dtype=torch.int64, device=device)
     images = 0
-    with in_eval_mode(model):
+    with ExitStack() as modes:
+        for one in models:
+            modes.enter_context(in_eval_mode(one))
         for batch, targets in loader:
-            logits = model(batch)
-            ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == targets.unsqueeze(-1)
-            hits = torch.stack([ranked[:, 0].sum(), ranked.any(-1).sum(), (~torch.isfinite(logits)).any(-1).sum()])
-            correct += hits.to(device)
+            logits = [one(batch) for one in models]
+            answers = [own.topk(min(5, own.shape[-1]), dim=-1).indices for own in logits]
+            ranked = [own == targets.unsqueeze(-1) for own in answers]
+            broken = torch.stack([(~torch.isfinite(own)).any(-1) for own in logits]).any(0)
+            same = answers[0][:, 0] == answers[-1][:, 0]
+            found = (ranked[0][:, 0], ranked[0].any(-1), ranked[-1][:, 0], same, broken)
+            hits += torch.stack([own.sum() for own in found]).to(device)
             images += len(batch)
             if progress is not None:
                 progress(images)
-    counts = torch.cat([correct, correct.new_tensor([images, getattr(loader, "skipped", 0)])])
+    counts = torch.cat([hits, hits.new_tensor([images, getattr(loader, "skipped", 0)])])
     if reduce is not None:
         counts = reduce(counts)
-    top1, top5, broken, images, skipped = counts.tolist()
+    *right, broken, images, skipped = counts.tolist()
     if not images:
         raise QvitError("no images to evaluate" + (f": none of {skipped} can be read" if skipped else ""))
     if skipped > images:
         raise QvitError(f"of {images + skipped} images to evaluate {skipped} cannot be read")
     if broken:
         raise QvitError(f"the model returned NaN or infinite logits for {broken} of {images} images")
-    scores = {"top1": 100.0 * top1 / images, "top5": 100.0 * top5 / images, "images": images}
-    return scores | ({"skipped": skipped} if skipped else {})
+    names = ("top1", "top5") if reference is None else ("top1", "top5", "top1_reference", "agreement")
+    scores: dict[str, Any] = {name: 100.0 * count / images for name, count in zip(names, right, strict=False)}
+    return scores | {"images": images} | ({"skipped": skipped} if skipped else {})

@@ -1,8 +1,11 @@
-"""The log of a run: one JSON object a line, always; the same figures for TensorBoard, on request."""
+"""What a run notes: `log.jsonl`, one JSON object a line, with the same figures for TensorBoard on request; seconds."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -58,3 +61,26 @@ class RunLog:
                 for site, own in value.items():
                     self.board.add_scalar(f"bit_widths/{site}", sum(own) / len(own), step)
         self.board.flush()
+
+
+class Stopwatch:
+    """Seconds by stage, and in all: `with watch("calibrate"): ...`."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._stages: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        since = time.perf_counter()
+        yield
+        self.add(stage, time.perf_counter() - since)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Counts seconds that were measured elsewhere."""
+        self._stages[stage] = self._stages.get(stage, 0.0) + seconds
+
+    def record(self) -> dict[str, float]:
+        """Seconds of each stage in order, and `total`: those since the watch was made."""
+        stages = {stage: round(seconds, 3) for stage, seconds in self._stages.items()}
+        return stages | {"total": round(time.perf_counter() - self._started, 3)}

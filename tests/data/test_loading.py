@@ -314,7 +314,7 @@ def test_counts_are_summed_over_processes_once() -> None:
 
         def collect(counts: Tensor) -> Tensor:
             calls.append(counts)
-            return counts + torch.tensor([0, 0, 0, 1, 0])  # as if another process had an image
+            return counts + torch.tensor([0, 0, 0, 0, 0, 1, 0])  # as if another process had an image
 
         evaluate(FirstPixel(), part, reduce=collect)
     assert len(calls) == 3 and all(call.dtype == torch.int64 for call in calls)

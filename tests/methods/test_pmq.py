@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -430,7 +429,7 @@ class TestSplits:
 
 class TestEndToEnd:
     REQUEST = Request(
-        "vit_digits", "digits", images=40, calibration_images=32, device="cpu",
+        model="vit_digits", data="digits", images=40, calibration_images=32, device="cpu",
         model_kwargs={"depth": 2, "embed_dim": 16, "num_heads": 2},
     )  # fmt: skip
 
@@ -439,7 +438,7 @@ class TestEndToEnd:
         result = patchwise(self.REQUEST, tmp_path, budget="4bit", allocation=allocation, score_images=8, picture=2)
         assert result["bit_operations"] <= result["budget"] == result["uniform_bit_operations"]
         assert json.loads((tmp_path / "patchwise.json").read_text()) == result
-        assert set(result["seconds"]) == {"allocation", "calibration", "float", "uniform", "patchwise"}
+        assert set(result["seconds"]) == {"allocation", "calibration", "float", "uniform", "patchwise", "total"}
         cost = json.loads((tmp_path / "cost.json").read_text())
         assert cost["bit_operations"] == result["bit_operations"]
         assert QuantPlan.load(tmp_path / "plan.json").model == "vit_digits"
@@ -463,7 +462,7 @@ class TestEndToEnd:
 
     def test_eight_rows_of_four_patches_are_drawn_so(self, tmp_path: Path) -> None:
         kwargs = {"depth": 2, "embed_dim": 16, "num_heads": 2, "patch_size": (1, 2)}
-        patchwise(replace(self.REQUEST, model_kwargs=kwargs), tmp_path, budget="4bit", picture=2)
+        patchwise(self.REQUEST.model_copy(update={"model_kwargs": kwargs}), tmp_path, budget="4bit", picture=2)
         record = json.loads((tmp_path / "patches.json").read_text())
         (image, *_) = record["images"]
         assert (image["height"], image["width"]) == (8, 8)

@@ -21,8 +21,8 @@ from qvit.methods.ptq.reconstruction import ReconstructOptions
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import Stage, plan_of, quantize, quantizers_disabled, stage_of
 from qvit.plan.quant_plan import QuantPlan, Rule
-from qvit.runs.ptq import score_beside
 from qvit.training.config import TrainConfig
+from qvit.training.evaluate import evaluate
 
 QUICK = ReconstructOptions(steps=5, images=16, batch_size=8)
 
@@ -171,7 +171,7 @@ def test_refusals() -> None:
             ptq(model, "w4a4", batches, **wrong)  # type: ignore[arg-type]
     with pytest.raises(QvitError, match="no images"):
         ptq(model, "w4a4", [])
-    with pytest.raises(UsageError, match="does not train"):
+    with pytest.raises(UsageError, match="either --budget"):
         create_method(TrainConfig.create(model="vit_digits", method="ptq")).plan(qvit.inspect_model(model))
 
 
@@ -190,10 +190,10 @@ def test_agreement_counts_answers_right_or_wrong() -> None:
             return nn.functional.one_hot(self.answers[x[:, 0].long()], 6).float()
 
     loader = [(torch.arange(4).view(-1, 1), torch.tensor([0, 1, 2, 3]))]
-    scores = score_beside(Fixed([0, 1, 5, 4]), Fixed([0, 2, 5, 3]), loader)
-    assert scores["top1"] == 50.0 and scores["top1_float"] == 50.0 and scores["agreement"] == 50.0
+    scores = evaluate(Fixed([0, 1, 5, 4]), loader, reference=Fixed([0, 2, 5, 3]))
+    assert scores["top1"] == 50.0 and scores["top1_reference"] == 50.0 and scores["agreement"] == 50.0
     with pytest.raises(QvitError, match="no images"):
-        score_beside(Fixed([0]), Fixed([0]), [])
+        evaluate(Fixed([0]), [], reference=Fixed([0]))
 
 
 @pytest.mark.slow
@@ -205,6 +205,6 @@ def test_deit_tiny_at_8_bits_agrees_with_float(real_data: Path) -> None:
     test = open_source(real_data / "imagenet-sample.tar", class_map=classes)
     batches = list(qvit.calibration_batches(source, transform, images=128, batch_size=32))
     quantized = ptq(model, "w8a8", batches)
-    scores = score_beside(quantized, model, qvit.eval_loader(test, transform, batch_size=50))
+    scores = evaluate(quantized, qvit.eval_loader(test, transform, batch_size=50), reference=model)
     assert scores["images"] == 500 and scores["agreement"] >= 96.0
-    assert scores["top1"] >= scores["top1_float"] - 1.0
+    assert scores["top1"] >= scores["top1_reference"] - 1.0

@@ -35,8 +35,8 @@ from qvit.runs.analysis import (
 from qvit.runs.subject import Request, fingerprint, open_subject, paired_standard_error, standard_error
 
 REQUEST = Request(
-    "vit_digits",
-    "digits",
+    model="vit_digits",
+    data="digits",
     images=40,
     calibration_images=32,
     device="cpu",
@@ -237,5 +237,5 @@ class TestSubject:
         assert fingerprint(model) != before
 
     def test_counts_are_checked(self) -> None:
-        with pytest.raises(UsageError, match="images must be at least 1"):
-            open_subject(Request("vit_digits", "digits", images=0))
+        with pytest.raises(UsageError, match="images = 0: "):
+            Request.create(model="vit_digits", data="digits", images=0)

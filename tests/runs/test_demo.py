@@ -199,7 +199,7 @@ def done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         def action(*arguments: Any, **_: Any) -> dict[str, Any]:
             run = Path(arguments[-1])
             actions[run.name] = what
-            result = {"accuracy": 50.0, "seconds": 1.0} | results[run.name]
+            result = {"accuracy": 50.0, "seconds": {"total": 1.0}} | results[run.name]
             (run / RESULT).write_text(json.dumps(result))
             return result
 

@@ -43,7 +43,7 @@ COMMANDS: dict[str, list[str]] = {
     "report": ["report", "{float}"],
 }  # fmt: skip
 #: What is different in two calls that do the same.
-OF_THE_MOMENT = ("started", "seconds", "seconds_total", "command", "weights", "data_note", "time", "page")
+OF_THE_MOMENT = ("started", "seconds", "command", "weights", "data_note", "time", "page")
 
 
 def killed_at(moment: int, folder: str, arguments: list[str], pipe: Any) -> None:

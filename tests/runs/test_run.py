@@ -25,6 +25,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.models.convert import Stage, plan_of, stage_of
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs import run as runs
+from qvit.runs import subject as subjects
 from qvit.runs.run import evaluate_run, load_run, resume, train
 from qvit.training.checkpoint import checkpoints_of
 from qvit.training.config import TrainConfig
@@ -38,7 +39,10 @@ RESULT_TYPES: dict[str, Any] = {
     "budget": (str, type(None)),
     "bit_operations": int,
     "weight_bytes": int,
-    "seconds": float,
+    "seconds": dict,
+    "version": int,
+    "top5": float,
+    "images": int,
     "seed": int,
 }
 
@@ -133,7 +137,7 @@ def test_result_json_keeps_its_contract(finished: Path, name: str) -> None:
     assert result["model"] == "vit_digits" and result["method"] == config.method
     assert result["budget"] == config.budget and result["seed"] == config.seed
     assert 0 <= result["accuracy"] <= 100 and 0 <= result["float_accuracy"] <= 100
-    assert result["images"] == 597 and result["seconds"] > 0
+    assert result["images"] == 597 and result["seconds"]["total"] >= result["seconds"]["train"] > 0
     cost = json.loads((run / "cost.json").read_text())
     assert cost["bit_operations"] == result["bit_operations"] and cost["weight_bytes"] == result["weight_bytes"]
     if config.method == "float":
@@ -177,7 +181,7 @@ def test_the_log_tells_the_run_in_order(finished: Path, name: str) -> None:
     kinds |= set() if config.method == "float" else {"diagnostics"}
     assert {event["event"] for event in log} == kinds
     result = json.loads((run / "result.json").read_text())
-    assert end["accuracy"] == result["accuracy"] and end["seconds"] == result["seconds"]
+    assert end["accuracy"] == result["accuracy"] and end["seconds"] == result["seconds"]["total"]
     for event in log:
         if event["event"] == "step":
             assert {"loss", "task_loss", "penalty", "bit_operations", "lr", "images_per_second", "epoch"} <= set(event)
@@ -543,19 +547,20 @@ def test_eight_bits_without_training_are_as_good_as_float(tmp_path: Path) -> Non
 def test_training_calibration_and_monitoring_never_see_test_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    seen: dict[str, list[set[int]]] = {"train_loader": [], "calibration_batches": [], "eval_loader": []}
+    seen: dict[str, list[set[int]]] = {"train_loader": [], "CalibrationImages": [], "eval_loader": []}
     for function in seen:
-        original = getattr(runs, function)
+        module = runs if function == "train_loader" else subjects
+        original = getattr(module, function)
 
         def spy(source: Any, *args: Any, function: str = function, original: Any = original, **kwargs: Any) -> Any:
             seen[function].append(set(source.rows.tolist()))
             return original(source, *args, **kwargs)
 
-        monkeypatch.setattr(runs, function, spy)
+        monkeypatch.setattr(module, function, spy)
     train(run_config(name, epochs=1, monitor_share=0.1), tmp_path / "run", quiet=True)
     test = set(open_data("digits").test.rows.tolist())
     assert len(test) == 597
-    (trained,), calibrated = seen["train_loader"], seen["calibration_batches"]
+    (trained,), calibrated = seen["train_loader"], seen["CalibrationImages"]
     watched, tested = seen["eval_loader"]
     assert tested == test
     assert not (trained & test) and not (watched & test) and not (trained & watched)

@@ -22,7 +22,7 @@ from qvit import files
 from qvit.allocate.units import Unit
 from qvit.data.collection import read_class_map
 from qvit.deploy.file.skeleton import skeleton
-from qvit.documents import Costs, Result, checked
+from qvit.documents import Costs, Outcome, Result, checked, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.measure import Sensitivity
 from qvit.models.architecture import Architecture, check_arguments
@@ -265,7 +265,7 @@ WRONG: dict[str, tuple[str, Change, str]] = {
     "unknown": ("config.json", lambda d: d.update(model="vit_digit"), "unknown model 'vit_digit'"),
     "accuracy": ("result.json", lambda d: d.update(accuracy=1e300), "key 'accuracy' must be at most 100"),
     "text": ("result.json", lambda d: d.update(bit_operations="many"), "key 'bit_operations' must be a whole number"),
-    "seconds": ("result.json", lambda d: d.update(seconds=-1), "key 'seconds' must be at least 0"),
+    "seconds": ("result.json", lambda d: d.update(seconds={"total": -1}), "key 'seconds.total' must be at least 0"),
     "missing": ("result.json", lambda d: d.pop("weight_bytes"), "key 'weight_bytes' is missing"),
 }
 
@@ -390,9 +390,45 @@ def test_many_mistakes_are_one_short_sentence() -> None:
     assert len(str(caught.value)) < 1000 and "more" in str(caught.value)
 
 
+TRAINED_BY_0_1_0 = {
+    "model": "vit_digits", "method": "qvit", "accuracy": 90.28, "float_accuracy": 92.29, "budget": "3bit",
+    "bit_operations": 8336960, "weight_bytes": 18728, "seconds": 35.33, "seed": 0, "top5": 99.66, "images": 597,
+    "epochs": 20,
+}  # fmt: skip
+QUANTIZED_BY_0_1_0 = {
+    "model": "vit_digits", "method": "ptq", "accuracy": 41.37, "float_accuracy": 41.71, "top1_float": 41.71,
+    "top1": 41.37, "top5": 89.95, "agreement": 89.78, "images": 597, "budget": "w4a4", "metric": None,
+    "bit_operations": 14704640, "weight_bytes": 25024,
+    "seconds": {"calibrate": 1.115, "sensitivity": 0.0, "allocate": 0.0, "reconstruct": 0.0}, "seconds_total": 3.96,
+    "seed": 0, "calibration_images": 128, "reconstruction": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        (TRAINED_BY_0_1_0, {"total": 35.33}),
+        (QUANTIZED_BY_0_1_0, {"calibrate": 1.115, "sensitivity": 0, "allocate": 0, "reconstruct": 0, "total": 3.96}),
+    ],
+    ids=["trained", "quantized"],
+)
+def test_results_of_version_0_1_0_are_read(tmp_path: Path, written: dict[str, Any], seconds: dict[str, float]) -> None:
+    (tmp_path / "result.json").write_text(json.dumps(written))
+    result = read_document(Outcome, tmp_path / "result.json", "result")
+    assert result["seconds"] == seconds and "seconds_total" not in result
+    assert checked(Outcome, result, "the result x").seconds == seconds and result["accuracy"] == written["accuracy"]
+    (tmp_path / "config.json").write_text(json.dumps({"model": "vit_digits", "method": "ptq", "num_classes": 10}))
+    outcome = load_runs([tmp_path])[0].result
+    assert outcome is not None and outcome.seconds == seconds["total"]
+
+
 def test_results_of_other_versions_are_read() -> None:
     old = {"accuracy": 90, "bit_operations": 5, "weight_bytes": 5, "seconds": {"calibrate": 1.0}, "new": [1, {"a": 2}]}
     assert checked(Result, old, "the result x").accuracy == 90
+    with pytest.raises(QvitError, match="has no 'seconds'"):
+        checked(Outcome, old | {"method": "ptq", "float_accuracy": 91}, "the result x")
+    with pytest.raises(QvitError, match="'version' must be at most 2"):
+        checked(Result, old | {"version": 3}, "the result x")
 
 
 def test_numbers_of_a_log_may_be_gaps() -> None:

@@ -10,105 +10,74 @@ labels; an image of another size than when it was labelled is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Sampler
 
 from qvit.data.batches import BatchLoader, RowSamples, Sample
-from qvit.data.decoding import BadImagePolicy, mode_of
 from qvit.data.images import ImageSource
 from qvit.data.labels.crops import LARGEST, draw_crops, picture, replay
 from qvit.data.labels.store import LabelCall, SoftLabelStore
-from qvit.data.sampling import CROP_CHOICE, derived_seed, epoch_order, process_batches
+from qvit.data.reading import Reading
+from qvit.data.sampling import CROP_CHOICE, Batches, derived_seed, epoch_order, process_batches
 from qvit.errors import QvitError, UsageError
 
 
-def collate_crops(samples: list[Sample], channels: int) -> tuple[Tensor, Tensor, list[tuple[str, str]], str | None]:
-    """Samples of several crops each as a batch; see `qvit.data.batches.collate`."""
-    kept = [sample for sample in samples if sample.image is not None]
-    images, targets = torch.zeros(0, channels, 1, 1), torch.zeros(0)
-    if kept:
-        images = torch.from_numpy(np.concatenate([sample.image for sample in kept]))
-        targets = torch.from_numpy(np.concatenate([sample.target for sample in kept]))
-    bad = [found for sample in samples for found in sample.bad]
-    return images, targets, bad, next((sample.failure for sample in samples if sample.failure), None)
-
-
 class _DrawnCrops(RowSamples):
-    """Crops to be labelled, by `(image, (first crop, count))`; their target is [image, crop, sizes, box, flip]."""
+    """Crops to be labelled, by `(image, their numbers)`; their target is [image, crop, sizes, box, flip]."""
 
-    def __init__(self, source: ImageSource, call: LabelCall, on_bad_image: BadImagePolicy) -> None:
-        super().__init__(source, lambda image: image, mode_of(call.channels), on_bad_image, replace=False)
+    def __init__(self, source: ImageSource, call: LabelCall, how: Reading) -> None:
+        super().__init__(source, None, call.channels, how, replaces=False)
         self._call = call
 
     def sample(self, image: Any, index: int, key: Any, bad: tuple[tuple[str, str], ...]) -> Sample:
-        call, (first, count), whole = self._call, key, picture(image)
+        call, count, whole = self._call, len(key), picture(image)
         if max(whole.size) > LARGEST:
             name = self._source.filename(index)
             return Sample(None, failure=f"image {name!r} is larger than {LARGEST} pixels: make it smaller")
         size = (whole.height, whole.width)
         options: dict[str, Any] = {"scale": call.scale, "ratio": call.ratio, "flip": call.flip}
-        crops = draw_crops(call.seed, index, size, first=first, count=count, **options)
+        crops = draw_crops(call.seed, index, size, first=key[0], count=count, **options)
         pixels = np.stack([replay(whole, crop, call.teacher_input[0][1:], call.interpolation) for crop in crops])
-        numbers = np.arange(first, first + count)
-        places = np.column_stack([np.broadcast_to((index, *size), (count, 3)), numbers, crops])
+        places = np.column_stack([np.broadcast_to((index, *size), (count, 3)), key, crops])
         return Sample(pixels, places, bad)
 
 
-class _ShardBatches(Sampler[list[tuple[int, tuple[int, int]]]]):
-    """Batches of `(image, (first crop, count))` of a shard, whose number takes the place of the epoch's."""
+def _by_image(pairs: Iterable[tuple[int, int]]) -> list[tuple[int, tuple[int, ...]]]:
+    """Consecutive crops of an image as one: `(image, crops)`."""
+    return [(image, tuple(crop for _, crop in own)) for image, own in groupby(pairs, itemgetter(0))]
+
+
+class _ShardBatches(Batches):
+    """Batches of `(image, crops)` of a shard, whose number takes the place of the epoch's."""
 
     def __init__(self, call: LabelCall, batch_size: int) -> None:
-        self._call, self._batch_size, self._shard = call, batch_size, 0
+        super().__init__([])
+        self._call, self._batch_size = call, batch_size
 
     def start(self, epoch: int, skip: int) -> None:
-        self._shard = epoch
+        super().start(epoch, skip)
+        self._slices = process_batches(self._call.images_in(epoch) * self._call.crops, self._batch_size, False)
 
-    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, int]]]]:
-        call, end = self._call, self._call.images_in(self._shard) * self._call.crops
-        for start in range(0, end, self._batch_size):
-            batch, stop = [], min(start + self._batch_size, end)
-            while start < stop:
-                image, crop = divmod(start, call.crops)
-                count = min(call.crops - crop, stop - start)
-                batch.append((self._shard * call.images_per_shard + image, (crop, count)))
-                start += count
-            yield batch
+    def order(self, epoch: int) -> Callable[[slice], list[tuple[int, tuple[int, ...]]]]:
+        crops = self._call.crops
+        before = epoch * self._call.images_per_shard * crops
+        return lambda batch: _by_image(divmod(before + n, crops) for n in range(batch.start, batch.stop))
 
 
-def labelling_loader(
-    source: ImageSource,
-    call: LabelCall,
-    *,
-    batch_size: int,
-    workers: int = 0,
-    device: str | torch.device = "cpu",
-    on_bad_image: BadImagePolicy = "fatal",
-) -> BatchLoader:
+def labelling_loader(source: ImageSource, call: LabelCall, how: Reading = Reading()) -> BatchLoader:
     """Crops for the teacher: `set_epoch(shard)`, then a pass yields (images, places [batch, 9] int64).
 
     A place is the image, its height and width, the crop's number, top, left, height, width and flip.
     """
     size, mean, std = call.teacher_input
-    batches = _ShardBatches(call, batch_size)
-    return BatchLoader(
-        _DrawnCrops(source, call, on_bad_image),
-        batches,
-        0,
-        source,
-        {"input_size": size, "mean": mean, "std": std},
-        workers=workers,
-        device=torch.device(device),
-        replaces=False,
-        collate_samples=collate_crops,
-        batch_sampler=batches,
-    )
+    config = {"input_size": size, "mean": mean, "std": std}
+    return BatchLoader(_DrawnCrops(source, call, how), source, config, how, batches=_ShardBatches(call, how.batch_size))
 
 
 def choose_crops(count: int, stored: int, per_image: int, seed: int, epoch: int) -> np.ndarray:
@@ -127,35 +96,25 @@ def choose_crops(count: int, stored: int, per_image: int, seed: int, epoch: int)
     return chosen.reshape(-1)[:count]
 
 
-class _CropBatches(Sampler[list[tuple[int, tuple[int, ...]]]]):
+class _CropBatches(Batches):
     """Batches of `(image, crops)` of one process; `batch_size` counts crops."""
 
-    def __init__(self, count: int, batches: list[slice], labels: StoredLabels, seed: int) -> None:
-        self._count, self._batches, self._labels, self._seed = count, batches, labels, seed
-        self._epoch, self._skip = 0, 0
+    def __init__(self, count: int, slices: list[slice], labels: StoredLabels, seed: int) -> None:
+        super().__init__(slices)
+        self._count, self._labels, self._seed = count, labels, seed
 
-    def start(self, epoch: int, skip: int) -> None:
-        self._epoch, self._skip = epoch, skip
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[list[tuple[int, tuple[int, ...]]]]:
-        repeats = self._labels.crops_in(self._epoch)
-        rows, _ = epoch_order(self._count, self._seed, self._epoch, repeats)
-        crops = choose_crops(self._count, self._labels.store.call.crops, repeats, self._seed, self._epoch)
-        for batch in self._batches[self._skip :]:
-            positions = zip(rows[batch].tolist(), crops[batch].tolist(), strict=True)
-            yield [(row, tuple(crop for _, crop in own)) for row, own in groupby(positions, lambda pair: pair[0])]
+    def order(self, epoch: int) -> Callable[[slice], list[tuple[int, tuple[int, ...]]]]:
+        repeats = self._labels.crops_in(epoch)
+        rows, _ = epoch_order(self._count, self._seed, epoch, repeats)
+        crops = choose_crops(self._count, self._labels.store.call.crops, repeats, self._seed, epoch)
+        return lambda batch: _by_image(zip(rows[batch].tolist(), crops[batch].tolist(), strict=True))
 
 
 class _StoredCrops(RowSamples):
     """Crops as the teacher saw them, by `(row, crops)`, with targets `[crops, 2, k]`."""
 
-    def __init__(
-        self, source: ImageSource, labels: StoredLabels, size: tuple[int, int], on_bad_image: BadImagePolicy
-    ) -> None:
-        super().__init__(source, lambda image: image, mode_of(labels.store.call.channels), on_bad_image, replace=True)
+    def __init__(self, source: ImageSource, labels: StoredLabels, size: tuple[int, int], how: Reading) -> None:
+        super().__init__(source, None, labels.store.call.channels, how, replaces=True)
         self._store, self._numbers, self._size = labels.store, labels.store.labelled(), size
         self._interpolation = labels.interpolation or labels.store.call.interpolation
 
@@ -212,36 +171,13 @@ class StoredLabels:
         return source if not self.store.unlabelled else source.subset(self.store.labelled())
 
     def loader(
-        self,
-        source: ImageSource,
-        data_config: Mapping[str, Any],
-        *,
-        batch_size: int,
-        workers: int,
-        device: str | torch.device,
-        drop_last: bool,
-        on_bad_image: BadImagePolicy,
-        seed: int,
-        rank: int,
-        world_size: int,
+        self, source: ImageSource, data_config: Mapping[str, Any], how: Reading, *, drop_last: bool
     ) -> BatchLoader:
         """Batches of `(images, targets [batch, 2, k])` of what `select` returned; see `train_loader`."""
-        place: dict[str, Any] = {"rank": rank, "world_size": world_size}
-        slices = process_batches(len(source), batch_size, drop_last=drop_last, **place)
-        batches = _CropBatches(len(source), slices, self, seed)
+        slices = process_batches(len(source), how.batch_size, drop_last, how.rank, how.world_size)
+        batches = _CropBatches(len(source), slices, self, how.seed)
         height, width = data_config["input_size"][1:]
-        return BatchLoader(
-            _StoredCrops(source, self, (height, width), on_bad_image),
-            batches,
-            len(batches),
-            source,
-            data_config,
-            workers=workers,
-            device=torch.device(device),
-            replaces=True,
-            collate_samples=collate_crops,
-            batch_sampler=batches,
-        )
+        return BatchLoader(_StoredCrops(source, self, (height, width), how), source, data_config, how, batches=batches)
 
 
 def require_rows(source: Any) -> ImageSource:

@@ -14,23 +14,27 @@ What the plan says about widths is kept; `ptq_plan` changes what shares a scale 
 most are far below the largest, and with 16 levels a uniform grid rounds them to zero (RepQ-ViT). Bit operations do not
 depend on either.
 
-`ptq` is registered as a method, so that its result is a run like any other; it takes no training step, and `qvit train`
-says so.
+A budget is a preset such as `w8a8`: that plan; or `6bit`, `21.455G`, `0.25`: bit operations. Without a metric only a
+uniform plan can be made; with one, widths are allocated to sites within the budget, by sensitivities that are measured
+on the reparameterized model and the grids that it will have.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from qvit.allocate import allocate_plan
 from qvit.errors import UsageError
-from qvit.methods.base import Method, MethodOptions, register_method
+from qvit.measure import Sensitivity, measure_sensitivity
+from qvit.methods.base import Method, MethodOptions, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq.bias_correction import correct_biases
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
@@ -39,6 +43,7 @@ from qvit.methods.ptq.reparameterization import reparameterize as even_out_chann
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
 from qvit.models.families import inspect_model
+from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
 from qvit.training.config import validated
@@ -46,7 +51,11 @@ from qvit.training.config import validated
 #: The largest width at which probabilities get a logarithmic grid unless another is asked for.
 LOG_PROBS_UP_TO = 4
 LOG_PROBS = "log-sqrt2"
+#: The table that mixed widths were chosen by, in the run's directory.
+SENSITIVITY = "sensitivity.json"
 Stage = Callable[[str, float], None]
+_PRESET = re.compile(r"w\d+a\d+", re.IGNORECASE)
+_BITS = re.compile(r"(\d+)\s*bits?", re.IGNORECASE)
 
 
 class PTQOptions(MethodOptions):
@@ -105,12 +114,122 @@ class PTQMethod(Method):
     """Post-training quantization as the method of a run; it has nothing to train."""
 
     Options = PTQOptions
+    options: PTQOptions
+    trains: ClassVar[bool] = False
+    calibration_batch: ClassVar[int] = 32
+    #: The metric behind mixed widths, once they are chosen.
+    metric: str | None = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether widths are allocated by sensitivities."""
+        return self.options.metric is not None or self.options.sensitivity is not None
 
     def plan(self, cost: CostModel) -> QuantPlan | None:
+        """The plan of the run; where widths are mixed, the uniform one on whose grids sensitivities are measured."""
+        config = self.config
+        if (config.budget is None) == (config.plan is None):
+            raise UsageError("give either --budget, such as w8a8 or 6bit, or --plan, a plan file")
+        if config.plan is not None:
+            if self.mixed:
+                raise UsageError("a --plan has its widths: leave out --metric and --sensitivity")
+            plan = plan_from(config.plan).resolve(cost.sites)
+        else:
+            plan = self._uniform_plan((config.budget or "").strip(), cost)
+        self.plan_name = plan.name
+        return plan
+
+    def _uniform_plan(self, budget: str, cost: CostModel) -> QuantPlan:
+        if self.mixed:
+            limit = bit_operations_of(budget, cost)
+            width = next((n for n in range(2, 8) if cost.bit_operations(cost.uniform(n)) >= limit), 8)
+            return QuantPlan.preset(f"w{width}a{width}")
+        if _PRESET.fullmatch(budget):
+            return QuantPlan.preset(budget)
+        parse_budget(budget, cost)
+        if bits := _BITS.fullmatch(budget):
+            return QuantPlan.preset(f"w{bits[1]}a{bits[1]}")
         raise UsageError(
-            "method 'ptq' does not train: use `qvit ptq`; "
-            "to train at the widths that it chose, give another method --plan RUN/plan.json"
+            f"the budget '{budget}' is met by mixed widths: say how to choose them with --metric fisher, kl or hessian"
         )
+
+    def budget(self, cost: CostModel) -> int | None:
+        return None if self.config.budget is None else bit_operations_of(self.config.budget.strip(), cost)
+
+    @property
+    def images(self) -> int:
+        count = self.config.calibration_images
+        return max(count, self.options.recon_images) if self.options.reconstruct else count
+
+    def quantized(self, model: nn.Module, plan: QuantPlan, given: Preparation) -> nn.Module:
+        options, images = self.options, self.config.calibration_images
+        if self.mixed:
+            plan = self._allocated(model, plan, given)
+            self.plan_name = plan.name
+        further = f", then reconstructing blocks on {options.recon_images} images" if options.reconstruct else ""
+        given.notify(f"calibrating on {images} images{further}")
+        return ptq(
+            model,
+            plan,
+            given.images,
+            observer=options.observer,
+            weights=options.weights,
+            probs=options.probs,
+            heads=options.heads,
+            reparameterize=options.reparameterize,
+            bias_correction=options.bias_correction,
+            reconstruct=options.reconstruction(self.config.seed),
+            calibration_images=images,
+            stage=lambda stage, took: given.watch.add("reconstruct" if stage == "reconstruct" else "calibrate", took),
+            progress=given.progress,
+        )
+
+    def _allocated(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> QuantPlan:
+        """The plan of mixed widths within the budget; the sensitivity behind it is kept with the run."""
+        options, cost = self.options, inspect_model(model)
+        with given.watch("sensitivity"):
+            sensitivity = self._sensitivity(model, grids, given)
+        sensitivity.save(given.run / SENSITIVITY)
+        self.metric = sensitivity.metric
+        with given.watch("allocate"):
+            budget = (self.config.budget or "").strip()
+            limit = bit_operations_of(budget, cost)
+            narrowest = options.min_width or (3 if cost.bit_operations(cost.uniform(3)) <= limit else 2)
+            allowed = sensitivity.at_widths(width for width in sensitivity.widths if width >= narrowest)
+            boundary = None if options.boundary == "free" else options.boundary
+            return allocate_plan(cost, allowed, limit, boundary=boundary, name=f"{sensitivity.metric}-{budget}")
+
+    def _sensitivity(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> Sensitivity:
+        """That of a file, or one measured on the reparameterized model and the grids that it will have."""
+        options = self.options
+        if options.sensitivity is not None:
+            found = Sensitivity.load(options.sensitivity)
+            if options.metric not in (None, found.metric):
+                raise UsageError(f"{options.sensitivity} was measured by '{found.metric}', not by '{options.metric}'")
+            return found
+        assert options.metric is not None
+        calibration = self.config.calibration_images
+        few = FirstImages(given.images, min(calibration, options.sensitivity_images or calibration))
+        given.notify(f"measuring sensitivities ({options.metric}) on {few.images} images")
+        source = copy.deepcopy(model)
+        if options.reparameterize:
+            even_out_channels(source, FirstImages(given.images, calibration))
+        plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
+        return measure_sensitivity(source, few, metric=options.metric, plan=plan, seed=self.config.seed)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "metric": self.metric,
+            "calibration_images": self.config.calibration_images,
+            "reconstruction": self.options.reconstruction_record(),
+        }
+
+
+def bit_operations_of(budget: str, cost: CostModel) -> int:
+    """Bit operations of a budget; for a preset those of its plan."""
+    if _PRESET.fullmatch(budget):
+        return cost.bit_operations(QuantPlan.preset(budget).resolve(cost.sites).widths())
+    return parse_budget(budget, cost)
 
 
 def ptq(
