@@ -41,20 +41,21 @@ def pack(
 
 def inspect(
     file: Annotated[Path, typer.Argument(help="A packed model.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also compare every tensor with the timm model that the file names.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Show what is in a packed model: widths and true bytes of every tensor, sizes in all, and where it comes from.
 
-    The whole file is checked.
+    The checksum of the whole file and everything that it says about itself are checked.
 
     Examples:  [cyan]qvit inspect runs/qvit/packed.safetensors[/]    [cyan]qvit inspect deit-3bit.safetensors --json[/]
     """
-    from qvit.deploy.file.artifact import Artifact
-    from qvit.deploy.file.summary import describe
+    from qvit.deploy.file.summary import describe_file
 
-    artifact = Artifact.load(file)
-    facts = describe(artifact, file.stat().st_size)
+    facts = describe_file(file, verify=verify)
     if as_json:
         return print_json({"file": str(file.absolute()), **facts})
     table = Table(title=escape(f"{facts['model']}, plan {facts['plan']}"))

@@ -28,16 +28,7 @@ from torch import Tensor, nn
 
 from qvit.data.open import data_config_of
 from qvit.deploy.file import container
-from qvit.deploy.file.documents import (
-    check_data_config,
-    class_names_from_text,
-    data_config_from_text,
-    model_from_text,
-    plan_from_text,
-    plan_to_text,
-    provenance_from_text,
-    to_text,
-)
+from qvit.deploy.file.documents import PACKED, SCALES, Documents, check_data_config, plan_to_text, to_text
 from qvit.deploy.file.grids import by_kind, cut, grid_values, set_grid
 from qvit.deploy.file.packing import code_dtype, pack_site, unpack_site
 from qvit.deploy.file.skeleton import compare, float_tensors, grids_of, skeleton, weight_sites
@@ -50,9 +41,6 @@ from qvit.models.layers import weight_of
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
 from qvit.version import __version__
-
-PACKED, SCALES = ".packed", "scales"
-_DOCUMENTS = {"format", "version", "plan", "model", "data_config", "class_names", "provenance"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +138,8 @@ class Artifact:
 
         Raises QvitError, with the file and what is wrong, for anything that `save` did not write.
         """
-        try:
+        with container.reading(path):
             return cls._from_contents(container.read(Path(path)))
-        except QvitError as error:
-            raise QvitError(f"cannot load {path}: {error}") from None
-        except Exception as error:
-            raise QvitError(f"cannot load {path}: {type(error).__name__}: {error}") from error
 
     @torch.no_grad()
     def model(self) -> nn.Module:
@@ -240,16 +224,13 @@ class Artifact:
 
     @classmethod
     def _from_contents(cls, contents: container.Contents) -> Artifact:
-        texts, tensors = upgraded(contents.metadata, contents.tensors)
-        if set(texts) != _DOCUMENTS:
-            odd = sorted(set(texts) ^ _DOCUMENTS)[0]
-            raise QvitError(f"its metadata {'have an unknown' if odd in texts else 'lack the'} key {odd!r}")
-        name, kwargs = model_from_text(texts["model"])
-        plan, shapes = plan_from_text(texts["plan"], name)
-        model = skeleton(name, kwargs, plan, tensors=len(tensors), file_bytes=contents.file_bytes)
+        texts, tensors = upgraded(contents.metadata, contents.tensors())
+        words = Documents.from_texts(texts)
+        name, kwargs = words.model_name, words.model_kwargs
+        model = skeleton(name, kwargs, words.plan, tensors=len(tensors), file_bytes=contents.file_bytes)
         sites = inspect_model(model).sites
-        plan = plan.resolve(sites)
-        grids = cut(tensors.pop(SCALES, None), shapes)
+        plan = words.plan.resolve(sites)
+        grids = cut(tensors.pop(SCALES, None), words.shapes)
         integers = {}
         for site in weight_sites(model):
             packed, spec = tensors.pop(site + PACKED, None), plan.sites[site]
@@ -264,9 +245,9 @@ class Artifact:
             plan,
             name,
             kwargs,
-            data_config_from_text(texts["data_config"]),
-            class_names_from_text(texts["class_names"]),
-            provenance_from_text(texts["provenance"]),
+            words.data_config,
+            words.class_names,
+            words.provenance,
             integers,
             *by_kind(grids),
             tensors,

@@ -13,6 +13,8 @@ the character 0. A file that was cut, changed or extended anywhere is refused be
 The digest protects against accidents, not against intent, so what follows it is checked as well: the header's length
 before it is parsed, each name, type, shape and offset, and that the tensors cover the data exactly, without overlap.
 Memory: the file, its header as Python objects (4 MiB of header at most), and one copy of the tensors.
+
+Reading needs no torch: an entry is bytes with a type and a shape until `Contents.tensors` makes a tensor of it.
 """
 
 from __future__ import annotations
@@ -22,16 +24,17 @@ import json
 import math
 import re
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from qvit.errors import QvitError, UsageError
 from qvit.files import parse_json, write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: The longest header that is read. That of DeiT-T is 20 kB, that of ViT-H below 100 kB; class names are in it, too.
 MAX_HEADER = 4 << 20
@@ -39,18 +42,52 @@ _PREFIX, _ALIGNMENT, _MAX_DIMENSIONS = 8, 8, 8
 _DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 _ZEROS = "0" * 64
 _DTYPES = {
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+    "F32": ("float32", 4),
+    "I32": ("int32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {f"torch.{dtype}": name for name, (dtype, _) in _DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One tensor in a file.
+
+    Attributes:
+        dtype: Its type as safetensors calls it: `F32`.
+        shape: Its shape.
+        data: Its bytes, a part of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def tensor(self) -> Tensor:
+        """A tensor on the CPU, in memory of its own."""
+        import torch
+
+        dtype = getattr(torch, _DTYPES[self.dtype][0])
+        if not self.data:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(self.data), dtype=torch.uint8).view(dtype).reshape(self.shape)
+
+    def is_finite(self) -> bool:
+        """Whether no number is NaN or infinite."""
+        import numpy as np
+
+        if self.dtype == "BF16":
+            return not bool((np.frombuffer(self.data, "<u2") & 0x7F80 == 0x7F80).any())
+        if self.dtype not in ("F64", "F32", "F16"):
+            return True
+        return bool(np.isfinite(np.frombuffer(self.data, f"<f{_DTYPES[self.dtype][1]}")).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,15 +96,19 @@ class Contents:
 
     Attributes:
         metadata: Texts by key, without the digest.
-        tensors: Tensors by name, on the CPU, in memory of their own.
+        entries: What is stored, by name.
         header_bytes: Bytes before the data.
         file_bytes: Bytes of the whole file.
     """
 
     metadata: dict[str, str]
-    tensors: dict[str, Tensor]
+    entries: dict[str, Entry]
     header_bytes: int
     file_bytes: int
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by name, on the CPU, in memory of their own."""
+        return {name: entry.tensor() for name, entry in self.entries.items()}
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -77,14 +118,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         QvitError: The file cannot be written; what was there before is untouched.
         UsageError: A text that is not Unicode, a tensor of a type that safetensors does not have.
     """
+    import torch
+
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     entries, offset = {}, 0
     for name, tensor in ordered:
-        if tensor.dtype not in _NAMES:
+        if str(tensor.dtype) not in _NAMES:
             raise UsageError(f"a packed file has no type for '{name}' ({tensor.dtype})")
         end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _NAMES[str(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -141,8 +184,19 @@ def read(path: Path) -> Contents:
         raise QvitError("its metadata are not texts by key")
     metadata.pop("sha256", None)
     data = memoryview(content)[start:]
-    tensors = {name: _tensor(name, *place, data) for name, place in _places(parsed, len(data)).items()}
-    return Contents(metadata, tensors, start, len(content))
+    entries = {name: _entry(name, *place, data) for name, place in _places(parsed, len(data)).items()}
+    return Contents(metadata, entries, start, len(content))
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Whatever goes wrong inside is a QvitError that names the file."""
+    try:
+        yield
+    except QvitError as error:
+        raise QvitError(f"cannot load {path}: {error}") from None
+    except Exception as error:
+        raise QvitError(f"cannot load {path}: {type(error).__name__}: {error}") from error
 
 
 def is_packed(path: Path) -> bool:
@@ -191,7 +245,7 @@ def parse(text: bytes | str) -> Any:
         raise QvitError(f"its JSON cannot be read: {error}") from None
 
 
-Place = tuple[torch.dtype, tuple[int, ...], int, int]
+Place = tuple[str, tuple[int, ...], int, int]
 
 
 def _places(entries: Mapping[str, Any], available: int) -> dict[str, Place]:
@@ -218,9 +272,9 @@ def _place(name: str, entry: Any) -> Place:
     if not _sizes(offsets) or len(offsets) != 2:
         raise QvitError(f"tensor {name!r} has impossible offsets")
     begin, end = offsets
-    if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if end - begin != math.prod(shape) * _DTYPES[dtype][1]:
         raise QvitError(f"tensor {name!r} has {end - begin} bytes, which its shape and type do not take")
-    return _DTYPES[dtype], tuple(shape), begin, end
+    return dtype, tuple(shape), begin, end
 
 
 def _sizes(values: Any) -> bool:
@@ -229,13 +283,10 @@ def _sizes(values: Any) -> bool:
     )
 
 
-def _tensor(name: str, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int, data: memoryview) -> Tensor:
-    if begin == end:
-        return torch.empty(shape, dtype=dtype)
-    raw = torch.frombuffer(bytearray(data[begin:end]), dtype=torch.uint8)
-    if dtype == torch.bool and int(raw.max()) > 1:
+def _entry(name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int, data: memoryview) -> Entry:
+    if dtype == "BOOL" and bytes(data[begin:end]).translate(None, b"\0\1"):
         raise QvitError(f"tensor {name!r} has truth values that are neither 0 nor 1")
-    return raw.view(dtype).reshape(shape)
+    return Entry(dtype, shape, data[begin:end])
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
