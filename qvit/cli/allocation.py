@@ -229,7 +229,7 @@ def allocate(
     from qvit.allocate import allocate_plan, frontier_report
     from qvit.files import write_json
     from qvit.measure import Sensitivity
-    from qvit.models.create import create_model
+    from qvit.models.create import create_shapes
     from qvit.models.families import inspect_model
 
     budgets = budget or []
@@ -238,7 +238,7 @@ def allocate(
     if frontier is not None and frontier.suffix not in (".html", ".json"):
         raise UsageError(f"the frontier's file '{frontier}' must end in .html or .json")
     measured = Sensitivity.load(sensitivity)
-    cost = inspect_model(create_model(measured.model, **pairs(model_arg)))
+    cost = inspect_model(create_shapes(measured.model, **pairs(model_arg)))
     options: dict[str, Any] = {"unit": unit, "pins": pin or [], "ties": tie or [], "boundary": boundary_width(boundary)}
     plans = {text: allocate_plan(cost, measured, text, **options) for text in budgets}
     rows = []

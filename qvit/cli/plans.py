@@ -25,12 +25,12 @@ def cost(
 
     Examples:  [cyan]qvit cost deit_tiny_patch16_224[/]    [cyan]qvit cost deit_tiny_patch16_224 --plan w3a3 --json[/]
     """
-    from qvit.models.create import create_model
+    from qvit.models.create import create_shapes
     from qvit.models.families import inspect_model
     from qvit.plan.cost import FLOAT_BITS
     from qvit.plan.quant_plan import plan_from
 
-    costs = inspect_model(create_model(model, **pairs(model_arg)))
+    costs = inspect_model(create_shapes(model, **pairs(model_arg)))
     if plan is None:
         name, widths = "float", {site: (FLOAT_BITS,) for site in costs.sites}
     else:
@@ -123,13 +123,14 @@ def plan_diff(
 
 
 def _resolved_plan(name: str, model: str | None, model_arg: list[str] | None) -> Any:
-    from qvit.models.create import create_model
-    from qvit.models.families import inspect_model
     from qvit.plan.quant_plan import QuantPlan, plan_from
 
     plan = QuantPlan.load(name) if Path(name).exists() else plan_from(name)
     if model is not None:
-        return plan.resolve(inspect_model(create_model(model, **pairs(model_arg))).sites, model)
+        from qvit.models.create import create_shapes
+        from qvit.models.families import inspect_model
+
+        return plan.resolve(inspect_model(create_shapes(model, **pairs(model_arg))).sites, model)
     if plan.rules:
         raise UsageError(f"'{name}' consists of rules: add --model to see what they mean for a model")
     return plan

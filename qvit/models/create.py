@@ -105,6 +105,18 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
     return model
 
 
+def create_shapes(name: str, **kwargs: Any) -> nn.Module:
+    """The model of `create_model` without storage, on torch's meta device: enough to inspect it and to count its costs.
+
+    A model that cannot be made there is made with storage. Raises UsageError as `create_model`.
+    """
+    try:
+        with torch.device("meta"):
+            return create_model(name, **kwargs)
+    except (QvitError, NotImplementedError):
+        return create_model(name, **kwargs)
+
+
 def load_weights(model: nn.Module, source: str | Path) -> None:
     """Loads weights into a float model, in place.
 
