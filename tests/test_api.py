@@ -14,8 +14,8 @@ import pytest
 from tiny_models import SMALL, digit_batches, small_config
 
 import qvit
-from qvit.moved import MOVED
 from qvit.models.convert import Stage, stage_of
+from qvit.moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[1]
 STUB = ast.parse((ROOT / "qvit" / "__init__.pyi").read_text("utf-8"))
@@ -89,5 +89,7 @@ def test_the_new_names_do_not_warn() -> None:
 
 
 def test_the_package_alone_needs_no_torch() -> None:
-    code = "import qvit, sys; dir(qvit), qvit.QvitError, qvit.QuantPlan; assert not {'torch', 'timm'} & set(sys.modules)"
+    code = (
+        "import qvit, sys; dir(qvit), qvit.QvitError, qvit.QuantPlan; assert not {'torch', 'timm'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from qvit.cli.console import (
     ClassMap,
@@ -20,9 +20,9 @@ from qvit.cli.console import (
     Workers,
     bops,
     boundary_width,
-    out,
     pairs,
     print_json,
+    print_table,
     progress_bar,
     say,
     size,
@@ -176,13 +176,15 @@ def _show_types(found: Any) -> None:
     for name, values in found.table.items():
         kind = site_type(name)
         sums[kind] = sums.get(kind, 0.0) + values.sum(0)
-    table = Table(title=f"predicted loss increase of {found.model}, by kind of tensor")
-    table.add_column("tensors", no_wrap=True)
-    for column in columns:
-        table.add_column(f"{found.widths[column]} bit", justify="right", no_wrap=True)
-    for kind, values in sorted(sums.items(), key=lambda item: -item[1][0]):
-        table.add_row(kind, *(f"{values[column]:.3g}" for column in columns))
-    out.print(table)
+    print_table(
+        ("tensors", *(f"{found.widths[column]} bit" for column in columns)),
+        [
+            (kind, *(f"{values[column]:.3g}" for column in columns))
+            for kind, values in sorted(sums.items(), key=lambda item: -item[1][0])
+        ],
+        title=f"predicted loss increase of {found.model}, by kind of tensor",
+        whole=True,
+    )
 
 
 def allocate(
@@ -286,13 +288,10 @@ def allocate(
 def _show_plans(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
-    table = Table()
-    for column in ("budget", "predicted loss", "bit operations", "weights"):
-        table.add_column(column, justify="left" if column == "budget" else "right")
-    for row in rows:
-        table.add_row(
-            row["budget"], f"{row['predicted_loss']:.4g}", bops(row["bit_operations"]), size(row["weight_bytes"])
-        )
-    out.print(table)
+    keys = ("budget", "predicted_loss", "bit_operations", "weight_bytes")
+    cells = [
+        (text, f"{loss:.4g}", bops(cost), size(weights)) for text, loss, cost, weights in map(itemgetter(*keys), rows)
+    ]
+    print_table(("budget", "predicted loss", "bit operations", "weights"), cells)
     for row in rows:
         say(f"plan: {row['plan']}")

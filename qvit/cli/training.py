@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from qvit.cli.console import Debug, Json, ModelArgs, Quiet, Workers, bops, out, pairs, print_json, say, size
+from qvit.cli.console import Debug, Json, ModelArgs, Quiet, Workers, bops, pairs, print_json, print_table, say, size
 from qvit.errors import UsageError
 
 
@@ -194,15 +193,14 @@ def _show_plan(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         return print_json(report)
     if report["widths"]:
-        table = Table(title=f"{report['model']}, {report['method']}: widths at the start")
-        for column in ("tensors", "sites", "widths", "bits", ""):
-            table.add_column(column, justify="right" if column in ("sites", "widths") else "left")
+        rows = []
         for row in report["widths"]:
             state = "float" if row["bits"] is None else "learned" if row["learned"] else "fixed"
             low, high = row["bits"] or ("", "")
             span = f"{low}" if low == high else f"{low} to {high}"
-            table.add_row(row["tensors"], str(row["sites"]), str(row["widths"]), span, state)
-        out.print(table)
+            rows.append((row["tensors"], row["sites"], row["widths"], span, state))
+        title = f"{report['model']}, {report['method']}: widths at the start"
+        print_table(("tensors", "sites", "widths", "bits", ""), rows, title=title, align="<>><")
     budget = report["budget_bit_operations"]
     within = f", budget {bops(budget)} ({report['budget']})" if budget else ""
     say(f"bit operations: {bops(report['bit_operations'])} at the start{within}")

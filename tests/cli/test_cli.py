@@ -367,9 +367,7 @@ FILE = Path(__file__).parents[1] / "deploy" / "files" / "packed-v1.safetensors"
     ],
     ids=" ".join,
 )
-def test_commands_that_only_read_do_not_wait_for_torch(
-    arguments: list[str], small_runs: Path, tmp_path: Path
-) -> None:
+def test_commands_that_only_read_do_not_wait_for_torch(arguments: list[str], small_runs: Path, tmp_path: Path) -> None:
     code = (
         "import atexit, sys; from qvit import cli\n"
         "atexit.register(lambda: sys.stderr.write(str({'torch', 'timm', 'scipy', 'accelerate'} & set(sys.modules))))\n"

@@ -161,7 +161,9 @@ def _check_scales(entry: Entry | None, words: Documents) -> None:
     """Raises QvitError where the numbers of a grid are missing, not finite, or not positive."""
     import numpy as np
 
-    places = [(site, name, math.prod(shape)) for site, own in sorted(words.shapes.items()) for name, shape in own.items()]
+    places = [
+        (site, name, math.prod(shape)) for site, own in sorted(words.shapes.items()) for name, shape in own.items()
+    ]
     total = sum(count for *_, count in places)
     if entry is None or (entry.dtype, entry.shape) != ("F32", (total,)):
         raise QvitError(f"it lacks the tensor 'scales' of {total} float32 numbers")
