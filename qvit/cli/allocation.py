@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -288,9 +287,9 @@ def allocate(
 def _show_plans(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
-    keys = ("budget", "predicted_loss", "bit_operations", "weight_bytes")
     cells = [
-        (text, f"{loss:.4g}", bops(cost), size(weights)) for text, loss, cost, weights in map(itemgetter(*keys), rows)
+        (row["budget"], f"{row['predicted_loss']:.4g}", bops(row["bit_operations"]), size(row["weight_bytes"]))
+        for row in rows
     ]
     print_table(("budget", "predicted loss", "bit operations", "weights"), cells)
     for row in rows:

@@ -16,6 +16,7 @@ from qvit.cli.console import (
     Quiet,
     Weights,
     Workers,
+    notifier,
     pairs,
     print_json,
     print_table,
@@ -92,7 +93,7 @@ def bench(
     )  # fmt: skip
     silent = quiet or as_json
     with progress_bar(hidden=silent) as progress:
-        result = measure(request, notify=(lambda _: None) if silent else say, progress=progress)
+        result = measure(request, notify=notifier(silent), progress=progress)
     if page is not None:
         from qvit.files import write_json
         from qvit.report.bench import write_bench_page

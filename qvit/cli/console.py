@@ -79,6 +79,11 @@ def print_table(
     out.print(table)
 
 
+def notifier(quiet: bool) -> Callable[[str], None]:
+    """`say`, or what says nothing."""
+    return (lambda _: None) if quiet else say
+
+
 @contextmanager
 def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar with the seconds spent and left, on stderr; it shows nothing where nobody looks."""

@@ -8,7 +8,20 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Debug, Json, ModelArgs, Quiet, Workers, bops, pairs, print_json, print_table, say, size
+from qvit.cli.console import (
+    Debug,
+    Json,
+    ModelArgs,
+    Quiet,
+    Workers,
+    bops,
+    notifier,
+    pairs,
+    print_json,
+    print_table,
+    say,
+    size,
+)
 from qvit.errors import UsageError
 
 
@@ -126,11 +139,11 @@ def train(
     """
     from qvit.runs import run as runs
 
+    silent = quiet or as_json
     if resume is not None:
         if model is not None or run is not None or dry_run:
             raise UsageError("--resume takes the model, the directory and every option from the run: give nothing else")
-        notify = (lambda _: None) if quiet or as_json else say
-        return _show_result(runs.resume(resume, quiet=quiet or as_json, notify=notify), resume, as_json)
+        return _show_result(runs.resume(resume, quiet=silent, notify=notifier(silent)), resume, as_json)
     if model is None or (run is None and not dry_run):
         raise UsageError("give a MODEL and --out RUN, or --resume RUN")
     flags = {
@@ -152,8 +165,7 @@ def train(
 
         return _show_plan(plan_of_run(config, with_data=has_data), as_json)
     assert run is not None
-    notify = (lambda _: None) if quiet or as_json else say
-    result = runs.train(config, run, overwrite=overwrite, quiet=quiet or as_json, notify=notify)
+    result = runs.train(config, run, overwrite=overwrite, quiet=silent, notify=notifier(silent))
     return _show_result(result, run, as_json)
 
 

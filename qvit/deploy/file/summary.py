@@ -200,10 +200,11 @@ def _side(site: str, floats: Mapping[str, Entry]) -> int:
     """A number that divides the elements of a weight, from the tensors beside it."""
     layer, _, leaf = site.rpartition(".")
     around, _, name = layer.rpartition(".")
-    beside = f"{layer}.bias" if leaf == "weight" else None
-    if beside not in floats:
-        inside_attention = leaf != "weight" or name in ("q", "k", "v", "q_proj", "k_proj", "v_proj", "qkv")
-        beside = f"{around}.proj.bias" if inside_attention else f"{around}.norm.weight" if name == "reduction" else None
+    beside = f"{layer}.bias"
+    if leaf != "weight" or (beside not in floats and name in ("q", "k", "v", "q_proj", "k_proj", "v_proj", "qkv")):
+        beside = f"{around}.proj.bias"
+    elif beside not in floats and name == "reduction":
+        beside = f"{around}.norm.weight"
     return max(1, math.prod(floats[beside].shape)) if beside in floats else 1
 
 
