@@ -15,12 +15,15 @@ imported inside the commands, so that --help answers at once.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import os
+import re
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -79,6 +82,11 @@ def main() -> NoReturn:
         _fail(f"{type(error).__name__}: {error} (this is a defect of qvit or of a library; --debug shows where)", 1)
 
 
+def _help(command: Callable[..., None]) -> str:
+    """The docstring as help. Its only markup is the colour of examples; other brackets are meant as they are."""
+    return re.sub(r"\[(?!cyan\]|/\])", r"\\[", inspect.getdoc(command) or "")
+
+
 def _fail(message: str, code: int) -> NoReturn:
     text = " ".join(message.split())
     text = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}..."
@@ -131,8 +139,8 @@ for command in (
     bench.bench,
     export.export,
 ):
-    app.command()(command)
+    app.command(help=_help(command))(command)
 app.add_typer(plan_app, name="plan")
-app.command()(results.report)
-plan_app.command("show")(plans.plan_show)
-plan_app.command("diff")(plans.plan_diff)
+app.command(help=_help(results.report))(results.report)
+for command in (plans.plan_show, plans.plan_diff):
+    plan_app.command(command.__name__.removeprefix("plan_"), help=_help(command))(command)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from qvit.cli.console import (
     ClassMap,
@@ -20,9 +19,9 @@ from qvit.cli.console import (
     Workers,
     bops,
     boundary_width,
-    out,
     pairs,
     print_json,
+    print_table,
     progress_bar,
     say,
     size,
@@ -179,13 +178,15 @@ def _show_types(found: Any) -> None:
     for name, values in found.table.items():
         kind = site_type(name)
         sums[kind] = sums.get(kind, 0.0) + values.sum(0)
-    table = Table(title=f"predicted loss increase of {found.model}, by kind of tensor")
-    table.add_column("tensors", no_wrap=True)
-    for column in columns:
-        table.add_column(f"{found.widths[column]} bit", justify="right", no_wrap=True)
-    for kind, values in sorted(sums.items(), key=lambda item: -item[1][0]):
-        table.add_row(kind, *(f"{values[column]:.3g}" for column in columns))
-    out.print(table)
+    print_table(
+        ("tensors", *(f"{found.widths[column]} bit" for column in columns)),
+        [
+            (kind, *(f"{values[column]:.3g}" for column in columns))
+            for kind, values in sorted(sums.items(), key=lambda item: -item[1][0])
+        ],
+        title=f"predicted loss increase of {found.model}, by kind of tensor",
+        whole=True,
+    )
 
 
 def allocate(
@@ -232,7 +233,7 @@ def allocate(
     from qvit.allocate import allocate_plan, frontier_report
     from qvit.files import write_json
     from qvit.measure import Sensitivity
-    from qvit.models.create import create_model
+    from qvit.models.create import create_shapes
     from qvit.models.families import inspect_model
 
     budgets = budget or []
@@ -241,7 +242,7 @@ def allocate(
     if frontier is not None and frontier.suffix not in (".html", ".json"):
         raise UsageError(f"the frontier's file '{frontier}' must end in .html or .json")
     measured = Sensitivity.load(sensitivity)
-    cost = inspect_model(create_model(measured.model, **pairs(model_arg)))
+    cost = inspect_model(create_shapes(measured.model, **pairs(model_arg)))
     options: dict[str, Any] = {"unit": unit, "pins": pin or [], "ties": tie or [], "boundary": boundary_width(boundary)}
     plans = {text: allocate_plan(cost, measured, text, **options) for text in budgets}
     rows = []
@@ -289,13 +290,10 @@ def allocate(
 def _show_plans(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
-    table = Table()
-    for column in ("budget", "predicted loss", "bit operations", "weights"):
-        table.add_column(column, justify="left" if column == "budget" else "right")
-    for row in rows:
-        table.add_row(
-            row["budget"], f"{row['predicted_loss']:.4g}", bops(row["bit_operations"]), size(row["weight_bytes"])
-        )
-    out.print(table)
+    cells = [
+        (row["budget"], f"{row['predicted_loss']:.4g}", bops(row["bit_operations"]), size(row["weight_bytes"]))
+        for row in rows
+    ]
+    print_table(("budget", "predicted loss", "bit operations", "weights"), cells)
     for row in rows:
         say(f"plan: {row['plan']}")

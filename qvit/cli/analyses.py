@@ -6,20 +6,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from qvit.cli.console import (
     ClassMap,
     Debug,
+    Device,
     Json,
     ModelArgs,
     Pretrained,
     Weights,
     Workers,
     bops,
-    out,
     pairs,
     print_json,
+    print_table,
     progress_bar,
     say,
     size,
@@ -33,7 +33,6 @@ EvalData = Annotated[
 ]
 Images = Annotated[int | None, typer.Option(help="How many images to judge by, drawn by the seed. Default: all.")]
 Calibration = Annotated[int, typer.Option(help="How many images to calibrate with.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew whatever --out holds.")]
 
 
@@ -99,20 +98,21 @@ def analyze(
     page = write_analysis_page(run / ANALYSIS, run / "analysis.html")
     if as_json:
         return print_json(record | {"page": str(page.absolute())})
-    table = Table(title=f"{model} on {record['settings']['images']} images, float {record['float']['top1']:.2f} %")
-    for column in ("what", "bits", "top-1 %", "± se", "vs float", "agrees %"):
-        table.add_column(column, justify="left" if column == "what" else "right")
+    rows = []
     for row in record["points"]:
         named = [row["what"], row["part"], row["layer"], None if row["head"] is None else f"head {row['head']}"]
-        table.add_row(
-            " ".join(value for value in named if value),
-            str(row["bit_width"]),
-            f"{row['top1']:.2f}",
-            f"{row['standard_error']:.2f}",
-            f"{0.0 - row['drop']:+.2f}",
-            f"{row['agreement']:.1f}",
+        rows.append(
+            (
+                " ".join(value for value in named if value),
+                row["bit_width"],
+                f"{row['top1']:.2f}",
+                f"{row['standard_error']:.2f}",
+                f"{0.0 - row['drop']:+.2f}",
+                f"{row['agreement']:.1f}",
+            )
         )
-    out.print(table)
+    title = f"{model} on {record['settings']['images']} images, float {record['float']['top1']:.2f} %"
+    print_table(("what", "bits", "top-1 %", "± se", "vs float", "agrees %"), rows, title=title)
     say(f"page: {page.absolute()}")
     return None
 
@@ -170,14 +170,12 @@ def patchwise(
     page = write_patches_page(run / PATCHES, run / "patches.html") if picture else None
     if as_json:
         return print_json(result | ({"page": str(page.absolute())} if page else {}))
-    table = Table(title=f"{model} on {result['settings']['images']} images")
-    for column in ("", "top-1 %", "agrees %", "bit operations"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("float", f"{result['top1_float']:.2f}", "", "")
+    rows = [("float", f"{result['top1_float']:.2f}", "", "")]
     for name, prefix in (("plain", "uniform_"), ("patch-wise", "")):
         found = [result[prefix + key] for key in ("top1", "agreement", "bit_operations")]
-        table.add_row(name, f"{found[0]:.2f}", f"{found[1]:.2f}", bops(found[2]))
-    out.print(table)
+        rows.append((name, f"{found[0]:.2f}", f"{found[1]:.2f}", bops(found[2])))
+    title = f"{model} on {result['settings']['images']} images"
+    print_table(("", "top-1 %", "agrees %", "bit operations"), rows, title=title)
     say(
         f"right in one of the two only: patch-wise {result['only_patchwise_right']}, plain "
         f"{result['only_uniform_right']} images"

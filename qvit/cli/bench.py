@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from qvit.cli.console import (
     ClassMap,
@@ -18,9 +16,10 @@ from qvit.cli.console import (
     Quiet,
     Weights,
     Workers,
-    out,
+    notifier,
     pairs,
     print_json,
+    print_table,
     progress_bar,
     say,
 )
@@ -94,7 +93,7 @@ def bench(
     )  # fmt: skip
     silent = quiet or as_json
     with progress_bar(hidden=silent) as progress:
-        result = measure(request, notify=(lambda _: None) if silent else say, progress=progress)
+        result = measure(request, notify=notifier(silent), progress=progress)
     if page is not None:
         from qvit.files import write_json
         from qvit.report.bench import write_bench_page
@@ -113,31 +112,14 @@ def _show(result: dict[str, Any]) -> None:
     from qvit.report.bench import doubts
 
     for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
-        title = f"{result['model']}, {result['plan']}, batch {batch}, threads: {result['threads']}"
-        table = Table(title=escape(title))
-        table.add_column("engine", no_wrap=True)
-        for heading in (
-            "ms",
-            "quartiles",
-            "× openvino int8",
-            "× pytorch fp32",
-            "as float %",
-            "error",
-            "as simulated %",
-        ):
-            table.add_column(heading, justify="right")
-        for row in (row for row in result["rows"] if row["batch"] == batch):
-            low, high = row["milliseconds_quartiles"]
-            cells = [
-                f"{row['engine']} {row['precision']}",
-                f"{row['milliseconds_median']:.2f}",
-                f"{low:.2f}–{high:.2f}",
-            ]
-            cells += [_or_nothing(row[f"ratio_to_{name}"], "{:.2f}") for name in ("openvino_int8", "pytorch_fp32")]
-            cells += [f"{row['top1_agreement']:.1f}", f"{row['error_to_float']:.2g}"]
-            cells += [_or_nothing(row["agreement_with_simulated"], "{:.1f}")]
-            table.add_row(*map(escape, cells), style="bold" if row["ours"] else None)
-        out.print(table)
+        rows = [row for row in result["rows"] if row["batch"] == batch]
+        print_table(
+            ("engine", "ms", "quartiles", "× openvino int8", "× pytorch fp32", "as float %", "error", "as simulated %"),
+            map(_cells, rows),
+            title=f"{result['model']}, {result['plan']}, batch {batch}, threads: {result['threads']}",
+            whole=True,
+            bold=[number for number, row in enumerate(rows) if row["ours"]],
+        )
     say("×: time over that of the other, so below 1 is faster. Medians of calls; engines took turns in rounds.")
     for sentence in doubts(result):
         say(sentence)
@@ -147,6 +129,14 @@ def _show(result: dict[str, Any]) -> None:
         say(f"speed only, answers mean little: images {result['images']}, float weights {result['float_weights']}")
     for row in result["skipped"]:
         say(f"left out: {row['engine']} {row['precision']}: {row['reason']}")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    low, high = row["milliseconds_quartiles"]
+    cells = [f"{row['engine']} {row['precision']}", f"{row['milliseconds_median']:.2f}", f"{low:.2f}–{high:.2f}"]
+    cells += [_or_nothing(row[f"ratio_to_{name}"], "{:.2f}") for name in ("openvino_int8", "pytorch_fp32")]
+    cells += [f"{row['top1_agreement']:.1f}", f"{row['error_to_float']:.2g}"]
+    return [*cells, _or_nothing(row["agreement_with_simulated"], "{:.1f}")]
 
 
 def _or_nothing(value: float | None, form: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from qvit.errors import UsageError
 from qvit.files import parse_json
@@ -43,6 +44,45 @@ out, err = Console(), Console(stderr=True)
 def say(text: str) -> None:
     """Prints one line of plain text as it is: no markup, no colours, no line breaks."""
     out.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    title: str | None = None,
+    align: str = "<>",
+    whole: bool = False,
+    bold: Collection[int] = (),
+) -> None:
+    """Prints plain text as a table.
+
+    Args:
+        columns: Headings.
+        rows: Cells of each row.
+        title: Above the table.
+        align: `<` or `>` for each column; the last one holds for the rest.
+        whole: Never breaks or shortens the first column.
+        bold: Rows that stand out, by number.
+    """
+    lines = [[str(cell) for cell in row] for row in rows]
+    table = Table(title=None if title is None else escape(title))
+    for number, column in enumerate(columns):
+        first = whole and number == 0
+        table.add_column(
+            escape(column),
+            justify="left" if align[min(number, len(align) - 1)] == "<" else "right",
+            no_wrap=first,
+            min_width=max((len(line[0]) for line in lines), default=0) if first else None,
+        )
+    for number, line in enumerate(lines):
+        table.add_row(*map(escape, line), style="bold" if number in bold else None)
+    out.print(table)
+
+
+def notifier(quiet: bool) -> Callable[[str], None]:
+    """`say`, or what says nothing."""
+    return (lambda _: None) if quiet else say
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from qvit.cli.console import (
     ModelArgs,
     Quiet,
     Workers,
+    notifier,
     pairs,
     print_json,
     progress_bar,
@@ -111,7 +112,7 @@ def labels(
         result = write_labels(
             request,
             store,
-            notify=(lambda _: None) if silent else say,
+            notify=notifier(silent),
             progress=partial(show, "crops"),
         )
     if as_json:

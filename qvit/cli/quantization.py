@@ -22,6 +22,7 @@ from qvit.cli.console import (
     bops,
     boundary_width,
     err,
+    notifier,
     pairs,
     print_json,
     say,
@@ -120,9 +121,7 @@ def ptq(
     )  # fmt: skip
     silent = quiet or as_json
     with _bar(silent) as progress:
-        result = quantize_after_training(
-            config, run, overwrite=overwrite, notify=(lambda _: None) if silent else say, progress=progress
-        )
+        result = quantize_after_training(config, run, overwrite=overwrite, notify=notifier(silent), progress=progress)
     if as_json:
         return print_json(result)
     say(

@@ -6,10 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from qvit.cli.console import ClassMap, Debug, Device, Json, Workers, bops, err, out, print_json, say, size, spread
+from qvit.cli.console import (
+    ClassMap,
+    Debug,
+    Device,
+    Json,
+    Workers,
+    bops,
+    err,
+    print_json,
+    print_table,
+    say,
+    size,
+    spread,
+)
 
 
 def demo(
@@ -36,22 +47,25 @@ def demo(
     results = run_demo(out_dir, seeds=seeds, workers=processes, overwrite=overwrite, short=short)
     if as_json:
         return print_json(results)
-    table = Table(title="vit_digits on 597 test images, first and last layer counted")
-    for column in ("method", "budget", "accuracy %", "training loss", "bit operations", "weights", "seeds"):
-        table.add_column(column, justify="left" if column in ("method", "budget") else "right")
     of_float = spread(results["float_accuracy_mean"], results["float_accuracy_std"])
-    table.add_row("float", "32 bit", of_float, "", "", "", str(seeds))
-    for row in results["rows"]:
-        table.add_row(
+    rows = [
+        (
             row["method"],
             row["budget"],
             spread(row["accuracy_mean"], row["accuracy_std"]),
             "" if row["train_loss_mean"] is None else f"{row['train_loss_mean']:.3f}",
             bops(row["bit_operations"]),
             size(row["weight_bytes"]),
-            str(len(row["seeds"])),
+            len(row["seeds"]),
         )
-    out.print(table)
+        for row in results["rows"]
+    ]
+    print_table(
+        ("method", "budget", "accuracy %", "training loss", "bit operations", "weights", "seeds"),
+        [("float", "32 bit", of_float, "", "", "", seeds), *rows],
+        title="vit_digits on 597 test images, first and last layer counted",
+        align="<<>",
+    )
     for sentence in [*verdict(results), *packed_in_words(results)]:
         say(sentence)
     say(f"page: {(out_dir / REPORT).absolute()}")
@@ -127,9 +141,5 @@ def report(
     rows = results_table(loaded)
     if as_json:
         return print_json({"page": str(target.absolute()), "rows": rows})
-    header, lines = display_table(rows)
-    table = Table(*map(escape, header))
-    for line in lines:
-        table.add_row(*map(escape, line))
-    out.print(table)
+    print_table(*display_table(rows), align="<")
     say(f"page: {target.absolute()}")

@@ -7,9 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from qvit.cli.console import Debug, Json, ModelArgs, Quiet, Workers, bops, out, pairs, print_json, say, size
+from qvit.cli.console import (
+    Debug,
+    Json,
+    ModelArgs,
+    Quiet,
+    Workers,
+    bops,
+    notifier,
+    pairs,
+    print_json,
+    print_table,
+    say,
+    size,
+)
 from qvit.errors import UsageError
 
 
@@ -127,11 +139,11 @@ def train(
     """
     from qvit.runs import run as runs
 
+    silent = quiet or as_json
     if resume is not None:
         if model is not None or run is not None or dry_run:
             raise UsageError("--resume takes the model, the directory and every option from the run: give nothing else")
-        notify = (lambda _: None) if quiet or as_json else say
-        return _show_result(runs.resume(resume, quiet=quiet or as_json, notify=notify), resume, as_json)
+        return _show_result(runs.resume(resume, quiet=silent, notify=notifier(silent)), resume, as_json)
     if model is None or (run is None and not dry_run):
         raise UsageError("give a MODEL and --out RUN, or --resume RUN")
     flags = {
@@ -153,8 +165,7 @@ def train(
 
         return _show_plan(plan_of_run(config, with_data=has_data), as_json)
     assert run is not None
-    notify = (lambda _: None) if quiet or as_json else say
-    result = runs.train(config, run, overwrite=overwrite, quiet=quiet or as_json, notify=notify)
+    result = runs.train(config, run, overwrite=overwrite, quiet=silent, notify=notifier(silent))
     return _show_result(result, run, as_json)
 
 
@@ -194,15 +205,14 @@ def _show_plan(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         return print_json(report)
     if report["widths"]:
-        table = Table(title=f"{report['model']}, {report['method']}: widths at the start")
-        for column in ("tensors", "sites", "widths", "bits", ""):
-            table.add_column(column, justify="right" if column in ("sites", "widths") else "left")
+        rows = []
         for row in report["widths"]:
             state = "float" if row["bits"] is None else "learned" if row["learned"] else "fixed"
             low, high = row["bits"] or ("", "")
             span = f"{low}" if low == high else f"{low} to {high}"
-            table.add_row(row["tensors"], str(row["sites"]), str(row["widths"]), span, state)
-        out.print(table)
+            rows.append((row["tensors"], row["sites"], row["widths"], span, state))
+        title = f"{report['model']}, {report['method']}: widths at the start"
+        print_table(("tensors", "sites", "widths", "bits", ""), rows, title=title, align="<>><")
     budget = report["budget_bit_operations"]
     within = f", budget {bops(budget)} ({report['budget']})" if budget else ""
     say(f"bit operations: {bops(report['bit_operations'])} at the start{within}")
