@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from qvit.errors import QvitError, shown
+from qvit.errors import QvitError, nearest, shown
 from qvit.files import read_object
 from qvit.plan.spec import MOST_BLOCKS, MOST_HEADS, MOST_SITES
 
@@ -65,7 +65,7 @@ def checked(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         raise QvitError(f"{where}: {_in_short(_sentences(error, cls))}") from None
 
 
-def mistakes(error: ValidationError, cls: type[BaseModel]) -> str:
+def mistakes(error: ValidationError, cls: type[Any]) -> str:
     """What pydantic found in options, as one line; unknown ones with the nearest name."""
     return _in_short(_of_options(error, cls))
 
@@ -76,13 +76,12 @@ def _in_short(lines: Iterator[str]) -> str:
     return "; ".join(every[:_SHOWN_MISTAKES]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _of_options(error: ValidationError, cls: type[BaseModel]) -> Iterator[str]:
-    known = list(cls.model_fields)
+def _of_options(error: ValidationError, cls: type[Any]) -> Iterator[str]:
+    known = list(cls.__pydantic_fields__)
     for item in error.errors(include_url=False):
         key = ".".join(str(part) for part in item["loc"])[:200]
         if item["type"] == "extra_forbidden":
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else f" (known: {', '.join(known)})"
+            hint = nearest(key, known) or f" (known: {', '.join(known)})"
             yield f"unknown option '{key}'{hint}"
         elif item["type"] == "value_error":
             yield f"{key}: {item['ctx']['error']}"

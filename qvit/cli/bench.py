@@ -7,66 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import (
-    ClassMap,
-    Debug,
-    Json,
-    ModelArgs,
-    Pretrained,
-    Quiet,
-    Weights,
-    Workers,
-    notifier,
-    pairs,
-    print_json,
-    print_table,
-    progress_bar,
-    say,
-)
+from qvit.cli.console import Json, Quiet, notifier, print_json, print_table, progress_bar, say
+from qvit.cli.options import Fields, Given, command
 from qvit.errors import UsageError
+from qvit.runs.requests import BenchRequest
+from qvit.training.config import validated
 
 
+@command("bench", order=14)
 def bench(
-    model: Annotated[str, typer.Argument(metavar="FILE|MODEL", help="An artifact's file, or timm's name.")],
-    plan: Annotated[
-        str | None, typer.Option(help="Preset or plan file for a MODEL. Default: w8a8.", show_default=False)
-    ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Images at a time. Repeatable. Default: 1.")] = None,
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Measure this one: qvit (all of ours), qvit-torch, openvino, openvino-int8, ... Repeatable. "
-            "Default: all that are installed."
-        ),
-    ] = None,
-    no_peers: Annotated[bool, typer.Option("--no-peers", help="Only our engines.")] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of every engine. Default: as PyTorch.", show_default=False)
-    ] = None,
-    rounds: Annotated[int, typer.Option(help="How often every engine has its turn.")] = 10,
-    seconds: Annotated[float, typer.Option(help="Least time of each engine and batch size, over all rounds.")] = 2.0,
-    max_seconds: Annotated[float, typer.Option(help="Most time for all measuring; the first round is whole.")] = 300.0,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Images to calibrate with and to compare answers on. Default: noise, for speed alone."),
-    ] = None,
-    eval_data: Annotated[str | None, typer.Option(help="Images to compare answers on.")] = None,
-    class_map: ClassMap = None,
-    calibration_images: Annotated[
-        int | None, typer.Option(help="How many images to calibrate with. Default: 64, or 8 of noise.")
-    ] = None,
-    images: Annotated[int, typer.Option(help="How many images to compare answers on.")] = 32,
-    seed: Annotated[int, typer.Option()] = 0,
-    workers: Workers = None,
-    model_arg: ModelArgs = None,
+    given: Annotated[Given, Fields(BenchRequest, flags={"batches": ["--batch"], "engines": ["--engine"]})],
     page: Annotated[
         Path | None, typer.Option("--out", metavar="PAGE.html", help="Write a page with the plot, and PAGE.json.")
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Measure the speed of our engines beside PyTorch, ONNX Runtime and OpenVINO, all in one run on the same threads.
 
@@ -82,15 +37,9 @@ def bench(
     """
     if page is not None and page.suffix != ".html":
         raise UsageError(f"--out names the page, such as bench.html, not {page}")
-    from qvit.runs.bench import BenchRequest
     from qvit.runs.bench import bench as measure
 
-    request = BenchRequest(
-        model, plan=plan, batches=tuple(batch or [1]), engines=engine, peers=not no_peers, weights=weights,
-        pretrained=pretrained, model_kwargs=pairs(model_arg), data=data, eval_data=eval_data, class_map=class_map,
-        calibration_images=calibration_images, images=images, threads=threads, rounds=rounds, seconds=seconds,
-        max_seconds=max_seconds, workers=workers or 0, seed=seed,
-    )  # fmt: skip
+    request = validated(BenchRequest, given)
     silent = quiet or as_json
     with progress_bar(hidden=silent) as progress:
         result = measure(request, notify=notifier(silent), progress=progress)

@@ -22,22 +22,7 @@ from qvit.errors import UsageError
 from qvit.files import parse_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Workers = Annotated[int | None, typer.Option(help="Processes that decode images.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
-ModelArgs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model-arg",
-        "-m",
-        metavar="KEY=VALUE",
-        help="Argument for timm.create_model, such as img_size=64. Repeatable.",
-    ),
-]
-Weights = Annotated[str | None, typer.Option(help="Float weights: .safetensors, .pth, or the run of a float model.")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Float weights from timm's hub.")]
-ClassMap = Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")]
 out, err = Console(), Console(stderr=True)
 
 

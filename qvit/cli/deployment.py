@@ -7,20 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Debug, Json, bits, print_json, print_table, say, size
+from qvit.cli.console import Json, bits, print_json, print_table, say, size
+from qvit.cli.options import command
 
 
+@command("pack", order=7)
 def pack(
     run: Annotated[Path, typer.Argument(help="A finished run of a quantized model.")],
     target: Annotated[
-        Path | None,
-        typer.Option("--out", help="The file. Default: packed.safetensors in the run.", show_default=False),
+        Path | None, typer.Option("--out", help="The file. Default: packed.safetensors in the run.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that is no packed model, too.")
     ] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write the packed model of a run: integers at their bit-widths, scales, and all that is needed to run it again.
 
@@ -37,13 +37,13 @@ def pack(
     say(f"packed: {file.absolute()}   (`qvit inspect {file}` shows every tensor)")
 
 
+@command("inspect", order=8)
 def inspect(
     file: Annotated[Path, typer.Argument(help="A packed model.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Also compare every tensor with the timm model that the file names.")
     ] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show what is in a packed model: widths and true bytes of every tensor, sizes in all, and where it comes from.
 

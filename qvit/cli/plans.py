@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qvit.cli.console import Debug, Json, ModelArgs, bits, bops, pairs, print_json, print_table, say, size
+from qvit.cli.console import Json, bits, bops, print_json, print_table, say, size
+from qvit.cli.options import ModelArgs, command
 from qvit.errors import UsageError
 
 if TYPE_CHECKING:
     from qvit.plan.spec import TensorSpec
 
 
+@command("cost", order=9)
 def cost(
     model: Annotated[str, typer.Argument(help="timm's name, or vit_digits.")],
+    model_arg: ModelArgs,
     plan: Annotated[str | None, typer.Option(help="Preset (w4a4) or plan file; without one, float.")] = None,
-    model_arg: ModelArgs = None,
     sites: Annotated[bool, typer.Option("--sites", help="List every site.")] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Count the bit operations and weight bytes of a model under a plan.
 
@@ -31,7 +32,7 @@ def cost(
     from qvit.plan.cost import FLOAT_BITS
     from qvit.plan.quant_plan import plan_from
 
-    costs = inspect_model(create_shapes(model, **pairs(model_arg)))
+    costs = inspect_model(create_shapes(model, **model_arg))
     if plan is None:
         name, widths = "float", {site: (FLOAT_BITS,) for site in costs.sites}
     else:
@@ -66,12 +67,12 @@ def cost(
         )
 
 
+@command("plan show", order=10)
 def plan_show(
     plan: Annotated[str, typer.Argument(help="A run, a plan file, or a preset with --model.")],
+    model_arg: ModelArgs,
     model: Annotated[str | None, typer.Option(help="Resolve rules or a preset for this model.")] = None,
-    model_arg: ModelArgs = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show the widths of a plan, one line per site.
 
@@ -95,13 +96,13 @@ def _decision(spec: TensorSpec | None) -> tuple[str, str, str]:
     return bits(list(spec.widths)) + groups, grid, spec.to_json()["granularity"]
 
 
+@command("plan diff", order=11)
 def plan_diff(
     here: Annotated[str, typer.Argument(help="A run, a plan file, or a preset with --model.")],
     there: Annotated[str, typer.Argument(help="Another one.")],
+    model_arg: ModelArgs,
     model: Annotated[str | None, typer.Option(help="Resolve rules or presets for this model.")] = None,
-    model_arg: ModelArgs = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show where two plans differ.
 
@@ -119,7 +120,7 @@ def plan_diff(
     )
 
 
-def _resolved_plan(name: str, model: str | None, model_arg: list[str] | None) -> Any:
+def _resolved_plan(name: str, model: str | None, model_arg: dict[str, Any]) -> Any:
     from qvit.plan.quant_plan import QuantPlan, plan_from
 
     plan = QuantPlan.load(name) if Path(name).exists() else plan_from(name)
@@ -127,7 +128,7 @@ def _resolved_plan(name: str, model: str | None, model_arg: list[str] | None) ->
         from qvit.models.create import create_shapes
         from qvit.models.families import inspect_model
 
-        return plan.resolve(inspect_model(create_shapes(model, **pairs(model_arg))).sites, model)
+        return plan.resolve(inspect_model(create_shapes(model, **model_arg)).sites, model)
     if plan.rules:
         raise UsageError(f"'{name}' consists of rules: add --model to see what they mean for a model")
     return plan

@@ -7,22 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import (
-    ClassMap,
-    Debug,
-    Device,
-    Json,
-    Workers,
-    bops,
-    err,
-    print_json,
-    print_table,
-    say,
-    size,
-    spread,
-)
+from qvit.cli.console import Json, bops, err, print_json, print_table, say, size, spread
+from qvit.cli.options import ClassMap, Device, Workers, command
 
 
+@command("demo", order=1)
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where runs, results.json and report.html go.")] = Path(
         "demo-output"
@@ -34,7 +23,6 @@ def demo(
         bool, typer.Option("--short", help="Two epochs per run: tries the machinery, the numbers mean nothing.")
     ] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Train a small ViT on real handwritten digits and compare LSQ+ with Q-ViT at equal bit operations.
 
@@ -71,19 +59,18 @@ def demo(
     say(f"page: {(out_dir / REPORT).absolute()}")
 
 
+@command("evaluate", order=6)
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run's directory, or a packed model.")],
     data: Annotated[str, typer.Option(help="Images, as for `qvit train`.")],
+    class_map: ClassMap,
+    device: Device,
+    workers: Workers,
     engine: Annotated[
-        str | None,
-        typer.Option(help="What runs a packed model: openvino, onnxruntime, torch, reference.", show_default=False),
+        str | None, typer.Option(help="What runs a packed model: openvino, onnxruntime, torch, reference.")
     ] = None,
-    class_map: ClassMap = None,
-    batch_size: Annotated[int, typer.Option()] = 64,
-    device: Device = "auto",
-    workers: Workers = None,
+    batch_size: Annotated[int, typer.Option(help="Images that the model sees at a time.")] = 64,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Score a model on images: top-1 and top-5. A run is simulated in float, a packed model runs on integers.
 
@@ -96,7 +83,7 @@ def evaluate(
 
     if engine is not None and model.is_dir():
         raise UsageError(f"--engine is for packed models: `qvit pack {model}` makes one")
-    common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers or 0}
+    common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
     with Progress(console=err, transient=True, disable=as_json or not err.is_terminal) as bar:
         task = bar.add_task("images", total=None)
         common["progress"] = lambda n: bar.update(task, completed=n)
@@ -115,19 +102,15 @@ def evaluate(
         say(f"engine {scores['engine']}: {scores['arithmetic']}")
 
 
+@command("report", order=16)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, or a demo's directory.")],
     page: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            help="The HTML page. Default: report.html in the run, or in this directory for several.",
-            show_default=False,
-        ),
+        typer.Option("--out", help="The HTML page. Default: report.html in the run, or in this directory for several."),
     ] = None,
     title: Annotated[str | None, typer.Option()] = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page about a run, or a comparison of several.
 

@@ -7,25 +7,27 @@ defines its own part alone. Everything else - data, calibration, loop, evaluatio
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.registry import Registry
-from qvit.training.config import TrainConfig, validated
+from qvit.training.config import MethodOptions, TrainConfig, validated
 from qvit.training.hooks import ComposedHooks
 
 METHODS: Registry[str, type[Method]] = Registry("method", "qvit.methods")
 #: Class decorator: makes a method available under names.
 register_method = METHODS.register
-
-
-class MethodOptions(BaseModel):
-    """Base of a method's own options; unknown ones are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+#: A field of options.
+Asymmetric = Annotated[
+    tuple[str, ...],
+    Field(
+        description="patterns of further activation sites that get an offset, such as "
+        """`-o asymmetric='["*.qkv.input"]'`"""
+    ),
+]
 
 
 class Method(ComposedHooks):

@@ -18,8 +18,8 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from qvit.methods.ptq.method import ptq
 from qvit.models.convert import plan_of
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
+from qvit.runs.requests import BenchRequest
 from qvit.training.checkpoint import seed_everything
 from qvit.version import __version__
 
@@ -50,48 +51,6 @@ NOISE, UNTRAINED = "noise", "untrained"
 #: How many images calibrate by default: of data, and of noise, from which there is nothing to learn.
 CALIBRATION_IMAGES, CALIBRATION_NOISE = 64, 8
 PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx")
-
-
-@dataclass(frozen=True)
-class BenchRequest:
-    """The options.
-
-    Attributes:
-        model: timm's name, or the file of an artifact.
-        plan: A preset or a plan file; None: `w8a8`, and what is in the file of an artifact.
-        batches: Batch sizes.
-        engines: Names of engines or rows to measure, such as `qvit-torch`, `openvino` or `openvino-int8`; `qvit` are
-            all of ours. None: all.
-        peers: Whether peers take part.
-        weights, pretrained, model_kwargs: Of the float model; see `create_model`.
-        data, eval_data, class_map: Images; see `open_data`. No data: noise.
-        calibration_images: How many images calibrate; None: 64, or 8 of noise.
-        images: On how many images answers are compared.
-        threads: Of every engine; None: as many as PyTorch takes here.
-        rounds, seconds, max_seconds: See `qvit.deploy.bench.timing.measure`; the limit is for all batch sizes together.
-        workers: Processes that decode images.
-        seed: Draws images, noise and untrained weights.
-    """
-
-    model: str
-    plan: str | None = None
-    batches: Sequence[int] = (1,)
-    engines: Sequence[str] | None = None
-    peers: bool = True
-    weights: str | None = None
-    pretrained: bool = False
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    data: str | None = None
-    eval_data: str | None = None
-    class_map: str | None = None
-    calibration_images: int | None = None
-    images: int = 32
-    threads: int | None = None
-    rounds: int = 10
-    seconds: float = 2.0
-    max_seconds: float = 300.0
-    workers: int = 0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,7 +84,7 @@ def bench(
         left out and why, and where and how it was measured.
 
     Raises:
-        UsageError: An option that cannot be meant.
+        UsageError: An invalid option.
         QvitError: Weights, data or a file that cannot be read, or no engine that runs.
     """
     _check(request)

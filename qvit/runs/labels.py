@@ -12,11 +12,10 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from qvit.data.digits import DIGITS
@@ -29,57 +28,14 @@ from qvit.errors import QvitError, UsageError
 from qvit.locks import is_leftover, writing
 from qvit.models.create import create_model
 from qvit.runs.directory import CONFIG, read_config
+from qvit.runs.requests import LabelRequest
 from qvit.runs.run import teacher_model
-from qvit.training.config import validated
 from qvit.training.distill import Teacher, require_same_channels
 from qvit.training.processes import Processes
 
 _log = logging.getLogger(__name__)
 CROPS_PER_SHARD = 2**18
 """A kill loses at most the time for so many crops; a shard of them has 7.6 MB for k = 5."""
-
-
-class LabelRequest(BaseModel):
-    """Options of `qvit labels`.
-
-    Data options are those of the run that will train with the labels. `flip` is a probability; by default one half,
-    and 0 for digits. `top_k` is a number of classes, or "full". By default a shard has about 2¹⁸ crops.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    model: str
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    teacher: str
-    teacher_weights: str | None = None
-    teacher_kwargs: dict[str, Any] = Field(default_factory=dict)
-    data: str = DIGITS
-    eval_data: str | None = None
-    class_map: str | None = None
-    test_share: float = Field(0.2, gt=0, lt=1)
-    monitor_share: float = Field(0.0, ge=0, lt=1)
-    on_bad_image: Literal["fatal", "skip"] = "fatal"
-    crops: int = Field(ge=1)
-    top_k: int | Literal["full"] = 5
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    flip: float | None = Field(None, ge=0, le=1)
-    seed: int = Field(0, ge=0)
-    images_per_shard: int | None = Field(None, ge=1)
-    batch_size: int = Field(64, ge=1)
-    workers: int = Field(0, ge=0)
-    device: str = "auto"
-
-    @classmethod
-    def create(cls, **values: Any) -> LabelRequest:
-        """Validates `values`. Raises UsageError with one line per mistake."""
-        request = validated(cls, values)
-        if not 0 < request.scale[0] <= request.scale[1] <= 1:
-            raise UsageError(f"scale is a range within 0 to 1 of the image's area, not {request.scale}")
-        if not 0 < request.ratio[0] <= request.ratio[1]:
-            raise UsageError(f"ratio is a range (from, to) of positive numbers, not {request.ratio}")
-        return request
 
 
 def write_labels(
@@ -102,7 +58,7 @@ def write_labels(
         "seconds", "crops_per_second"}`: `written` counts the crops of this call, `bytes` all files.
 
     Raises:
-        UsageError: Options that cannot be meant, or a directory that holds something else.
+        UsageError: Invalid options, or a directory that holds something else.
         QvitError: Data or weights that cannot be read, a teacher that returns NaN, or a disk without space.
     """
     with writing(Path(out)):

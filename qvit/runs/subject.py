@@ -11,8 +11,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,43 +32,11 @@ from qvit.data.open import (
 )
 from qvit.errors import UsageError
 from qvit.models.create import create_model
+from qvit.runs.requests import Request
 from qvit.training.checkpoint import seed_everything
 from qvit.training.processes import Processes
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Request:
-    """The options.
-
-    Attributes:
-        model: timm's name.
-        data: Training images, for calibration; see `open_data`.
-        eval_data: Images to judge by; None: the test split of `data`, or a share of it.
-        weights: File of float weights, or the run of a float model.
-        pretrained: Takes the weights from timm's hub.
-        class_map: File of lines `index<TAB>folder`.
-        images: How many images to judge by, drawn by the seed; None: all.
-        calibration_images: How many images to calibrate with.
-        batch_size, workers, device: Of the loaders and the model.
-        seed: Draws images.
-        model_kwargs: For `timm.create_model`.
-    """
-
-    model: str
-    data: str
-    eval_data: str | None = None
-    weights: str | None = None
-    pretrained: bool = False
-    class_map: str | None = None
-    images: int | None = None
-    calibration_images: int = 64
-    batch_size: int = 16
-    workers: int = 0
-    device: str = "auto"
-    seed: int = 0
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
