@@ -12,7 +12,7 @@ import typer
 from qvit.cli.console import Json, Quiet, bops, boundary_width, err, notifier, print_json, say, size
 from qvit.cli.options import Fields, Given, command
 from qvit.methods.ptq.options import PTQOptions
-from qvit.training.config import TrainConfig
+from qvit.training.config import TrainConfig, validated
 
 
 @command("ptq", order=4)
@@ -54,7 +54,7 @@ def ptq(
 
     if "boundary" in options:
         options["boundary"] = boundary_width(options["boundary"]) or "free"
-    config = TrainConfig.create(method="ptq", method_options=options, **subject)
+    config = TrainConfig.create(method="ptq", method_options=validated(PTQOptions, options).model_dump(), **subject)
     silent = quiet or as_json
     with _bar(silent) as progress:
         result = quantize_after_training(config, run, overwrite=overwrite, notify=notifier(silent), progress=progress)
