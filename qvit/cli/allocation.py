@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, bops, boundary_width, print_json, print_table, progress_bar, say, size
+from qvit.cli.console import Json, bops, boundary_width, integers, print_json, print_table, progress_bar, say, size
 from qvit.cli.options import Fields, Given, ModelArgs, command
 from qvit.errors import QvitError, UsageError
 from qvit.locks import remove_leftovers, writing_file
@@ -47,7 +47,7 @@ def sensitivity(
 ) -> None:
     """Measure how much the loss rises when one tensor, or one head of it, is quantized to 2 to 8 bits.
 
-    A measurement that was stopped goes on where it was.
+    A measurement that was stopped resumes where it was.
 
     Examples:
     [cyan]qvit sensitivity deit_tiny_patch16_224 --weights deit.safetensors --data imagenet/train --out s.json[/]
@@ -61,7 +61,7 @@ def sensitivity(
     request = validated(Request, subject)
     options: dict[str, Any] = {
         "metric": metric,
-        "widths": _widths(widths),
+        "widths": integers(widths, "--widths"),
         "seed": request.seed,
         "type_normalised": type_normalised,
         "plan": plan,
@@ -97,7 +97,7 @@ def _measured(request: Request, target: Path, options: dict[str, Any]) -> Any:
         raise UsageError(f"metric '{options['metric']}' needs training images: give --data")
     if request.weights is None and not request.pretrained:
         raise UsageError(
-            "give the float model's weights with --weights FILE or --pretrained: untrained, it says nothing"
+            "give the float model's weights with --weights FILE or --pretrained: an untrained model says nothing"
         )
     assert request.images is not None
     place = Processes(request.device).device
@@ -135,16 +135,6 @@ def _training_images(data: str, class_map: str | None) -> Any:
         if "too few images per class to set some aside" not in str(error):
             raise
         return open_source(data, split="train", class_map=class_map)
-
-
-def _widths(text: str) -> list[int]:
-    try:
-        if "-" in text:
-            low, high = (int(part) for part in text.split("-"))
-            return list(range(low, high + 1))
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"widths '{text}' are neither a range such as 2-8 nor a list such as 2,3,4,6,8") from None
 
 
 def _show_types(found: Any) -> None:

@@ -7,14 +7,13 @@ from typing import Annotated
 
 import typer
 
-from qvit.cli.console import Json, bops, print_json, print_table, progress_bar, say, size
+from qvit.cli.console import Json, bops, integers, print_json, print_table, progress_bar, say, size
 from qvit.cli.options import Fields, Given, command
-from qvit.errors import UsageError
 from qvit.runs.requests import Request
 from qvit.training.config import validated
 
 Subject = Annotated[Given, Fields(Request, help={"data": "training images, for calibration: as for `qvit train`"})]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew whatever --out holds.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start over, whatever --out holds.")]
 
 
 @command("analyze", order=13)
@@ -34,7 +33,7 @@ def analyze(
 ) -> None:
     """Measure how robust a model and its parts are against quantization, without training (Q-ViT, Figures 1 and 2).
 
-    A call that was stopped goes on where it was; one that asks for more adds to what is there.
+    A call that was stopped resumes where it was; one that asks for more adds to the points that are there.
 
     Examples:
     [cyan]qvit analyze deit_tiny_patch16_224 --pretrained --data imagenet/train --eval-data imagenet/val --what widths
@@ -52,9 +51,9 @@ def analyze(
             request,
             run,
             what=KINDS if what == "all" else [kind.strip() for kind in what.split(",")],
-            widths=_integers(widths, "--widths"),
+            widths=integers(widths, "--widths"),
             parts=part,
-            layers=None if layer == "all" else _integers(layer, "--layers"),
+            layers=None if layer == "all" else integers(layer, "--layers"),
             low_bits=low_bits,
             high_bits=high_bits,
             overwrite=overwrite,
@@ -135,10 +134,3 @@ def patchwise(
     if page:
         say(f"page: {page.absolute()}")
     return None
-
-
-def _integers(text: str, option: str) -> list[int]:
-    try:
-        return [int(item) for item in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} '{text}' must be integers with commas between, such as 2,4,8") from None

@@ -25,8 +25,8 @@ def bench(
 ) -> None:
     """Measure the speed of our engines beside PyTorch, ONNX Runtime and OpenVINO, all in one run on the same threads.
 
-    Engines take turns in rounds; shown are medians, quartiles and ratios of medians. What is not installed is left
-    out, and said: pip install "qvit[bench]" brings all of it.
+    Engines take turns in rounds; the table shows medians, quartiles and ratios of medians. Engines that are not
+    installed are left out and named: pip install "qvit[bench]" installs all of them.
 
     Examples:
     [cyan]qvit bench deit_tiny_patch16_224 --plan w8a8 --batch 1 --batch 8 --out bench.html[/]

@@ -72,7 +72,7 @@ def notifier(quiet: bool) -> Callable[[str], None]:
 
 @contextmanager
 def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the seconds spent and left, on stderr; it shows nothing where nobody looks."""
+    """A bar with the seconds spent and left, on stderr; hidden where stderr is not a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -103,6 +103,17 @@ def pairs(items: list[str] | None) -> dict[str, Any]:
         except ValueError:
             found[key.strip()] = {"True": True, "False": False, "None": None}.get(text, text)
     return found
+
+
+def integers(text: str, option: str) -> list[int]:
+    """The numbers of an option: a range such as 2-8, or a list such as 2,4,8."""
+    try:
+        if "-" in text:
+            low, high = map(int, text.split("-"))
+            return list(range(low, high + 1))
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} '{text}' is neither a range such as 2-8 nor a list such as 2,4,8") from None
 
 
 def boundary_width(text: str) -> int | None:

@@ -39,14 +39,14 @@ def export(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not run what was written beside the reference.")
+        bool, typer.Option("--no-check", help="Do not compare the written file with the reference engine.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write a packed model as an ONNX graph or an OpenVINO model whose products run on integers.
 
-    What was written is run on random images beside the reference engine, if its runtime is installed.
+    The written file is compared with the reference engine on random images, if its runtime is installed.
 
     Examples:
     [cyan]qvit export model.safetensors --to onnx --containers 8bit[/]

@@ -26,7 +26,7 @@ def labels(
 ) -> None:
     """Write a teacher's soft labels for random crops of the training images, to train from without the teacher.
 
-    A call that was stopped goes on where it was; one that is finished only checks what is there.
+    A call that was stopped resumes where it was; a finished one only checks the store.
 
     Examples:
     [cyan]qvit labels vit_digits --teacher runs/float --data digits --crops 20 --scale 0.5 1 --out labels/digits[/]

@@ -9,6 +9,7 @@ import typer
 
 from qvit.cli.console import Json, bops, err, print_json, print_table, say, size, spread
 from qvit.cli.options import ClassMap, Device, Workers, command
+from qvit.errors import UsageError
 
 
 @command("demo", order=1)
@@ -26,7 +27,7 @@ def demo(
 ) -> None:
     """Train a small ViT on real handwritten digits and compare LSQ+ with Q-ViT at equal bit operations.
 
-    A demo that was stopped goes on where it was.
+    A demo that was stopped resumes where it was.
 
     Examples:  [cyan]qvit demo --out demo-output[/]    [cyan]qvit demo --seeds 1 --out quick[/]
     """
@@ -78,8 +79,6 @@ def evaluate(
     [cyan]qvit evaluate runs/deit/packed.safetensors --data imagenet/val --engine onnxruntime[/]
     """
     from rich.progress import Progress
-
-    from qvit.errors import UsageError
 
     if engine is not None and model.is_dir():
         raise UsageError(f"--engine is for packed models: `qvit pack {model}` makes one")
