@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from typer.models import ArgumentInfo, ParameterInfo
 
 import qvit.cli  # noqa: F401  # registers the commands
+import qvit.methods.ptq.method  # noqa: F401  # registers `ptq`
 from qvit.cli.options import COMMANDS, Fields, types_of
 from qvit.methods import METHODS
 from qvit.training.config import TrainConfig
@@ -111,9 +112,10 @@ def _metadata(kind: Any) -> Iterable[Any]:
 def schema() -> str:
     """The JSON schema of a recipe: every setting, and the options of every method."""
     content = TrainConfig.model_json_schema()
-    options: dict[str, Any] = {cls.__name__: cls.model_json_schema() for cls in (m.Options for m in METHODS.values())}
+    classes = (METHODS[name].Options for name in sorted(METHODS))
+    options: dict[str, Any] = {cls.__name__: cls.model_json_schema() for cls in classes}
     content["required"] = []
-    content["properties"]["method"]["enum"] = list(METHODS)
+    content["properties"]["method"]["enum"] = sorted(METHODS)
     content["properties"]["method_options"]["anyOf"] = [{"$ref": f"#/$defs/{name}"} for name in options]
     content["$defs"] = content.get("$defs", {}) | options
     return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **content}, indent=1) + "\n"
