@@ -16,7 +16,7 @@ class QvitError(Exception):
 
 
 class UsageError(QvitError, ValueError):
-    """A request that cannot be meant: an unknown name, a contradiction between options, a wrong order of calls."""
+    """An invalid request: an unknown name, a contradiction between options, a wrong order of calls."""
 
 
 _LONGEST_NAME, _LONGEST_VALUE = 120, 60

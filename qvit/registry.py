@@ -77,9 +77,10 @@ class Registry(Mapping[K, T], Generic[K, T]):
 
 
 def import_files(package: str) -> None:
-    """Imports every file of a package, in the order of their names."""
+    """Imports every file of a package but `__main__`, in the order of their names."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        importlib.import_module(f"{package}.{module.name}")
+        if module.name != "__main__":
+            importlib.import_module(f"{package}.{module.name}")
 
 
 @functools.cache

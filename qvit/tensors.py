@@ -12,6 +12,8 @@ A reader is told nothing by a file that it does not check: the header's length b
 shape and offset, and that the tensors cover the data exactly, without overlap. Memory: the file's content, its header
 as Python objects, and one copy of the tensors. What the numbers mean is for the reader of each format to check;
 `not_finite` is what all of them ask first.
+
+Reading needs no torch: an entry is bytes with a type and a shape until a tensor is made of it.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from qvit.errors import QvitError, UsageError
 from qvit.files import parse_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: The longest header that is read. A training checkpoint of ViT-L has 1 MB: names of 5,000 tensors.
 MAX_HEADER = 16 << 20
@@ -35,18 +40,51 @@ MAX_FILE = 64 << 30
 PREFIX = 8
 _ALIGNMENT, _MAX_DIMENSIONS = 8, 8
 _DTYPES = {
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "F32": torch.float32,
-    "I32": torch.int32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "F64": ("float64", 8),
+    "I64": ("int64", 8),
+    "F32": ("float32", 4),
+    "I32": ("int32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {f"torch.{dtype}": name for name, (dtype, _) in _DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One tensor in a file.
+
+    Attributes:
+        dtype: Its type as safetensors calls it: `F32`.
+        shape: Its shape.
+        data: Its bytes, a part of the file.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+    def tensor(self) -> Tensor:
+        """A tensor on the CPU, in memory of its own."""
+        import torch
+
+        dtype = getattr(torch, _DTYPES[self.dtype][0])
+        if not self.data:
+            return torch.empty(self.shape, dtype=dtype)
+        return torch.frombuffer(bytearray(self.data), dtype=torch.uint8).view(dtype).reshape(self.shape)
+
+    def floats(self) -> np.ndarray:
+        """Its floating-point numbers in a row, in float32 or float64; none of other types."""
+        if self.dtype == "BF16":
+            return (np.frombuffer(self.data, "<u2").astype("<u4") << 16).view("<f4")
+        if self.dtype not in ("F64", "F32", "F16"):
+            return np.empty(0, "<f4")
+        values = np.frombuffer(self.data, f"<f{_DTYPES[self.dtype][1]}")
+        return values.astype("<f4") if self.dtype == "F16" else values
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,15 +93,20 @@ class Contents:
 
     Attributes:
         metadata: Texts by key.
-        tensors: Tensors by name, on the CPU, in memory of their own.
+        entries: What is stored, by name.
         header_bytes: Bytes before the data.
         file_bytes: Bytes of the whole file.
     """
 
     metadata: dict[str, str]
-    tensors: dict[str, Tensor]
+    entries: dict[str, Entry]
     header_bytes: int
     file_bytes: int
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Tensors by name, on the CPU, in memory of their own."""
+        return {name: entry.tensor() for name, entry in self.entries.items()}
 
 
 def encode(
@@ -74,14 +117,16 @@ def encode(
     Equal tensors and metadata give equal bytes. Raises UsageError for a text that is not Unicode, a tensor of a type
     that safetensors does not have, and a header that would not be read.
     """
+    import torch
+
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     entries, offset = {}, 0
     for name, tensor in ordered:
-        if tensor.dtype not in _NAMES or tensor.layout != torch.strided:
+        if str(tensor.dtype) not in _NAMES or tensor.layout != torch.strided:
             raise UsageError(f"there is no type for '{name}' ({tensor.dtype}, {tensor.layout}) in a file of tensors")
         end = offset + tensor.numel() * tensor.element_size()
         entries[name] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _NAMES[str(tensor.dtype)],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
@@ -128,11 +173,8 @@ def decode(content: bytes | memoryview, *, max_header: int = MAX_HEADER) -> Cont
         raise QvitError("its metadata are not texts by key")
     start = PREFIX + len(header)
     data = memoryview(content)[start:]
-    tensors = {
-        name: from_bytes(data[begin:end], dtype, f"tensor {name!r}").reshape(shape)
-        for name, (dtype, shape, begin, end) in _places(parsed, len(data)).items()
-    }
-    return Contents(metadata, tensors, start, len(content))
+    entries = {name: _entry(name, *place, data) for name, place in _places(parsed, len(data)).items()}
+    return Contents(metadata, entries, start, len(content))
 
 
 def parse(text: bytes | str) -> Any:
@@ -143,7 +185,7 @@ def parse(text: bytes | str) -> Any:
         raise QvitError(f"its JSON cannot be read: {error}") from None
 
 
-Place = tuple[torch.dtype, tuple[int, ...], int, int]
+Place = tuple[str, tuple[int, ...], int, int]
 
 
 def _places(entries: Mapping[str, Any], available: int) -> dict[str, Place]:
@@ -170,9 +212,9 @@ def _place(name: str, entry: Any) -> Place:
     if not _sizes(offsets) or len(offsets) != 2:
         raise QvitError(f"tensor {name!r} has impossible offsets")
     begin, end = offsets
-    if end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+    if end - begin != math.prod(shape) * _DTYPES[dtype][1]:
         raise QvitError(f"tensor {name!r} has {end - begin} bytes, which its shape and type do not take")
-    return _DTYPES[dtype], tuple(shape), begin, end
+    return dtype, tuple(shape), begin, end
 
 
 def _sizes(values: Any) -> bool:
@@ -181,14 +223,10 @@ def _sizes(values: Any) -> bool:
     )
 
 
-def from_bytes(content: memoryview, dtype: torch.dtype, what: str) -> Tensor:
-    """A flat tensor with a copy of some bytes; `what` names it in the QvitError for truth values that are none."""
-    if not content:
-        return torch.empty(0, dtype=dtype)
-    raw = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    if dtype == torch.bool and int(raw.max()) > 1:
-        raise QvitError(f"{what} has truth values that are neither 0 nor 1")
-    return raw.view(dtype)
+def _entry(name: str, dtype: str, shape: tuple[int, ...], begin: int, end: int, data: memoryview) -> Entry:
+    if dtype == "BOOL" and bytes(data[begin:end]).translate(None, b"\0\1"):
+        raise QvitError(f"tensor {name!r} has truth values that are neither 0 nor 1")
+    return Entry(dtype, shape, data[begin:end])
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
@@ -198,5 +236,7 @@ def total_bytes(tensors: Iterable[Tensor]) -> int:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds NaN or an infinite value."""
+    import torch
+
     floats = ((name, tensor) for name, tensor in tensors.items() if tensor.is_floating_point() or tensor.is_complex())
     return next((name for name, tensor in floats if not bool(torch.isfinite(tensor).all())), None)

@@ -20,15 +20,8 @@ import pytest
 import typer.main
 
 from qvit.cli import app, main
-from qvit.methods.dq import DQOptions
-from qvit.methods.edmips import EdMIPSOptions
-from qvit.methods.irm import IRMOptions
-from qvit.methods.lsq import LSQOptions
-from qvit.methods.ofq import OFQOptions
-from qvit.methods.qvit import QViTOptions
-from qvit.methods.vvtq import VVTQOptions
+from qvit.methods import METHODS
 from qvit.training.config import TrainConfig
-from qvit.training.oscillation import RemedyOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 RENDER = ROOT / "benchmarks" / "render"
@@ -198,9 +191,7 @@ def settings_in(text: str) -> set[tuple[str, str]]:
 
 
 def test_settings_in_command_lines_exist() -> None:
-    known = set(TrainConfig.model_fields) | set(QViTOptions.model_fields) | set(LSQOptions.model_fields)
-    known |= set(DQOptions.model_fields) | set(EdMIPSOptions.model_fields)
-    known |= set(VVTQOptions.model_fields) | set(OFQOptions.model_fields) | set(IRMOptions.model_fields)
+    known = set(TrainConfig.model_fields).union(*(cls.Options.model_fields for cls in METHODS.values()))
     for document in DOCUMENTS:
         assert {key for key, _ in settings_in(document.read_text("utf-8"))} <= known, document
 
@@ -208,40 +199,20 @@ def test_settings_in_command_lines_exist() -> None:
 # Tables of options
 
 
-def rows_of(section: str) -> dict[str, str]:
-    """Key → default of the table below a heading of docs/cli.md."""
+def test_tables_of_options_and_the_schema_of_recipes_are_those_of_the_code() -> None:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, ROOT / "docs" / "options.py", "--check"], capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_method_has_its_table_of_options() -> None:
     text = (ROOT / "docs" / "cli.md").read_text("utf-8")
-    part = text.split(f"### {section}\n", 1)[1].split("\n### ", 1)[0].split("\n## ", 1)[0]
-    return {key: default for key, default in re.findall(r"^\| `(\w+)` \| ?(.*?) ?\|", part, re.MULTILINE)}
-
-
-@pytest.mark.parametrize(
-    ("section", "model"),
-    [
-        ("Settings", TrainConfig),
-        ("Options of `qvit`", QViTOptions),
-        ("Options of `dq`", DQOptions),
-        ("Options of `edmips`", EdMIPSOptions),
-        ("Options of `lsq` and `lsq+`", LSQOptions),
-        ("Options of `vvtq` and `qvit+vvtq`", VVTQOptions),
-        ("Options of `irm`", IRMOptions),
-    ],
-)
-def test_tables_of_options_are_those_of_the_code(section: str, model: Any) -> None:
-    rows = rows_of(section)
-    assert list(rows) == list(model.model_fields)
-    for key, field in model.model_fields.items():
-        if field.is_required():
-            assert rows[key] == ""
-        else:
-            default = field.get_default(call_default_factory=True)
-            assert json.loads(rows[key].strip("`")) == (list(default) if isinstance(default, tuple) else default), key
-
-
-def test_the_options_of_ofq_are_those_of_the_remedies_and_its_own() -> None:
-    assert list(rows_of("Options of `ofq`")) == [
-        key for key in OFQOptions.model_fields if key not in RemedyOptions.model_fields
-    ]
+    tables = set(re.findall(r"<!-- options:(\S+):begin -->", text))
+    alike = {"lsq+": "lsq", "qvit+vvtq": "vvtq"}
+    assert {alike.get(name, name) for name, cls in METHODS.items() if cls.Options.model_fields} - {"ptq"} <= tables
 
 
 # Links

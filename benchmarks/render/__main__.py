@@ -41,6 +41,7 @@ DOCUMENTS = (
     "docs/two-bits.md",
     "docs/soft-labels.md",
     "docs/deployment.md",
+    "docs/cli.md",
 )
 _BLOCK = re.compile(r"<!-- results:(\w+):begin -->\n(.*?)<!-- results:(\w+):end -->", re.DOTALL)
 _PLACE = re.compile(r'data-figure="figures/([^"]+)"')

@@ -235,6 +235,16 @@ def labels_tables(data: dict[str, Any]) -> str:
     return "\n\n".join([table(header, [row], left=1), f"Teacher {data['teacher']}. {origin(data)}"])
 
 
+@table_of("startup.json", "`python benchmarks/measure/startup.py`")
+def startup_tables(data: dict[str, Any]) -> str:
+    """Processor and wall-clock time of commands that compute next to nothing."""
+    columns = ("processor_seconds_median", "processor_seconds_min", "seconds_median", "seconds_min")
+    rows = [[f"`{row['command']}`", *(f"{row[column]:.2f}" for column in columns)] for row in data["rows"]]
+    header = ["command", "processor time (s)", "least", "wall-clock time (s)", "least"]
+    note = f"Medians and least values. Load of the machine at the start: {data['load_before']:.1f}."
+    return "\n\n".join([table(header, rows, left=1), f"{note} {origin(data)}"])
+
+
 @table_of("sensitivity.json", "`QVIT_DATA=FOLDER python benchmarks/measure/sensitivity.py`")
 def sensitivity_tables(data: dict[str, Any]) -> str:
     """Search times, and how predictions of single sites agree with measurements."""

@@ -1,11 +1,6 @@
 """The command line: every command calls one function of the library and prints what it returns.
 
-    training.py       train                    console.py      options and formats that commands share
-    quantization.py   ptq                      allocation.py   sensitivity, allocate
-    results.py        demo, evaluate, report   analyses.py     analyze, patchwise
-    plans.py          cost, plan show, plan diff
-    labels.py         labels                   bench.py        bench
-    deployment.py     pack, inspect            export.py       export
+A file of this folder that registers a command is all that a command needs: see `options.py`.
 
 The result is a table or, with --json, JSON. Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted, 143 saved
 and ended by SIGTERM. A failure is one line on stderr; --debug (or QVIT_DEBUG=1) adds the traceback. The library is
@@ -26,8 +21,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qvit.cli import allocation, analyses, bench, deployment, export, labels, plans, quantization, results, training
-from qvit.cli.console import Debug, out
+from qvit.cli.console import out
+from qvit.cli.options import COMMANDS
 from qvit.errors import QvitError, UsageError
 from qvit.version import __version__
 
@@ -40,7 +35,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Vision Transformers at 2 to 8 bits: learn, train, measure and report mixed-precision plans for timm models.",
 )
-plan_app = typer.Typer(no_args_is_help=True, help="Look at plans: which tensor has how many bits.")
+#: Group of commands → its help.
+GROUPS = {"plan": "Look at plans: which tensor has how many bits."}
 
 
 _LONGEST_MESSAGE = 4000
@@ -102,7 +98,7 @@ def common(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
-    debug: Debug = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")] = False,
 ) -> None:
     """Messages of libraries stay out of the way unless asked for."""
     logging.basicConfig(
@@ -115,24 +111,15 @@ def common(
         warnings.filterwarnings("ignore")
 
 
-for command in (
-    results.demo,
-    training.train,
-    labels.labels,
-    quantization.ptq,
-    analyses.patchwise,
-    results.evaluate,
-    deployment.pack,
-    deployment.inspect,
-    plans.cost,
-    allocation.sensitivity,
-    allocation.allocate,
-    analyses.analyze,
-    bench.bench,
-    export.export,
-):
-    app.command()(command)
-app.add_typer(plan_app, name="plan")
-app.command()(results.report)
-plan_app.command("show")(plans.plan_show)
-plan_app.command("diff")(plans.plan_diff)
+def _complete(app: typer.Typer) -> None:
+    """Adds the registered commands, in their order."""
+    groups: dict[str, typer.Typer] = {"": app}
+    for name, command in sorted(COMMANDS.items(), key=lambda item: item[1].order):
+        group, _, own = name.rpartition(" ")
+        if group not in groups:
+            groups[group] = typer.Typer(no_args_is_help=True, help=GROUPS.get(group))
+            app.add_typer(groups[group], name=group)
+        groups[group].command(own, help=command.help)(command.call)
+
+
+_complete(app)

@@ -7,58 +7,47 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from qvit.cli.console import (
-    ClassMap,
-    Debug,
-    Device,
-    Json,
-    ModelArgs,
-    Pretrained,
-    Weights,
-    Workers,
-    bops,
-    boundary_width,
-    out,
-    pairs,
-    print_json,
-    progress_bar,
-    say,
-    size,
-)
+from qvit.cli.console import Json, bops, boundary_width, integers, print_json, print_table, progress_bar, say, size
+from qvit.cli.options import Fields, Given, ModelArgs, command
 from qvit.errors import QvitError, UsageError
 from qvit.locks import remove_leftovers, writing_file
+from qvit.runs.requests import Request
+from qvit.training.config import validated
 
 PARTIAL = ".partial"
 
 
+@command("sensitivity", order=11)
 def sensitivity(
-    model: Annotated[str, typer.Argument(help="timm's name, vit_digits, or a finished run for --metric learned.")],
+    subject: Annotated[
+        Given,
+        Fields(
+            Request,
+            "model data weights pretrained class_map images seed device workers model_kwargs",
+            help={
+                "model": "timm's name, vit_digits, or a finished run for --metric learned",
+                "data": "training images, as for `qvit train`",
+                "images": "how many training images",
+                "seed": "chooses images and random signs",
+            },
+            defaults={"images": 32, "data": ""},
+        ),
+    ],
     target: Annotated[Path, typer.Option("--out", help="The JSON file.")],
-    data: Annotated[str | None, typer.Option(help="Training images, as for `qvit train`.")] = None,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    class_map: ClassMap = None,
-    images: Annotated[int, typer.Option(help="How many training images.")] = 32,
     metric: Annotated[str, typer.Option(help="fisher, hessian, kl (slow) or learned (from a run).")] = "fisher",
     widths: Annotated[str, typer.Option(help="Candidate widths: 2-8, or a list such as 2,3,4,6,8.")] = "2-8",
     plan: Annotated[
-        str | None, typer.Option(help="Grids and granularity to measure with: preset or plan file.", show_default=False)
+        str | None, typer.Option(help="Grids and granularity to measure with: preset or plan file.")
     ] = None,
     type_normalised: Annotated[
         bool, typer.Option("--type-normalised", help="Give every kind of tensor the same mean (after LampQ).")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Chooses images and random signs.")] = 0,
-    device: Device = "auto",
-    workers: Workers = None,
-    model_arg: ModelArgs = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Measure how much the loss rises when one tensor, or one head of it, is quantized to 2 to 8 bits.
 
-    A measurement that was stopped goes on where it was.
+    A measurement that was stopped resumes where it was.
 
     Examples:
     [cyan]qvit sensitivity deit_tiny_patch16_224 --weights deit.safetensors --data imagenet/train --out s.json[/]
@@ -69,26 +58,25 @@ def sensitivity(
     """
     from qvit.measure import measure_sensitivity
 
+    request = validated(Request, subject)
     options: dict[str, Any] = {
         "metric": metric,
-        "widths": _widths(widths),
-        "seed": seed,
+        "widths": integers(widths, "--widths"),
+        "seed": request.seed,
         "type_normalised": type_normalised,
         "plan": plan,
     }
     with writing_file(target):
         if metric == "learned":
-            if data is not None or weights is not None:
+            if request.data or request.weights:
                 raise UsageError("metric 'learned' reads a finished run: leave out --data and --weights")
             from qvit.runs.directory import read_config
             from qvit.runs.run import load_run
 
-            options["name"] = read_config(Path(model))[0].model
-            found = measure_sensitivity(load_run(model), **options)
+            options["name"] = read_config(Path(request.model))[0].model
+            found = measure_sensitivity(load_run(request.model), **options)
         else:
-            found = _measured(
-                model, data, weights, pretrained, class_map, images, device, workers, model_arg, target, options
-            )
+            found = _measured(request, target, options)
         found.save(target)
         Path(f"{target}{PARTIAL}").unlink(missing_ok=True)
         remove_leftovers(target.parent, (target.name, f"{target.name}{PARTIAL}"))
@@ -99,39 +87,29 @@ def sensitivity(
     say(f"sensitivity: {target.absolute()}   (`qvit allocate {target} --budget 4bit --out plan.json` makes a plan)")
 
 
-def _measured(
-    name: str,
-    data: str | None,
-    weights: str | None,
-    pretrained: bool,
-    class_map: str | None,
-    images: int,
-    device: str,
-    workers: int | None,
-    model_arg: list[str] | None,
-    target: Path,
-    options: dict[str, Any],
-) -> Any:
+def _measured(request: Request, target: Path, options: dict[str, Any]) -> Any:
     from qvit.data.open import calibration_batches, data_config_of
     from qvit.measure import measure_sensitivity
     from qvit.models.create import create_model
     from qvit.training.processes import Processes
 
-    if data is None:
+    if not request.data:
         raise UsageError(f"metric '{options['metric']}' needs training images: give --data")
-    if weights is None and not pretrained:
+    if request.weights is None and not request.pretrained:
         raise UsageError(
-            "give the float model's weights with --weights FILE or --pretrained: untrained, it says nothing"
+            "give the float model's weights with --weights FILE or --pretrained: an untrained model says nothing"
         )
-    place = Processes(device).device
-    float_model = create_model(name, weights=weights, pretrained=pretrained, **pairs(model_arg)).to(place).eval()
+    assert request.images is not None
+    place = Processes(request.device).device
+    weights = {"weights": request.weights, "pretrained": request.pretrained}
+    float_model = create_model(request.model, **weights, **request.model_kwargs).to(place).eval()
     batches = calibration_batches(
-        _training_images(data, class_map),
+        _training_images(request.data, request.class_map),
         data_config_of(float_model),
-        images=images,
-        batch_size=min(16, images),
-        seed=options["seed"],
-        workers=workers or 0,
+        images=request.images,
+        batch_size=min(16, request.images),
+        seed=request.seed,
+        workers=request.workers,
         device=place,
     )
     with progress_bar(hidden=False) as show:
@@ -140,7 +118,7 @@ def _measured(
             batches,
             progress=partial(show, options["metric"]),
             partial=f"{target}{PARTIAL}",
-            name=name,
+            name=request.model,
             **options,
         )
 
@@ -159,16 +137,6 @@ def _training_images(data: str, class_map: str | None) -> Any:
         return open_source(data, split="train", class_map=class_map)
 
 
-def _widths(text: str) -> list[int]:
-    try:
-        if "-" in text:
-            low, high = (int(part) for part in text.split("-"))
-            return list(range(low, high + 1))
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UsageError(f"widths '{text}' are neither a range such as 2-8 nor a list such as 2,3,4,6,8") from None
-
-
 def _show_types(found: Any) -> None:
     """The table for people: sums over all sites and heads of a kind, at no more widths than fit a line."""
     from qvit.measure import site_type
@@ -179,45 +147,62 @@ def _show_types(found: Any) -> None:
     for name, values in found.table.items():
         kind = site_type(name)
         sums[kind] = sums.get(kind, 0.0) + values.sum(0)
-    table = Table(title=f"predicted loss increase of {found.model}, by kind of tensor")
-    table.add_column("tensors", no_wrap=True)
-    for column in columns:
-        table.add_column(f"{found.widths[column]} bit", justify="right", no_wrap=True)
-    for kind, values in sorted(sums.items(), key=lambda item: -item[1][0]):
-        table.add_row(kind, *(f"{values[column]:.3g}" for column in columns))
-    out.print(table)
+    print_table(
+        ("tensors", *(f"{found.widths[column]} bit" for column in columns)),
+        [
+            (kind, *(f"{values[column]:.3g}" for column in columns))
+            for kind, values in sorted(sums.items(), key=lambda item: -item[1][0])
+        ],
+        title=f"predicted loss increase of {found.model}, by kind of tensor",
+        whole=True,
+    )
 
 
+@command("allocate", order=12)
 def allocate(
     sensitivity: Annotated[Path, typer.Argument(help="File of `qvit sensitivity`.")],
+    model_arg: ModelArgs,
     target: Annotated[
-        Path | None, typer.Option("--out", help="The plan; with several budgets NAME-BUDGET.json.", show_default=False)
+        Path | None, typer.Option("--out", help="The plan; with several budgets NAME-BUDGET.json.")
     ] = None,
     budget: Annotated[
         list[str] | None,
-        typer.Option(help="4bit, 21.455G, 2.5MB, 12ms or 25%, in the unit. Repeatable.", show_default=False),
+        typer.Option(
+            help="Limit in the unit: 4bit (the uniform model's cost), 21.455G, 2.5MB, 12ms, 25% of the 8-bit model's. "
+            "Repeatable."
+        ),
     ] = None,
     unit: Annotated[
-        str, typer.Option(help="bit_operations, weight_bytes, or a JSON file {site: {width: milliseconds}}.")
+        str,
+        typer.Option(
+            help="bit_operations, weight_bytes, or a JSON file {site: {width: milliseconds}}; sites that it leaves "
+            "out take no time."
+        ),
     ] = "bit_operations",
     pin: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN=BITS", help="Sites of a fixed width. Repeatable.")
+        list[str] | None,
+        typer.Option(metavar="PATTERN=BITS", help="Sites of a fixed width; a later pin wins. Repeatable."),
     ] = None,
     tie: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN=PATTERN", help="Sites that share a width. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=PATTERN",
+            help="Sites whose wildcards stand for the same text share a width, head by head; PATTERN alone: all "
+            "matching sites share one. Repeatable.",
+        ),
     ] = None,
-    boundary: Annotated[str, typer.Option(help="Width of the first and the last layer, or free.")] = "8",
+    boundary: Annotated[
+        str, typer.Option(help="Width of the first and the last layer; free: allocated like the others.")
+    ] = "8",
     frontier: Annotated[
-        Path | None, typer.Option(help="The whole frontier: an .html page or a .json file.", show_default=False)
+        Path | None, typer.Option(help="The whole frontier: an .html page with a slider, or a .json file.")
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="Another sensitivity, such as of metric kl, to show beside it.", show_default=False),
+        typer.Option(help="Another sensitivity, such as of metric kl, that the page holds predictions against."),
     ] = None,
     points: Annotated[int, typer.Option(help="Largest number of points of the frontier.")] = 100,
-    model_arg: ModelArgs = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Make the plan of least predicted loss within a budget, and draw the frontier of all budgets.
 
@@ -232,7 +217,7 @@ def allocate(
     from qvit.allocate import allocate_plan, frontier_report
     from qvit.files import write_json
     from qvit.measure import Sensitivity
-    from qvit.models.create import create_model
+    from qvit.models.create import create_shapes
     from qvit.models.families import inspect_model
 
     budgets = budget or []
@@ -241,7 +226,7 @@ def allocate(
     if frontier is not None and frontier.suffix not in (".html", ".json"):
         raise UsageError(f"the frontier's file '{frontier}' must end in .html or .json")
     measured = Sensitivity.load(sensitivity)
-    cost = inspect_model(create_model(measured.model, **pairs(model_arg)))
+    cost = inspect_model(create_shapes(measured.model, **model_arg))
     options: dict[str, Any] = {"unit": unit, "pins": pin or [], "ties": tie or [], "boundary": boundary_width(boundary)}
     plans = {text: allocate_plan(cost, measured, text, **options) for text in budgets}
     rows = []
@@ -289,13 +274,10 @@ def allocate(
 def _show_plans(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
-    table = Table()
-    for column in ("budget", "predicted loss", "bit operations", "weights"):
-        table.add_column(column, justify="left" if column == "budget" else "right")
-    for row in rows:
-        table.add_row(
-            row["budget"], f"{row['predicted_loss']:.4g}", bops(row["bit_operations"]), size(row["weight_bytes"])
-        )
-    out.print(table)
+    cells = [
+        (row["budget"], f"{row['predicted_loss']:.4g}", bops(row["bit_operations"]), size(row["weight_bytes"]))
+        for row in rows
+    ]
+    print_table(("budget", "predicted loss", "bit operations", "weights"), cells)
     for row in rows:
         say(f"plan: {row['plan']}")

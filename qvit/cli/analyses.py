@@ -6,48 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from qvit.cli.console import (
-    ClassMap,
-    Debug,
-    Json,
-    ModelArgs,
-    Pretrained,
-    Weights,
-    Workers,
-    bops,
-    out,
-    pairs,
-    print_json,
-    progress_bar,
-    say,
-    size,
-)
-from qvit.errors import UsageError
+from qvit.cli.console import Json, bops, integers, print_json, print_table, progress_bar, say, size
+from qvit.cli.options import Fields, Given, command
+from qvit.runs.requests import Request
+from qvit.training.config import validated
 
-Model = Annotated[str, typer.Argument(help="timm's name, or vit_digits.")]
-Data = Annotated[str, typer.Option(help="Training images, for calibration: as for `qvit train`.")]
-EvalData = Annotated[
-    str | None, typer.Option(help="Images to judge by. Default: the data's own test split, or a share set aside.")
-]
-Images = Annotated[int | None, typer.Option(help="How many images to judge by, drawn by the seed. Default: all.")]
-Calibration = Annotated[int, typer.Option(help="How many images to calibrate with.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin anew whatever --out holds.")]
+Subject = Annotated[Given, Fields(Request, help={"data": "training images, for calibration: as for `qvit train`"})]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start over, whatever --out holds.")]
 
 
+@command("analyze", order=13)
 def analyze(
-    model: Model,
-    data: Data,
+    subject: Subject,
     run: Annotated[Path, typer.Option("--out", help="Where analysis.json and analysis.html go.")],
     what: Annotated[str, typer.Option(help="widths, parts, heads, several with commas, or all.")] = "all",
-    eval_data: EvalData = None,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    class_map: ClassMap = None,
-    images: Images = None,
-    calibration_images: Calibration = 64,
     widths: Annotated[str, typer.Option(help="Widths of `widths` and `parts`.")] = "2,3,4,5,6,7,8",
     part: Annotated[list[str] | None, typer.Option(help="gelu, fc or msa. Repeatable. Default: all.")] = None,
     layer: Annotated[
@@ -55,18 +28,12 @@ def analyze(
     ] = "0",
     low_bits: Annotated[int, typer.Option(help="Width of the one head.")] = 2,
     high_bits: Annotated[int, typer.Option(help="Width of everything else.")] = 8,
-    batch_size: Annotated[int, typer.Option()] = 16,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Device = "auto",
-    workers: Workers = None,
-    model_arg: ModelArgs = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Measure how robust a model and its parts are against quantization, without training (Q-ViT, Figures 1 and 2).
 
-    A call that was stopped goes on where it was; one that asks for more adds to what is there.
+    A call that was stopped resumes where it was; one that asks for more adds to the points that are there.
 
     Examples:
     [cyan]qvit analyze deit_tiny_patch16_224 --pretrained --data imagenet/train --eval-data imagenet/val --what widths
@@ -77,21 +44,16 @@ def analyze(
     from qvit.report.analysis import write_analysis_page
     from qvit.runs.analysis import ANALYSIS, KINDS
     from qvit.runs.analysis import analyze as measure
-    from qvit.runs.subject import Request
 
-    request = Request.create(
-        model=model, data=data, eval_data=eval_data, weights=weights, pretrained=pretrained, class_map=class_map,
-        images=images, calibration_images=calibration_images, batch_size=batch_size, workers=workers or 0,
-        device=device, seed=seed, model_kwargs=pairs(model_arg),
-    )  # fmt: skip
+    request = validated(Request, subject)
     with progress_bar(hidden=as_json) as progress:
         record = measure(
             request,
             run,
             what=KINDS if what == "all" else [kind.strip() for kind in what.split(",")],
-            widths=_integers(widths, "--widths"),
+            widths=integers(widths, "--widths"),
             parts=part,
-            layers=None if layer == "all" else _integers(layer, "--layers"),
+            layers=None if layer == "all" else integers(layer, "--layers"),
             low_bits=low_bits,
             high_bits=high_bits,
             overwrite=overwrite,
@@ -100,53 +62,44 @@ def analyze(
     page = write_analysis_page(run / ANALYSIS, run / "analysis.html")
     if as_json:
         return print_json(record | {"page": str(page.absolute())})
-    table = Table(title=f"{model} on {record['settings']['images']} images, float {record['float']['top1']:.2f} %")
-    for column in ("what", "bits", "top-1 %", "± se", "vs float", "agrees %"):
-        table.add_column(column, justify="left" if column == "what" else "right")
+    rows = []
     for row in record["points"]:
         named = [row["what"], row["part"], row["layer"], None if row["head"] is None else f"head {row['head']}"]
-        table.add_row(
-            " ".join(value for value in named if value),
-            str(row["bit_width"]),
-            f"{row['top1']:.2f}",
-            f"{row['standard_error']:.2f}",
-            f"{0.0 - row['drop']:+.2f}",
-            f"{row['agreement']:.1f}",
+        rows.append(
+            (
+                " ".join(value for value in named if value),
+                row["bit_width"],
+                f"{row['top1']:.2f}",
+                f"{row['standard_error']:.2f}",
+                f"{0.0 - row['drop']:+.2f}",
+                f"{row['agreement']:.1f}",
+            )
         )
-    out.print(table)
+    title = f"{request.model} on {record['settings']['images']} images, float {record['float']['top1']:.2f} %"
+    print_table(("what", "bits", "top-1 %", "± se", "vs float", "agrees %"), rows, title=title)
     say(f"page: {page.absolute()}")
     return None
 
 
+@command("patchwise", order=5)
 def patchwise(
-    model: Model,
-    data: Data,
+    subject: Subject,
     run: Annotated[Path, typer.Option("--out", help="Where plan, costs, result and picture go.")],
     budget: Annotated[str, typer.Option(help="4bit (= BOPs of the uniform model), 21.455G, or a share: 0.25.")],
-    eval_data: EvalData = None,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
-    class_map: ClassMap = None,
     share: Annotated[
         float | None, typer.Option(help="Share of important tokens. Default: 0.5; allocated: best of 0.25, 0.5, 0.75.")
     ] = None,
     allocate: Annotated[
         str, typer.Option(help="same split in all blocks, the best of equal average, or free within the budget.")
     ] = "same",
-    plan: Annotated[str | None, typer.Option(help="Plain plan to split, or one that is. Default: uniform.")] = None,
+    plan: Annotated[
+        str | None, typer.Option(help="Plain plan to split, or one that is split already. Default: uniform.")
+    ] = None,
     key: Annotated[bool, typer.Option("--key", help="Split the keys, too.")] = False,
     score_images: Annotated[int, typer.Option(help="Training images that splits are allocated by.")] = 32,
     picture: Annotated[int, typer.Option(help="How many judged images to draw.")] = 0,
-    images: Images = None,
-    calibration_images: Calibration = 64,
-    batch_size: Annotated[int, typer.Option()] = 16,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Device = "auto",
-    workers: Workers = None,
-    model_arg: ModelArgs = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Give important patches more bits than others, at equal bit operations, and judge that beside the plain plan.
 
@@ -157,13 +110,8 @@ def patchwise(
     from qvit.report.patches import write_patches_page
     from qvit.runs.patchwise import PATCHES
     from qvit.runs.patchwise import patchwise as measure
-    from qvit.runs.subject import Request
 
-    request = Request.create(
-        model=model, data=data, eval_data=eval_data, weights=weights, pretrained=pretrained, class_map=class_map,
-        images=images, calibration_images=calibration_images, batch_size=batch_size, workers=workers or 0,
-        device=device, seed=seed, model_kwargs=pairs(model_arg),
-    )  # fmt: skip
+    request = validated(Request, subject)
     with progress_bar(hidden=as_json) as progress:
         result = measure(
             request, run, budget=budget, share=share, allocation=allocate, plan=plan, key=key,
@@ -172,14 +120,12 @@ def patchwise(
     page = write_patches_page(run / PATCHES, run / "patches.html") if picture else None
     if as_json:
         return print_json(result | ({"page": str(page.absolute())} if page else {}))
-    table = Table(title=f"{model} on {result['settings']['images']} images")
-    for column in ("", "top-1 %", "agrees %", "bit operations"):
-        table.add_column(column, justify="right" if column else "left")
-    table.add_row("float", f"{result['top1_float']:.2f}", "", "")
+    rows = [("float", f"{result['top1_float']:.2f}", "", "")]
     for name, prefix in (("plain", "uniform_"), ("patch-wise", "")):
         found = [result[prefix + key] for key in ("top1", "agreement", "bit_operations")]
-        table.add_row(name, f"{found[0]:.2f}", f"{found[1]:.2f}", bops(found[2]))
-    out.print(table)
+        rows.append((name, f"{found[0]:.2f}", f"{found[1]:.2f}", bops(found[2])))
+    title = f"{request.model} on {result['settings']['images']} images"
+    print_table(("", "top-1 %", "agrees %", "bit operations"), rows, title=title)
     say(
         f"right in one of the two only: patch-wise {result['only_patchwise_right']}, plain "
         f"{result['only_uniform_right']} images"
@@ -188,10 +134,3 @@ def patchwise(
     if page:
         say(f"page: {page.absolute()}")
     return None
-
-
-def _integers(text: str, option: str) -> list[int]:
-    try:
-        return [int(item) for item in text.split(",")]
-    except ValueError:
-        raise UsageError(f"{option} '{text}' must be integers with commas between, such as 2,4,8") from None

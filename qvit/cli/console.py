@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -16,27 +16,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from qvit.errors import UsageError
 from qvit.files import parse_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug messages.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")]
-Workers = Annotated[int | None, typer.Option(help="Processes that decode images.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
-ModelArgs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--model-arg",
-        "-m",
-        metavar="KEY=VALUE",
-        help="Argument for timm.create_model, such as img_size=64. Repeatable.",
-    ),
-]
-Weights = Annotated[str | None, typer.Option(help="Float weights: .safetensors, .pth, or the run of a float model.")]
-Pretrained = Annotated[bool, typer.Option("--pretrained", help="Float weights from timm's hub.")]
-ClassMap = Annotated[str | None, typer.Option(help="File of lines index<TAB>folder.")]
 out, err = Console(), Console(stderr=True)
 
 
@@ -45,9 +31,48 @@ def say(text: str) -> None:
     out.print(escape(text), highlight=False, soft_wrap=True)
 
 
+def print_table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    title: str | None = None,
+    align: str = "<>",
+    whole: bool = False,
+    bold: Collection[int] = (),
+) -> None:
+    """Prints plain text as a table.
+
+    Args:
+        columns: Headings.
+        rows: Cells of each row.
+        title: Above the table.
+        align: `<` or `>` for each column; the last one holds for the rest.
+        whole: Never breaks or shortens the first column.
+        bold: Rows that stand out, by number.
+    """
+    lines = [[str(cell) for cell in row] for row in rows]
+    table = Table(title=None if title is None else escape(title))
+    for number, column in enumerate(columns):
+        first = whole and number == 0
+        table.add_column(
+            escape(column),
+            justify="left" if align[min(number, len(align) - 1)] == "<" else "right",
+            no_wrap=first,
+            min_width=max((len(line[0]) for line in lines), default=0) if first else None,
+        )
+    for number, line in enumerate(lines):
+        table.add_row(*map(escape, line), style="bold" if number in bold else None)
+    out.print(table)
+
+
+def notifier(quiet: bool) -> Callable[[str], None]:
+    """`say`, or what says nothing."""
+    return (lambda _: None) if quiet else say
+
+
 @contextmanager
 def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the seconds spent and left, on stderr; it shows nothing where nobody looks."""
+    """A bar with the seconds spent and left, on stderr; hidden where stderr is not a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -78,6 +103,17 @@ def pairs(items: list[str] | None) -> dict[str, Any]:
         except ValueError:
             found[key.strip()] = {"True": True, "False": False, "None": None}.get(text, text)
     return found
+
+
+def integers(text: str, option: str) -> list[int]:
+    """The numbers of an option: a range such as 2-8, or a list such as 2,4,8."""
+    try:
+        if "-" in text:
+            low, high = map(int, text.split("-"))
+            return list(range(low, high + 1))
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} '{text}' is neither a range such as 2-8 nor a list such as 2,4,8") from None
 
 
 def boundary_width(text: str) -> int | None:

@@ -6,23 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from qvit.cli.console import Debug, Json, bits, out, print_json, say, size
+from qvit.cli.console import Json, bits, print_json, print_table, say, size
+from qvit.cli.options import command
 
 
+@command("pack", order=7)
 def pack(
     run: Annotated[Path, typer.Argument(help="A finished run of a quantized model.")],
     target: Annotated[
-        Path | None,
-        typer.Option("--out", help="The file. Default: packed.safetensors in the run.", show_default=False),
+        Path | None, typer.Option("--out", help="The file. Default: packed.safetensors in the run.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that is no packed model, too.")
     ] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write the packed model of a run: integers at their bit-widths, scales, and all that is needed to run it again.
 
@@ -39,43 +37,43 @@ def pack(
     say(f"packed: {file.absolute()}   (`qvit inspect {file}` shows every tensor)")
 
 
+@command("inspect", order=8)
 def inspect(
     file: Annotated[Path, typer.Argument(help="A packed model.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also compare every tensor with the timm model that the file names.")
+    ] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Show what is in a packed model: widths and true bytes of every tensor, sizes in all, and where it comes from.
 
-    The whole file is checked.
+    The checksum of the whole file and everything that it says about itself are checked.
 
     Examples:  [cyan]qvit inspect runs/qvit/packed.safetensors[/]    [cyan]qvit inspect deit-3bit.safetensors --json[/]
     """
-    from qvit.deploy.file.artifact import Artifact
-    from qvit.deploy.file.summary import describe
+    from qvit.deploy.file.summary import describe_file
 
-    artifact = Artifact.load(file)
-    facts = describe(artifact, file.stat().st_size)
+    facts = describe_file(file, verify=verify)
     if as_json:
         return print_json({"file": str(file.absolute()), **facts})
-    table = Table(title=escape(f"{facts['model']}, plan {facts['plan']}"))
-    table.add_column("site", no_wrap=True, min_width=max(len(row["site"]) for row in facts["sites"]))
-    for column in ("bits", "scales", "elements", "bytes", "bytes of scales"):
-        table.add_column(column, justify="left" if column in ("bits", "scales") else "right")
-    for row in facts["sites"]:
-        quantized = row["quantizer"] is not None
-        kind = row["granularity"] if row["quantizer"] in (None, "lsq") else f"{row['granularity']}, {row['quantizer']}"
-        table.add_row(
-            escape(row["site"]),
-            bits(row["bit_width"]) if quantized else "float",
-            escape(kind or ""),
-            f"{row['numel']}" if row["numel"] else "",
-            f"{row['bytes']}" if row["numel"] else "",
-            f"{row['scale_bytes']}" if quantized else "",
-        )
-    out.print(table)
+    print_table(
+        ("site", "bits", "scales", "elements", "bytes", "bytes of scales"),
+        [_cells(row) for row in facts["sites"]],
+        title=f"{facts['model']}, plan {facts['plan']}",
+        align="<<<>",
+        whole=True,
+    )
     _say_sizes(facts)
     for key, value in facts["provenance"].items():
         say(f"{key}: {_plain(value)}")
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    quantized = row["quantizer"] is not None
+    kind = row["granularity"] if row["quantizer"] in (None, "lsq") else f"{row['granularity']}, {row['quantizer']}"
+    stored = [row["numel"], row["bytes"]] if row["numel"] else ["", ""]
+    width = bits(row["bit_width"]) if quantized else "float"
+    return [row["site"], width, kind or "", *stored, row["scale_bytes"] if quantized else ""]
 
 
 def _say_sizes(facts: dict[str, Any]) -> None:

@@ -7,32 +7,28 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Debug, Json, Quiet, print_json, say, size
+from qvit.cli.console import Json, Quiet, print_json, say, size
+from qvit.cli.options import command
 from qvit.errors import UsageError
 
 
+@command("export", order=15)
 def export(
     source: Annotated[
         Path, typer.Argument(metavar="FILE|RUN", help="A packed file, or the directory of a run that has one.")
     ],
     to: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
     target: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="The file. Default: beside FILE, as .onnx or .xml with its .bin.", show_default=False
-        ),
+        Path | None, typer.Option("--out", help="The file. Default: beside FILE, as .onnx or .xml with its .bin.")
     ] = None,
     containers: Annotated[
         str | None,
         typer.Option(
             help="Of an ONNX file's weights. small: 4 and 2 bits where they suffice, a small file that ONNX Runtime "
-            "multiplies in float. 8bit: products in integers. Default: small.",
-            show_default=False,
+            "multiplies in float. 8bit: products in integers. Default: small."
         ),
     ] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Images in a call. Default: any number.", show_default=False)
-    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images in a call. Default: any number.")] = None,
     no_vnni: Annotated[
         bool,
         typer.Option(
@@ -43,15 +39,14 @@ def export(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
     no_check: Annotated[
-        bool, typer.Option("--no-check", help="Do not run what was written beside the reference.")
+        bool, typer.Option("--no-check", help="Do not compare the written file with the reference engine.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Write a packed model as an ONNX graph or an OpenVINO model whose products run on integers.
 
-    What was written is run on random images beside the reference engine, if its runtime is installed.
+    The written file is compared with the reference engine on random images, if its runtime is installed.
 
     Examples:
     [cyan]qvit export model.safetensors --to onnx --containers 8bit[/]

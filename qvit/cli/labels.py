@@ -8,76 +8,25 @@ from typing import Annotated
 
 import typer
 
-from qvit.cli.console import (
-    ClassMap,
-    Debug,
-    Device,
-    Json,
-    ModelArgs,
-    Quiet,
-    Workers,
-    pairs,
-    print_json,
-    progress_bar,
-    say,
-    size,
-)
+from qvit.cli.console import Json, Quiet, notifier, print_json, progress_bar, say, size
+from qvit.cli.options import Fields, Given, command
 from qvit.errors import UsageError
+from qvit.runs.requests import LabelRequest
 
 
+@command("labels", order=3)
 def labels(
-    model: Annotated[
-        str | None, typer.Argument(help="The student: timm's name, or vit_digits.", show_default=False)
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Who labels: timm's name, or a finished run.", show_default=False)
-    ] = None,
-    teacher_weights: Annotated[
-        str | None, typer.Option(help="File of the teacher's weights. Default: from timm's hub.", show_default=False)
-    ] = None,
-    teacher_arg: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Argument of the teacher for timm.create_model. Repeatable."),
-    ] = None,
-    data: Annotated[str, typer.Option(help="Images, as for `qvit train`; those it would train on are labelled.")] = (
-        "digits"
-    ),
-    eval_data: Annotated[str | None, typer.Option(help="Test images, as for `qvit train`.")] = None,
-    class_map: ClassMap = None,
-    test_share: Annotated[float, typer.Option(help="As the setting of `qvit train`.")] = 0.2,
-    monitor_share: Annotated[float, typer.Option(help="As the setting of `qvit train`.")] = 0.0,
-    on_bad_image: Annotated[str, typer.Option(help="fatal or skip: what an unreadable image does.")] = "fatal",
-    crops: Annotated[int | None, typer.Option(help="Crops of each image.", show_default=False)] = None,
-    top_k: Annotated[str, typer.Option(help="Classes to keep of each crop: 5, 10, ... or full.")] = "5",
-    scale: Annotated[tuple[float, float], typer.Option(help="Share of the area of a crop, from and to.")] = (0.08, 1.0),
-    ratio: Annotated[tuple[float, float], typer.Option(help="Width over height of a crop, from and to.")] = (
-        0.75,
-        4 / 3,
-    ),
-    interpolation: Annotated[str, typer.Option(help="nearest, bilinear, bicubic or lanczos.")] = "bicubic",
-    flip: Annotated[
-        float | None, typer.Option(help="Probability of mirroring. Default: 0.5, and 0 for digits.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Chooses the crops, and a monitor share as in training.")] = 0,
-    images_per_shard: Annotated[
-        int | None, typer.Option(help="Images in a file. Default: about 260 thousand crops.", show_default=False)
-    ] = None,
-    store: Annotated[Path | None, typer.Option("--out", help="The store's directory.", show_default=False)] = None,
+    given: Annotated[Given, Fields(LabelRequest, required=False)],
+    store: Annotated[Path | None, typer.Option("--out", help="The store's directory.")] = None,
     verify: Annotated[
-        Path | None,
-        typer.Option(metavar="STORE", help="Compare a store with its checksums, and do nothing else."),
+        Path | None, typer.Option(metavar="STORE", help="Compare a store with its checksums, and do nothing else.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Crops that the teacher sees at a time.")] = 64,
-    device: Device = "auto",
-    workers: Workers = None,
-    model_arg: ModelArgs = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Write a teacher's soft labels for random crops of the training images, to train from without the teacher.
 
-    A call that was stopped goes on where it was; one that is finished only checks what is there.
+    A call that was stopped resumes where it was; a finished one only checks the store.
 
     Examples:
     [cyan]qvit labels vit_digits --teacher runs/float --data digits --crops 20 --scale 0.5 1 --out labels/digits[/]
@@ -91,29 +40,17 @@ def labels(
     [cyan]qvit labels --verify labels/imagenet[/]
     """
     if verify is not None:
-        if model is not None or store is not None:
+        if "model" in given or store is not None:
             raise UsageError("--verify takes everything from the store: give nothing else")
         return _verify(verify, as_json)
-    if model is None or teacher is None or crops is None or store is None:
+    if store is None or not {"model", "teacher", "crops"} <= given.keys():
         raise UsageError("give a MODEL, --teacher T, --crops M and --out STORE, or --verify STORE")
-    from qvit.runs.labels import LabelRequest, write_labels
+    from qvit.runs.labels import write_labels
 
-    request = LabelRequest.create(
-        model=model, model_kwargs=pairs(model_arg), teacher=teacher, teacher_weights=teacher_weights,
-        teacher_kwargs=pairs(teacher_arg), data=data, eval_data=eval_data, class_map=class_map, test_share=test_share,
-        monitor_share=monitor_share, on_bad_image=on_bad_image, crops=crops,
-        top_k=int(top_k) if top_k.isdecimal() else top_k, scale=scale, ratio=ratio, interpolation=interpolation,
-        flip=flip, seed=seed, images_per_shard=images_per_shard, batch_size=batch_size, workers=workers or 0,
-        device=device,
-    )  # fmt: skip
+    request = LabelRequest.create(**given)
     silent = quiet or as_json
     with progress_bar(hidden=silent) as show:
-        result = write_labels(
-            request,
-            store,
-            notify=(lambda _: None) if silent else say,
-            progress=partial(show, "crops"),
-        )
+        result = write_labels(request, store, notify=notifier(silent), progress=partial(show, "crops"))
     if as_json:
         return print_json(result)
     speed = "" if result["crops_per_second"] is None else f", {result['crops_per_second']:.0f} crops per second"

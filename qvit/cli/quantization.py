@@ -9,87 +9,36 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import (
-    ClassMap,
-    Debug,
-    Device,
-    Json,
-    ModelArgs,
-    Pretrained,
-    Quiet,
-    Weights,
-    Workers,
-    bops,
-    boundary_width,
-    err,
-    pairs,
-    print_json,
-    say,
-    size,
-)
+from qvit.cli.console import Json, Quiet, bops, boundary_width, err, notifier, print_json, say, size
+from qvit.cli.options import Fields, Given, command
+from qvit.methods.ptq.options import PTQOptions
+from qvit.training.config import TrainConfig, validated
 
 
+@command("ptq", order=4)
 def ptq(
-    model: Annotated[str, typer.Argument(help="timm's name, or vit_digits.")],
-    run: Annotated[Path, typer.Option("--out", help="The run's directory.", show_default=False)],
-    budget: Annotated[
-        str | None,
-        typer.Option(help="w8a8: that plan. 6bit, 21.455G or 0.25: bit operations, for mixed widths with --metric."),
-    ] = None,
-    plan: Annotated[str | None, typer.Option(help="A plan file in place of a budget.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Mixed widths by sensitivity: fisher, kl or hessian.")] = None,
-    sensitivity: Annotated[
-        str | None, typer.Option(help="Mixed widths by a measured sensitivity, such as RUN/sensitivity.json.")
-    ] = None,
-    sensitivity_images: Annotated[
-        int | None, typer.Option(help="Images of a sensitivity. Default: the calibration images.", show_default=False)
-    ] = None,
-    min_width: Annotated[
-        int | None, typer.Option(help="Narrowest of the mixed widths. Default: 3 if the budget allows, else 2.")
-    ] = None,
-    boundary: Annotated[str, typer.Option(help="Width of the first and the last layer, or free, if mixed.")] = "8",
-    data: Annotated[str, typer.Option(help="Calibration images, as for `qvit train`; labels are not used.")] = "digits",
-    eval_data: Annotated[
-        str | None, typer.Option(help="Test images. Default: the data's own test split, or a share set aside.")
-    ] = None,
-    class_map: ClassMap = None,
-    weights: Weights = None,
-    pretrained: Pretrained = False,
+    subject: Annotated[
+        Given,
+        Fields(
+            TrainConfig,
+            "model budget plan data eval_data class_map weights pretrained calibration_images batch_size seed device "
+            "workers threads model_kwargs",
+            help={
+                "budget": "`w8a8`: that plan. `6bit`: the uniform plan; with `--metric`, mixed widths of at most its "
+                "bit operations. `21.455G`, `0.25`: bit operations, with `--metric` only",
+                "plan": "a plan file in place of a budget",
+                "data": "calibration images, as for `qvit train`; labels are not used",
+                "calibration_images": "images for ranges, sensitivities and biases",
+                "batch_size": "images per batch of the evaluation",
+            },
+            defaults={"calibration_images": 128},
+        ),
+    ],
+    options: Annotated[Given, Fields(PTQOptions, flags={"weights": ["--weight-scales"], "heads": ["--head-scales"]})],
+    run: Annotated[Path, typer.Option("--out", help="The run's directory.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
-    calibration_images: Annotated[int, typer.Option(help="Images for ranges, sensitivities and biases.")] = 128,
-    observer: Annotated[str, typer.Option(help="Ranges of activations: mse, percentile or minmax.")] = "mse",
-    granularity: Annotated[
-        str, typer.Option("--weight-scales", help="Scales of weights: per-channel or per-head.")
-    ] = "per-channel",
-    probs: Annotated[str, typer.Option(help="Grid of attention probabilities: auto, uniform, log2 or log-sqrt2.")] = (
-        "auto"
-    ),
-    heads: Annotated[
-        str,
-        typer.Option("--head-scales", help="Scales of q, k, v, probabilities, outputs: auto, per-head, per-tensor."),
-    ] = "auto",
-    reparameterize: Annotated[
-        bool, typer.Option("--reparameterize/--no-reparameterize", help="Even out the channels of LayerNorm outputs.")
-    ] = True,
-    bias_correction: Annotated[
-        bool, typer.Option("--bias-correction/--no-bias-correction", help="Take mean errors back in the biases.")
-    ] = True,
-    reconstruct: Annotated[
-        bool, typer.Option("--reconstruct/--no-reconstruct", help="Train each block to answer like its float original.")
-    ] = False,
-    steps: Annotated[int, typer.Option(help="Steps per block of the reconstruction.")] = 2000,
-    recon_images: Annotated[int, typer.Option(help="Images of the reconstruction.")] = 1024,
-    recon_batch: Annotated[int, typer.Option(help="Images per step of the reconstruction.")] = 16,
-    fisher: Annotated[bool, typer.Option("--fisher", help="Weight the reconstruction error by Fisher.")] = False,
-    batch_size: Annotated[int, typer.Option(help="Images per batch of the evaluation.")] = 64,
-    seed: Annotated[int, typer.Option()] = 0,
-    device: Device = "auto",
-    workers: Workers = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default=False)] = None,
-    model_arg: ModelArgs = None,
     as_json: Json = False,
     quiet: Quiet = False,
-    debug: Debug = False,
 ) -> None:
     """Quantize a trained float model without training, and score it beside the float model.
 
@@ -102,26 +51,13 @@ def ptq(
     [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data imagenet --budget 6bit --metric fisher --out runs/mixed[/]
     """
     from qvit.runs.run import train
-    from qvit.training.config import TrainConfig
 
-    options = {
-        "observer": observer, "weights": granularity, "probs": probs, "heads": heads,
-        "reparameterize": reparameterize,
-        "bias_correction": bias_correction, "reconstruct": reconstruct, "steps": steps, "recon_images": recon_images,
-        "recon_batch": recon_batch,
-        "fisher": fisher, "metric": metric, "sensitivity": sensitivity, "sensitivity_images": sensitivity_images,
-        "min_width": min_width, "boundary": boundary_width(boundary) or "free",
-    }  # fmt: skip
-    config = TrainConfig.create(
-        model=model, model_kwargs=pairs(model_arg), weights=weights, pretrained=pretrained, method="ptq",
-        method_options=options, budget=budget, plan=plan, data=data, eval_data=eval_data, class_map=class_map,
-        calibration_images=calibration_images, batch_size=batch_size, seed=seed, device=device, workers=workers or 0,
-        threads=threads,
-    )  # fmt: skip
+    if "boundary" in options:
+        options["boundary"] = boundary_width(options["boundary"]) or "free"
+    config = TrainConfig.create(method="ptq", method_options=validated(PTQOptions, options).model_dump(), **subject)
     silent = quiet or as_json
     with _bar(silent) as progress:
-        notify = (lambda _: None) if silent else say
-        result = train(config, run, overwrite=overwrite, quiet=silent, notify=notify, progress=progress)
+        result = train(config, run, overwrite=overwrite, quiet=silent, notify=notifier(silent), progress=progress)
     if as_json:
         return print_json(result)
     say(

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from qvit.cli.console import ClassMap, Debug, Device, Json, Workers, bops, err, out, print_json, say, size, spread
+from qvit.cli.console import Json, bops, err, print_json, print_table, say, size, spread
+from qvit.cli.options import ClassMap, Device, Workers, command
+from qvit.errors import UsageError
 
 
+@command("demo", order=1)
 def demo(
     out_dir: Annotated[Path, typer.Option("--out", help="Where runs, results.json and report.html go.")] = Path(
         "demo-output"
@@ -23,11 +24,10 @@ def demo(
         bool, typer.Option("--short", help="Two epochs per run: tries the machinery, the numbers mean nothing.")
     ] = False,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Train a small ViT on real handwritten digits and compare LSQ+ with Q-ViT at equal bit operations.
 
-    A demo that was stopped goes on where it was.
+    A demo that was stopped resumes where it was.
 
     Examples:  [cyan]qvit demo --out demo-output[/]    [cyan]qvit demo --seeds 1 --out quick[/]
     """
@@ -36,40 +36,42 @@ def demo(
     results = run_demo(out_dir, seeds=seeds, workers=processes, overwrite=overwrite, short=short)
     if as_json:
         return print_json(results)
-    table = Table(title="vit_digits on 597 test images, first and last layer counted")
-    for column in ("method", "budget", "accuracy %", "training loss", "bit operations", "weights", "seeds"):
-        table.add_column(column, justify="left" if column in ("method", "budget") else "right")
     of_float = spread(results["float_accuracy_mean"], results["float_accuracy_std"])
-    table.add_row("float", "32 bit", of_float, "", "", "", str(seeds))
-    for row in results["rows"]:
-        table.add_row(
+    rows = [
+        (
             row["method"],
             row["budget"],
             spread(row["accuracy_mean"], row["accuracy_std"]),
             "" if row["train_loss_mean"] is None else f"{row['train_loss_mean']:.3f}",
             bops(row["bit_operations"]),
             size(row["weight_bytes"]),
-            str(len(row["seeds"])),
+            len(row["seeds"]),
         )
-    out.print(table)
+        for row in results["rows"]
+    ]
+    print_table(
+        ("method", "budget", "accuracy %", "training loss", "bit operations", "weights", "seeds"),
+        [("float", "32 bit", of_float, "", "", "", seeds), *rows],
+        title="vit_digits on 597 test images, first and last layer counted",
+        align="<<>",
+    )
     for sentence in [*verdict(results), *packed_in_words(results)]:
         say(sentence)
     say(f"page: {(out_dir / REPORT).absolute()}")
 
 
+@command("evaluate", order=6)
 def evaluate(
     model: Annotated[Path, typer.Argument(metavar="RUN|FILE", help="A run's directory, or a packed model.")],
     data: Annotated[str, typer.Option(help="Images, as for `qvit train`.")],
+    class_map: ClassMap,
+    device: Device,
+    workers: Workers,
     engine: Annotated[
-        str | None,
-        typer.Option(help="What runs a packed model: openvino, onnxruntime, torch, reference, native.", show_default=False),
+        str | None, typer.Option(help="What runs a packed model: openvino, onnxruntime, torch, reference, native.")
     ] = None,
-    class_map: ClassMap = None,
-    batch_size: Annotated[int, typer.Option()] = 64,
-    device: Device = "auto",
-    workers: Workers = None,
+    batch_size: Annotated[int, typer.Option(help="Images that the model sees at a time.")] = 64,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Score a model on images: top-1 and top-5. A run is simulated in float, a packed model runs on integers.
 
@@ -78,11 +80,9 @@ def evaluate(
     """
     from rich.progress import Progress
 
-    from qvit.errors import UsageError
-
     if engine is not None and model.is_dir():
         raise UsageError(f"--engine is for packed models: `qvit pack {model}` makes one")
-    common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers or 0}
+    common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
     with Progress(console=err, transient=True, disable=as_json or not err.is_terminal) as bar:
         task = bar.add_task("images", total=None)
         common["progress"] = lambda n: bar.update(task, completed=n)
@@ -101,19 +101,15 @@ def evaluate(
         say(f"engine {scores['engine']}: {scores['arithmetic']}")
 
 
+@command("report", order=16)
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run directories, or a demo's directory.")],
     page: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            help="The HTML page. Default: report.html in the run, or in this directory for several.",
-            show_default=False,
-        ),
+        typer.Option("--out", help="The HTML page. Default: report.html in the run, or in this directory for several."),
     ] = None,
     title: Annotated[str | None, typer.Option()] = None,
     as_json: Json = False,
-    debug: Debug = False,
 ) -> None:
     """Write one self-contained HTML page about a run, or a comparison of several.
 
@@ -127,9 +123,5 @@ def report(
     rows = results_table(loaded)
     if as_json:
         return print_json({"page": str(target.absolute()), "rows": rows})
-    header, lines = display_table(rows)
-    table = Table(*map(escape, header))
-    for line in lines:
-        table.add_row(*map(escape, line))
-    out.print(table)
+    print_table(*display_table(rows), align="<")
     say(f"page: {target.absolute()}")

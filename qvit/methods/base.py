@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 from torch import Tensor, nn
 
 from qvit.models.calibrate import calibrate
@@ -21,19 +21,21 @@ from qvit.models.convert import quantize
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.registry import Registry
-from qvit.training.config import TrainConfig, validated
+from qvit.training.config import MethodOptions, TrainConfig, validated
 from qvit.training.hooks import ComposedHooks
 from qvit.training.log import Stopwatch
 
 METHODS: Registry[str, type[Method]] = Registry("method", "qvit.methods")
 #: Class decorator: makes a method available under names.
 register_method = METHODS.register
-
-
-class MethodOptions(BaseModel):
-    """Base of a method's own options; unknown ones are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+#: A field of options.
+Asymmetric = Annotated[
+    tuple[str, ...],
+    Field(
+        description="patterns of further activation sites that get an offset, such as "
+        """`-o asymmetric='["*.qkv.input"]'`"""
+    ),
+]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from qvit.functional import integer_range
@@ -28,7 +29,12 @@ from qvit.training.loop import Trainer
 
 
 class DQOptions(RealWidthOptions):
-    """Options of `dq`: those that it shares with `qvit`. `head_wise` decides on scales and ranges, too."""
+    """Options of `dq`, which it shares with `qvit`."""
+
+    head_wise: bool = Field(True, description="a width, a scale and a range per head; off: one of each per tensor")
+    width_lr: float | None = Field(
+        None, gt=0, description="learning rate of log2 of the ranges; by default that of `qvit`'s widths"
+    )
 
 
 @register_method("dq")

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from qvit.errors import UsageError
@@ -30,15 +31,18 @@ from qvit.quantizers import Quantizer
 
 
 class EdMIPSOptions(SearchOptions):
-    """Options of `edmips`, beside those that it shares with `qvit`.
+    """Options of `edmips`, most of which it shares with `qvit`."""
 
-    Attributes:
-        scales: `per-head`, or `shared` by all heads of a tensor.
-        wish: What is rounded within the budget at the end: the `likeliest` width of each site, or the `expected` one.
-    """
-
-    scales: Literal["per-head", "shared"] = "per-head"
-    wish: Literal["likeliest", "expected"] = "likeliest"
+    head_wise: bool = Field(True, description="a distribution over widths per head; off: one per tensor")
+    width_lr: float | None = Field(
+        None, gt=0, description="learning rate of the logits; by default that of `qvit`'s widths"
+    )
+    scales: Literal["per-head", "shared"] = Field(
+        "per-head", description="`shared`: all heads of a tensor have one scale"
+    )
+    wish: Literal["likeliest", "expected"] = Field(
+        "likeliest", description="width of each site that is rounded within the budget at the end of the search"
+    )
 
 
 @register_method("edmips")

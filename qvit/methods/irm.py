@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from qvit.errors import UsageError
-from qvit.methods.base import MethodOptions, register_method
+from qvit.methods.base import Asymmetric, MethodOptions, register_method
 from qvit.methods.lsq import LSQMethod
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
@@ -37,19 +37,19 @@ GUIDED = ("query", "key")
 
 
 class IRMOptions(MethodOptions):
-    """Options of `irm`.
+    """Options of `irm`."""
 
-    Attributes:
-        rectify: Whether queries and keys are normalised.
-        guidance: Weight of L_DGD; 0 leaves it out, and the float model's pass with it.
-        scales: `per-channel` for weights and per head for the rest (published), `per-head`, or `shared`.
-        asymmetric: Patterns of further activation sites that get an offset.
-    """
-
-    rectify: bool = True
-    guidance: float = Field(1.0, ge=0)
-    scales: Literal["per-channel", "per-head", "shared"] = "per-channel"
-    asymmetric: tuple[str, ...] = ()
+    rectify: bool = Field(True, description="normalize queries and keys before they are quantized")
+    guidance: float = Field(
+        1.0,
+        ge=0,
+        description="weight of the distance of the similarities from the float model's (L_DGD); 0 leaves it out, and "
+        "the float model's pass with it",
+    )
+    scales: Literal["per-channel", "per-head", "shared"] = Field(
+        "per-channel", description="`per-channel` for weights, and per head for the rest (published)"
+    )
+    asymmetric: Asymmetric = ()
 
 
 @register_method("irm")

@@ -17,8 +17,10 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
+from pydantic import Field
+
 from qvit.errors import UsageError
-from qvit.methods.base import Method, MethodOptions, register_method
+from qvit.methods.base import Asymmetric, Method, MethodOptions, register_method
 from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
@@ -26,16 +28,14 @@ from qvit.plan.spec import Site
 
 
 class LSQOptions(MethodOptions):
-    """Options of `lsq` and `lsq+`.
+    """Options of `lsq` and `lsq+`."""
 
-    Attributes:
-        scales: `per-head`: every head has its own scale (Q-ViT eq. 9); `shared`: one for all heads of a tensor;
-            `per-channel` for weights, per head for the rest.
-        asymmetric: Patterns of further activation sites that get an offset (`lsq+`).
-    """
-
-    scales: Literal["per-head", "shared", "per-channel"] = "per-head"
-    asymmetric: tuple[str, ...] = ()
+    scales: Literal["per-head", "shared", "per-channel"] = Field(
+        "per-head",
+        description="every head has its own scale (Q-ViT eq. 9); `shared`: all heads of a tensor have one; "
+        "`per-channel` for weights, per head for the rest",
+    )
+    asymmetric: Asymmetric = ()
 
 
 @register_method("lsq", "lsq+")

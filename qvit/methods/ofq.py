@@ -15,7 +15,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from qvit.methods.base import MethodOptions, register_method
+from pydantic import Field
+
+from qvit.methods.base import Asymmetric, MethodOptions, register_method
 from qvit.methods.lsq import LSQMethod
 from qvit.methods.vvtq import WithRemedy
 from qvit.plan.cost import CostModel
@@ -24,19 +26,16 @@ from qvit.training.oscillation import RemedyOptions
 
 
 class OFQOptions(RemedyOptions, MethodOptions):
-    """Options of `ofq`, beside those of `RemedyOptions`.
+    """Options of `ofq`: those of the remedies, with OFQ's own by default, and three more."""
 
-    Attributes:
-        oscillation: The remedy; OFQ's own by default.
-        scales: Of activations: `per-head`, or `shared` by the heads of a tensor.
-        weight_scales: Of weights: `per-channel` (the paper) or `per-tensor`.
-        asymmetric: Patterns of further activation sites that get an offset.
-    """
-
-    oscillation: Literal["regularizer", "freezing", "annealing", "none"] = "annealing"
-    scales: Literal["per-head", "shared"] = "per-head"
-    weight_scales: Literal["per-channel", "per-tensor"] = "per-channel"
-    asymmetric: tuple[str, ...] = ()
+    oscillation: Literal["regularizer", "freezing", "annealing", "none"] = Field("annealing", description="the remedy")
+    scales: Literal["per-head", "shared"] = Field(
+        "per-head", description="of activations; `shared`: all heads of a tensor have one"
+    )
+    weight_scales: Literal["per-channel", "per-tensor"] = Field(
+        "per-channel", description="of weights; `per-channel` in the paper"
+    )
+    asymmetric: Asymmetric = ()
 
 
 @register_method("ofq")

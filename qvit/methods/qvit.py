@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from qvit.allocate import round_to_budget
 from qvit.errors import UsageError
 from qvit.functional import clamp_inward, round_ste, straight_through
-from qvit.methods.base import Method, MethodOptions, register_method
+from qvit.methods.base import Asymmetric, Method, MethodOptions, register_method
 from qvit.methods.lsq import offset_rules, scale_rules
 from qvit.methods.search import DifferentiableCost
 from qvit.models.convert import freeze
@@ -61,55 +61,57 @@ WIDTH_TRAVEL = 10.0
 
 
 class SearchOptions(MethodOptions):
-    """Options of every method that learns widths within a budget.
+    """Options of every method that learns widths within a budget."""
 
-    Attributes:
-        head_wise: A width per head (Table 3a); off: one per tensor.
-        searching_ratio: σ (Table 3c); None: 0.9 from 200 epochs on, else 0.4.
-        penalty: `relative` to the budget, or the paper's `absolute` in G bit operations.
-        penalty_weight: η; None: 50 (relative), 0.1 (absolute).
-        width_lr: First learning rate of the widths; None: what would carry them ten bits in the searching stage; `0` is
-            refused, use `lsq+` for fixed widths.
-        width_schedule: Their rate falls to zero within the searching stage (`search`), or with the weights' rate
-            within the run (`run`, as in the paper).
-        asymmetric: Patterns of further activation sites that get an offset.
-    """
-
-    head_wise: bool = True
-    searching_ratio: float | None = Field(None, ge=0, le=1)
-    penalty: Literal["relative", "absolute"] = "relative"
-    penalty_weight: float | None = Field(None, gt=0)
-    width_lr: float | None = Field(None, gt=0)
-    width_schedule: Literal["search", "run"] = "search"
-    asymmetric: tuple[str, ...] = ()
+    head_wise: bool = Field(True, description="a width per head; off: one per tensor (Table 3a)")
+    searching_ratio: float | None = Field(
+        None, ge=0, le=1, description="σ (Table 3c); by default 0.9 from 200 epochs on, else 0.4"
+    )
+    penalty: Literal["relative", "absolute"] = Field(
+        "relative", description="`relative` to the budget, or `absolute` in G bit operations (paper)"
+    )
+    penalty_weight: float | None = Field(None, gt=0, description="η; by default 50 (relative) or 0.1 (absolute)")
+    width_lr: float | None = Field(
+        None,
+        gt=0,
+        description="first learning rate of the widths; by default 10 over the steps of the searching stage, at most "
+        "0.1, at least `lr`; for fixed widths use `lsq+`",
+    )
+    width_schedule: Literal["search", "run"] = Field(
+        "search",
+        description="the widths' rate falls to zero within the searching stage; `run`: with the weights' rate within "
+        "the whole run (paper)",
+    )
+    asymmetric: Asymmetric = ()
 
 
 class RealWidthOptions(SearchOptions):
-    """Options of methods whose widths are real numbers, started near the budget.
+    """Options of methods whose widths are real numbers, started near the budget."""
 
-    Attributes:
-        penalty_widths: What the penalty counts: `real` widths, or `rounded` ones as in the paper.
-        initial_bits: Width of the blocks at the start; None: N, the largest uniform width within the budget. The paper
-            starts at N + 1.
-    """
-
-    penalty_widths: Literal["real", "rounded"] = "real"
-    initial_bits: int | None = Field(None, ge=LOW, le=HIGH)
+    penalty_widths: Literal["real", "rounded"] = Field(
+        "real", description="what the penalty counts: `real` widths, or `rounded` ones (paper)"
+    )
+    initial_bits: int | None = Field(
+        None,
+        ge=LOW,
+        le=HIGH,
+        description="width of the blocks at the start; by default the largest uniform one within the budget: `N` for "
+        "`Nbit` (paper: `N + 1`)",
+    )
 
 
 class QViTOptions(RealWidthOptions):
-    """Options of `qvit`; each ablation of the paper's Table 3 is one of them, or of `SearchOptions`.
+    """Options of `qvit`; each ablation of the paper's Table 3 is one of them."""
 
-    Attributes:
-        switchable_scale: A scale per candidate width (Table 3b); off: one for all.
-        scales: `per-head` (eq. 9) or `shared` by all heads, as in the public code.
-        width_gradient: By `interpolation` between two widths (FracBits), or by the `difference` that a bit more or less
-            makes, or through the clipping limits (`clipping`, the paper).
-    """
-
-    switchable_scale: bool = True
-    scales: Literal["per-head", "shared"] = "per-head"
-    width_gradient: Literal["interpolation", "difference", "clipping"] = "interpolation"
+    switchable_scale: bool = Field(True, description="a scale per candidate width; off: one for all (Table 3b)")
+    scales: Literal["per-head", "shared"] = Field(
+        "per-head", description="every head has its own scale (eq. 9); `shared` by all heads, as in the public code"
+    )
+    width_gradient: Literal["interpolation", "difference", "clipping"] = Field(
+        "interpolation",
+        description="between the two neighbouring widths (FracBits); `difference`: by what a bit more or less makes; "
+        "`clipping`: through the limits, which clipped elements alone feel (paper)",
+    )
 
 
 @register_method("qvit")

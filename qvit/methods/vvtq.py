@@ -28,9 +28,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import Field
 from torch import Tensor, nn
 
-from qvit.methods.base import Method, MethodOptions, register_method
+from qvit.methods.base import Asymmetric, Method, MethodOptions, register_method
 from qvit.methods.lsq import LSQMethod
 from qvit.methods.qvit import QViTMethod, QViTOptions
 from qvit.plan.cost import CostModel
@@ -40,27 +41,27 @@ from qvit.training.oscillation import Remedy, RemedyOptions, create_remedy
 
 
 class VariationOptions(RemedyOptions, MethodOptions):
-    """What `vvtq` and `qvit+vvtq` have in common, beside `RemedyOptions`.
+    """What `vvtq` and `qvit+vvtq` have in common: the remedies, and the gradients of scales."""
 
-    Attributes:
-        scale_gradient: Of weights: the `norm` Σ|w| (public code), its square (paper), or LSQ's `count` of elements.
-        activation_scale_gradient: `count-linear`, 1/(sqrt(N)·quant_max) (public code), or LSQ's `count`.
-    """
-
-    scale_gradient: Literal["norm", "norm-squared", "count"] = "norm"
-    activation_scale_gradient: Literal["count-linear", "count"] = "count-linear"
+    scale_gradient: Literal["norm", "norm-squared", "count"] = Field(
+        "norm",
+        description="factor of the gradient of a weight's scale: the `norm` Σ|w| (public code), its square (paper), "
+        "or LSQ's `count` of elements",
+    )
+    activation_scale_gradient: Literal["count-linear", "count"] = Field(
+        "count-linear",
+        description="that of an activation's scale: `count-linear`, 1/(sqrt(N)·quant_max) (public code), or LSQ's "
+        "`count`",
+    )
 
 
 class VVTQOptions(VariationOptions):
-    """Options of `vvtq`.
+    """Options of `vvtq`."""
 
-    Attributes:
-        scales: `shared` by the heads of a tensor (public code), or `per-head`.
-        asymmetric: Patterns of further activation sites that get an offset.
-    """
-
-    scales: Literal["shared", "per-head"] = "shared"
-    asymmetric: tuple[str, ...] = ()
+    scales: Literal["shared", "per-head"] = Field(
+        "shared", description="`shared` by the heads of a tensor (public code)"
+    )
+    asymmetric: Asymmetric = ()
 
 
 class QViTVVTQOptions(QViTOptions, VariationOptions):

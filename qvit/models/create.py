@@ -155,6 +155,17 @@ def _memory() -> float:
         return math.inf
 
 
+def create_shapes(name: str, **kwargs: Any) -> nn.Module:
+    """The model of `create_model` without storage, on torch's meta device: enough to inspect it and to count its costs.
+
+    A model that cannot be made there is made with storage. Raises UsageError as `create_model`.
+    """
+    try:
+        return without_storage(lambda: create_model(name, **kwargs))
+    except (QvitError, NotImplementedError):
+        return create_model(name, **kwargs)
+
+
 def load_weights(model: nn.Module, source: str | Path) -> None:
     """Loads weights into a float model, in place.
 

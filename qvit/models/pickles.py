@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from qvit.errors import QvitError, first_line
-from qvit.tensors import from_bytes
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 _MOST_INSTRUCTIONS, _MOST_RECORDS, _LARGEST_PROGRAM = 1_000_000, 100_000, 64 << 20
@@ -88,7 +87,10 @@ class _Storage:
             if self.content is None or len(self.content) != size:
                 found = "none" if self.content is None else f"{len(self.content)}"
                 raise QvitError(f"storage {self.key!r:.40} should have {size} bytes, and has {found}")
-            self.values = from_bytes(self.content, self.dtype, f"storage {self.key!r:.40}")
+            if self.dtype == torch.bool and bytes(self.content).translate(None, b"\0\1"):
+                raise QvitError(f"storage {self.key!r:.40} has truth values that are neither 0 nor 1")
+            raw = torch.frombuffer(bytearray(self.content), dtype=torch.uint8) if size else torch.empty(0).byte()
+            self.values = raw.view(self.dtype)
         return self.values
 
 

@@ -18,7 +18,7 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -39,9 +39,9 @@ from qvit.methods.ptq.method import ptq
 from qvit.models.convert import plan_of
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
+from qvit.runs.requests import BenchRequest
 from qvit.runs.subject import float_model, open_images
 from qvit.training.checkpoint import seed_everything
-from qvit.training.config import Location, SubjectOptions
 from qvit.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -52,38 +52,6 @@ NOISE, UNTRAINED = "noise", "untrained"
 #: How many images calibrate by default: of data, and of noise, from which there is nothing to learn.
 CALIBRATION_IMAGES, CALIBRATION_NOISE = 64, 8
 PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx")
-
-
-class BenchRequest(SubjectOptions):
-    """The options; those of images play no part without data.
-
-    Attributes:
-        model: timm's name, or the file of an artifact.
-        plan: A preset or a plan file; None: `w8a8`, and what is in the file of an artifact.
-        batches: Batch sizes.
-        engines: Names of engines or rows to measure, such as `qvit-torch`, `openvino` or `openvino-int8`; `qvit` are
-            all of ours. None: all.
-        peers: Whether peers take part.
-        data: Images; see `open_data`. None: noise.
-        calibration_images: How many images calibrate; None: 64, or 8 of noise.
-        images: On how many images answers are compared.
-        threads: Of every engine; None: as many as PyTorch takes here.
-        rounds, seconds, max_seconds: See `qvit.deploy.bench.timing.measure`; the limit is for all batch sizes together.
-        seed: Draws images, noise and untrained weights.
-    """
-
-    model: Location
-    data: Location | None = None  # type: ignore[assignment]
-    plan: str | None = None
-    batches: Sequence[int] = (1,)
-    engines: Sequence[str] | None = None
-    peers: bool = True
-    calibration_images: int | None = None
-    images: int = 32
-    threads: int | None = None
-    rounds: int = 10
-    seconds: float = 2.0
-    max_seconds: float = 300.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +85,7 @@ def bench(
         left out and why, and where and how it was measured.
 
     Raises:
-        UsageError: An option that cannot be meant.
+        UsageError: An invalid option.
         QvitError: Weights, data or a file that cannot be read, or no engine that runs.
     """
     _check(request)

@@ -12,11 +12,10 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from qvit.data.digits import DIGITS
@@ -29,44 +28,15 @@ from qvit.errors import QvitError, UsageError
 from qvit.locks import is_leftover, writing
 from qvit.models.create import create_model
 from qvit.runs.directory import CONFIG, read_config
+from qvit.runs.requests import LabelRequest
 from qvit.runs.run import teacher_model
 from qvit.runs.subject import open_images
-from qvit.training.config import ImageOptions, validated
 from qvit.training.distill import Teacher, require_same_channels
 from qvit.training.processes import Processes
 
 _log = logging.getLogger(__name__)
 CROPS_PER_SHARD = 2**18
 """A kill loses at most the time for so many crops; a shard of them has 7.6 MB for k = 5."""
-
-
-class LabelRequest(ImageOptions):
-    """Options of `qvit labels`.
-
-    Data options are those of the run that will train with the labels. `flip` is a probability; by default one half,
-    and 0 for digits. `top_k` is a number of classes, or "full". By default a shard has about 2¹⁸ crops.
-    """
-
-    teacher: str
-    teacher_weights: str | None = None
-    teacher_kwargs: dict[str, Any] = Field(default_factory=dict)
-    crops: int = Field(ge=1)
-    top_k: int | Literal["full"] = 5
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    flip: float | None = Field(None, ge=0, le=1)
-    images_per_shard: int | None = Field(None, ge=1)
-
-    @classmethod
-    def create(cls, /, **values: Any) -> LabelRequest:
-        """Validates `values`. Raises UsageError with one line per mistake."""
-        request = validated(cls, values)
-        if not 0 < request.scale[0] <= request.scale[1] <= 1:
-            raise UsageError(f"scale is a range within 0 to 1 of the image's area, not {request.scale}")
-        if not 0 < request.ratio[0] <= request.ratio[1]:
-            raise UsageError(f"ratio is a range (from, to) of positive numbers, not {request.ratio}")
-        return request
 
 
 def write_labels(
@@ -89,7 +59,7 @@ def write_labels(
         "seconds", "crops_per_second"}`: `written` counts the crops of this call, `bytes` all files.
 
     Raises:
-        UsageError: Options that cannot be meant, or a directory that holds something else.
+        UsageError: Invalid options, or a directory that holds something else.
         QvitError: Data or weights that cannot be read, a teacher that returns NaN, or a disk without space.
     """
     with writing(Path(out)):

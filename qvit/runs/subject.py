@@ -32,24 +32,12 @@ from qvit.data.open import (
 )
 from qvit.errors import UsageError
 from qvit.models.create import create_model
+from qvit.runs.requests import Request
 from qvit.training.checkpoint import seed_everything
-from qvit.training.config import ImageOptions, Many, SubjectOptions, Times
+from qvit.training.config import ImageOptions, SubjectOptions
 from qvit.training.processes import Processes
 
 Progress = Callable[[str, int, int], None]
-
-
-class Request(SubjectOptions):
-    """Options of a measurement without training.
-
-    Attributes:
-        images: How many images to judge by, drawn by the seed; None: all.
-        calibration_images: How many images to calibrate with.
-    """
-
-    batch_size: Times = 16
-    images: Many | None = None
-    calibration_images: Many = 64
 
 
 @dataclass(frozen=True)

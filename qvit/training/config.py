@@ -15,31 +15,82 @@ from qvit.documents import Name, mistakes
 from qvit.errors import UsageError
 from qvit.models.architecture import check_arguments
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T")
 Location = Annotated[str, Field(max_length=4096)]
 #: Numbers have an end: options are read from files of strangers, too.
 Many = Annotated[int, Field(ge=1, le=10**9)]
 Times = Annotated[int, Field(ge=1, le=10**6)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 
+# Options that several requests have. A description is Markdown, seen from docs/cli.md.
+Model = Annotated[Name, Field(description="timm's name of a Vision Transformer, or `vit_digits`")]
+ModelArguments = Annotated[
+    dict[str, Any],
+    Field(
+        description="arguments of the architecture for `timm.create_model`, such as `img_size=64`: numbers, booleans, "
+        "registered names; nothing that loads files"
+    ),
+]
+Weights = Annotated[
+    Location | None, Field(description="float weights: a `.safetensors` or `.pth` file, or the run of a float model")
+]
+Pretrained = Annotated[bool, Field(description="take the float weights from timm's hub")]
+Data = Annotated[
+    Location, Field(description="training images: a folder, an archive, shards, or `digits`; see [Data](#data)")
+]
+TestData = Annotated[
+    Location | None,
+    Field(
+        description="test images, for the final number alone; by default the data's own test split, or a share set "
+        "aside"
+    ),
+]
+ClassMap = Annotated[
+    Location | None,
+    Field(
+        description="a file of lines `index<TAB>folder`, for data with some of the head's classes; see [Class "
+        "maps](#class-maps)"
+    ),
+]
+TestShare = Annotated[
+    float, Field(gt=0, lt=1, description="share set aside for testing where the data have no test split")
+]
+MonitorShare = Annotated[
+    float,
+    Field(
+        ge=0, lt=1,
+        description="share of the *training* images held out to monitor the run; the accuracy on them is logged per "
+        "epoch",
+    ),
+]  # fmt: skip
+OnBadImage = Annotated[
+    Literal["fatal", "skip"],
+    Field(
+        description="what happens when an image cannot be read: `fatal` stops and names it; for `skip` see "
+        "[Unreadable images](#unreadable-images)"
+    ),
+]
+Workers = Annotated[
+    int,
+    Field(
+        ge=0,
+        le=4096,
+        description="processes that decode images; they change nothing but the time it takes (with `wds/` also the "
+        "order)",
+    ),
+]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1, description="seed of all random numbers")]
+Device = Annotated[Name, Field(description="`auto`, `cpu`, `cuda`, `cuda:1` ...")]
+Threads = Annotated[
+    int | None, Field(ge=1, le=4096, description="threads of PyTorch on the CPU; by default PyTorch's choice")
+]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
-class ImageOptions(BaseModel):
-    """Which images, for which model, and how they are read: what every command that looks at images is told."""
+
+class Options(BaseModel):
+    """Base class: unknown keys are refused, numbers are finite; a field's description is its help everywhere."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
-
-    model: Name
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    data: Location = "digits"
-    eval_data: Location | None = None
-    class_map: Location | None = None
-    test_share: float = Field(0.2, gt=0, lt=1)
-    monitor_share: float = Field(0.0, ge=0, lt=1)
-    workers: int = Field(0, ge=0, le=4096)
-    on_bad_image: Literal["fatal", "skip"] = "fatal"
-    batch_size: Times = 64
-    seed: int = Field(0, ge=0, le=2**63 - 1)
-    device: Name = "auto"
 
     @field_validator("model_kwargs", "teacher_kwargs", check_fields=False)
     @classmethod
@@ -53,24 +104,32 @@ class ImageOptions(BaseModel):
         return validated(cls, values)
 
 
+class MethodOptions(Options):
+    """Base of a method's own options."""
+
+
+class ImageOptions(Options):
+    """Which images, for which model, and how they are read: what every command that looks at images is told."""
+
+    model: Model
+    model_kwargs: ModelArguments = Field(default_factory=dict)
+    data: Data = "digits"
+    eval_data: TestData = None
+    class_map: ClassMap = None
+    test_share: TestShare = 0.2
+    monitor_share: MonitorShare = 0.0
+    workers: Workers = 0
+    on_bad_image: OnBadImage = "fatal"
+    batch_size: Times = Field(64, description="images that the model sees at a time")
+    seed: Seed = 0
+    device: Device = "auto"
+
+
 class SubjectOptions(ImageOptions):
-    """A float model and its images: what `runs.subject.open_subject` opens.
+    """A float model and its images: what `runs.subject.open_subject` opens."""
 
-    Attributes:
-        model: timm's name.
-        model_kwargs: For `timm.create_model`.
-        weights: File of float weights, or the run of a float model.
-        pretrained: Takes the weights from timm's hub.
-        data: Training images, also those for calibration; see `open_data`.
-        eval_data: Images to judge by; None: the test split of `data`, or a share of it.
-        class_map: File of lines `index<TAB>folder`.
-        test_share, monitor_share: See `open_data`.
-        workers, on_bad_image, batch_size, seed: See `Reading`.
-        device: Where the model computes.
-    """
-
-    weights: Location | None = None
-    pretrained: bool = False
+    weights: Weights = None
+    pretrained: Pretrained = False
 
 
 class TrainConfig(SubjectOptions):
@@ -81,52 +140,118 @@ class TrainConfig(SubjectOptions):
     same config on more processes is the same training.
     """
 
-    method: Name = "qvit"
-    method_options: dict[str, Any] = Field(default_factory=dict)
-    budget: Name | None = None
-    plan: Location | None = None
+    method: Name = Field(
+        "qvit",
+        description="`float`, `lsq`, `lsq+`, `qvit`; `dq`, `edmips` ([Other ways to learn "
+        "widths](learning-widths.md#other-ways-to-learn-widths)); `vvtq`, `qvit+vvtq`, `ofq`, `irm` ([Two "
+        "bits](two-bits.md))",
+    )
+    method_options: dict[str, Any] = Field(
+        default_factory=dict, description="options of the method, such as `head_wise=false`, see below"
+    )
+    budget: Name | None = Field(
+        None,
+        description="`4bit`: the bit operations of the uniform 4-bit model with 8 bits in the first and the last "
+        "layer; `21.455G`, `12.3M`: bit operations; `0.25`, `25%`: a share of the 8-bit model's. Required by `qvit`, "
+        "`dq` and `edmips`; `lsq` and `lsq+` take `Nbit`",
+    )
+    plan: Location | None = Field(
+        None,
+        description="a preset such as `w4a4`, a plan file, or a run: the widths for `lsq` and `lsq+`, the starting "
+        "widths for `qvit` and `dq`",
+    )
 
-    augment: Literal["none", "light", "deit"] = "light"
-    repeated_augmentation: int = Field(0, ge=0, le=1000)
-    mixup: float = Field(0.0, ge=0, le=1000)
-    cutmix: float = Field(0.0, ge=0, le=1000)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    labels: Location | None = None
-    crops_per_image: Times = 4
-    single_crop_epochs: int = Field(0, ge=0, le=10**6)
-    label_recovery: Literal["smoothing", "renormalise", "hard", "label-smoothing"] = "smoothing"
-    crop_interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
+    augment: Literal["none", "light", "deit"] = Field(
+        "light",
+        description="`none`: images as in evaluation; `light`: crops of 60 to 100 % of the area, mirroring; `deit`: "
+        "RandAugment, random erasing, crops. Digits are turned, shifted and zoomed a little, unless `none`",
+    )
+    repeated_augmentation: int = Field(
+        0, ge=0, le=1000,
+        description="how often an image is drawn for one epoch, each time augmented anew; the epoch keeps its length",
+    )  # fmt: skip
+    mixup: float = Field(0.0, ge=0, le=1000, description="α of mixup")
+    cutmix: float = Field(0.0, ge=0, le=1000, description="α of cutmix")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of a label spread over all classes")
+    labels: Location | None = Field(
+        None,
+        description="a store of [soft labels](soft-labels.md) to learn from, in place of the data's labels and of "
+        "augmentation",
+    )
+    crops_per_image: Times = Field(
+        4, description="with `labels`: crops of each drawn image; an epoch is as many crops as there are images"
+    )
+    single_crop_epochs: int = Field(
+        0, ge=0, le=10**6, description="with `labels`: how many of the last epochs draw one crop of each image"
+    )
+    label_recovery: Literal["smoothing", "renormalise", "hard", "label-smoothing"] = Field(
+        "smoothing",
+        description="with `labels`: what the classes that are not stored get, see [Recovery](soft-labels.md#recovery)",
+    )
+    crop_interpolation: Interpolation | None = Field(
+        None, description="with `labels`: how crops are resized; by default as the teacher's were"
+    )
 
-    epochs: Times = 30
-    accumulate: Times = 1
-    opt: Name = "adamw"
-    lr: Rate = 5e-4
-    min_lr: float = Field(0.0, ge=0, le=1e6)
-    warmup_epochs: int = Field(0, ge=0, le=10**6)
-    sched: Name = "cosine"
-    weight_decay: float = Field(0.05, ge=0, le=1e6)
-    clip_grad: float | None = Field(None, gt=0, le=1e30)
-    ema_decay: float | None = Field(None, gt=0, lt=1)
-    distill: float = Field(0.0, ge=0, le=1)
-    distill_kind: Literal["soft", "hard"] = "soft"
-    distill_temperature: Rate = 1.0
-    teacher: Location | None = None
-    teacher_weights: Location | None = None
-    teacher_kwargs: dict[str, Any] = Field(default_factory=dict)
-    stochastic_depth: bool = False
+    epochs: Times = Field(30, description="passes over the training images")
+    batch_size: Times = Field(64, description="images per optimizer step, over all processes and micro-batches")
+    accumulate: Times = Field(
+        1, description="micro-batches per step; a micro-batch has `batch_size / (processes · accumulate)` images"
+    )
+    opt: Name = Field(
+        "adamw",
+        description="timm's name of the optimizer, with or without `lookahead_` before it; not `adahessian`, which "
+        "needs second derivatives",
+    )
+    lr: Rate = Field(5e-4, description="learning rate of weights, scales and offsets, for the batch size as given")
+    min_lr: float = Field(0.0, ge=0, le=1e6, description="learning rate at the end of the schedule")
+    warmup_epochs: int = Field(0, ge=0, le=10**6, description="epochs of linear warm-up")
+    sched: Name = Field("cosine", description="timm's name of the schedule; it advances every step")
+    weight_decay: float = Field(
+        0.05, ge=0, le=1e6,
+        description="weight decay of weight matrices; not of biases, norms, tokens, scales, offsets, widths",
+    )  # fmt: skip
+    clip_grad: float | None = Field(None, gt=0, le=1e30, description="largest norm of the gradient")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="keeps an exponential moving average of the model and evaluates that"
+    )
+    distill: float = Field(
+        0.0, ge=0, le=1, description="share of the loss that learns from the soft labels of the float model"
+    )
+    distill_kind: Literal["soft", "hard"] = Field("soft", description="`hard`: the teacher's top class is the label")
+    distill_temperature: Rate = Field(1.0, description="temperature of student and teacher, where labels are soft")
+    teacher: Location | None = Field(
+        None, description="another model to learn from: timm's name, or a run; by default the float model"
+    )
+    teacher_weights: Location | None = Field(None, description="weights of the teacher; by default from timm's hub")
+    teacher_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="arguments of the teacher, as `model_kwargs`"
+    )
+    stochastic_depth: bool = Field(
+        False, description="dropout and stochastic depth during training, where the model has them"
+    )
 
-    calibration_images: Many = 256
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
-    cuda_graphs: bool = True
-    integer_forward: bool = False
-    threads: int | None = Field(None, ge=1, le=4096)
-    log_every: Many = 10
-    checkpoint_every: Many = 1
-    checkpoint_steps: Many | None = None
-    keep_checkpoints: Many = 2
-    tensorboard: bool = False
-    diagnostics: bool = True
+    calibration_images: Many = Field(256, description="training images that initialize the scales")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="precision of the training")
+    compile: bool = Field(False, description="compile the model by `torch.compile`")
+    cuda_graphs: bool = Field(
+        True,
+        description="on CUDA, in one process without micro-batches: forward and backward of the model are recorded "
+        "once and started as a whole ([Training speed](training-speed.md))",
+    )
+    integer_forward: bool = Field(
+        False,
+        description="outputs of linear layers from integers, on CPUs with 8-bit dot products (VNNI, AMX; [Training "
+        "speed](training-speed.md))",
+    )
+    threads: Threads = None
+    log_every: Many = Field(10, description="steps between two `step` lines of the log")
+    checkpoint_every: Many = Field(1, description="epochs between two checkpoints")
+    checkpoint_steps: Many | None = Field(None, description="steps between two checkpoints within an epoch")
+    keep_checkpoints: Many = Field(2, description="how many checkpoints are kept")
+    tensorboard: bool = Field(False, description="write the log for TensorBoard, too")
+    diagnostics: bool = Field(
+        True, description="at the end of each epoch, log which weights oscillate, and the variation of weights"
+    )
 
     @field_validator("data", "eval_data", "class_map", "weights", "plan", "teacher", "teacher_weights", "labels")
     @classmethod

@@ -10,8 +10,8 @@ A recipe is flat: keys of `TrainConfig`, and tables for the keys that are dictio
     [method_options]
     searching_ratio = 0.9
 
-What is given on the command line goes over it, key by key; `method_options.searching_ratio` reaches into a table, and a
-table given whole replaces the recipe's. Paths in a recipe are relative to the working directory, as on the command
+Options on the command line override it, key by key; `method_options.searching_ratio` reaches into a table, and a table
+given as a whole replaces the recipe's. Paths in a recipe are relative to the working directory, as on the command
 line. A recipe for images that everybody keeps somewhere else has no `data`: they must then be given, because the
 default of `TrainConfig` (digits) is not what such a recipe is for.
 """
@@ -59,7 +59,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `overrides` over it.
+    """`base`, overridden by `overrides`.
 
     Of float weights there is one source: weights from a file end `pretrained`, and the other way round, unless both
     are overridden.
@@ -79,7 +79,8 @@ def merged(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
             continue
         table = values.setdefault(name, {})
         if name not in TABLES or not isinstance(table, dict):
-            raise UsageError(f"'{key}': '{name}' is no table; there are {', '.join(TABLES)}")
+            hint = nearest(name, TABLES) or f"; there are {', '.join(TABLES)}"
+            raise UsageError(f"'{key}': '{name}' is no table{hint}")
         table[entry] = value
     if overrides.get("weights") and "pretrained" not in overrides:
         values["pretrained"] = False

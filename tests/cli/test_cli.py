@@ -8,12 +8,15 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from command_line import QUICK, SMALL_DIGITS, Qvit
 from command_line import qvit as qvit  # a fixture
+from rich.text import Text
 from tiny_models import make_images, small_config
 
 from qvit import cli
@@ -327,15 +330,58 @@ def test_the_version(qvit: Qvit) -> None:
     assert qvit("--version").out.strip() == __version__
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = "import sys, qvit.cli; print('torch' in sys.modules)"
+def every_command() -> Iterator[tuple[str, Any]]:
+    waiting = [("qvit", typer.main.get_command(cli.app))]
+    while waiting:
+        name, command = waiting.pop()
+        yield name, command
+        waiting += [(f"{name} {key}", value) for key, value in getattr(command, "commands", {}).items()]
+
+
+def test_no_help_text_loses_its_brackets() -> None:
+    """rich takes `[bench]` for a style, and shows `pip install "qvit"` in its place."""
+    for name, command in every_command():
+        for text in [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]:
+            meant = re.sub(r"\[cyan\]|\[/\]", "", text or "").replace(r"\[", "[")
+            assert Text.from_markup(text or "").plain == meant, name
+
+
+def test_help_names_the_extra_to_install(qvit: Qvit) -> None:
+    assert 'pip install "qvit[bench]"' in qvit("bench", "--help").out
+
+
+FILE = Path(__file__).parents[1] / "deploy" / "files" / "packed-v1.safetensors"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["plan", "show", "RUN"],
+        ["plan", "diff", "RUN", "RUN", "--json"],
+        ["plan", "show", "w4a4"],
+        ["report", "RUN", "--out", "page.html"],
+        ["inspect", str(FILE)],
+        ["inspect", str(FILE), "--json"],
+        ["inspect", "none"],
+    ],
+    ids=" ".join,
+)
+def test_commands_that_only_read_do_not_wait_for_torch(arguments: list[str], small_runs: Path, tmp_path: Path) -> None:
+    code = (
+        "import atexit, sys; from qvit import cli\n"
+        "atexit.register(lambda: sys.stderr.write(str({'torch', 'timm', 'scipy', 'accelerate'} & set(sys.modules))))\n"
+        "cli.main()"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *(str(small_runs / "qvit") if word == "RUN" else word for word in arguments)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     )
-    assert done.stdout.strip() == "False", done.stderr
+    refused = arguments[-1] in ("w4a4", "none")
+    assert done.stderr.endswith("set()") and (done.returncode == 0) != refused, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------- plans

@@ -26,7 +26,7 @@ class TestAnalyze:
         command = ["analyze", *COMMON, "--out", tmp_path]
         assert "unknown part 'fcc'" in qvit(*command, "--part", "fcc").failed(2)
         assert "layer 7 does not exist" in qvit(*command, "--what", "heads", "--layer", "7").failed(2)
-        assert "integers with commas" in qvit(*command, "--widths", "2-8").failed(2)
+        assert "neither a range" in qvit(*command, "--widths", "2;8").failed(2)
         assert "unknown analysis 'head'" in qvit(*command, "--what", "head").failed(2)
         assert not list(tmp_path.iterdir())
 

@@ -24,6 +24,7 @@ from tiny_models import SMALL, calibrated_model, digit_batches, digits_model
 
 from qvit.deploy.file import container, versions
 from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.file.summary import describe, describe_file
 from qvit.errors import QvitError
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
@@ -83,6 +84,16 @@ def refused(path: Path, content: bytes, message: str | None = None) -> None:
     with pytest.raises(QvitError, match=message) as caught:
         Artifact.load(path)
     assert str(path) in str(caught.value) and caught.value.__cause__ is None, caught.value.__cause__
+    described(path)
+
+
+def described(path: Path) -> Any:
+    """What is said of a file without its model; a refusal is one that names the file."""
+    try:
+        return describe_file(path)
+    except QvitError as error:
+        assert str(path) in str(error) and error.__cause__ is None, error.__cause__
+        return None
 
 
 def test_the_file_is_whole_and_can_be_sealed_again(whole: bytes, tmp_path: Path) -> None:
@@ -96,6 +107,7 @@ def test_the_file_is_whole_and_can_be_sealed_again(whole: bytes, tmp_path: Path)
 def test_every_cut_is_refused(whole: bytes, tmp_path: Path) -> None:
     for length in [*range(0, 300), *range(300, len(whole), 23), len(whole) - 1]:
         refused(tmp_path / "a", whole[:length])
+        assert described(tmp_path / "a") is None
 
 
 def test_every_changed_byte_is_refused(whole: bytes, tmp_path: Path) -> None:
@@ -104,6 +116,7 @@ def test_every_changed_byte_is_refused(whole: bytes, tmp_path: Path) -> None:
         changed = bytearray(whole)
         changed[position] ^= 1 << chance.randrange(8)
         refused(tmp_path / "a", bytes(changed))
+        assert described(tmp_path / "a") is None
 
 
 def test_bytes_that_are_moved_added_or_taken_are_refused(whole: bytes, tmp_path: Path) -> None:
@@ -369,6 +382,7 @@ def test_sealed_scales(whole: bytes, tmp_path: Path, value: float) -> None:
 def test_sealed_floats_and_codes(whole: bytes, tmp_path: Path) -> None:
     for value in (float("nan"), float("-inf")):
         refused(tmp_path / "a", with_numbers(whole, BIAS, 3, value), f"'{BIAS}' has NaN or infinite values")
+        assert described(tmp_path / "a") is None
     header, data = opened(whole)
     model = calibrate(quantize(digits_model(num_classes=3), "w3a3"), digit_batches())
     Artifact.from_model(model, model_name="vit_digits", model_kwargs=SMALL | {"num_classes": 3}).save(tmp_path / "b")
@@ -458,6 +472,7 @@ def check_scrambled(whole: bytes, path: Path, seeds: range) -> int:
             continue
         loaded += 1
         assert artifact.model()(digit_batches()[0]).shape == (8, 10), seed
+        assert described(path) == describe(artifact, path.stat().st_size), seed
     return loaded
 
 

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qvit.errors import UsageError
 from qvit.models.convert import plan_of, quantize, quantizers_disabled
+from qvit.models.create import create_shapes
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
@@ -142,6 +143,15 @@ def test_weight_bytes_cover_every_matrix(pair: Pair) -> None:
     ]
     expected = sum(module.weight.numel() for path, module in layers if ".cpb_mlp." not in path)
     assert sum(site.numel for site in inspect_model(pair.model).sites.values()) == expected
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_without_storage_has_the_same_costs(name: str) -> None:
+    kwargs = kwargs_of(name, MODULES[name])
+    without = create_shapes(name, **kwargs)
+    assert all(parameter.is_meta for parameter in without.parameters())
+    expected, found = inspect_model(timm.create_model(name, **kwargs)), inspect_model(without)
+    assert list(found.sites.items()) == list(expected.sites.items()) and found.matmuls == expected.matmuls
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if refusal(name)])

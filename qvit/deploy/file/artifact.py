@@ -28,33 +28,20 @@ from torch import Tensor, nn
 
 from qvit.data.open import data_config_of
 from qvit.deploy.file import container
-from qvit.deploy.file.documents import (
-    check_data_config,
-    class_names_from_text,
-    data_config_from_text,
-    model_from_text,
-    plan_from_text,
-    plan_to_text,
-    provenance_from_text,
-    to_text,
-)
-from qvit.deploy.file.grids import LARGEST, by_kind, cut, grid_values, set_grid
+from qvit.deploy.file.documents import LARGEST, PACKED, SCALES, Documents, check_data_config, plan_to_text, to_text
+from qvit.deploy.file.grids import by_kind, cut, grid_values, set_grid
 from qvit.deploy.file.packing import code_dtype, pack_site, unpack_site
 from qvit.deploy.file.skeleton import compare, float_tensors, grids_of, skeleton, weight_sites
 from qvit.deploy.file.versions import FORMAT, VERSION, upgraded
 from qvit.errors import QvitError, UsageError
-from qvit.files import read_bytes
 from qvit.models.convert import Stage, plan_of, quantize, stage_of
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
 from qvit.models.layers import weight_of
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
-from qvit.tensors import MAX_FILE, Contents
+from qvit.tensors import Contents
 from qvit.version import __version__
-
-PACKED, SCALES = ".packed", "scales"
-_DOCUMENTS = {"format", "version", "plan", "model", "data_config", "class_names", "provenance"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +139,8 @@ class Artifact:
 
         Raises QvitError, with the file and what is wrong, for anything that `save` did not write.
         """
-        content = read_bytes(path, "packed model", limit=MAX_FILE)
-        try:
-            return cls._from_contents(container.opened(content))
-        except QvitError as error:
-            raise QvitError(f"cannot load {path}: {error}") from None
-        except Exception as error:
-            raise QvitError(f"cannot load {path}: {type(error).__name__}: {error}") from error
+        with container.opened(path) as contents:
+            return cls._from_contents(contents)
 
     @torch.no_grad()
     def model(self) -> nn.Module:
@@ -243,16 +225,13 @@ class Artifact:
 
     @classmethod
     def _from_contents(cls, contents: Contents) -> Artifact:
-        texts, tensors = upgraded(contents.metadata, contents.tensors)
-        if set(texts) != _DOCUMENTS:
-            odd = sorted(set(texts) ^ _DOCUMENTS)[0]
-            raise QvitError(f"its metadata {'have an unknown' if odd in texts else 'lack the'} key {odd!r}")
-        name, kwargs = model_from_text(texts["model"])
-        plan, shapes = plan_from_text(texts["plan"], name)
-        model = skeleton(name, kwargs, plan, tensors=len(tensors), file_bytes=contents.file_bytes)
+        texts, tensors = upgraded(contents.metadata, dict(contents.tensors))
+        words = Documents.from_texts(texts)
+        name, kwargs = words.model_name, words.model_kwargs
+        model = skeleton(name, kwargs, words.plan, tensors=len(tensors), file_bytes=contents.file_bytes)
         sites = inspect_model(model).sites
-        plan = plan.resolve(sites)
-        grids = cut(tensors.pop(SCALES, None), shapes)
+        plan = words.plan.resolve(sites)
+        grids = cut(tensors.pop(SCALES, None), words.shapes)
         integers = {}
         for site in weight_sites(model):
             packed, spec = tensors.pop(site + PACKED, None), plan.sites[site]
@@ -267,9 +246,9 @@ class Artifact:
             plan,
             name,
             kwargs,
-            data_config_from_text(texts["data_config"]),
-            class_names_from_text(texts["class_names"]),
-            provenance_from_text(texts["provenance"]),
+            words.data_config,
+            words.class_names,
+            words.provenance,
             integers,
             *by_kind(grids),
             tensors,

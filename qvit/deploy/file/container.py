@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from qvit.errors import QvitError, UsageError
 from qvit.files import read_bytes, write_atomically
 from qvit.tensors import MAX_FILE, PREFIX, Contents, decode, encode, header_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: The longest header that is read. That of DeiT-T is 20 kB, that of ViT-H below 100 kB; class names are in it, too.
 MAX_HEADER = 4 << 20
@@ -51,32 +53,30 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     write_atomically(path, save)
 
 
-def read(path: Path) -> Contents:
-    """Reads a file; see `opened`. Raises QvitError naming the file."""
+@contextmanager
+def opened(path: str | Path) -> Iterator[Contents]:
+    """What is in a file; the metadata are without the seal. Whatever goes wrong inside is an error that names the file.
+
+    Raises QvitError for anything that `write` did not write.
+    """
     content = read_bytes(path, "packed model", limit=MAX_FILE)
     try:
-        return opened(content)
+        _check_digest(content, header_of(content, max_header=MAX_HEADER))
+        found = decode(content, max_header=MAX_HEADER)
+        yield replace(found, metadata={key: text for key, text in found.metadata.items() if key != "sha256"})
     except QvitError as error:
         raise QvitError(f"cannot load {path}: {error}") from None
-
-
-def opened(content: bytes) -> Contents:
-    """What is in the bytes of a file; the metadata are without the seal.
-
-    Raises QvitError for anything that `write` did not write, with what is wrong, not with the path.
-    """
-    _check_digest(content, header_of(content, max_header=MAX_HEADER))
-    found = decode(content, max_header=MAX_HEADER)
-    return replace(found, metadata={key: text for key, text in found.metadata.items() if key != "sha256"})
+    except Exception as error:
+        raise QvitError(f"cannot load {path}: {type(error).__name__}: {error}") from error
 
 
 def is_packed(path: Path) -> bool:
     """Whether a file is one that `write` wrote."""
     try:
-        read(path)
+        with opened(path):
+            return True
     except QvitError:
         return False
-    return True
 
 
 def _check_digest(content: bytes, header: bytes) -> None:

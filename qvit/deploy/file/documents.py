@@ -21,12 +21,12 @@ What is read is plain data of bounded depth with finite numbers. What the words 
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from qvit.errors import QvitError, UsageError
 from qvit.plan.quant_plan import FORMAT as PLAN_FORMAT
@@ -35,7 +35,15 @@ from qvit.plan.quant_plan import QuantPlan
 from qvit.plan.spec import TensorSpec, spec_keys
 from qvit.tensors import compact, parse
 
-Values = Mapping[str, Mapping[str, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Names of tensors in a file: SITE.packed, and one of all numbers of grids.
+PACKED, SCALES = ".packed", "scales"
+#: The largest number of a packed model, in size. Trained ones stay below 10⁵; up to here, products of two values on
+#: grids of 16 bits, summed over a layer, are far from the end of float32.
+LARGEST = 2.0**24
+KEYS = {"format", "version", "plan", "model", "data_config", "class_names", "provenance"}
 _LAST_NUMBER = re.compile(r"(?P<before>.*\.)(?P<number>0|[1-9]\d{0,5})(?P<after>\..*)")
 _TIMES = re.compile(r"([1-9]\d{0,3})\*(0|[1-9]\d{0,4})")
 _MAX_DEPTH, _LARGEST, _LONGEST, _MOST_SITES = 8, 1 << 53, 1 << 24, 20_000
@@ -44,7 +52,43 @@ _DATA_KEYS = {
 }  # fmt: skip
 
 
-def plan_to_text(plan: QuantPlan, values: Values) -> str:
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """All documents of a file, read.
+
+    Attributes:
+        model_name, model_kwargs: What `timm.create_model` makes the float model from.
+        plan: Its plan; the sites in the order of the file.
+        shapes: The shapes of the numbers of each site's grid.
+        data_config, class_names, provenance: See above.
+    """
+
+    model_name: str
+    model_kwargs: dict[str, Any]
+    plan: QuantPlan
+    shapes: dict[str, dict[str, tuple[int, ...]]]
+    data_config: dict[str, Any]
+    class_names: tuple[str, ...]
+    provenance: dict[str, Any]
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str]) -> Documents:
+        """Reads the metadata of a file of the present version. Raises QvitError."""
+        if set(texts) != KEYS:
+            odd = sorted(set(texts) ^ KEYS)[0]
+            raise QvitError(f"its metadata {'have an unknown' if odd in texts else 'lack the'} key {odd!r}")
+        name, kwargs = model_from_text(texts["model"])
+        return cls(
+            name,
+            kwargs,
+            *plan_from_text(texts["plan"], name),
+            data_config_from_text(texts["data_config"]),
+            class_names_from_text(texts["class_names"]),
+            provenance_from_text(texts["provenance"]),
+        )
+
+
+def plan_to_text(plan: QuantPlan, values: Mapping[str, Mapping[str, Tensor]]) -> str:
     """A resolved plan, and the shapes of the numbers of each site's grid, as compact JSON."""
     default = TensorSpec().to_json()
     kinds: dict[str, int] = {}
@@ -131,6 +175,20 @@ def _shapes(kind: Any) -> dict[str, tuple[int, ...]]:
         if not all(type(size) is int and 0 <= size <= _LONGEST for size in shape):
             raise QvitError(f"the {key} of a kind of site in the plan has no shape")
     return {key: tuple(shape) for key, shape in shapes.items()}
+
+
+def computed_order(sites: Iterable[str]) -> list[str]:
+    """The sites of a document as the model computes them: block by block, where `#` put equal ones of all together."""
+
+    def block(site: str) -> str:
+        match = _LAST_NUMBER.fullmatch(site)
+        return match["before"] if match else site
+
+    def number(site: str) -> int:
+        match = _LAST_NUMBER.fullmatch(site)
+        return int(match["number"]) if match else 0
+
+    return [site for _, run in itertools.groupby(sites, block) for site in sorted(run, key=number)]
 
 
 def _expanded(sites: Mapping[str, Any], kinds: int) -> dict[str, int]:

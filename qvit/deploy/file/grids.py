@@ -19,15 +19,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from qvit.deploy.file.documents import LARGEST
 from qvit.errors import QvitError
 from qvit.functional import SMALLEST_SCALE
 from qvit.quantizers import Quantizer
 
 Numbers = dict[str, Tensor]
 _GRID = ("scale", "offset", "bit_width")
-#: The largest number of a packed model, in size. Trained ones stay below 10⁵; up to here, products of two values on
-#: grids of 16 bits, summed over a layer, are far from the end of float32.
-LARGEST = 2.0**24
 
 
 @torch.no_grad()

@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-
-from torch import Tensor
+from typing import Any
 
 from qvit.errors import QvitError
 
 VERSION = 1
 FORMAT = "qvit"
-Parts = tuple[dict[str, str], dict[str, Tensor]]
+#: Metadata and tensors.
+Parts = tuple[dict[str, str], dict[str, Any]]
 #: Version → what makes the next one of it.
-UPGRADERS: dict[int, Callable[[dict[str, str], dict[str, Tensor]], Parts]] = {}
+UPGRADERS: dict[int, Callable[[dict[str, str], dict[str, Any]], Parts]] = {}
 
 
-def upgraded(texts: dict[str, str], tensors: dict[str, Tensor]) -> Parts:
+def upgraded(texts: dict[str, str], tensors: dict[str, Any]) -> Parts:
     """Metadata and tensors of a file as the present version has them. Raises QvitError for a version without a way."""
     if texts.get("format") != FORMAT:
         raise QvitError("it is no packed model: `qvit pack RUN` writes one")

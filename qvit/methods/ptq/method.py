@@ -26,17 +26,17 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field
 from torch import Tensor, nn
 
 from qvit.allocate import allocate_plan
 from qvit.errors import UsageError
 from qvit.measure import Sensitivity, measure_sensitivity
-from qvit.methods.base import Method, MethodOptions, Preparation, register_method
+from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq.bias_correction import correct_biases
+from qvit.methods.ptq.options import PTQOptions
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
@@ -56,57 +56,6 @@ SENSITIVITY = "sensitivity.json"
 Stage = Callable[[str, float], None]
 _PRESET = re.compile(r"w\d+a\d+", re.IGNORECASE)
 _BITS = re.compile(r"(\d+)\s*bits?", re.IGNORECASE)
-
-
-class PTQOptions(MethodOptions):
-    """Options of `ptq`.
-
-    Attributes:
-        observer: How ranges of activations are chosen: `mse`, `percentile` or `minmax`.
-        weights: What shares a scale in a weight: `per-channel`, or `per-head` where there are heads.
-        probs: Grid of the attention probabilities: `uniform`, `log2`, `log-sqrt2`, or `auto` (by width).
-        heads: What shares a scale in q, k, v, probabilities and head outputs: `per-head`, `per-tensor`, or `auto`:
-            `per-tensor` where the whole plan has 8 bits, which need no finer scales and run faster without.
-        reparameterize: Whether LayerNorm outputs are evened out.
-        bias_correction: Whether biases take back the mean error.
-        reconstruct: Whether blocks are reconstructed.
-        steps, recon_images, recon_batch, fisher: Options of the reconstruction, see `ReconstructOptions`.
-        metric: Sensitivity metric that the widths were chosen by; None for uniform widths.
-        sensitivity: File of a sensitivity to take in place of measuring one, such as another run's `sensitivity.json`.
-        sensitivity_images: How many of the calibration images a sensitivity is measured with; None for all.
-        min_width: Narrowest width that is given out; None: 3, or 2 where the budget asks for it. Predictions for 2 bits
-            are a rough guide, and without training nothing makes up for them.
-        boundary: Width of the first and the last layer where widths are mixed; `free`: chosen like the others.
-    """
-
-    observer: Literal["mse", "percentile", "minmax"] = "mse"
-    weights: Literal["per-channel", "per-head"] = "per-channel"
-    probs: Literal["auto", "uniform", "log2", "log-sqrt2"] = "auto"
-    heads: Literal["auto", "per-head", "per-tensor"] = "auto"
-    reparameterize: bool = True
-    bias_correction: bool = True
-    reconstruct: bool = False
-    steps: int = Field(2000, ge=1)
-    recon_images: int = Field(1024, ge=1)
-    recon_batch: int = Field(16, ge=1)
-    fisher: bool = False
-    metric: str | None = None
-    sensitivity: str | None = None
-    sensitivity_images: int | None = Field(None, ge=1)
-    min_width: int | None = Field(None, ge=2, le=8)
-    boundary: Annotated[int, Field(ge=2, le=16)] | Literal["free"] = 8
-
-    def reconstruction(self, seed: int) -> ReconstructOptions | None:
-        """Options of the reconstruction; None if there is none."""
-        if not self.reconstruct:
-            return None
-        return ReconstructOptions(self.steps, self.recon_images, self.recon_batch, fisher=self.fisher, seed=seed)
-
-    def reconstruction_record(self) -> dict[str, int] | None:
-        """What a result says about the reconstruction."""
-        if not self.reconstruct:
-            return None
-        return {"steps": self.steps, "images": self.recon_images, "batch_size": self.recon_batch}
 
 
 @register_method("ptq")

@@ -22,38 +22,40 @@ import math
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from qvit.quantizers import Quantizer
+from qvit.training.config import Options
 from qvit.training.oscillation.bins import bin_regularizer
 from qvit.training.oscillation.tracking import Oscillations, codes_of, fits_int8
 from qvit.training.oscillation.weights import quantized_weights
 
 
-class RemedyOptions(BaseModel):
-    """What is done about oscillation.
+class RemedyOptions(Options):
+    """What is done about oscillation."""
 
-    Attributes:
-        oscillation: The remedy.
-        regularizer_start: t₀ of the regularizer, as a share of training.
-        regularizer_peak: λ at the end of training.
-        freezing_from, freezing_to: Threshold of the frequency at the start and at the end.
-        freezing_momentum: m, of the frequency and of the mean code.
-        annealing_share: The last share of training, in which weights are annealed.
-        annealing_distance: From a rounding boundary, in steps of the grid: weights within it move.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    oscillation: Literal["regularizer", "freezing", "annealing", "none"] = "regularizer"
-    regularizer_start: float = Field(0.25, ge=0, le=1)
-    regularizer_peak: float = Field(0.01, ge=0)
-    freezing_from: float = Field(0.04, gt=0, le=1)
-    freezing_to: float = Field(0.01, gt=0, le=1)
-    freezing_momentum: float = Field(0.01, gt=0, lt=1)
-    annealing_share: float = Field(0.1, ge=0, le=1)
-    annealing_distance: float = Field(0.005, gt=0, le=0.5)
+    oscillation: Literal["regularizer", "freezing", "annealing", "none"] = Field(
+        "regularizer", description="the remedy"
+    )
+    regularizer_start: float = Field(
+        0.25,
+        ge=0,
+        le=1,
+        description="t₀: the share of training after which λ rises; with learned widths not before they are frozen",
+    )
+    regularizer_peak: float = Field(0.01, ge=0, description="λ at the end of training")
+    freezing_from: float = Field(
+        0.04, gt=0, le=1, description="frequency of oscillation above which a weight is frozen, at the start"
+    )
+    freezing_to: float = Field(0.01, gt=0, le=1, description="the same at the end")
+    freezing_momentum: float = Field(0.01, gt=0, lt=1, description="momentum of the frequency and of the mean code")
+    annealing_share: float = Field(
+        0.1, ge=0, le=1, description="the last share of training, in which weights are annealed"
+    )
+    annealing_distance: float = Field(
+        0.005, gt=0, le=0.5, description="steps from a rounding boundary within which weights move then"
+    )
 
 
 class Remedy:

@@ -1,0 +1,72 @@
+"""Options of post-training quantization; torch is not imported, because `qvit ptq --help` shows them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field
+
+from qvit.training.config import MethodOptions
+
+if TYPE_CHECKING:
+    from qvit.methods.ptq.reconstruction import ReconstructOptions
+
+
+class PTQOptions(MethodOptions):
+    """Options of `ptq`."""
+
+    observer: Literal["mse", "percentile", "minmax"] = Field("mse", description="how ranges of activations are chosen")
+    weights: Literal["per-channel", "per-head"] = Field(
+        "per-channel", description="what shares a scale in a weight; `per-head` where it has heads"
+    )
+    probs: Literal["auto", "uniform", "log2", "log-sqrt2"] = Field(
+        "auto", description="grid of the attention probabilities; `auto`: `log-sqrt2` up to 4 bits, else `uniform`"
+    )
+    heads: Literal["auto", "per-head", "per-tensor"] = Field(
+        "auto",
+        description="what shares a scale in q, k, v, probabilities and head outputs; `auto`: `per-tensor` where the "
+        "whole plan has 8 bits, which need no finer scales and run faster without, else `per-head`",
+    )
+    reparameterize: bool = Field(True, description="even out the channels of LayerNorm outputs")
+    bias_correction: bool = Field(True, description="take the mean errors back in the biases")
+    reconstruct: bool = Field(False, description="train each block to answer like its float original")
+    steps: int = Field(2000, ge=1, description="steps per block of the reconstruction")
+    recon_images: int = Field(1024, ge=1, description="images of the reconstruction")
+    recon_batch: int = Field(16, ge=1, description="images per step of the reconstruction")
+    fisher: bool = Field(False, description="weight the reconstruction error by Fisher information")
+    metric: str | None = Field(
+        None, description="choose mixed widths by sensitivities, measured by `fisher`, `kl` or `hessian`"
+    )
+    sensitivity: str | None = Field(
+        None, description="choose mixed widths by a measured sensitivity, such as another run's `sensitivity.json`"
+    )
+    sensitivity_images: int | None = Field(
+        None,
+        ge=1,
+        description="calibration images that a sensitivity is measured with; by default all. `kl` passes them through "
+        "the model a few thousand times: give it 16",
+    )
+    min_width: int | None = Field(
+        None,
+        ge=2,
+        le=8,
+        description="narrowest of the mixed widths; by default 3, or 2 where 3 bits everywhere exceed the budget: "
+        "without training nothing makes up for 2 bits, and their predictions are a rough guide",
+    )
+    boundary: Annotated[int, Field(ge=2, le=16)] | Literal["free"] = Field(
+        8, description="width of the first and the last layer where widths are mixed; `free`: chosen like the others"
+    )
+
+    def reconstruction(self, seed: int) -> ReconstructOptions | None:
+        """Options of the reconstruction; None if there is none."""
+        if not self.reconstruct:
+            return None
+        from qvit.methods.ptq.reconstruction import ReconstructOptions
+
+        return ReconstructOptions(self.steps, self.recon_images, self.recon_batch, fisher=self.fisher, seed=seed)
+
+    def reconstruction_record(self) -> dict[str, int] | None:
+        """What a result says about the reconstruction."""
+        if not self.reconstruct:
+            return None
+        return {"steps": self.steps, "images": self.recon_images, "batch_size": self.recon_batch}
