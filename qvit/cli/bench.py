@@ -16,7 +16,15 @@ from qvit.training.config import validated
 
 @command("bench", order=14)
 def bench(
-    given: Annotated[Given, Fields(BenchRequest, flags={"batches": ["--batch"], "engines": ["--engine"]})],
+    given: Annotated[
+        Given,
+        Fields(
+            BenchRequest,
+            "model plan batches engines peers weights pretrained model_kwargs data eval_data class_map "
+            "calibration_images images threads rounds seconds max_seconds on_bad_image workers seed",
+            flags={"batches": ["--batch"], "engines": ["--engine"]},
+        ),
+    ],
     page: Annotated[
         Path | None, typer.Option("--out", metavar="PAGE.html", help="Write a page with the plot, and PAGE.json.")
     ] = None,

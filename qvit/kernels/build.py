@@ -36,7 +36,16 @@ from qvit.errors import QvitError
 from qvit.files import cache_folder, make_private, write_atomically
 
 _log = logging.getLogger(__name__)
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-pthread", "-shared", "-fPIC")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-pthread",
+    "-shared",
+    "-fPIC",
+)
 #: Tried in this order: threads need OpenMP, and not every compiler knows every processor by `native`.
 CHOICES = (("-march=native", "-fopenmp"), ("-march=native",), ())
 #: Seconds after which a compiler is given up, with all choices together.

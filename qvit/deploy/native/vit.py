@@ -1,8 +1,8 @@
 """The integer form of a Vision Transformer as numbers for the C++ engine, and what that engine refuses.
 
 It takes timm's VisionTransformer with plain pre-norm blocks: any number of prefix tokens, LayerScale, qk-norm,
-`norm_pre`, `fc_norm`, LayerNorm or RmsNorm, GELU and its relatives. Widths may differ by tensor and by head. Every product must be one of integers;
-probabilities may be on a logarithmic grid of at most 4 bits.
+`norm_pre`, `fc_norm`, LayerNorm or RmsNorm, GELU and its relatives. Widths may differ by tensor and by head. Every
+product must be one of integers; probabilities may be on a logarithmic grid of at most 4 bits.
 """
 
 from __future__ import annotations
