@@ -1,4 +1,4 @@
-"""The compiled library of the native engine, with the types of its functions; compiled once per source and processor."""
+"""The compiled library of the native engine and the types of its functions; compiled once per source and processor."""
 
 from __future__ import annotations
 

@@ -14,20 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.layers import GELU, GELUTanh, Mlp, QuickGELU, RmsNorm
-from timm.models.vision_transformer import Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from qvit.deploy.integer.reference import IntegerAttention, IntegerLinear, RankedIntegerAttention, report_of
 from qvit.deploy.native.library import call, failure, form_index, forms, library
 from qvit.errors import UsageError
 from qvit.models.layers import QKV, quantizer_at
+from qvit.models.plain_vit import activation_of, added_to_patches, differences, factor_of
 from qvit.quantizers.log2 import Log2Quantizer
 
 Floats = NDArray[np.float32]
 _EMBED, _QKV, _PROJ, _FC1, _FC2, _HEAD = range(6)
 _NORM1, _NORM2, _NORM_PRE, _NORM, _FC_NORM, _QUERY_NORM, _KEY_NORM = range(7)
 _POOLS = {"token": 0, "avg": 1}
+_ACTIVATIONS: list[str | None] = ["gelu", "gelu-tanh", "quick-gelu", "silu", "relu"]
 _MOST_LOG_BITS, _LARGEST_HEAD = 4, 256
 
 
@@ -52,13 +52,17 @@ class NativeVit:
         size, patch = vit.patch_embed.img_size, vit.patch_embed.patch_size
         channels = vit.patch_embed.proj.weight_0.shape[1] // (patch[0] * patch[1])
         self.shape = (channels, *size)
-        with torch.no_grad():
-            patches = torch.zeros(1, vit.patch_embed.num_patches, vit.embed_dim)
-            added = _floats(vit._pos_embed(patches)[0])  # affine in the patches: what it adds to them, prefix included
+        added = _floats(added_to_patches(vit))
         block = vit.blocks[0]
         sizes = [*self.shape, *patch, vit.embed_dim, block.attn.num_heads, len(block.mlp.fc1.bias), len(added)]
         pool = 2 if vit.pool_include_prefix and vit.global_pool == "avg" else _POOLS[vit.global_pool]
-        sizes += [vit.num_prefix_tokens, self.classes, pool, len(vit.blocks), _activation(block.mlp.act)]
+        sizes += [
+            vit.num_prefix_tokens,
+            self.classes,
+            pool,
+            len(vit.blocks),
+            _ACTIVATIONS.index(activation_of(block.mlp.act)),
+        ]
         self._free = library().qvit_free
         self._model = library().qvit_create(
             np.array(sizes, np.int32), added, form_index(form), threads or _processors()
@@ -109,8 +113,8 @@ class NativeVit:
         codes = torch.cat([layer.get_buffer(f"weight_{index}") for index in range(count)], dim=1).to(torch.int8)
         columns = [_each(numbers, count) for numbers in (grid.scale, grid.offset, grid.low, grid.high)]
         scale, bias = columns[0].unsqueeze(1) * layer.weight_scale, layer.bias
-        if isinstance(factor, LayerScale):
-            scale, bias = scale * factor.gamma.detach(), bias * factor.gamma.detach()
+        if factor is not None and (numbers := factor_of(factor)) is not None:
+            scale, bias = scale * numbers, bias * numbers
         arrays = (_floats(scale), _floats(bias), _floats(torch.stack(columns, dim=1)))
         call("qvit_set_linear", self._model, kind, block, *codes.shape, count, codes.contiguous().numpy(), *arrays)
 
@@ -139,77 +143,41 @@ def _floats(numbers: Tensor) -> Floats:
     return np.ascontiguousarray(numbers.detach().cpu().float().numpy())
 
 
-def _activation(module: nn.Module) -> int | None:
-    """The number of an activation function in the engine; None for one that it does not have."""
-    if isinstance(module, (nn.GELU, GELU, GELUTanh)):
-        exact = isinstance(module, (nn.GELU, GELU)) and getattr(module, "approximate", "none") == "none"
-        return 0 if exact else 1
-    kinds = {QuickGELU: 2, nn.SiLU: 3, nn.ReLU: 4}
-    return next((number for kind, number in kinds.items() if type(module) is kind), None)
-
-
 def why_not(model: nn.Module) -> Iterator[str]:
     """Why the engine does not run an integer form: every reason, or nothing."""
-    if not isinstance(model, VisionTransformer) or type(model).__name__ != "VisionTransformer":
-        yield f"it is a {type(model).__name__}, not timm's VisionTransformer"
+    reasons = list(differences(model))
+    yield from reasons
+    if reasons:
         return
     vit: Any = model
-    if vit.global_pool not in _POOLS or vit.attn_pool is not None:
-        yield f"it pools tokens by '{vit.global_pool or 'attention'}'"
-    if vit.dynamic_img_size:
-        yield "its image size is not fixed"
     if not isinstance(vit.head, IntegerLinear):
         yield "it has no classifier on integers"
-    if not isinstance(vit.patch_embed.norm, nn.Identity):
-        yield "it normalises embedded patches"
-    for norm in (vit.norm_pre, vit.norm, vit.fc_norm):
-        yield from _of_norm("the model", norm)
     for product, reason in report_of(model).items():
         if reason is not None and not (product.endswith(".weigh") and reason == "a logarithmic grid"):
             yield f"{product} is simulated ({reason})"
-    for path, block in vit.blocks.named_children():
-        yield from _of_block(f"blocks.{path}", block, vit.blocks[0])
+    for index, block in enumerate(vit.blocks):
+        yield from _of_attention(f"blocks.{index}.attn", block.attn)
     for path, layer in model.named_modules():
         if isinstance(layer, IntegerLinear):
             yield from _of_layer(path, layer)
 
 
-def _of_block(path: str, block: Any, first: Any) -> Iterator[str]:
-    if type(block) is not Block or type(block.mlp) is not Mlp or not isinstance(block.attn, IntegerAttention):
-        yield f"{path} is not one of timm's plain blocks"
+def _of_attention(path: str, attention: Any) -> Iterator[str]:
+    on_integers = isinstance(attention, IntegerAttention) and isinstance(attention.proj, IntegerLinear)
+    if not on_integers or isinstance(attention, RankedIntegerAttention):
+        yield f"{path} has two groups of tokens, or is not on integers"
         return
-    attention, mlp = block.attn, block.mlp
-    dim, heads = attention.qkv.weight_sum.numel() // 3, attention.num_heads
-    if isinstance(attention, RankedIntegerAttention):
-        yield f"{path} has two groups of tokens"
+    dim, heads = attention.proj.weight_0.shape[1] * attention.proj.segments, attention.num_heads
     if dim != attention.proj.weight_sum.numel():
         yield f"{path} has heads of another width than its tokens"
     if dim % heads or (dim // heads) % 4 or dim // heads > _LARGEST_HEAD:
         yield f"{path} has heads of {dim / heads:g} channels, which are not a multiple of 4 up to {_LARGEST_HEAD}"
-    for name in ("norm", "gate"):
-        if not isinstance(getattr(attention, name, None), (nn.Identity, type(None))):
-            yield f"{path} has a {name} in its attention"
-    if not isinstance(mlp.norm, nn.Identity):
-        yield f"{path} has a norm in its MLP"
-    if _activation(mlp.act) is None or type(mlp.act) is not type(first.mlp.act):
-        yield f"{path} has the activation {type(mlp.act).__name__}"
-    for norm in (block.norm1, block.norm2, attention.q_norm, attention.k_norm):
-        yield from _of_norm(path, norm)
-    for name in QKV:
-        quantizer: Any = quantizer_at(attention, name)
-        if quantizer is not None and not quantizer.spec.signed:
-            yield f"{path}.attn.{name} has an unsigned grid"
-    probs: Any = quantizer_at(attention, "probs")
-    if isinstance(probs, Log2Quantizer) and max(probs.spec.widths) > _MOST_LOG_BITS:
-        yield f"{path}.attn.probs has more than {_MOST_LOG_BITS} bits on a logarithmic grid"
-    if probs is not None and probs.spec.signed:
-        yield f"{path}.attn.probs has a signed grid"
-
-
-def _of_norm(path: str, norm: nn.Module) -> Iterator[str]:
-    plain = isinstance(norm, (nn.LayerNorm, RmsNorm)) and norm.weight is not None and norm.eps is not None
-    if not isinstance(norm, nn.Identity) and not plain:
-        yield f"{path} has the norm {type(norm).__name__}"
+    grids: dict[str, Any] = {name: quantizer_at(attention, name) for name in (*QKV, "probs")}
+    for name, quantizer in grids.items():
+        if quantizer is not None and quantizer.spec.signed != (name in QKV):
+            yield f"{path}.{name} has {'a signed' if quantizer.spec.signed else 'an unsigned'} grid"
+    if isinstance(grids["probs"], Log2Quantizer) and max(grids["probs"].spec.widths) > _MOST_LOG_BITS:
+        yield f"{path}.probs has more than {_MOST_LOG_BITS} bits on a logarithmic grid"
 
 
 def _of_layer(path: str, layer: IntegerLinear) -> Iterator[str]:
