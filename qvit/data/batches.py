@@ -122,7 +122,7 @@ def too_many_in_a_row(name: str, error: UnreadableImage) -> str:
 
 
 class BatchLoader(Passes):
-    """Batches of normalised images on the device; see `LoaderLike`.
+    """Batches of normalised images on the device.
 
     Args:
         samples: Yields `Sample`: `RowSamples`, or a stream that is told the epoch and first batch of each pass itself,
@@ -176,7 +176,6 @@ class BatchLoader(Passes):
         return self._length
 
     def bad_images(self) -> list[str]:
-        """Names of the images that could not be read, of those this loader has met so far."""
         return list(self._found)
 
     def _pass(self, epoch: int, skip: int) -> Iterator[tuple[Tensor, Tensor]]:

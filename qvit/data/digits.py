@@ -142,10 +142,6 @@ class DigitsLoader(Passes):
         self._mean = _per_channel(data_config["mean"], self._channels).to(device)
         self._std = _per_channel(data_config["std"], self._channels).to(device)
 
-    def bad_images(self) -> list[str]:
-        """No names: digits cannot be unreadable."""
-        return []
-
     def __len__(self) -> int:
         return len(self._batches)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from qvit.data.digits import DigitsLoader, DigitStore
 from qvit.data.images import ImageSource
 from qvit.data.labels.loading import StoredLabels
 from qvit.data.reading import Reading
-from qvit.data.sampling import EpochBatches, RowBatches
+from qvit.data.sampling import EpochBatches, Passes, RowBatches
 from qvit.data.shard_stream import shard_loader
 from qvit.data.shards import ShardSource
 from qvit.errors import QvitError, UsageError
@@ -29,29 +29,8 @@ from qvit.errors import QvitError, UsageError
 logger = logging.getLogger(__name__)
 
 Source = ImageSource | ShardSource
-
-
-class LoaderLike(Protocol):
-    """Yields `(images, targets)` on the device; every `iter()` is a new pass; `len()` is the batches of an epoch.
-
-    A training loader draws nothing from the global generators: what it yields depends on its seed, the epoch and the
-    position in the epoch alone. Without `set_epoch` the first pass is that of epoch 0, the next that of epoch 1, ...
-    """
-
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """The next pass is that of `epoch`, without its first `skip` batches.
-
-        These are not read; only a stream of shards has to pass over them.
-        """
-        ...
-
-    def bad_images(self) -> list[str]:
-        """Names of the images that could not be read, of those the loader has met so far."""
-        ...
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-    def __len__(self) -> int: ...
+#: What the loaders are.
+LoaderLike = Passes
 
 
 def train_loader(

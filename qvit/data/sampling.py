@@ -143,15 +143,30 @@ class RowBatches(Batches):
 
 
 class Passes:
-    """Base of loaders: a pass is of the epoch that `set_epoch` said, or else of the epoch after the last one."""
+    """Base of loaders: yields `(images, targets)` on the device; every `iter()` is a new pass.
+
+    `len()` is the batches of an epoch. A training loader draws nothing from the global generators: what it yields
+    depends on its seed, the epoch and the position in the epoch alone. Without `set_epoch` the first pass is that of
+    epoch 0, the next that of epoch 1, ...
+    """
 
     _next = (0, 0)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """The next pass is that of `epoch`, without its first `skip` batches."""
+        """The next pass is that of `epoch`, without its first `skip` batches.
+
+        These are not read; only a stream of shards has to pass over them.
+        """
         if epoch < 0 or skip < 0:
             raise UsageError(f"a pass needs epoch >= 0 and skip >= 0, not {epoch} and {skip}")
         self._next = (epoch, skip)
+
+    def bad_images(self) -> list[str]:
+        """Names of the images that could not be read, of those the loader has met so far."""
+        return []
+
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         epoch, skip = self._next
