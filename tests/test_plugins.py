@@ -12,9 +12,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = re.compile(r"^```python\n# (\w+)\.py\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-KINDS = ["family", "quantizer", "method", "metric", "engine", "peer"]
+KINDS = ["family", "quantizer", "method", "metric", "engine", "peer", "command", "section"]
 
 USES = """
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
 import torch
 from tiny_models import calibrated_model, digit_batches, digits_model, small_config
 
@@ -30,6 +35,7 @@ from qvit.models.families import inspect_model
 from qvit.models.families.base import FAMILIES
 from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.quantizers import quantizers_of
+from qvit.report.sections.base import SECTIONS
 
 images, model = digit_batches(1)[0], digits_model()
 
@@ -74,6 +80,18 @@ def peer():
     assert names.index("pytorch-bf16") < names.index("torch-export-fp32") < names.index("onnxruntime-fp32")
     ready = PEERS["torch-export-fp32"].prepare(Material(model, [images], 1, folder=None))
     assert torch.allclose(ready.start(3)(images[:3]), model(images[:3]), atol=1e-5)
+
+
+def command():
+    with tempfile.TemporaryDirectory() as folder:
+        QuantPlan.preset("w4a4").resolve(inspect_model(model).sites).save(plan := Path(folder) / "plan.json")
+        told = subprocess.check_output([sys.executable, "-m", "qvit.cli", "count", plan], text=True)
+    assert told == "(4,): 14\n(8,): 4\n"
+
+
+def section():
+    assert list(SECTIONS)[-1] == "counts"
+    assert SECTIONS["counts"].render([], None) == "<p>0 runs in 0 groups.</p>"
 """
 
 
