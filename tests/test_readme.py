@@ -78,13 +78,7 @@ def test_readme_has_an_example_of_the_whole_path() -> None:
 # Lines
 
 
-#: Written by hand and by a program in turns, or for the width of a terminal.
-UNWRAPPED = ("README.md", "docs/cli.md")
-
-
-@pytest.mark.parametrize(
-    "document", [d for d in [*DOCUMENTS, ROOT / "SECURITY.md"] if name_of(d) not in UNWRAPPED], ids=name_of
-)
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "SECURITY.md"], ids=name_of)
 def test_paragraphs_wrap_at_100_columns(document: Path) -> None:
     text = document.read_text("utf-8")
     assert render_module().wrapped(text) == text
