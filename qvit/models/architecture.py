@@ -50,6 +50,7 @@ Sizes = Size | Annotated[list[Size], _A_FEW]
 Patches = Patch | Annotated[list[Patch], _A_FEW]
 Windows = Window | Annotated[list[Window], _A_FEW]
 HeadsOfStages = Heads | Annotated[list[Heads], _A_FEW]
+HeadsOfBlocks = Heads | Annotated[list[Heads], Field(min_length=1, max_length=MOST_BLOCKS)]
 
 
 class _Blocks(BaseModel):
@@ -81,7 +82,8 @@ _ARGUMENTS: list[tuple[Any, str]] = [
     (Annotated[int, Field(ge=0, le=MOST_CLASSES)], "num_classes"),
     (Blocks, "depth_token_only"),
     (HeadsOfStages, "num_heads"),
-    (Heads, "num_kv_heads attn_pool_num_heads"),
+    (Heads, "attn_pool_num_heads"),
+    (HeadsOfBlocks, "num_kv_heads"),
     (Annotated[int, Field(ge=1, le=1024)], "head_dim"),
     (Windows, "window_size pretrained_window_sizes"),
     (Tokens, "reg_tokens num_reg_tokens swiglu_align_to"),
