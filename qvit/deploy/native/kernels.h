@@ -64,16 +64,18 @@ template <int M>
 void vnni_rows(const uint8_t* a, int64_t lda, const int8_t* w, int groups, const int32_t* start, int32_t* out) {
     __m512i sum[M][2];
     const __m512i first = _mm512_loadu_si512(start), second = _mm512_loadu_si512(start + 16);
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) sum[i][0] = first, sum[i][1] = second;
     for (int g = 0; g < groups; ++g) {
         const __m512i w0 = _mm512_loadu_si512(w + int64_t(g) * 128), w1 = _mm512_loadu_si512(w + int64_t(g) * 128 + 64);
-#pragma GCC unroll 12
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
             const __m512i x = _mm512_set1_epi32(four(a + i * lda + 4 * g));
             dot(sum[i][0], x, w0);
             dot(sum[i][1], x, w1);
         }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
         _mm512_storeu_si512(out + i * 32, sum[i][0]);
         _mm512_storeu_si512(out + i * 32 + 16, sum[i][1]);
@@ -93,34 +95,42 @@ inline void vnni_tile(int m, const uint8_t* a, int64_t lda, const int8_t* w, int
 
 #if defined(__AVX2__)
 #define QVIT_AVX2 1
+// Two instructions in place, with w from memory: 12 sums, a and one product are all that 16 registers hold, and GCC
+// would rather keep w there and spill sums.
+inline void add_products(__m256i& sum, __m256i a, const int8_t* w) {
+    __m256i product;
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
+        : "+x"(sum), "=&x"(product)
+        : "x"(a), "m"(*(const __m256i_u*)w));
+}
+
 template <int M>
 void avx2_narrow(const uint8_t* a, int64_t lda, const int8_t* w, int groups, int narrow, const int32_t* start,
                  int32_t* out) {
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i wide[M][2];
-    for (int i = 0; i < M; ++i) {
-        wide[i][0] = _mm256_loadu_si256((const __m256i*)start);
-        wide[i][1] = _mm256_loadu_si256((const __m256i*)(start + 8));
-    }
     for (int begin = 0; begin < groups; begin += narrow) {
         const int end = begin + narrow < groups ? begin + narrow : groups;
         __m256i sum[M][2];
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) sum[i][0] = sum[i][1] = _mm256_setzero_si256();
         for (int g = begin; g < end; ++g) {
-            const __m256i w0 = _mm256_loadu_si256((const __m256i*)(w + int64_t(g) * 64));
-            const __m256i w1 = _mm256_loadu_si256((const __m256i*)(w + int64_t(g) * 64 + 32));
-#pragma GCC unroll 6
+#pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
                 const __m256i x = _mm256_set1_epi32(four(a + i * lda + 4 * g));
-                sum[i][0] = _mm256_add_epi16(sum[i][0], _mm256_maddubs_epi16(x, w0));
-                sum[i][1] = _mm256_add_epi16(sum[i][1], _mm256_maddubs_epi16(x, w1));
+                add_products(sum[i][0], x, w + int64_t(g) * 64);
+                add_products(sum[i][1], x, w + int64_t(g) * 64 + 32);
             }
         }
+        // Widened into `out`, which begins as `start`.
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i)
-            for (int h = 0; h < 2; ++h) wide[i][h] = _mm256_add_epi32(wide[i][h], _mm256_madd_epi16(sum[i][h], ones));
+#pragma GCC unroll 2
+            for (int h = 0; h < 2; ++h) {
+                auto* to = (__m256i*)(out + i * 16 + 8 * h);
+                const __m256i before = _mm256_loadu_si256(begin ? to : (const __m256i*)(start + 8 * h));
+                _mm256_storeu_si256(to, _mm256_add_epi32(before, _mm256_madd_epi16(sum[i][h], ones)));
+            }
     }
-    for (int i = 0; i < M; ++i)
-        for (int h = 0; h < 2; ++h) _mm256_storeu_si256((__m256i*)(out + i * 16 + 8 * h), wide[i][h]);
 }
 
 // `start` is that of a - 128, and no w is -128: |a - 128| <= 128 and |w| <= 127 fit two at a time in int16.
@@ -128,6 +138,7 @@ template <int M>
 void avx2_wide(const uint8_t* a, int64_t lda, const int8_t* w, int groups, const int32_t* start, int32_t* out) {
     const __m256i ones = _mm256_set1_epi16(1), half = _mm256_set1_epi8(char(0x80));
     __m256i sum[M][2];
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
         sum[i][0] = _mm256_loadu_si256((const __m256i*)start);
         sum[i][1] = _mm256_loadu_si256((const __m256i*)(start + 8));
@@ -135,7 +146,7 @@ void avx2_wide(const uint8_t* a, int64_t lda, const int8_t* w, int groups, const
     for (int g = 0; g < groups; ++g) {
         const __m256i w0 = _mm256_loadu_si256((const __m256i*)(w + int64_t(g) * 64));
         const __m256i w1 = _mm256_loadu_si256((const __m256i*)(w + int64_t(g) * 64 + 32));
-#pragma GCC unroll 6
+#pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
             const __m256i x = _mm256_xor_si256(_mm256_set1_epi32(four(a + i * lda + 4 * g)), half);
             const __m256i size = _mm256_abs_epi8(x);
@@ -145,7 +156,9 @@ void avx2_wide(const uint8_t* a, int64_t lda, const int8_t* w, int groups, const
             sum[i][1] = _mm256_add_epi32(sum[i][1], _mm256_madd_epi16(p1, ones));
         }
     }
+#pragma GCC unroll 16
     for (int i = 0; i < M; ++i)
+#pragma GCC unroll 2
         for (int h = 0; h < 2; ++h) _mm256_storeu_si256((__m256i*)(out + i * 16 + 8 * h), sum[i][h]);
 }
 
