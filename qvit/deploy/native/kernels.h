@@ -28,6 +28,7 @@ struct Form {
     int rows;     // the most rows of a tile
     Tile tile;
     int (*narrow)(int most_left, int most_right);  // what `tile` is told of operands with these largest values
+    bool one_way;                                  // whether that is always the same
 };
 
 // How a tile of the AVX2 form sums: so many groups in int16, or one of these. Other forms have a single way.
@@ -188,12 +189,12 @@ inline int one_way(int, int) { return kPlain; }
 inline const Form* forms(int& count) {
     static const Form found[] = {
 #ifdef QVIT_VNNI
-        {"AVX-512 VNNI", 32, 12, vnni_tile, one_way},
+        {"AVX-512 VNNI", 32, 12, vnni_tile, one_way, true},
 #endif
 #ifdef QVIT_AVX2
-        {"AVX2", 16, 6, avx2_tile, avx2_narrow_groups},
+        {"AVX2", 16, 6, avx2_tile, avx2_narrow_groups, false},
 #endif
-        {"portable", 16, 8, portable_tile<16>, one_way},
+        {"portable", 16, 8, portable_tile<16>, one_way, true},
     };
     count = int(sizeof(found) / sizeof(found[0]));
     return found;

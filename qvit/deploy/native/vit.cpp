@@ -135,17 +135,24 @@ class Team {
 // ------------------------------------------------------------------------------------------------------ float functions
 // Written as plain loops over these, which compilers turn into vector instructions.
 
+inline float mad(float a, float b, float c) {  // a * b + c, rounded once where the processor can
+#if defined(__FMA__) || defined(__aarch64__)
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 inline float exponential(float x) {  // relative error below 2e-7 for x <= 0; 0 far below
     const float kept = x < -87.0f ? -87.0f : x;
     const float n = std::rint(kept * 1.44269504f);
-    const float r = (kept - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    const float r = mad(n, 2.12194440e-4f, mad(n, -0.693359375f, kept));
+    float p = mad(1.9875691500e-4f, r, 1.3981999507e-3f);
+    p = mad(p, r, 8.3334519073e-3f);
+    p = mad(p, r, 4.1665795894e-2f);
+    p = mad(p, r, 1.6666665459e-1f);
+    p = mad(p, r, 5.0000001201e-1f);
+    p = mad(p * r, r, r) + 1.0f;
     const int32_t bits = (int32_t(n) + 127) << 23;
     float power;
     std::memcpy(&power, &bits, 4);
@@ -156,18 +163,16 @@ inline float gelu(float x) {  // x * Phi(x); Phi by a rational approximation of 
     float z = x * 0.70710678f;
     z = z < -4.0f ? -4.0f : z > 4.0f ? 4.0f : z;
     const float u = z * z;
-    float p = 1.9213761248693118e-08f;
-    p = p * u - 1.9899146082025254e-06f;
-    p = p * u + 0.00015549451927654445f;
-    p = p * u + 0.004291824996471405f;
-    p = p * u + 0.05243011564016342f;
-    p = p * u + 0.21391980350017548f;
-    p = p * u + 1.1283786296844482f;
-    float q = 0.0010976949706673622f;
-    q = q * u + 0.015548829920589924f;
-    q = q * u + 0.12078924477100372f;
-    q = q * u + 0.5229091644287109f;
-    q = q * u + 1.0f;
+    float p = mad(1.9213761248693118e-08f, u, -1.9899146082025254e-06f);
+    p = mad(p, u, 0.00015549451927654445f);
+    p = mad(p, u, 0.004291824996471405f);
+    p = mad(p, u, 0.05243011564016342f);
+    p = mad(p, u, 0.21391980350017548f);
+    p = mad(p, u, 1.1283786296844482f);
+    float q = mad(0.0010976949706673622f, u, 0.015548829920589924f);
+    q = mad(q, u, 0.12078924477100372f);
+    q = mad(q, u, 0.5229091644287109f);
+    q = mad(q, u, 1.0f);
     return 0.5f * x * (1.0f + z * p / q);
 }
 
@@ -504,6 +509,18 @@ void Model::finish_block(const Block& block, int first, int last, Scratch& own) 
     linear(block.fc2, count, own.hidden.data(), wide, own, add_to_stream);
 }
 
+// The largest of n integers of both signs, a row each.
+int largest(const int8_t* x, int rows, int n, int64_t row) {
+    int least = 0, most = 0;
+    for (int i = 0; i < rows; ++i)
+        for (int t = 0; t < n; ++t) {
+            const int value = x[i * row + t];
+            least = value < least ? value : least;
+            most = value > most ? value : most;
+        }
+    return std::max(most, -least);
+}
+
 // One head of one image, for the queries from `first` to `last`.
 void Model::attend(const Block& block, int image, int head, int first, int last, Scratch& own) {
     const Head& grids = block.heads[head];
@@ -515,7 +532,7 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
 
     // Keys as the right operand of the scores, (d, tokens); those of β_q are all that offsets add within a row.
     Panels& right = own.keys;
-    right.n = tokens, right.k = d, right.groups = groups, right.most = 0;
+    right.n = tokens, right.k = d, right.groups = groups;
     right.bytes.resize(size_t(columns) * d);
     right.start.resize(columns);
     own.key_add.resize(columns);
@@ -525,17 +542,11 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
         int32_t sum = 0;
         int8_t* to = right.bytes.data() + size_t(j / nr) * groups * nr * 4 + (j % nr) * 4;
         for (int g = 0; g < groups; ++g) std::memcpy(to + size_t(g) * nr * 4, keys + j * row + 4 * g, 4);
-        int least = 0, most = 0;
-        for (int t = 0; t < d; ++t) {
-            const int value = keys[j * row + t];
-            sum += value;
-            least = value < least ? value : least;
-            most = value > most ? value : most;
-        }
-        right.most = std::max(right.most, std::max(most, -least));
+        for (int t = 0; t < d; ++t) sum += keys[j * row + t];
         right.start[j] = sum;
         own.key_add[j] = add_scale * float(sum);
     }
+    right.most = form->one_way ? 0 : largest(keys, tokens, d, row);
     right.narrow = form->narrow(grids.query.high - grids.query.low, right.most);
     for (int j = 0; j < tokens; ++j) right.start[j] = beginning(grids.query.low, right.narrow, right.start[j]);
     // Columns behind the last token have probability 0, so that what follows runs over whole vectors.
@@ -544,7 +555,7 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
     // Values as the right operand of the weighted sums, (tokens, d).
     const int value_columns = round_up(d, nr);
     Panels& weighted = own.values;
-    weighted.n = d, weighted.k = tokens, weighted.groups = count / 4, weighted.most = 0;
+    weighted.n = d, weighted.k = tokens, weighted.groups = count / 4;
     weighted.bytes.assign(size_t(value_columns) * count, 0);
     weighted.start.assign(value_columns, 0);
     alignas(64) int32_t value_sums[256] = {};
@@ -560,16 +571,10 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
                         uint32_t(uint8_t(from[2][c])) << 16 | uint32_t(uint8_t(from[3][c])) << 24;
             }
         }
-        int least = 0, most = 0;
         for (int r = 0; r < 4; ++r)
-            for (int t = 0; t < d; ++t) {
-                const int value = from[r][t];
-                value_sums[t] += value;
-                least = value < least ? value : least;
-                most = value > most ? value : most;
-            }
-        weighted.most = std::max(weighted.most, std::max(most, -least));
+            for (int t = 0; t < d; ++t) value_sums[t] += from[r][t];
     }
+    weighted.most = form->one_way ? 0 : largest(values, tokens, d, row);
     const int probs_low = block.log_steps ? 0 : grids.probs.low;
     weighted.narrow = form->narrow(block.log_steps ? 128 : grids.probs.high - grids.probs.low, weighted.most);
     for (int t = 0; t < d; ++t) weighted.start[t] = beginning(probs_low, weighted.narrow, value_sums[t]);
@@ -581,24 +586,27 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
     const float highest = float(grids.probs.high);
     for (int begin = first; begin < last; begin += step) {
         const int m = std::min(step, last - begin);
+        alignas(64) float greatest[kMostRows][16];
+        std::fill_n(greatest[0], kMostRows * 16, -1e30f);
         multiply(*form, m, base + begin * row, row, right,
                  [&](int r, int rows, int column, int, const int32_t* sums) {
+                     const float* add = own.key_add.data() + column;
                      for (int i = 0; i < rows; ++i) {
-                         float* to = own.scores.data() + size_t(r + i) * columns + column;
-                         const float* add = own.key_add.data() + column;
-                         for (int j = 0; j < nr; ++j) to[j] = float(sums[i * nr + j]) * score_scale + add[j];
+                         float *to = own.scores.data() + size_t(r + i) * columns + column, *most = greatest[r + i];
+                         for (int j = 0; j < nr; j += 16)
+                             for (int t = 0; t < 16; ++t) {
+                                 const float score = float(sums[i * nr + j + t]) * score_scale + add[j + t];
+                                 to[j + t] = score;
+                                 most[t] = score > most[t] ? score : most[t];
+                             }
                      }
                  });
         alignas(64) float prob_sums[kMostRows];
         for (int i = 0; i < m; ++i) {
             float* s = own.scores.data() + size_t(i) * columns;
             uint8_t *p = own.probs.data() + size_t(i) * columns, *second = own.second.data() + size_t(i) * columns;
-            float lane[16], most = s[0], total = 0;
-            std::fill_n(lane, 16, s[0]);
-            for (int j = 0; j < columns; j += 16)
-                for (int t = 0; t < 16; ++t) lane[t] = s[j + t] > lane[t] ? s[j + t] : lane[t];
-            for (float value : lane) most = value > most ? value : most;
-            std::fill_n(lane, 16, 0.0f);
+            float lane[16] = {}, most = s[0], total = 0;
+            for (float value : greatest[i]) most = value > most ? value : most;
             if (!block.log_steps) {
                 for (int j = 0; j < columns; j += 16)
                     for (int t = 0; t < 16; ++t) {
@@ -610,7 +618,7 @@ void Model::attend(const Block& block, int image, int head, int first, int last,
                 grid.offset *= total, grid.inverse /= total;
                 for (int j = 0; j < columns; ++j) p[j] = uint8_t(grid.code(s[j]));
                 int32_t codes = 0;
-                for (int j = 0; j < tokens; ++j) codes += p[j];
+                for (int j = 0; grids.value.offset != 0 && j < tokens; ++j) codes += p[j];
                 prob_sums[i] = float(codes + tokens * grid.low);
                 continue;
             }
