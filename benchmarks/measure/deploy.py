@@ -7,6 +7,7 @@ on the machine meanwhile: engines take turns, so ratios survive some disturbance
     python benchmarks/measure/deploy.py                                    speed alone
     python benchmarks/measure/deploy.py --weights deit_tiny_patch16_224.safetensors --data TRAIN.tar \
         --eval-data TEST.tar --class-map classes.txt
+    python benchmarks/measure/deploy.py --plans w8a8 w4a4 --engines qvit-native openvino pytorch-fp32 --out FILE
 """
 
 from __future__ import annotations
@@ -32,30 +33,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in FILES:
         parser.add_argument(f"--{name.replace('_', '-')}", help="for DeiT-T, as for qvit bench")
-    parser.add_argument("--plan", default="w8a8")
+    parser.add_argument("--plans", nargs="+", default=["w8a8"])
+    parser.add_argument("--engines", nargs="+", default=[], help="by default all that are installed")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=6.0, help="least time of each engine and batch size")
     parser.add_argument("--max-seconds", type=float, default=1200.0, help="most time for measuring one model")
     parser.add_argument("--out", type=Path, default=RESULTS / "deploy.json")
     options = parser.parse_args()
-    runs = [measure(options, model, batches) for model, batches in MODELS]
+    runs = [measure(options, model, plan, batches) for model, batches in MODELS for plan in options.plans]
     shared = {key: runs[0][key] for key in SHARED}
     own = [{key: value for key, value in run.items() if key not in shared} for run in runs]
     write_json(options.out, {**record_of(), **shared, "runs": own})
 
 
-def measure(options: argparse.Namespace, model: str, batches: tuple[int, ...]) -> dict[str, Any]:
-    """What `qvit bench` says of a model, with files by their names alone."""
-    words = [sys.executable, "-m", "qvit.cli", "bench", model, "--plan", options.plan, "--json"]
+def measure(options: argparse.Namespace, model: str, plan: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    """What `qvit bench` says of a model and a plan, with files by their names alone."""
+    words = [sys.executable, "-m", "qvit.cli", "bench", model, "--plan", plan, "--json"]
     for batch in batches:
         words += ["--batch", str(batch)]
+    for engine in options.engines:
+        words += ["--engine", engine]
     for name in ("threads", "rounds", "seconds", "max_seconds"):
         words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     given = {name: getattr(options, name) for name in FILES if getattr(options, name) and model == MODELS[0][0]}
     for name, value in given.items():
         words += [f"--{name.replace('_', '-')}", value]
-    sys.stderr.write(f"{model}, batch {', '.join(map(str, batches))}\n")
+    sys.stderr.write(f"{model}, {plan}, batch {', '.join(map(str, batches))}\n")
     text = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
     result = json.loads(text)
     for value in given.values():

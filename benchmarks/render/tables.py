@@ -276,6 +276,34 @@ def sensitivity_tables(data: dict[str, Any]) -> str:
     return "\n\n".join([search, table(header, rows, left=1), f"{note} {origin(data)}"])
 
 
+@table_of("deploy_native.json", "`python benchmarks/measure/deploy.py --engines qvit-native ...`, see its `--help`")
+def deploy_native_tables(data: dict[str, Any]) -> str:
+    """The native engine beside every peer: a row for each model, plan and batch size."""
+    peers = list(
+        dict.fromkeys(
+            (row["engine"], row["precision"]) for run in data["runs"] for row in run["rows"] if not row["ours"]
+        )
+    )
+    header = ["model", "plan", "batch", "ms", *(f"÷ {engine} {precision}" for engine, precision in peers)]
+    cells = []
+    for run in data["runs"]:
+        for batch in dict.fromkeys(row["batch"] for row in run["rows"]):
+            rows = {(row["engine"], row["precision"]): row for row in run["rows"] if row["batch"] == batch}
+            own = rows["qvit-native", run["plan"]]["milliseconds_median"]
+            ratios = [f"{own / rows[peer]['milliseconds_median']:.2f}" if peer in rows else "" for peer in peers]
+            cells.append([f"`{run['model']}`", run["plan"], str(batch), f"{own:.1f}", *ratios])
+    trained = next(run for run in data["runs"] if not run["speed_only"])
+    right = "; ".join(
+        f"{row['engine']} {row['precision']} {row['top1_agreement']:.0f} %"
+        for row in trained["rows"]
+        if row["batch"] == trained["rows"][0]["batch"]
+    )
+    note = f"Milliseconds of a batch, and that time over each peer's. Same answers as float, `{trained['model']}`, "
+    note += f"{trained['plan']}: {right}. Threads: {data['threads']}. Instructions of the processor: "
+    note += f"{', '.join(f'`{name}`' for name in data['instructions'] or ())}. {origin(data)}"
+    return "\n\n".join([table(header, cells, left=2), note])
+
+
 @table_of("deploy.json", "`python benchmarks/measure/deploy.py`, see its `--help`")
 def deploy_tables(data: dict[str, Any]) -> str:
     """Times of our engines and their peers, a table for each model and batch size."""

@@ -15,7 +15,7 @@ from qvit.training.config import ImageOptions, Interpolation, Many, SubjectOptio
 class Request(SubjectOptions):
     """A measurement without training: a float model, images to calibrate with, and images to judge by."""
 
-    data: config.Data
+    data: config.Data  # type: ignore[reportGeneralTypeIssues]
     eval_data: config.Location | None = Field(
         default=None, description="images to judge by; by default the data's own test split, or a share set aside"
     )

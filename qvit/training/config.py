@@ -15,7 +15,7 @@ from qvit.documents import Name, mistakes
 from qvit.errors import UsageError
 from qvit.models.architecture import check_arguments
 
-T = TypeVar("T")
+T = TypeVar("T", bound=BaseModel)
 Location = Annotated[str, Field(max_length=4096)]
 #: Numbers have an end: options are read from files of strangers, too.
 Many = Annotated[int, Field(ge=1, le=10**9)]

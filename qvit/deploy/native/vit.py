@@ -163,12 +163,14 @@ def why_not(model: nn.Module) -> Iterator[str]:
 
 
 def _of_attention(path: str, attention: Any) -> Iterator[str]:
-    on_integers = isinstance(attention, IntegerAttention) and isinstance(attention.proj, IntegerLinear)
-    if not on_integers or isinstance(attention, RankedIntegerAttention):
+    kind, proj = type(attention), attention.proj
+    if not issubclass(kind, IntegerAttention) or issubclass(kind, RankedIntegerAttention):
         yield f"{path} has two groups of tokens, or is not on integers"
         return
-    dim, heads = attention.proj.weight_0.shape[1] * attention.proj.segments, attention.num_heads
-    if dim != attention.proj.weight_sum.numel():
+    if not isinstance(proj, IntegerLinear):  # which the report has said
+        return
+    dim, heads = proj.get_buffer("weight_0").shape[1] * proj.segments, attention.num_heads
+    if dim != proj.weight_sum.numel():
         yield f"{path} has heads of another width than its tokens"
     if dim % heads or (dim // heads) % 4 or dim // heads > _LARGEST_HEAD:
         yield f"{path} has heads of {dim / heads:g} channels, which are not a multiple of 4 up to {_LARGEST_HEAD}"
@@ -185,5 +187,5 @@ def _of_layer(path: str, layer: IntegerLinear) -> Iterator[str]:
         yield f"{path} has weights on a grid without zero"
     if layer.grid.splits_tokens:
         yield f"{path} has two groups of tokens"
-    if layer.segments > 64 or (layer.segments > 1 and layer.weight_0.shape[1] % 4):
+    if layer.segments > 64 or (layer.segments > 1 and layer.get_buffer("weight_0").shape[1] % 4):
         yield f"{path} has heads that the engine does not split"
