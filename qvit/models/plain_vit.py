@@ -25,6 +25,8 @@ def differences(model: nn.Module) -> Iterator[str]:
     vit: Any = model
     if vit.global_pool not in ("token", "avg") or vit.attn_pool is not None:
         yield f"it pools tokens by '{vit.global_pool or 'attention'}'"
+    if not len(vit.blocks):
+        yield "it has no blocks"
     if vit.dynamic_img_size:
         yield "its image size is not fixed"
     if not isinstance(vit.patch_embed.norm, nn.Identity):

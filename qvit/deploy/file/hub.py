@@ -16,7 +16,7 @@ from typing import Any
 
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.summary import describe, widths_by_kind
-from qvit.errors import QvitError, UsageError
+from qvit.errors import QvitError, UsageError, first_line
 from qvit.files import write_atomically, write_json
 from qvit.locks import writing
 from qvit.version import __version__
@@ -85,7 +85,7 @@ def from_pretrained(
             library_version=__version__,
         )
     except Exception as error:
-        raise QvitError(f"cannot get '{source}': no such folder, and from the hub: {_first_line(error)}") from error
+        raise QvitError(f"cannot get '{source}': no such folder, and from the hub: {first_line(error)}") from error
     return Artifact.load(str(path))
 
 
@@ -128,7 +128,7 @@ def push_to_hub(
                 create_pr=create_pr,
             )
         except Exception as error:
-            raise QvitError(f"cannot upload to '{repo_id}': {_first_line(error)}") from error
+            raise QvitError(f"cannot upload to '{repo_id}': {first_line(error)}") from error
     return str(commit)
 
 
@@ -193,7 +193,3 @@ model = artifact.model()  # a torch module in eval mode; images as in artifact.d
 | float tensors | {facts["float_bytes"]:,} |
 | header | {facts["header_bytes"]:,} |
 """
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

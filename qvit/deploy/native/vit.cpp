@@ -334,7 +334,6 @@ class Model {
 
   private:
     static constexpr int kChunk = 36;
-    int rows_of(int batch) const { return batch * tokens; }
     void normalise(const float* x, const Norm& norm, float* to) const { normalise(x, norm, to, dim); }
     static void normalise(const float* x, const Norm& norm, float* to, int n);
     void store_qkv(const Block& block, int token, int column, int columns, const float* values);

@@ -166,6 +166,7 @@ def test_many_python_threads_and_a_fork() -> None:
     [
         ({"scale_attn_norm": True}, "w8a8", "a norm in its attention"),
         ({"num_classes": 0}, "w8a8", "no classifier"),
+        ({"depth": 0}, "w8a8", "no blocks"),
         ({"global_pool": "max"}, "w8a8", "pools tokens by 'max'"),
         ({"scale_mlp_norm": True}, "w8a8", "a norm in its MLP"),
         ({"dynamic_img_size": True}, "w8a8", "image size is not fixed"),
