@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -65,16 +66,21 @@ def cxx() -> list[str]:
         return [text]
 
 
-def library(source: Path, *headers: Path) -> ctypes.CDLL:
+def library(
+    source: Path, *headers: Path, choices: Sequence[Sequence[str]] = CHOICES, time_limit: float | None = None
+) -> ctypes.CDLL:
     """The library of a C++ file, from the cache or compiled now. Raises CannotBuild with the reason.
 
     Args:
         source: The file.
         headers: Files of ours that it includes.
+        choices: Options beside `FLAGS`; the first that the compiler takes.
+        time_limit: Seconds after which the compiler is given up; None for `TIME_LIMIT`.
     """
+    time_limit = TIME_LIMIT if time_limit is None else time_limit
     try:
         text = b"".join(file.read_bytes() for file in (source, *headers))
-        about = f"{text!r} {FLAGS} {CHOICES} {cxx()} {platform.machine()} {_processor()}"
+        about = f"{text!r} {FLAGS} {choices} {cxx()} {platform.machine()} {_processor()}"
     except OSError as error:
         raise CannotBuild(f"cannot read {source}: {error}") from error
     stem = f"{source.stem}-{hashlib.sha256(about.encode()).hexdigest()[:20]}"
@@ -87,22 +93,24 @@ def library(source: Path, *headers: Path) -> ctypes.CDLL:
         return found
     try:
         with tempfile.TemporaryDirectory(prefix="qvit-kernels-", ignore_cleanup_errors=True) as private:
-            return _compiled(source, Path(private) / f"{stem}.so", folder)
+            return _compiled(source, Path(private) / f"{stem}.so", folder, choices, time_limit)
     except OSError as error:
         raise CannotBuild(f"no place to compile in: {error}") from error
 
 
-def _compiled(source: Path, made: Path, folder: Path | None) -> ctypes.CDLL:
+def _compiled(
+    source: Path, made: Path, folder: Path | None, choices: Sequence[Sequence[str]], time_limit: float
+) -> ctypes.CDLL:
     """The library as the first choice of options that works makes it, by way of the cache where there is one."""
-    until, reason = time.monotonic() + TIME_LIMIT, ""
-    for choice in CHOICES:
+    until, reason = time.monotonic() + time_limit, ""
+    for choice in choices:
         try:
             reason = _run([*cxx(), *FLAGS, *choice, str(source), "-o", str(made)], until)
             if not reason:
                 kept = None if folder is None else _keep(made, folder)
                 return ctypes.CDLL(str(kept or made))
         except subprocess.TimeoutExpired:
-            reason = f"it was given up after {TIME_LIMIT:.0f} s"
+            reason = f"it was given up after {time_limit:.0f} s"
             break
         except OSError as error:
             reason = str(error)

@@ -1,11 +1,12 @@
 """What an engine is, the registry of all, and how one is chosen when a packed model is loaded.
 
+    native         packed ViTs and Swins in C++, every product on integers
     openvino       the exported graph, int8 × int8 where that is exact on this processor
     onnxruntime    the exported graph, uint8 × uint8
     torch          the results of `reference` by int8 kernels or exact float32 units, glue compiled
     reference      every product on int32, one operation after the other
 
-Without a name the first of this order is taken that is installed. `reference` and `torch` agree bit for bit unless the
+Without a name the first of this order is taken that is installed and runs the model. `reference` and `torch` agree bit for bit unless the
 glue is compiled. Compiled code and the exported graphs have the same exact sums; their LayerNorm, softmax and GELU are
 other implementations, whose last digits differ, so a value on the edge between two integers may fall on the other side.
 An engine says in `arithmetic` what it computes on integers; none says more than it does.
@@ -14,6 +15,7 @@ An engine says in `arithmetic` what it computes on integers; none says more than
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -22,8 +24,11 @@ from torch import Tensor
 
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.packages import missing
-from qvit.errors import UsageError
+from qvit.errors import QvitError, UsageError
 from qvit.registry import Registry
+
+
+_log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -63,7 +68,8 @@ def register_engine(name: str, *, needs: tuple[str, ...] = (), order: int = 100)
     Args:
         name: Its name.
         needs: Packages that must be installed.
-        order: Its place among the engines; of those that are installed the first is the default. Ours are at 10 to 40.
+        order: Its place among the engines; the first that is installed and runs a model is its default. Ours are at 5
+            to 40.
     """
 
     def register(make: Make) -> Make:
@@ -83,14 +89,25 @@ def create_engine(artifact: Artifact, name: str | None = None, *, threads: int |
 
     Args:
         artifact: The model.
-        name: One of `ENGINES`; None for the best that is installed.
+        name: One of `ENGINES`; None for the best that is installed and runs this model.
         threads: Threads that it may use; None leaves that to the library.
         options: Of the engine: `compiled` of `torch`.
 
     Raises:
         UsageError: An unknown engine, or one whose package is not installed.
     """
-    name = name or available_engines()[0]
+    if name is not None:
+        return _made(artifact, name, threads, options)
+    *others, last = available_engines()
+    for other in others:
+        try:
+            return _made(artifact, other, threads, options)
+        except QvitError as error:
+            _log.info("engine '%s' is passed over: %s", other, error)
+    return _made(artifact, last, threads, options)
+
+
+def _made(artifact: Artifact, name: str, threads: int | None, options: dict[str, Any]) -> Engine:
     make, needs, _ = ENGINES[name]
     if lacking := missing(*needs):
         raise UsageError(f"engine '{name}' needs {', '.join(lacking)}: pip install {' '.join(lacking)}")

@@ -1,6 +1,7 @@
-"""The integer form of a Vision Transformer in C++ (`deploy/native/`): the products and the glue of the smallest models.
+"""The native engine (`deploy/native/`): packed ViTs and Swins in C++, the default where it runs a model.
 
-It is not the default yet: it is asked for by name, `qvit.load(file, engine="native")`.
+The model is handed over as the bytes of its file. What the engine does not run (other families, groups of tokens,
+weights on grids without zero) it refuses with the reason, and the next engine serves.
 """
 
 from __future__ import annotations
@@ -10,20 +11,29 @@ from torch import Tensor
 
 from qvit.deploy.engines.base import register_engine
 from qvit.deploy.file.artifact import Artifact
-from qvit.deploy.integer.reference import integer_form, report_of
-from qvit.deploy.native.vit import NativeVit
+from qvit.deploy.native import NativeModel
+from qvit.errors import UsageError
+from qvit.models.network import differences
 
 
-@register_engine("native", order=50)
+@register_engine("native", order=5)
 class NativeEngine:
-    """A Vision Transformer in C++; the library is compiled when the first one is made."""
+    """A model in C++; the library is compiled when the first one is made, unless the installation has it."""
 
     name = "native"
 
     def __init__(self, artifact: Artifact, threads: int | None, *, form: str | None = None) -> None:
-        model = integer_form(artifact.model(), None, artifact.integers)
-        self.artifact, self.model = artifact, NativeVit(model, threads, form)
-        self.arithmetic = f"all {len(report_of(model))} products in integers, {self.model.form}"
+        if reason := next(differences(artifact.skeleton()), None):
+            raise UsageError(f"engine 'native' does not run this model: {reason}")
+        try:
+            self.model = NativeModel(artifact.to_bytes(), threads=threads, form=form)
+        except UsageError as error:
+            raise UsageError(f"engine 'native' does not run this model: {error}") from None
+        self.artifact, self.arithmetic = artifact, f"all products in integers, {self.model.form}"
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.model(images.detach().cpu().float().numpy()))
+
+    def profile(self, images: Tensor) -> dict[str, float]:
+        """Milliseconds by kind of kernel, of one run."""
+        return self.model.profile(images.detach().cpu().float().numpy())

@@ -6,7 +6,7 @@ One `.safetensors` file (`container.py`), described byte by byte in docs/packed-
     scales          float32, the numbers of all quantizers' grids, one after the other, sites in alphabetical order
     KEY             biases, norms, embeddings, weights that stay in float: the float model's own keys and types
     __metadata__    format, version, and the documents of `documents.py`: plan, model, data_config, class_names,
-                    provenance
+                    provenance, network
 
 One tensor for all scales, because 170 of them with a name each would take 17 kB in DeiT-T's header: 1 % of the model at
 2 bits. In memory they are by site: `Artifact.scales["blocks.0.attn.query"]`.
@@ -38,6 +38,7 @@ from qvit.models.convert import Stage, plan_of, quantize, stage_of
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
 from qvit.models.layers import weight_of
+from qvit.models.network import differences, network_of
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
 from qvit.tensors import Contents
@@ -121,7 +122,7 @@ class Artifact:
             {key: _own(value) for key, value in float_tensors(model).items()},
         )
         try:
-            artifact._check(artifact._skeleton())
+            artifact._check(artifact.skeleton())
         except QvitError as error:
             raise UsageError(
                 f"'{model_name}' with the arguments {dict(model_kwargs or {})} is not the model to be packed, "
@@ -132,6 +133,10 @@ class Artifact:
     def save(self, path: str | Path) -> None:
         """Writes the file, atomically; the same model gives the same bytes. Raises QvitError naming the file."""
         container.write(Path(path), self._tensors(), self._texts())
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        return b"".join(container.sealed(self._tensors(), self._texts()))
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:
@@ -179,7 +184,7 @@ class Artifact:
 
     def packed(self) -> dict[str, Tensor]:
         """The bytes of each weight, by site."""
-        sites = inspect_model(self._skeleton()).sites
+        sites = inspect_model(self.skeleton()).sites
         found = {}
         for site, codes in self.integers.items():
             spec = self.plan.sites[site]
@@ -187,7 +192,8 @@ class Artifact:
             found[site] = pack_site(codes, spec.widths, spec.signed, sites[site].layout)
         return found
 
-    def _skeleton(self, file_bytes: int = 1 << 40) -> nn.Module:
+    def skeleton(self, file_bytes: int = 1 << 40) -> nn.Module:
+        """The quantized model without storage."""
         tensors = len(self.integers) + len(self.floats) + 1
         return skeleton(self.model_name, self.model_kwargs, self.plan, tensors=tensors, file_bytes=file_bytes)
 
@@ -221,6 +227,7 @@ class Artifact:
             "data_config": to_text(self.data_config, "the data configuration"),
             "class_names": to_text(list(self.class_names), "the class names"),
             "provenance": to_text(self.provenance, "the provenance"),
+            "network": to_text(_network(self.skeleton()), "the network"),
         }
 
     @classmethod
@@ -254,6 +261,8 @@ class Artifact:
             tensors,
         )
         artifact._check(model)
+        if words.network is not None and words.network != _network(model):
+            raise QvitError(f"its network is not that of '{name}'")
         return artifact
 
     @torch.no_grad()
@@ -282,6 +291,11 @@ class Artifact:
         classes = getattr(model, "num_classes", None)
         if isinstance(classes, int) and len(self.class_names) > classes:
             raise QvitError(f"it names {len(self.class_names)} classes, the model has {classes}")
+
+
+def _network(model: nn.Module) -> dict[str, Any] | None:
+    """How a model is built, where a document can say it."""
+    return network_of(model) if next(differences(model), None) is None else None
 
 
 def _require_frozen(model: nn.Module) -> None:

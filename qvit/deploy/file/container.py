@@ -34,8 +34,19 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
     Raises:
         QvitError: The file cannot be written; what was there before is untouched.
-        UsageError: A text that is not Unicode, a tensor of a type that safetensors does not have.
+        UsageError: See `sealed`.
     """
+    blocks = sealed(tensors, metadata)
+
+    def save(file: Any) -> None:
+        for block in blocks:
+            file.write(block)
+
+    write_atomically(path, save)
+
+
+def sealed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> list[bytes | memoryview]:
+    """The bytes of a file, in parts. Raises UsageError for a text that is not Unicode, a type that no file has."""
     first, *blocks = encode(tensors, {**metadata, "sha256": _ZEROS}, max_header=MAX_HEADER)
     header = bytes(first)
     if len(_DIGEST.findall(header)) != 1 or header.count(_ZEROS.encode()) != 1:
@@ -43,14 +54,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     digest = hashlib.sha256(header)
     for block in blocks:
         digest.update(block)
-    sealed = header.replace(_ZEROS.encode(), digest.hexdigest().encode(), 1)
-
-    def save(file: Any) -> None:
-        file.write(sealed)
-        for block in blocks:
-            file.write(block)
-
-    write_atomically(path, save)
+    return [header.replace(_ZEROS.encode(), digest.hexdigest().encode(), 1), *blocks]
 
 
 @contextmanager

@@ -5,6 +5,7 @@
     data_config  timm's: input_size, interpolation, mean, std, crop_pct, crop_mode
     class_names  a list
     provenance   plain JSON
+    network      how the model is built (`models/network.py`); null where no document describes it
 
 A plan of DeiT-T written site by site is 45 kB, more than 2 % of the whole model at 2 bits. Most sites are alike, so
 `kinds` lists the different ones: what differs from a default `TensorSpec`, and beside it the shapes of the numbers of
@@ -43,7 +44,7 @@ PACKED, SCALES = ".packed", "scales"
 #: The largest number of a packed model, in size. Trained ones stay below 10⁵; up to here, products of two values on
 #: grids of 16 bits, summed over a layer, are far from the end of float32.
 LARGEST = 2.0**24
-KEYS = {"format", "version", "plan", "model", "data_config", "class_names", "provenance"}
+KEYS = {"format", "version", "plan", "model", "data_config", "class_names", "provenance", "network"}
 _LAST_NUMBER = re.compile(r"(?P<before>.*\.)(?P<number>0|[1-9]\d{0,5})(?P<after>\..*)")
 _TIMES = re.compile(r"([1-9]\d{0,3})\*(0|[1-9]\d{0,4})")
 _MAX_DEPTH, _LARGEST, _LONGEST, _MOST_SITES = 8, 1 << 53, 1 << 24, 20_000
@@ -60,7 +61,7 @@ class Documents:
         model_name, model_kwargs: What `timm.create_model` makes the float model from.
         plan: Its plan; the sites in the order of the file.
         shapes: The shapes of the numbers of each site's grid.
-        data_config, class_names, provenance: See above.
+        data_config, class_names, provenance, network: See above.
     """
 
     model_name: str
@@ -70,6 +71,7 @@ class Documents:
     data_config: dict[str, Any]
     class_names: tuple[str, ...]
     provenance: dict[str, Any]
+    network: dict[str, Any] | None
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str]) -> Documents:
@@ -85,6 +87,7 @@ class Documents:
             data_config_from_text(texts["data_config"]),
             class_names_from_text(texts["class_names"]),
             provenance_from_text(texts["provenance"]),
+            network_from_text(texts["network"]),
         )
 
 
@@ -271,6 +274,15 @@ def provenance_from_text(text: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise QvitError("its provenance is no object")
     check_plain(found, "the provenance")
+    return found
+
+
+def network_from_text(text: str) -> dict[str, Any] | None:
+    """How the model is built, as the file says it; what it says is compared with the model itself."""
+    found = parse(text)
+    if found is not None and not isinstance(found, dict):
+        raise QvitError("its network is no object")
+    check_plain(found, "the network")
     return found
 
 

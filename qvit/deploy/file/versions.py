@@ -6,6 +6,7 @@ tensors and returns those that a file of the next version would have: what comes
 only. A version that was once released is read for ever; tests/deploy/files has a file of each.
 
     1    the first
+    2    has the document `network`
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 
 from qvit.errors import QvitError
 
-VERSION = 1
+VERSION = 2
 FORMAT = "qvit"
 #: Metadata and tensors.
 Parts = tuple[dict[str, str], dict[str, Any]]
 #: Version → what makes the next one of it.
-UPGRADERS: dict[int, Callable[[dict[str, str], dict[str, Any]], Parts]] = {}
+UPGRADERS: dict[int, Callable[[dict[str, str], dict[str, Any]], Parts]] = {
+    1: lambda texts, tensors: (texts | {"version": "2", "network": "null"}, tensors),
+}
 
 
 def upgraded(texts: dict[str, str], tensors: dict[str, Any]) -> Parts:
