@@ -92,8 +92,6 @@ def _of_vit(model: Any) -> Iterator[str]:
         yield "it has no blocks"
     if model.dynamic_img_size:
         yield "its image size is not fixed"
-    if not isinstance(model.patch_embed.norm, nn.Identity):
-        yield "it normalises embedded patches"
     if not isinstance(model.head, nn.Linear):
         yield "it has no classifier"
     for path, block in _blocks(model):

@@ -224,7 +224,7 @@ def test_any_safetensors_reader_opens_it(tmp_path: Path) -> None:
     with safetensors.safe_open(str(tmp_path / "a.safetensors"), framework="pt") as file:
         metadata, keys = file.metadata(), set(file.keys())
     tensors = safetensors.torch.load_file(str(tmp_path / "a.safetensors"))
-    assert metadata["format"] == "qvit" and metadata["version"] == "1" and len(metadata["sha256"]) == 64
+    assert metadata["format"] == "qvit" and metadata["version"] == "2" and len(metadata["sha256"]) == 64
     assert json.loads(metadata["class_names"]) == ["null", "één"]
     assert keys == {f"{site}.packed" for site in artifact.integers} | {"scales"} | set(artifact.floats)
     for site, codes in artifact.integers.items():
@@ -335,14 +335,15 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     assert target.read_bytes() == before and list(tmp_path.iterdir()) == [target]
 
 
-def test_a_file_of_format_1_is_read_for_ever() -> None:
-    """files/packed-v1.safetensors was written by the first version and is never written again.
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_of_every_format_are_read_for_ever(version: int) -> None:
+    """files/packed-v1.safetensors was written by the first version and is never written again; v2 is that, saved anew.
 
     It has all that a file can have: widths per head in rows and columns, switchable and shared scales, offsets, every
     quantizer, token groups, tensors and a third of a projection in float.
     """
     folder = Path(__file__).parent / "files"
-    artifact = Artifact.load(folder / "packed-v1.safetensors")
+    artifact = Artifact.load(folder / f"packed-v{version}.safetensors")
     expected = torch.tensor(json.loads((folder / "packed-v1.json").read_text("utf-8"))["logits"])
     images = (torch.arange(192) * 37 % 61 / 30 - 1).reshape(3, 1, 8, 8)
     assert torch.allclose(answers(artifact.model(), [images]), expected, atol=1e-4)

@@ -22,6 +22,7 @@ from qvit.deploy.engines.onnxruntime import int8_is_exact as onnxruntime_int8_is
 from qvit.deploy.engines.openvino import int8_is_exact as openvino_int8_is_exact
 from qvit.deploy.file.artifact import Artifact
 from qvit.errors import QvitError, UsageError
+from qvit.kernels.build import CannotBuild
 
 
 @functools.cache
@@ -38,23 +39,40 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_the_best_installed_engine_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(ENGINES) == ["openvino", "onnxruntime", "torch", "reference", "native"]
+    assert list(ENGINES) == ["native", "openvino", "onnxruntime", "torch", "reference"]
     everything = [name for name in ENGINES if name in available_engines()]
-    assert available_engines() == everything and everything[-3:] == ["torch", "reference", "native"]
+    assert available_engines() == everything and everything[0] == "native" and everything[-2:] == ["torch", "reference"]
     without(monkeypatch, "openvino")
     assert "openvino" not in available_engines()
     without(monkeypatch, "onnxscript")
-    assert available_engines() == ["torch", "reference", "native"]
+    assert available_engines() == ["native", "torch", "reference"]
     made: list[Any] = []
     entry = Entry(lambda artifact, threads, **options: made.append(options), (), 30)  # type: ignore[arg-type]
     monkeypatch.setitem(ENGINES._found, "torch", entry)
+
+    def refuses(*_: Any, **__: Any) -> None:
+        raise UsageError("not this model")
+
+    monkeypatch.setitem(ENGINES._found, "native", Entry(refuses, (), 5))  # type: ignore[arg-type]
     create_engine(packed()[0])
     assert made == [{}]
 
 
+def test_an_engine_that_cannot_be_built_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cannot(*_: Any, **__: Any) -> None:
+        raise CannotBuild("there is no compiler")
+
+    without(monkeypatch, "openvino", "onnxscript")
+    monkeypatch.setitem(ENGINES._found, "native", Entry(cannot, (), 5))  # type: ignore[arg-type]
+    assert create_engine(packed()[0]).name == "torch"
+    assert "engine 'native' is passed over, 'torch' serves instead: there is no compiler" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("onnxrutime", "did you mean 'onnxruntime'"), ("tensorrt", "openvino, onnxruntime, torch, reference, native")],
+    [("onnxrutime", "did you mean 'onnxruntime'"), ("tensorrt", "native, openvino, onnxruntime, torch, reference")],
 )
 def test_an_unknown_engine(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -25,6 +25,7 @@ from torch import Tensor
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.packages import missing
 from qvit.errors import QvitError, UsageError
+from qvit.kernels.build import CannotBuild
 from qvit.registry import Registry
 
 
@@ -99,11 +100,13 @@ def create_engine(artifact: Artifact, name: str | None = None, *, threads: int |
     if name is not None:
         return _made(artifact, name, threads, options)
     *others, last = available_engines()
-    for other in others:
+    for place, other in enumerate(others, 1):
         try:
             return _made(artifact, other, threads, options)
         except QvitError as error:
-            _log.info("engine '%s' is passed over: %s", other, error)
+            level = logging.WARNING if isinstance(error, CannotBuild) else logging.INFO
+            instead = [*others, last][place]
+            _log.log(level, "engine '%s' is passed over, '%s' serves instead: %s", other, instead, error)
     return _made(artifact, last, threads, options)
 
 

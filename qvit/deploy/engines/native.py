@@ -23,7 +23,9 @@ class NativeEngine:
     name = "native"
 
     def __init__(self, artifact: Artifact, threads: int | None, *, form: str | None = None) -> None:
-        if reason := next(differences(artifact.skeleton()), None):
+        split = [site for site, spec in artifact.plan.sites.items() if spec is not None and spec.token_bit_width]
+        reason = f"'{split[0]}' has two groups of tokens" if split else next(differences(artifact.skeleton()), None)
+        if reason is not None:
             raise UsageError(f"engine 'native' does not run this model: {reason}")
         try:
             self.model = NativeModel(artifact.to_bytes(), threads=threads, form=form)

@@ -92,9 +92,82 @@ inline int32_t code_of(const Grid& grid, float x) {  // from 0; NaN becomes 0
     return int32_t(nearest(u)) - grid.low;
 }
 
-inline void encode(const float* x, int n, const Grid& of, uint8_t* to) {
-    const Grid grid = of;
-    for (int j = 0; j < n; ++j) to[j] = uint8_t(code_of(grid, x[j]));
+// Loops over rows and tiles. They are functions of their own, with numbers as values and pointers that do not overlap:
+// inside a lambda that captures by reference, a byte that is stored might be part of any number, and compilers would
+// read those again for each element.
+
+inline void encode(const float* __restrict x, int n, const Grid of, uint8_t* __restrict to) {
+    for (int j = 0; j < n; ++j) to[j] = uint8_t(code_of(of, x[j]));
+}
+
+template <Activation kind>
+void encode_activated(const float* __restrict x, int n, const Grid of, uint8_t* __restrict to) {
+    for (int j = 0; j < n; ++j) to[j] = uint8_t(code_of(of, activate<kind>(x[j])));
+}
+
+// Codes by column, each with a grid of its own; `shift` is taken off.
+inline void encode_columns(const float* __restrict x, int n, const float* __restrict inverse, const float* __restrict offset,
+                           const float* __restrict low, const float* __restrict high, const float* __restrict shift, uint8_t* __restrict to) {
+    for (int j = 0; j < n; ++j) {
+        float u = (x[j] - offset[j]) * inverse[j];
+        u = u > low[j] ? u : low[j];
+        u = u < high[j] ? u : high[j];
+        to[j] = uint8_t(int32_t(nearest(u) - shift[j]));
+    }
+}
+
+// A row of a tile of sums, with a scale and an addend by column.
+inline void scale_row(const int32_t* __restrict sums, const float* __restrict scale, const float* __restrict add, float* __restrict to) {
+    for (int j = 0; j < kColumns; ++j) to[j] = float(sums[j]) * scale[j] + add[j];
+}
+inline void add_scaled_row(const int32_t* __restrict sums, const float* __restrict scale, float* __restrict to) {
+    for (int j = 0; j < kColumns; ++j) to[j] += float(sums[j]) * scale[j];
+}
+// With one scale for all columns.
+inline void scale_row(const int32_t* __restrict sums, float scale, const float* __restrict add, float* __restrict to) {
+    for (int j = 0; j < kColumns; ++j) to[j] = float(sums[j]) * scale + add[j];
+}
+inline void add_number(float number, float* to) {
+    for (int j = 0; j < kColumns; ++j) to[j] += number;
+}
+inline void add_row(const float* __restrict x, int n, float* __restrict to) {
+    for (int j = 0; j < n; ++j) to[j] += x[j];
+}
+
+// Sixteen maxima, each of every sixteenth number.
+inline void greatest_of(const float* __restrict x, float* __restrict most) {
+    for (int j = 0; j < kColumns; j += 16)
+        for (int t = 0; t < 16; ++t) most[t] = x[j + t] > most[t] ? x[j + t] : most[t];
+}
+
+// exp(x - most) and its sum; n is a multiple of 16. The numbers themselves stay where they are unless `keep`.
+template <bool keep>
+float exponentials(float* x, int n, float most) {
+    float lane[16] = {}, total = 0;
+    for (int j = 0; j < n; j += 16)
+        for (int t = 0; t < 16; ++t) {
+            const float e = exponential(x[j + t] - most);
+            if (keep) x[j + t] = e;
+            lane[t] += e;
+        }
+    for (float value : lane) total += value;
+    return total;
+}
+
+// Levels 2^(-q / steps), the last of them 0, as two operands of powers of two: even and odd codes (log-sqrt2), or the
+// eight largest levels and the others (log2). q comes from the exponent x - most, not from the exponential.
+inline void log_levels(const float* __restrict x, int n, float most, float level_of_one, int log_steps, float highest,
+                       uint8_t* __restrict first, uint8_t* __restrict second) {
+    const int half = log_steps == 2 ? 1 : 8, shift = log_steps == 2 ? 1 : 0;
+    const float steps = float(log_steps);
+    for (int j = 0; j < n; ++j) {
+        float q = steps * (level_of_one - (x[j] - most) * 1.44269504f);
+        q = q > 0 ? q : 0;
+        q = nearest(q < highest ? q : highest);
+        const int32_t code = int32_t(q), level = q < highest ? 128 >> ((code >> shift) & 7) : 0;
+        first[j] = uint8_t(code & half ? 0 : level);
+        second[j] = uint8_t(code & half ? level : 0);
+    }
 }
 
 struct Norm {
@@ -251,7 +324,7 @@ class Model final : public Runner {
     Model(const Network& from, int threads)
         : channels(from.channels), side_y(from.side_y), side_x(from.side_x), patch_y(from.patch_y), patch_x(from.patch_x),
           prefix(from.prefix), classes(from.classes), pool(from.pool), activation(from.activation), mlp(from.mlp), embed(from.embed),
-          head(from.head), first_norm(from.first_norm), norm(from.norm), head_norm(from.head_norm), threads_(threads) {
+          head(from.head), patch_norm(from.patch_norm), first_norm(from.first_norm), norm(from.norm), head_norm(from.head_norm), threads_(threads) {
         added.assign(from.added.begin(), from.added.end());
         for (const StageNumbers& stage : from.stages) stages.emplace_back(stage, prefix);
         for (const Stage& stage : stages) most_channels = std::max(most_channels, std::max(stage.hidden, 4 * stage.dim));
@@ -283,7 +356,7 @@ class Model final : public Runner {
     Activation activation;
     Mlp mlp;
     Linear embed, head;
-    Norm first_norm, norm, head_norm;
+    Norm patch_norm, first_norm, norm, head_norm;
     Buffer<float> added;
     std::vector<Stage> stages;
     int threads_;
@@ -314,9 +387,7 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Sc
     if (layer.segments == 1) {
         const float *scale = layer.scale.data(), *bias = layer.bias.data();
         multiply(m, a, lda, layer.panels[0], [&](int row, int rows, int column, int columns, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i)
-                for (int j = 0; j < kColumns; ++j)
-                    values[i * kColumns + j] = float(sums[i * kColumns + j]) * scale[column + j] + bias[column + j];
+            for (int i = 0; i < rows; ++i) scale_row(sums + i * kColumns, scale + column, bias + column, values + i * kColumns);
             use(row, rows, column, columns, values, kColumns);
         });
         return;
@@ -328,9 +399,7 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Sc
     for (int s = 0; s < layer.segments; ++s) {
         const float* scale = layer.scale.data() + size_t(s) * n;
         multiply(m, a + s * k, lda, layer.panels[s], [&](int row, int rows, int column, int, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i)
-                for (int j = 0; j < kColumns; ++j)
-                    total[size_t(row + i) * n + column + j] += float(sums[i * kColumns + j]) * scale[column + j];
+            for (int i = 0; i < rows; ++i) add_scaled_row(sums + i * kColumns, scale + column, total + size_t(row + i) * n + column);
         });
     }
     use(0, m, 0, layer.n, total, n);
@@ -350,16 +419,19 @@ void Model::embed_patches(const Stage& stage, const float* images, int first, in
             for (int c = 0; c < channels; ++c)
                 for (int y = 0; y < patch_y; ++y, to += patch_x) encode(image + (size_t(c) * side_y + top + y) * side_x + left, patch_x, grid, to);
         }
+        auto row_of = [&](int p) { return stream.data() + (size_t(p / patches) * stage.tokens + prefix + p % patches) * dim; };
         linear(embed, end - begin, own.hidden.data(), lda, own, [&](int row, int rows, int column, int columns, const float* values, int stride) {
-            for (int i = 0; i < rows; ++i) {
-                const int p = begin + row + i, token = prefix + p % patches;
-                float* to = stream.data() + (size_t(p / patches) * stage.tokens + token) * dim + column;
-                std::copy_n(values + i * stride, columns, to);
-                if (added.empty()) continue;
-                const float* add = added.data() + size_t(token) * dim + column;
-                for (int j = 0; j < columns; ++j) to[j] += add[j];
-            }
+            for (int i = 0; i < rows; ++i) std::copy_n(values + i * stride, columns, row_of(begin + row + i) + column);
         });
+        own.rows.resize(size_t(most_channels));
+        for (int p = begin; p < end; ++p) {
+            float* row = row_of(p);
+            if (patch_norm.there) {
+                patch_norm(row, own.rows.data(), dim);
+                std::copy_n(own.rows.data(), dim, row);
+            }
+            if (!added.empty()) add_row(added.data() + size_t(prefix + p % patches) * dim, dim, row);
+        }
     }
 }
 
@@ -424,24 +496,14 @@ void Model::project_qkv(const Stage& stage, const Block& block, int first, int l
 
 // Codes of a token's outputs of qkv, from a column on: queries from 0 on, keys and values as they are.
 void Model::store_qkv(const Stage& stage, const Block& block, int token, int column, int columns, const float* values) {
-    const float *inverse = block.inverse.data() + column, *offset = block.offset.data() + column, *low = block.low.data() + column,
-                *high = block.high.data() + column, *shift = block.shift.data() + column;
-    uint8_t* to = qkv.data() + size_t(token) * 3 * stage.dim + column;
-    for (int j = 0; j < columns; ++j) {
-        float u = (values[j] - offset[j]) * inverse[j];
-        u = u > low[j] ? u : low[j];
-        u = u < high[j] ? u : high[j];
-        to[j] = uint8_t(int32_t(nearest(u) - shift[j]));
-    }
+    encode_columns(values, columns, block.inverse.data() + column, block.offset.data() + column, block.low.data() + column,
+                   block.high.data() + column, block.shift.data() + column, qkv.data() + size_t(token) * 3 * stage.dim + column);
 }
 
 void Model::finish_block(const Stage& stage, const Block& block, int first, int last, Scratch& own) {
     const int dim = stage.dim, wide = round_up(stage.hidden, 4), count = last - first;
     auto add_to_stream = [&](int row, int rows, int column, int columns, const float* values, int stride) {
-        for (int i = 0; i < rows; ++i) {
-            float* to = stream.data() + size_t(first + row + i) * dim + column;
-            for (int j = 0; j < columns; ++j) to[j] += values[i * stride + j];
-        }
+        for (int i = 0; i < rows; ++i) add_row(values + i * stride, columns, stream.data() + size_t(first + row + i) * dim + column);
     };
     {
         Watch watch(watching, own.seconds[kProj]);
@@ -474,10 +536,8 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     if (mlp == Mlp::plain && !block.mlp_norm.there) {
         with_activation(activation, [&](auto kind) {
             linear(block.fc1, count, own.codes.data(), lda, own, [&](int row, int rows, int column, int columns, const float* values, int stride) {
-                for (int i = 0; i < rows; ++i) {
-                    uint8_t* to = own.hidden.data() + size_t(row + i) * wide + column;
-                    for (int j = 0; j < columns; ++j) to[j] = uint8_t(code_of(grid, activate<decltype(kind)::value>(values[i * stride + j])));
-                }
+                for (int i = 0; i < rows; ++i)
+                    encode_activated<decltype(kind)::value>(values + i * stride, columns, grid, own.hidden.data() + size_t(row + i) * wide + column);
             });
         });
         return;
@@ -600,72 +660,47 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
             const float* add = own.key_add.data() + column;
             for (int i = 0; i < rows; ++i) {
                 float *to = own.scores.data() + size_t(r + i) * columns + column, *most = greatest[r + i];
-                for (int j = 0; j < kColumns; ++j) to[j] = float(sums[i * kColumns + j]) * score_scale + add[j];
-                if (bias) {
-                    const float* further = bias + size_t(begin + r + i) * columns + column;
-                    for (int j = 0; j < kColumns; ++j) to[j] += further[j];
-                }
+                scale_row(sums + i * kColumns, score_scale, add, to);
+                if (bias) add_row(bias + size_t(begin + r + i) * columns + column, kColumns, to);
                 if (region) {
                     const float own_region = region[begin + r + i];
                     for (int j = 0; j < kColumns; ++j) to[j] += region[column + j] != own_region ? -100.0f : 0.0f;
                 }
-                for (int j = 0; j < kColumns; j += 16)
-                    for (int t = 0; t < 16; ++t) most[t] = to[j + t] > most[t] ? to[j + t] : most[t];
+                greatest_of(to, most);
             }
         });
         alignas(64) float prob_sums[kRows];
         for (int i = 0; i < m; ++i) {
             float* s = own.scores.data() + size_t(i) * columns;
             uint8_t *p = own.probs.data() + size_t(i) * columns, *second = own.second.data() + size_t(i) * columns;
-            float lane[16] = {}, most = s[0], total = 0;
+            float most = s[0];
             for (float value : greatest[i]) most = value > most ? value : most;
-            if (!block.log_steps) {
-                for (int j = 0; j < columns; j += 16)
-                    for (int t = 0; t < 16; ++t) {
-                        s[j + t] = exponential(s[j + t] - most);
-                        lane[t] += s[j + t];
-                    }
-                for (float value : lane) total += value;
-                Grid grid = grids.probs;
-                grid.offset *= total, grid.inverse /= total;
-                for (int j = 0; j < columns; ++j) p[j] = uint8_t(code_of(grid, s[j]));
-                int32_t codes = 0;
-                for (int j = 0; grids.value.offset != 0 && j < area; ++j) codes += p[j];
-                prob_sums[i] = float(codes + area * grid.low);
+            if (block.log_steps) {
+                const float total = exponentials<false>(s, columns, most);
+                log_levels(s, columns, most, std::log2(total * grids.probs.scale), block.log_steps, highest, p, second);
                 continue;
             }
-            // Levels scale * 2^(-q / steps), the last of them 0; q from the exponent, not from the exponential.
-            for (int j = 0; j < columns; j += 16)
-                for (int t = 0; t < 16; ++t) lane[t] += exponential(s[j + t] - most);
-            for (float value : lane) total += value;
-            const float steps = float(block.log_steps), level_of_one = std::log2(total * grids.probs.scale);
-            // log-sqrt2: even codes and odd ones. log2: the eight largest levels and the others.
-            const int half = block.log_steps == 2 ? 1 : 8, shift = block.log_steps == 2 ? 1 : 0;
-            for (int j = 0; j < columns; ++j) {
-                float q = steps * (level_of_one - (s[j] - most) * 1.44269504f);
-                q = q > 0 ? q : 0;
-                q = nearest(q < highest ? q : highest);
-                const int32_t code = int32_t(q), level = q < highest ? 128 >> ((code >> shift) & 7) : 0;
-                p[j] = uint8_t(code & half ? 0 : level);
-                second[j] = uint8_t(code & half ? level : 0);
-            }
+            const float total = exponentials<true>(s, columns, most);
+            Grid grid = grids.probs;
+            grid.offset *= total, grid.inverse /= total;
+            encode(s, columns, grid, p);
+            int32_t codes = 0;
+            for (int j = 0; grids.value.offset != 0 && j < area; ++j) codes += p[j];
+            prob_sums[i] = float(codes + area * grid.low);
         }
         auto finish = [&](int r, int rows, int column, int cols, const float* y, int stride) {
-            for (int i = 0; i < rows; ++i) {
-                uint8_t* to = merged.data() + token(begin + r + i) * dim + size_t(head) * d + column;
-                for (int t = 0; t < cols; ++t) to[t] = uint8_t(code_of(output, y[i * stride + t]));
-            }
+            for (int i = 0; i < rows; ++i) encode(y + i * stride, cols, output, merged.data() + token(begin + r + i) * dim + size_t(head) * d + column);
         };
         if (!block.log_steps) {
-            alignas(64) float y[kRows * kColumns];
+            alignas(64) float y[kRows * kColumns], by_column[256 + kColumns];
             const float scale = grids.probs.scale * grids.value.scale;
             const float by_probs = grids.probs.scale * grids.value.offset, by_value = grids.probs.offset * grids.value.scale;
             const float constant = float(area) * grids.probs.offset * grids.value.offset;
+            for (int t = 0; t < d; ++t) by_column[t] = by_value * float(value_sums[t]) + constant;
             multiply(m, own.probs.data(), columns, weighted, [&](int r, int rows, int column, int cols, const int32_t* sums) {
                 for (int i = 0; i < rows; ++i) {
-                    const float add = prob_sums[r + i] * by_probs + constant;
-                    for (int t = 0; t < kColumns; ++t)
-                        y[i * kColumns + t] = float(sums[i * kColumns + t]) * scale + add + by_value * float(value_sums[column + t]);
+                    scale_row(sums + i * kColumns, scale, by_column + column, y + i * kColumns);
+                    if (by_probs != 0) add_number(prob_sums[r + i] * by_probs, y + i * kColumns);
                 }
                 finish(r, rows, column, cols, y, kColumns);
             });
@@ -676,15 +711,16 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
         const float other_one = block.log_steps == 2 ? one * 0.70710678f : one / 256.0f;
         own.rows.resize(std::max(size_t(kRows) * value_columns, size_t(most_channels)));
         float* both = own.rows.data();
+        alignas(64) static const float zeros[kColumns] = {};
         multiply(m, own.probs.data(), columns, weighted, [&](int r, int rows, int column, int, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i)
-                for (int t = 0; t < kColumns; ++t)
-                    both[size_t(r + i) * value_columns + column + t] = float(sums[i * kColumns + t]) * one;
+            for (int i = 0; i < rows; ++i) scale_row(sums + i * kColumns, one, zeros, both + size_t(r + i) * value_columns + column);
         });
         multiply(m, own.second.data(), columns, weighted, [&](int r, int rows, int column, int cols, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i)
-                for (int t = 0; t < kColumns; ++t)
-                    both[size_t(r + i) * value_columns + column + t] += float(sums[i * kColumns + t]) * other_one;
+            for (int i = 0; i < rows; ++i) {
+                alignas(64) float further[kColumns];
+                scale_row(sums + i * kColumns, other_one, zeros, further);
+                add_row(further, kColumns, both + size_t(r + i) * value_columns + column);
+            }
             finish(r, rows, column, cols, both + size_t(r) * value_columns + column, value_columns);
         });
     }

@@ -59,7 +59,7 @@ struct Network {
     Activation activation = Activation::gelu;
     Mlp mlp = Mlp::plain;
     LayerNumbers embed, head;
-    NormNumbers first_norm, norm, head_norm;
+    NormNumbers patch_norm, first_norm, norm, head_norm;
     std::vector<float> added;  // (tokens, dim): what every image's tokens start from
     std::vector<StageNumbers> stages;
 };
@@ -109,7 +109,7 @@ class NetworkReader {
         }
         const StageNumbers &first = net_.stages.front(), &last = net_.stages.back();
         net_.embed = layer("patch_embed.proj", {"patch_embed.proj.weight"}, "patch_embed.proj.input", first.dim, net_.channels * net_.patch_y * net_.patch_x);
-        net_.first_norm = norm(swin_ ? "patch_embed.norm" : "norm_pre", first.dim);
+        net_.patch_norm = norm("patch_embed.norm", first.dim), net_.first_norm = norm("norm_pre", first.dim);
         net_.norm = norm("norm", last.dim), net_.head_norm = norm("fc_norm", last.dim);
         const std::string head = swin_ ? "head.fc" : "head";
         net_.head = layer(head, {head + ".weight"}, head + ".input", net_.classes, last.dim);

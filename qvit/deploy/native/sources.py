@@ -11,6 +11,7 @@ SOURCE = HERE / "engine.cpp"
 FLAGS = (
     "-std=c++17",
     "-O3",
+    "-g0",
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -18,7 +19,7 @@ FLAGS = (
     "-pthread",
 )
 #: A wheel brings the C++ runtime along, so that it does not need that of the machine it was made on.
-LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL") if sys.platform == "linux" else ()
+LINK_FLAGS = ("-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-s") if sys.platform == "linux" else ()
 #: The library that an installation with a compiler puts beside the sources.
 BUILT = HERE / "_engine.so"
 

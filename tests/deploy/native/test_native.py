@@ -18,13 +18,14 @@ import qvit
 from qvit.deploy.engines import create_engine
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.integer.reference import integer_form
-from qvit.deploy.native.library import form_index, forms, multiply
-from qvit.deploy.native.vit import NativeVit, why_not
-from qvit.errors import QvitError, UsageError
+from qvit.deploy.native.library import forms, kinds, multiply
+from qvit.errors import UsageError
 from qvit.methods.ptq.method import ptq
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or os.environ.get("CXX")), reason="needs a C++ compiler")
-FORMS = ("AVX-512 VNNI", "AVX2", "portable")
+FORMS = ("AVX-512 VNNI", "AVX-VNNI", "AVX2", "NEON dot", "portable")
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "num_classes": 7}
+SWIN_NAME = "swin_tiny_patch4_window7_224"
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 
 
@@ -68,10 +69,11 @@ def test_products_of_odd_sizes(name: str, m: int, n: int, k: int) -> None:
 def frozen(plan: str, images: Tensor, name: str = "vit_tiny_patch16_224", probs: str = "uniform", **kwargs: Any) -> Any:
     """A packed small model, quantized after training."""
     torch.manual_seed(5)
-    model = shake(timm.create_model(name, **(SMALL | kwargs))).eval()
+    kwargs = (SWIN if name.startswith("swin") else SMALL) | kwargs
+    model = shake(timm.create_model(name, **kwargs)).eval()
     quantized = ptq(model, plan, [images], probs=probs, calibration_images=len(images))
     qvit.freeze(quantized)
-    return Artifact.from_model(quantized, model_name=name, model_kwargs=SMALL | kwargs)
+    return Artifact.from_model(quantized, model_name=name, model_kwargs=kwargs)
 
 
 def images_for(count: int = 6, size: int = 32) -> Tensor:
@@ -112,12 +114,60 @@ def test_models_answer_as_the_reference(name: str, plan: str, probs: str) -> Non
         {"img_size": (32, 64)},
         {"qk_norm": True},
         {"qk_norm": True, "norm_layer": "rmsnorm"},
+        {"scale_mlp_norm": True},
+        {"pos_embed": "none"},
     ],
     ids=str,
 )
 def test_variants_answer_as_the_reference(kwargs: dict[str, Any]) -> None:
     images = images_for() if "img_size" not in kwargs else torch.randn(6, 3, 32, 64)
     require_the_reference(frozen("w8a8", images, **kwargs), images)
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_giant_patch14_reg4_dinov2", {"patch_size": 8}),
+        ("vit_little_patch16_reg4_gap_256", {}),
+        ("deit3_small_patch16_224", {}),
+    ],
+)
+def test_other_models_answer_as_the_reference(name: str, kwargs: dict[str, Any]) -> None:
+    """Gated MLPs with registers, the mean of patches behind `fc_norm`, LayerScale."""
+    images = images_for()
+    require_the_reference(frozen("w6a8", images, name, **(SMALL | kwargs)), images)
+
+
+def test_a_gated_mlp_of_two_layers() -> None:
+    """AIMv2: SwiGLU, RmsNorm, a norm of embedded patches."""
+    images = images_for()
+    artifact = frozen("w8a8", images, "aimv2_large_patch14_224", **SMALL)
+    assert artifact.skeleton().get_submodule("blocks.0.mlp.fc1_g") is not None
+    require_the_reference(artifact, images)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(("plan", "probs"), [("w8a8", "uniform"), ("w4a4", "uniform"), ("w3a3", "log-sqrt2")])
+@pytest.mark.parametrize("img_size", [64, (32, 96)], ids=str)
+def test_swin_answers_as_the_reference(name: str, plan: str, probs: str, img_size: Any) -> None:
+    """Windows with shifts along both axes, and where a stage is one window high and does not shift along that axis."""
+    sides = img_size if isinstance(img_size, tuple) else (img_size, img_size)
+    images = torch.randn(4, 3, *sides, generator=torch.Generator().manual_seed(7))
+    artifact = frozen(plan, images, SWIN_NAME, probs, img_size=img_size)
+    require_the_reference(artifact, images, form=form(name), threads=2)
+
+
+def test_rectified_queries_answer_as_the_reference() -> None:
+    images = images_for()
+    model = shake(timm.create_model("vit_tiny_patch16_224", **SMALL)).eval()
+    plan = qvit.QuantPlan.preset("w4a4").with_rules(
+        *(qvit.Rule(f"blocks.*.attn.{site}", {"quantizer": "irm"}) for site in ("query", "key"))
+    )
+    quantized = qvit.quantize(model, plan)
+    qvit.calibrate(quantized, [images])
+    qvit.freeze(quantized)
+    artifact = Artifact.from_model(quantized, model_name="vit_tiny_patch16_224", model_kwargs=SMALL)
+    require_the_reference(artifact, images)
 
 
 def test_widths_of_heads_may_differ() -> None:
@@ -144,7 +194,9 @@ def test_the_answer_depends_on_neither_threads_nor_batch_nor_form() -> None:
     engine = create_engine(artifact, "native", threads=2)
     assert torch.equal(torch.cat([engine(image[None]) for image in images]), expected)
     for name in forms():
-        assert torch.equal(create_engine(artifact, "native", form=name)(images), expected)
+        found = create_engine(artifact, "native", form=name)(images)
+        assert torch.allclose(found, expected, atol=0.1)  # without fused multiply-add, last digits of floats differ
+        assert name == "portable" or torch.equal(found, expected)
 
 
 def test_many_python_threads_and_a_fork() -> None:
@@ -155,29 +207,67 @@ def test_many_python_threads_and_a_fork() -> None:
         assert all(torch.equal(found, expected) for found in pool.map(lambda _: engine(images), range(40)))
     child = os.fork()
     if child == 0:
-        same = np.array_equal(engine.model(images.numpy()), expected.numpy())
+        same = np.array_equal(engine.model(images.numpy()), expected.numpy())  # type: ignore[attr-defined]
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(engine(images), expected)
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "plan", "reason"),
+    ("name", "kwargs", "reason"),
     [
-        ({"scale_attn_norm": True}, "w8a8", "a norm in its attention"),
-        ({"num_classes": 0}, "w8a8", "no classifier"),
-        ({"depth": 0}, "w8a8", "no blocks"),
-        ({"global_pool": "max"}, "w8a8", "pools tokens by 'max'"),
-        ({"scale_mlp_norm": True}, "w8a8", "a norm in its MLP"),
-        ({"dynamic_img_size": True}, "w8a8", "image size is not fixed"),
+        ("vit_tiny_patch16_224", {"scale_attn_norm": True}, "a norm or a gate in its attention"),
+        ("vit_tiny_patch16_224", {"num_classes": 0}, "no classifier"),
+        ("vit_tiny_patch16_224", {"depth": 0}, "no blocks"),
+        ("vit_tiny_patch16_224", {"global_pool": "max"}, "pools tokens by 'max'"),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True}, "image size is not fixed"),
+        ("vit_tiny_patch16_224", {"num_heads": 8}, "multiple of 4 channels, up to 256"),
+        (SWIN_NAME, {"img_size": 48}, "windows that do not divide its 6x6 tokens"),
     ],
     ids=str,
 )
-def test_what_it_does_not_run_is_named(kwargs: dict[str, Any], plan: str, reason: str) -> None:
-    artifact = frozen(plan, images_for(2), **kwargs)
-    assert any(reason in each for each in why_not(integer_form(artifact.model(), None, artifact.integers)))
-    with pytest.raises(UsageError, match="engine 'native' does not run this model"):
+def test_a_model_that_it_does_not_run(name: str, kwargs: dict[str, Any], reason: str) -> None:
+    kwargs = {"img_size": 32, **kwargs} if name.startswith("vit") else kwargs
+    artifact = frozen("w8a8", images_for(2, kwargs["img_size"]), name, **kwargs)
+    with pytest.raises(UsageError, match=f"engine 'native' does not run this model: .*{reason}"):
         create_engine(artifact, "native")
+    assert create_engine(artifact).name != "native"
+
+
+RULES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "weights in float": ("blocks.0.mlp.fc1.weight", {}, "'blocks.0.mlp.fc1.weight' stays in float"),
+    "activations in float": ("blocks.1.attn.key", {}, "'blocks.1.attn.key' stays in float"),
+    "wide": ("blocks.0.mlp.fc1.input", {"bit_width": 10, "bit_width_range": (2, 10)}, "more than 8 bits"),
+    "no zero": ("blocks.0.mlp.fc1.weight", {"quantizer": "statsq"}, "'blocks.0.mlp.fc1.weight' is a weight on a grid"),
+    "channels": ("blocks.0.mlp.fc1.input", {"granularity": "per-channel"}, "scale for each channel"),
+    "groups of tokens": (
+        "blocks.0.mlp.fc1.input",
+        {"switchable_scale": True, "token_bit_width": {"share": 0.5, "low": 3}},
+        "two groups of tokens",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_a_plan_that_it_does_not_run(case: str) -> None:
+    site, changes, reason = RULES[case]
+    torch.manual_seed(5)
+    model = shake(timm.create_model("vit_tiny_patch16_224", **SMALL)).eval()
+    plan = qvit.QuantPlan.preset("w8a8").with_rules(qvit.Rule(site, changes or None))
+    quantized = qvit.quantize(model, plan)
+    qvit.calibrate(quantized, [images_for()])
+    qvit.freeze(quantized)
+    artifact = Artifact.from_model(quantized, model_name="vit_tiny_patch16_224", model_kwargs=SMALL)
+    with pytest.raises(UsageError, match=reason):
+        create_engine(artifact, "native")
+
+
+def test_a_profile_names_kinds_of_kernels() -> None:
+    images = images_for(2)
+    engine: Any = create_engine(frozen("w8a8", images), "native", threads=1)
+    expected, found = engine(images), engine.profile(images)
+    assert {"layernorm", "qkv", "attention", "fc1+activation"} <= set(found) <= set(kinds())
+    assert all(value > 0 for value in found.values()) and torch.equal(engine(images), expected)
 
 
 def test_wrong_requests() -> None:
@@ -187,6 +277,17 @@ def test_wrong_requests() -> None:
     for wrong in (images[:0], images[:, :, :16], images[0]):
         with pytest.raises(UsageError, match=r"images of shape \(B, 3, 32, 32\)"):
             engine(wrong)
-    with pytest.raises(QvitError, match="no form 'AMX'"):
-        NativeVit(integer_form(artifact.model(), None, artifact.integers), form="AMX")
-    assert form_index(None) == 0
+    with pytest.raises(UsageError, match="no form 'AMX'"):
+        create_engine(artifact, "native", form="AMX")
+    with pytest.raises(UsageError, match="1 to 1024 threads"):
+        create_engine(artifact, "native", threads=-1)
+
+
+def test_images_that_are_no_numbers_do_no_harm() -> None:
+    images = images_for(3)
+    engine = create_engine(frozen("w4a4", images, probs="log2"), "native", threads=2)
+    expected = engine(images)
+    images[1] = float("nan")
+    images[2] = float("inf")
+    found = engine(images)
+    assert torch.equal(found[0], expected[0]) and found.isfinite().all()
