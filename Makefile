@@ -20,7 +20,7 @@ PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 export PIP_DEFAULT_TIMEOUT PIP_DISABLE_PIP_VERSION_CHECK
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench env dev-env
+.PHONY: help demo test test-all lint docs wheel bench env dev-env
 # Two targets at a time would install into the same environment at a time.
 .NOTPARALLEL:
 
@@ -46,6 +46,9 @@ lint: $(VENV)/.dev ## check style, format and types
 
 docs: $(VENV)/.dev ## build the documentation in site/; a broken link is an error
 	$(BIN)/python -m mkdocs build --strict
+
+wheel: $(VENV)/.created ## build a wheel in dist/, with the native engine compiled: its users need no compiler
+	$(BIN)/python -m pip wheel $(PIP_ARGS) --no-deps --wheel-dir dist .
 
 bench: $(VENV)/.demo ## run the benchmarks (BENCHMARKS=FILE for one of them)
 	@set -e; for script in $(BENCHMARKS); do echo "$(BIN)/python $$script"; $(BIN)/python $$script; done

@@ -4,6 +4,11 @@
 
     model = load("packed.safetensors")
     logits = model(images)  # float32 (B, channels, height, width) -> (B, classes)
+
+What is computed is what `deploy/integer/reference.py` computes: the same integers, the same exact sums. Normalisation,
+softmax and activation are in float32 there and here; their last digits differ, so a value that lies within about 1e-6
+of the edge between two integers may fall on the other side. Logarithmic probabilities, which other engines simulate,
+are powers of two here, and exact: their products are sums of integers, too. engine.cpp lists the files.
 """
 
 from qvit.deploy.native.model import NativeModel, load

@@ -4,8 +4,8 @@
 //   network.h   a file -> layers, norms, heads          memory.h   buffers and threads
 //   kernels.h   products of integers                    model.h    images -> logits
 //
-// kernels.h and model.h are compiled once for each instruction set, in a namespace of its own; which one runs is decided
-// when a model is loaded. Code of the standard library stays outside: it is the same for all processors.
+// kernels.h and model.h are compiled once for each instruction set, in a namespace of its own; which one runs is
+// decided when a model is loaded. Code of the standard library stays outside: it is the same for all processors.
 #include "qvit.h"
 
 #include <algorithm>
@@ -47,7 +47,8 @@
 namespace qvit {
 
 enum Kind { kEmbedding, kNorm, kQkv, kAttention, kProj, kFirst, kSecond, kMerging, kHead, kWaiting, kKinds };
-const char* const kind_names[kKinds] = {"patch embedding", "layernorm", "qkv", "attention", "proj", "fc1+activation", "fc2", "patch merging", "head", "waiting"};
+const char* const kind_names[kKinds] = {"patch embedding", "layernorm", "qkv",           "attention", "proj",
+                                        "fc1+activation",  "fc2",       "patch merging", "head",      "waiting"};
 
 class Runner {
   public:
@@ -68,10 +69,12 @@ struct Form {
 }  // namespace qvit
 
 #if defined(__clang__)
-#define QVIT_TARGET_BEGIN(clang_features, gcc_features) _Pragma(QVIT_TEXT(clang attribute push(__attribute__((target(clang_features))), apply_to = function)))
+#define QVIT_TARGET_BEGIN(clang_features, gcc_features) \
+    _Pragma(QVIT_TEXT(clang attribute push(__attribute__((target(clang_features))), apply_to = function)))
 #define QVIT_TARGET_END _Pragma("clang attribute pop")
 #else
-#define QVIT_TARGET_BEGIN(clang_features, gcc_features) _Pragma("GCC push_options") _Pragma(QVIT_TEXT(GCC target(gcc_features)))
+#define QVIT_TARGET_BEGIN(clang_features, gcc_features) \
+    _Pragma("GCC push_options") _Pragma(QVIT_TEXT(GCC target(gcc_features)))
 #define QVIT_TARGET_END _Pragma("GCC pop_options")
 #endif
 #define QVIT_TEXT(...) #__VA_ARGS__
@@ -79,7 +82,8 @@ struct Form {
 
 #if defined(QVIT_X86)
 
-QVIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma", "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,prefer-vector-width=512")
+QVIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma",
+                  "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,prefer-vector-width=512")
 namespace qvit::avx512_vnni {
 #define QVIT_AVX512_VNNI
 #define QVIT_FMA
@@ -92,7 +96,8 @@ namespace qvit::avx512_vnni {
 QVIT_TARGET_END
 
 #if defined(QVIT_EVEX)
-QVIT_TARGET_BEGIN("avx512f,avx512vl,avx512vnni,avx2,fma", "avx512f,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=256")
+QVIT_TARGET_BEGIN("avx512f,avx512vl,avx512vnni,avx2,fma",
+                  "avx512f,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=256")
 #else
 QVIT_TARGET_BEGIN("avx2,fma", "avx2,fma")
 #endif
@@ -147,8 +152,9 @@ namespace {
 #if defined(QVIT_X86)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool has_avx512_vnni() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 bool has_avx_vnni() {
 #if defined(QVIT_EVEX)
@@ -227,7 +233,8 @@ std::vector<uint8_t> bytes_of(const char* path) {
     if (!file) throw Problem("no packed model at " + std::string(path));
     std::vector<uint8_t> bytes;
     uint8_t part[1 << 16];
-    while (const size_t count = std::fread(part, 1, sizeof(part), file.get())) bytes.insert(bytes.end(), part, part + count);
+    while (const size_t count = std::fread(part, 1, sizeof(part), file.get()))
+        bytes.insert(bytes.end(), part, part + count);
     if (std::ferror(file.get())) throw Problem("cannot read " + std::string(path));
     return bytes;
 }
@@ -275,7 +282,8 @@ extern "C" {
 qvit_model* qvit_load_bytes(const void* bytes, size_t size, int threads, const char* form) {
     std::unique_ptr<qvit_model> model;
     const int failed = guarded([&] {
-        if (threads < 0 || threads > kMostThreads) throw Problem("a model is run by 1 to 1024 threads; 0: one for each processor");
+        if (threads < 0 || threads > kMostThreads)
+            throw Problem("a model is run by 1 to 1024 threads; 0: one for each processor");
         File file(static_cast<const uint8_t*>(bytes), size);
         const Network network = NetworkReader::read(file);
         model = std::make_unique<qvit_model>();
@@ -327,7 +335,8 @@ const char* qvit_form_of(const qvit_model* model) { return model->form->name; }
 
 const char* qvit_kind(int index) { return index >= 0 && index < kKinds ? kind_names[index] : nullptr; }
 
-int qvit_multiply(const char* form, int m, int n, int k, const unsigned char* a, int low, int most_left, const signed char* w, int* out) {
+int qvit_multiply(const char* form, int m, int n, int k, const unsigned char* a, int low, int most_left,
+                  const signed char* w, int* out) {
     return guarded([&] { form_named(form).product(m, n, k, a, low, most_left, w, out); });
 }
 
@@ -342,13 +351,17 @@ int qvit_probe(void) {
                 for (int right : {1, 7, 127, 128})
                     for (int way = 0; way < 4; ++way) {
                         for (int j = 0; j < m * k; ++j) a[j] = uint8_t(way & 1 && j % 2 ? 0 : left);
-                        for (int j = 0; j < n * k; ++j) w[j] = int8_t(way & 2 && j % 3 == 0 ? std::min(right, 127) : -right);
+                        for (int j = 0; j < n * k; ++j)
+                            w[j] = int8_t(way & 2 && j % 3 == 0 ? std::min(right, 127) : -right);
                         form->product(m, n, k, a.data(), -(left + 1) / 2, left, w.data(), found.data());
                         for (int r = 0; r < m; ++r)
                             for (int c = 0; c < n; ++c) {
                                 int32_t sum = 0;
-                                for (int j = 0; j < k; ++j) sum += (int(a[r * k + j]) - (left + 1) / 2) * int(w[c * k + j]);
-                                if (sum != found[r * n + c]) throw Problem("form '" + std::string(form->name) + "' does not multiply exactly on this processor");
+                                for (int j = 0; j < k; ++j)
+                                    sum += (int(a[r * k + j]) - (left + 1) / 2) * int(w[c * k + j]);
+                                if (sum != found[r * n + c])
+                                    throw Problem("form '" + std::string(form->name) +
+                                                  "' does not multiply exactly on this processor");
                             }
                     }
     });

@@ -1,6 +1,8 @@
 // What an instruction set offers (`Form`). Included after model.h, inside the same namespace.
 
-inline std::unique_ptr<Runner> make(const Network& network, int threads) { return std::make_unique<Model>(network, threads); }
+inline std::unique_ptr<Runner> make(const Network& network, int threads) {
+    return std::make_unique<Model>(network, threads);
+}
 
 inline void product(int m, int n, int k, const uint8_t* a, int low, int most_left, const int8_t* w, int32_t* out) {
     const int lda = round_up(k, 4);

@@ -202,7 +202,9 @@ class JsonReader {
             const char escape = peek();
             ++at_;
             switch (escape) {
-                case '"': case '\\': case '/': found += escape; break;
+                case '"':
+                case '\\':
+                case '/': found += escape; break;
                 case 'b': found += '\b'; break;
                 case 'f': found += '\f'; break;
                 case 'n': found += '\n'; break;

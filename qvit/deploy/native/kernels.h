@@ -1,11 +1,11 @@
-// Products of unsigned and signed bytes with exact 32-bit sums, one small tile at a time; the inner loops of the engine.
-// Included once per instruction set, inside a namespace of its own, with one of QVIT_AVX512_VNNI, QVIT_AVX_VNNI,
-// QVIT_AVX2, QVIT_DOT defined, or none of them for plain C++. All forms are equal bit for bit.
+// Products of unsigned and signed bytes with exact 32-bit sums, one small tile at a time; the inner loops of the
+// engine. Included once per instruction set, inside a namespace of its own, with one of QVIT_AVX512_VNNI,
+// QVIT_AVX_VNNI, QVIT_AVX2, QVIT_DOT defined, or none of them for plain C++. All forms are equal bit for bit.
 //
 //   out[i][j] = start[j] + sum_k a[i][k] * w[k][j]        i < m, j < kColumns
 //
-// The left operand has rows of bytes; the right one is packed in panels of kColumns columns, four bytes of a column side
-// by side: panel[k/4][j][k%4].
+// The left operand has rows of bytes; the right one is packed in panels of kColumns columns, four bytes of a column
+// side by side: panel[k/4][j][k%4].
 //
 //   VNNI    vpdpbusd adds four products to an int32 without saturation
 //   AVX2    pmaddubsw adds two products in int16. As many groups of four are summed there as cannot overflow, which the
@@ -69,7 +69,8 @@ inline void dot(__m256i& sum, __m256i a, __m256i w) { asm(QVIT_DOT_NAME " %2, %1
 template <int M>
 void rows_of_tile(const uint8_t* a, int64_t lda, const int8_t* w, int groups, int, const int32_t* start, int32_t* out) {
     __m256i sum[M][2];
-    const __m256i first = _mm256_loadu_si256((const __m256i*)start), second = _mm256_loadu_si256((const __m256i*)(start + 8));
+    const __m256i first = _mm256_loadu_si256((const __m256i*)start),
+                  second = _mm256_loadu_si256((const __m256i*)(start + 8));
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) sum[i][0] = first, sum[i][1] = second;
     for (int g = 0; g < groups; ++g) {
@@ -102,13 +103,12 @@ inline int way_of(int most_left, int most_right) {
 // would rather keep w there and spill sums.
 inline void add_products(__m256i& sum, __m256i a, const int8_t* w) {
     __m256i product;
-    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0"
-        : "+x"(sum), "=&x"(product)
-        : "x"(a), "m"(*(const __m256i_u*)w));
+    asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(product) : "x"(a), "m"(*(const __m256i_u*)w));
 }
 
 template <int M>
-void narrow_rows(const uint8_t* a, int64_t lda, const int8_t* w, int groups, int narrow, const int32_t* start, int32_t* out) {
+void narrow_rows(const uint8_t* a, int64_t lda, const int8_t* w, int groups, int narrow, const int32_t* start,
+                 int32_t* out) {
     const __m256i ones = _mm256_set1_epi16(1);
     for (int begin = 0; begin < groups; begin += narrow) {
         const int end = narrow < groups - begin ? begin + narrow : groups;
@@ -165,7 +165,8 @@ void wide_rows(const uint8_t* a, int64_t lda, const int8_t* w, int groups, const
 }
 
 template <int M>
-void rows_of_tile(const uint8_t* a, int64_t lda, const int8_t* w, int groups, int way, const int32_t* start, int32_t* out) {
+void rows_of_tile(const uint8_t* a, int64_t lda, const int8_t* w, int groups, int way, const int32_t* start,
+                  int32_t* out) {
     if (way == kTakes128) return wide_rows<M>(a, lda, w, groups, start, out);
     narrow_rows<M>(a, lda, w, groups, way, start, out);
 }
@@ -188,7 +189,8 @@ void rows_of_tile(const uint8_t* a, int64_t lda, const int8_t* w, int groups, in
         for (int h = 0; h < 4; ++h) part[h] = vld1q_s8(w + int64_t(g) * 64 + 16 * h);
 #pragma GCC unroll 16
         for (int i = 0; i < M; ++i) {
-            const int8x16_t x = vreinterpretq_s8_u8(veorq_u8(vreinterpretq_u8_s32(vdupq_n_s32(four(a + i * lda + 4 * g))), vdupq_n_u8(0x80)));
+            const int8x16_t x = vreinterpretq_s8_u8(
+                veorq_u8(vreinterpretq_u8_s32(vdupq_n_s32(four(a + i * lda + 4 * g))), vdupq_n_u8(0x80)));
 #pragma GCC unroll 4
             for (int h = 0; h < 4; ++h) sum[i][h] = vdotq_s32(sum[i][h], part[h], x);
         }
@@ -219,12 +221,15 @@ void rows_of_tile(const uint8_t* a, int64_t lda, const int8_t* w, int groups, in
 
 #endif
 
-inline void tile(int m, const uint8_t* a, int64_t lda, const int8_t* w, int groups, int way, const int32_t* start, int32_t* out) {
+inline void tile(int m, const uint8_t* a, int64_t lda, const int8_t* w, int groups, int way, const int32_t* start,
+                 int32_t* out) {
     switch (m) {
-#define QVIT_ROWS(n) case n: return rows_of_tile<n>(a, lda, w, groups, way, start, out);
-        QVIT_ROWS(1) QVIT_ROWS(2) QVIT_ROWS(3) QVIT_ROWS(4) QVIT_ROWS(5) QVIT_ROWS(6)
+#define QVIT_ROWS(n) \
+    case n: return rows_of_tile<n>(a, lda, w, groups, way, start, out);
+        QVIT_ROWS(1)
+        QVIT_ROWS(2) QVIT_ROWS(3) QVIT_ROWS(4) QVIT_ROWS(5) QVIT_ROWS(6)
 #if defined(QVIT_AVX512_VNNI)
-        QVIT_ROWS(7) QVIT_ROWS(8) QVIT_ROWS(9) QVIT_ROWS(10) QVIT_ROWS(11) QVIT_ROWS(12)
+            QVIT_ROWS(7) QVIT_ROWS(8) QVIT_ROWS(9) QVIT_ROWS(10) QVIT_ROWS(11) QVIT_ROWS(12)
 #endif
 #undef QVIT_ROWS
     }
@@ -251,7 +256,8 @@ struct Panels {
         lowest.resize(size_t(round_up(n, kColumns) / kColumns));
         for (size_t i = 0; i < bytes.size(); ++i) {
             if (bytes[i] != -128) continue;
-            const int panel = int(i / (size_t(groups) * kColumns * 4)), inside = int(i % (size_t(groups) * kColumns * 4));
+            const int panel = int(i / (size_t(groups) * kColumns * 4)),
+                      inside = int(i % (size_t(groups) * kColumns * 4));
             lowest[size_t(panel)].push_back({inside / (kColumns * 4) * 4 + inside % 4, inside / 4 % kColumns});
             bytes[i] = -127;
         }
@@ -293,7 +299,8 @@ void multiply(int m, const uint8_t* a, int64_t lda, const Panels& w, Use&& use) 
             tile(rows, a + i * lda, lda, panel, w.groups, w.way, w.start.data() + j, sums);
             if (!w.lowest.empty())
                 for (const auto& place : w.lowest[size_t(j / kColumns)])
-                    for (int r = 0; r < rows; ++r) sums[r * kColumns + place.column] -= a[(i + r) * lda + place.row] - 128;
+                    for (int r = 0; r < rows; ++r)
+                        sums[r * kColumns + place.column] -= a[(i + r) * lda + place.row] - 128;
             use(i, rows, j, std::min(kColumns, w.n - j), sums);
         }
     }

@@ -21,9 +21,13 @@ struct Aligned {
     T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
     void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
     template <class U>
-    bool operator==(const Aligned<U>&) const { return true; }
+    bool operator==(const Aligned<U>&) const {
+        return true;
+    }
     template <class U>
-    bool operator!=(const Aligned<U>&) const { return false; }
+    bool operator!=(const Aligned<U>&) const {
+        return false;
+    }
 };
 template <class T>
 using Buffer = std::vector<T, Aligned<T>>;
@@ -44,7 +48,9 @@ class Team {
 
     template <class F>
     void run(F&& task) {
-        task_ = [](void* f, int i) { (*static_cast<std::remove_reference_t<F>*>(f))(i); };
+        task_ = [](void* f, int i) {
+            (*static_cast<std::remove_reference_t<F>*>(f))(i);
+        };
         data_ = &task;
         left_.store(size_ - 1, std::memory_order_relaxed);
         tell([&] { round_.fetch_add(1, std::memory_order_release); });

@@ -12,8 +12,8 @@
 // Codes are stored from 0: a left operand has the byte q - low, and the sums start at low * sum(w), which makes them
 // exact sums of q * w. The results do not depend on the number of threads.
 
-// ------------------------------------------------------------------------------------------------------ float functions
-// Written as plain loops over these, which compilers turn into vector instructions.
+// ------------------------------------------------------------------------------------------------------ float
+// functions Written as plain loops over these, which compilers turn into vector instructions.
 
 #if defined(QVIT_FMA)
 inline float mad(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
@@ -106,8 +106,9 @@ void encode_activated(const float* __restrict x, int n, const Grid of, uint8_t* 
 }
 
 // Codes by column, each with a grid of its own; `shift` is taken off.
-inline void encode_columns(const float* __restrict x, int n, const float* __restrict inverse, const float* __restrict offset,
-                           const float* __restrict low, const float* __restrict high, const float* __restrict shift, uint8_t* __restrict to) {
+inline void encode_columns(const float* __restrict x, int n, const float* __restrict inverse,
+                           const float* __restrict offset, const float* __restrict low, const float* __restrict high,
+                           const float* __restrict shift, uint8_t* __restrict to) {
     for (int j = 0; j < n; ++j) {
         float u = (x[j] - offset[j]) * inverse[j];
         u = u > low[j] ? u : low[j];
@@ -117,7 +118,8 @@ inline void encode_columns(const float* __restrict x, int n, const float* __rest
 }
 
 // A row of a tile of sums, with a scale and an addend by column.
-inline void scale_row(const int32_t* __restrict sums, const float* __restrict scale, const float* __restrict add, float* __restrict to) {
+inline void scale_row(const int32_t* __restrict sums, const float* __restrict scale, const float* __restrict add,
+                      float* __restrict to) {
     for (int j = 0; j < kColumns; ++j) to[j] = float(sums[j]) * scale[j] + add[j];
 }
 inline void add_scaled_row(const int32_t* __restrict sums, const float* __restrict scale, float* __restrict to) {
@@ -236,8 +238,18 @@ struct Block {
     Buffer<float> position_bias;  // (heads, area, columns of scores); or none
 
     Block(const BlockNumbers& from, const StageNumbers& stage)
-        : norm1(from.norm1), norm2(from.norm2), mlp_norm(from.mlp_norm), query_norm(from.query_norm), key_norm(from.key_norm),
-          qkv(from.qkv), proj(from.proj), fc1(from.fc1), gate(from.gate), fc2(from.fc2), heads(from.heads), log_steps(from.log_steps) {
+        : norm1(from.norm1),
+          norm2(from.norm2),
+          mlp_norm(from.mlp_norm),
+          query_norm(from.query_norm),
+          key_norm(from.key_norm),
+          qkv(from.qkv),
+          proj(from.proj),
+          fc1(from.fc1),
+          gate(from.gate),
+          fc2(from.fc2),
+          heads(from.heads),
+          log_steps(from.log_steps) {
         const int dim = stage.dim, each = dim / stage.heads, columns = round_up(3 * dim, kColumns);
         for (Buffer<float>* numbers : {&inverse, &offset, &low, &high, &shift}) numbers->assign(size_t(columns), 0);
         for (int h = 0; h < stage.heads; ++h) {
@@ -271,21 +283,33 @@ struct Stage {
     std::vector<char> mixed;  // windows that hold several regions
 
     Stage(const StageNumbers& from, int prefix)
-        : dim(from.dim), heads(from.heads), each(dim / heads), hidden(from.hidden), rows(from.rows), columns(from.columns),
-          tokens(rows * columns + prefix), area(tokens), factor(1.0f / std::sqrt(float(each))), merge_norm(from.merge_norm), merge(from.merge) {
+        : dim(from.dim),
+          heads(from.heads),
+          each(dim / heads),
+          hidden(from.hidden),
+          rows(from.rows),
+          columns(from.columns),
+          tokens(rows * columns + prefix),
+          area(tokens),
+          factor(1.0f / std::sqrt(float(each))),
+          merge_norm(from.merge_norm),
+          merge(from.merge) {
         for (const BlockNumbers& block : from.blocks) blocks.emplace_back(block, from);
         if (!from.window_y) return;
         area = from.window_y * from.window_x, windows = tokens / area;
         const int across = columns / from.window_x, wide = round_up(area, kColumns);
         region.assign(size_t(windows) * wide, 0), mixed.assign(size_t(windows), 0);
         // A shift rolls the image; its last window along an axis then holds two ends of it.
-        auto part = [](int at, int length, int window, int shift) { return !shift ? 2 : at < length - window ? 0 : at < length - shift ? 1 : 2; };
+        auto part = [](int at, int length, int window, int shift) {
+            return !shift ? 2 : at < length - window ? 0 : at < length - shift ? 1 : 2;
+        };
         for (int shifted = 0; shifted < 2; ++shifted) {
             const int dy = shifted ? from.shift_y : 0, dx = shifted ? from.shift_x : 0;
             place[shifted].resize(size_t(tokens));
             for (int w = 0; w < windows; ++w)
                 for (int t = 0; t < area; ++t) {
-                    const int y = w / across * from.window_y + t / from.window_x, x = w % across * from.window_x + t % from.window_x;
+                    const int y = w / across * from.window_y + t / from.window_x,
+                              x = w % across * from.window_x + t % from.window_x;
                     place[shifted][size_t(w) * area + t] = (y + dy) % rows * columns + (x + dx) % columns;
                     if (!shifted || !(dy || dx)) continue;
                     float* own = region.data() + size_t(w) * wide;
@@ -322,12 +346,27 @@ class Watch {
 class Model final : public Runner {
   public:
     Model(const Network& from, int threads)
-        : channels(from.channels), side_y(from.side_y), side_x(from.side_x), patch_y(from.patch_y), patch_x(from.patch_x),
-          prefix(from.prefix), classes(from.classes), pool(from.pool), activation(from.activation), mlp(from.mlp), embed(from.embed),
-          head(from.head), patch_norm(from.patch_norm), first_norm(from.first_norm), norm(from.norm), head_norm(from.head_norm), threads_(threads) {
+        : channels(from.channels),
+          side_y(from.side_y),
+          side_x(from.side_x),
+          patch_y(from.patch_y),
+          patch_x(from.patch_x),
+          prefix(from.prefix),
+          classes(from.classes),
+          pool(from.pool),
+          activation(from.activation),
+          mlp(from.mlp),
+          embed(from.embed),
+          head(from.head),
+          patch_norm(from.patch_norm),
+          first_norm(from.first_norm),
+          norm(from.norm),
+          head_norm(from.head_norm),
+          threads_(threads) {
         added.assign(from.added.begin(), from.added.end());
         for (const StageNumbers& stage : from.stages) stages.emplace_back(stage, prefix);
-        for (const Stage& stage : stages) most_channels = std::max(most_channels, std::max(stage.hidden, 4 * stage.dim));
+        for (const Stage& stage : stages)
+            most_channels = std::max(most_channels, std::max(stage.hidden, 4 * stage.dim));
         team = std::make_unique<Team>(threads);
         scratch.resize(size_t(threads));
     }
@@ -376,7 +415,8 @@ class Model final : public Runner {
     void store_qkv(const Stage& stage, const Block& block, int token, int column, int columns, const float* values);
     void finish_block(const Stage& stage, const Block& block, int first, int last, Scratch& own);
     void hidden_codes(const Stage& stage, const Block& block, int first, int count, Scratch& own);
-    void attend(const Stage& stage, const Block& block, bool shifted, int image, int window, int head, int first, int last, Scratch& own);
+    void attend(const Stage& stage, const Block& block, bool shifted, int image, int window, int head, int first,
+                int last, Scratch& own);
     void classify(const Stage& stage, int image, float* logits, Scratch& own);
 };
 
@@ -387,7 +427,8 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Sc
     if (layer.segments == 1) {
         const float *scale = layer.scale.data(), *bias = layer.bias.data();
         multiply(m, a, lda, layer.panels[0], [&](int row, int rows, int column, int columns, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i) scale_row(sums + i * kColumns, scale + column, bias + column, values + i * kColumns);
+            for (int i = 0; i < rows; ++i)
+                scale_row(sums + i * kColumns, scale + column, bias + column, values + i * kColumns);
             use(row, rows, column, columns, values, kColumns);
         });
         return;
@@ -399,7 +440,8 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Sc
     for (int s = 0; s < layer.segments; ++s) {
         const float* scale = layer.scale.data() + size_t(s) * n;
         multiply(m, a + s * k, lda, layer.panels[s], [&](int row, int rows, int column, int, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i) add_scaled_row(sums + i * kColumns, scale + column, total + size_t(row + i) * n + column);
+            for (int i = 0; i < rows; ++i)
+                add_scaled_row(sums + i * kColumns, scale + column, total + size_t(row + i) * n + column);
         });
     }
     use(0, m, 0, layer.n, total, n);
@@ -417,12 +459,17 @@ void Model::embed_patches(const Stage& stage, const float* images, int first, in
             const int place = p % patches, top = place / across * patch_y, left = place % across * patch_x;
             uint8_t* to = own.hidden.data() + size_t(p - begin) * lda;
             for (int c = 0; c < channels; ++c)
-                for (int y = 0; y < patch_y; ++y, to += patch_x) encode(image + (size_t(c) * side_y + top + y) * side_x + left, patch_x, grid, to);
+                for (int y = 0; y < patch_y; ++y, to += patch_x)
+                    encode(image + (size_t(c) * side_y + top + y) * side_x + left, patch_x, grid, to);
         }
-        auto row_of = [&](int p) { return stream.data() + (size_t(p / patches) * stage.tokens + prefix + p % patches) * dim; };
-        linear(embed, end - begin, own.hidden.data(), lda, own, [&](int row, int rows, int column, int columns, const float* values, int stride) {
-            for (int i = 0; i < rows; ++i) std::copy_n(values + i * stride, columns, row_of(begin + row + i) + column);
-        });
+        auto row_of = [&](int p) {
+            return stream.data() + (size_t(p / patches) * stage.tokens + prefix + p % patches) * dim;
+        };
+        linear(embed, end - begin, own.hidden.data(), lda, own,
+               [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                   for (int i = 0; i < rows; ++i)
+                       std::copy_n(values + i * stride, columns, row_of(begin + row + i) + column);
+               });
         own.rows.resize(size_t(most_channels));
         for (int p = begin; p < end; ++p) {
             float* row = row_of(p);
@@ -436,7 +483,8 @@ void Model::embed_patches(const Stage& stage, const float* images, int first, in
 }
 
 // Four tokens of the stage before become one: rows from `first` to `last` of the stream.
-void Model::merge_tokens(const Stage& before, const Stage& stage, const float* from, int first, int last, Scratch& own) {
+void Model::merge_tokens(const Stage& before, const Stage& stage, const float* from, int first, int last,
+                         Scratch& own) {
     Watch watch(watching, own.seconds[kMerging]);
     const int dim = before.dim, k = 4 * dim, lda = round_up(k, 4);
     for (int begin = first; begin < last; begin += kChunk) {
@@ -447,14 +495,18 @@ void Model::merge_tokens(const Stage& before, const Stage& stage, const float* f
             const int place = p % stage.tokens, y = place / stage.columns * 2, x = place % stage.columns * 2;
             const float* image = from + size_t(p / stage.tokens) * before.tokens * dim;
             for (int part = 0; part < 4; ++part)  // down, then right
-                std::copy_n(image + size_t((y + part % 2) * before.columns + x + part / 2) * dim, dim, own.wide.data() + part * dim);
+                std::copy_n(image + size_t((y + part % 2) * before.columns + x + part / 2) * dim, dim,
+                            own.wide.data() + part * dim);
             const float* row = own.wide.data();
             if (stage.merge_norm.there) stage.merge_norm(row, own.rows.data(), k), row = own.rows.data();
             encode(row, k, stage.merge.grid[0], own.hidden.data() + size_t(p - begin) * lda);
         }
-        linear(stage.merge, end - begin, own.hidden.data(), lda, own, [&](int row, int rows, int column, int columns, const float* values, int stride) {
-            for (int i = 0; i < rows; ++i) std::copy_n(values + i * stride, columns, stream.data() + size_t(begin + row + i) * stage.dim + column);
-        });
+        linear(stage.merge, end - begin, own.hidden.data(), lda, own,
+               [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                   for (int i = 0; i < rows; ++i)
+                       std::copy_n(values + i * stride, columns,
+                                   stream.data() + size_t(begin + row + i) * stage.dim + column);
+               });
     }
 }
 
@@ -472,15 +524,19 @@ void Model::project_qkv(const Stage& stage, const Block& block, int first, int l
     }
     Watch watch(watching, own.seconds[kQkv]);
     if (!block.query_norm.there && !block.key_norm.there) {
-        linear(block.qkv, count, own.codes.data(), lda, own, [&](int row, int rows, int column, int columns, const float* values, int stride) {
-            for (int i = 0; i < rows; ++i) store_qkv(stage, block, first + row + i, column, columns, values + i * stride);
-        });
+        linear(block.qkv, count, own.codes.data(), lda, own,
+               [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                   for (int i = 0; i < rows; ++i)
+                       store_qkv(stage, block, first + row + i, column, columns, values + i * stride);
+               });
         return;
     }
     own.projected.resize(size_t(count) * 3 * dim);
-    linear(block.qkv, count, own.codes.data(), lda, own, [&](int row, int rows, int column, int columns, const float* values, int stride) {
-        for (int i = 0; i < rows; ++i) std::copy_n(values + i * stride, columns, own.projected.data() + size_t(row + i) * 3 * dim + column);
-    });
+    linear(block.qkv, count, own.codes.data(), lda, own,
+           [&](int row, int rows, int column, int columns, const float* values, int stride) {
+               for (int i = 0; i < rows; ++i)
+                   std::copy_n(values + i * stride, columns, own.projected.data() + size_t(row + i) * 3 * dim + column);
+           });
     for (int i = 0; i < count; ++i) {
         float* row = own.projected.data() + size_t(i) * 3 * dim;
         for (const Norm* norm : {&block.query_norm, &block.key_norm}) {
@@ -496,14 +552,16 @@ void Model::project_qkv(const Stage& stage, const Block& block, int first, int l
 
 // Codes of a token's outputs of qkv, from a column on: queries from 0 on, keys and values as they are.
 void Model::store_qkv(const Stage& stage, const Block& block, int token, int column, int columns, const float* values) {
-    encode_columns(values, columns, block.inverse.data() + column, block.offset.data() + column, block.low.data() + column,
-                   block.high.data() + column, block.shift.data() + column, qkv.data() + size_t(token) * 3 * stage.dim + column);
+    encode_columns(values, columns, block.inverse.data() + column, block.offset.data() + column,
+                   block.low.data() + column, block.high.data() + column, block.shift.data() + column,
+                   qkv.data() + size_t(token) * 3 * stage.dim + column);
 }
 
 void Model::finish_block(const Stage& stage, const Block& block, int first, int last, Scratch& own) {
     const int dim = stage.dim, wide = round_up(stage.hidden, 4), count = last - first;
     auto add_to_stream = [&](int row, int rows, int column, int columns, const float* values, int stride) {
-        for (int i = 0; i < rows; ++i) add_row(values + i * stride, columns, stream.data() + size_t(first + row + i) * dim + column);
+        for (int i = 0; i < rows; ++i)
+            add_row(values + i * stride, columns, stream.data() + size_t(first + row + i) * dim + column);
     };
     {
         Watch watch(watching, own.seconds[kProj]);
@@ -535,10 +593,12 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     const Grid grid = block.fc2.grid[0];
     if (mlp == Mlp::plain && !block.mlp_norm.there) {
         with_activation(activation, [&](auto kind) {
-            linear(block.fc1, count, own.codes.data(), lda, own, [&](int row, int rows, int column, int columns, const float* values, int stride) {
-                for (int i = 0; i < rows; ++i)
-                    encode_activated<decltype(kind)::value>(values + i * stride, columns, grid, own.hidden.data() + size_t(row + i) * wide + column);
-            });
+            linear(block.fc1, count, own.codes.data(), lda, own,
+                   [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                       for (int i = 0; i < rows; ++i)
+                           encode_activated<decltype(kind)::value>(values + i * stride, columns, grid,
+                                                                   own.hidden.data() + size_t(row + i) * wide + column);
+                   });
         });
         return;
     }
@@ -546,9 +606,11 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     const int columns = mlp == Mlp::plain ? hidden : 2 * hidden;
     own.wide.resize(size_t(count) * columns);
     auto keep = [&](const Linear& layer, const uint8_t* codes, int at) {
-        linear(layer, count, codes, lda, own, [&](int row, int rows, int column, int n, const float* values, int stride) {
-            for (int i = 0; i < rows; ++i) std::copy_n(values + i * stride, n, own.wide.data() + size_t(row + i) * columns + at + column);
-        });
+        linear(layer, count, codes, lda, own,
+               [&](int row, int rows, int column, int n, const float* values, int stride) {
+                   for (int i = 0; i < rows; ++i)
+                       std::copy_n(values + i * stride, n, own.wide.data() + size_t(row + i) * columns + at + column);
+               });
     };
     if (gated) keep(block.gate, own.second_codes.data(), 0);
     keep(block.fc1, own.codes.data(), gated ? hidden : 0);
@@ -567,16 +629,24 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
 }
 
 // One head of one window, for the queries from `first` to `last`.
-void Model::attend(const Stage& stage, const Block& block, bool shifted, int image, int window, int head, int first, int last, Scratch& own) {
+void Model::attend(const Stage& stage, const Block& block, bool shifted, int image, int window, int head, int first,
+                   int last, Scratch& own) {
     Watch watch(watching, own.seconds[kAttention]);
     const HeadNumbers& grids = block.heads[size_t(head)];
-    const int d = stage.each, dim = stage.dim, groups = d / 4, area = stage.area, count = round_up(area, 4), columns = round_up(area, kColumns);
+    const int d = stage.each, dim = stage.dim, groups = d / 4, area = stage.area, count = round_up(area, 4),
+              columns = round_up(area, kColumns);
     const int64_t row = 3 * int64_t(dim);
     const int* place = stage.place[shifted].empty() ? nullptr : stage.place[shifted].data() + size_t(window) * area;
-    auto token = [&](int t) { return size_t(image) * stage.tokens + size_t(place ? place[t] : t); };
+    auto token = [&](int t) {
+        return size_t(image) * stage.tokens + size_t(place ? place[t] : t);
+    };
     const uint8_t* base = qkv.data() + size_t(head) * d;
-    auto keys = [&](int t) { return (const int8_t*)(base + token(t) * row + dim); };
-    auto values = [&](int t) { return (const int8_t*)(base + token(t) * row + 2 * dim); };
+    auto keys = [&](int t) {
+        return (const int8_t*)(base + token(t) * row + dim);
+    };
+    auto values = [&](int t) {
+        return (const int8_t*)(base + token(t) * row + 2 * dim);
+    };
 
     // The largest of some integers of both signs, as far as the form of the products asks for it.
     auto largest = [&](auto&& of) {
@@ -641,10 +711,13 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
             for (int t = 0; t < d; ++t) value_sums[t] += from[r][t];
     }
     std::copy_n(value_sums, d, weighted.start.data());
-    weighted.begin(block.log_steps ? 0 : grids.probs.low, block.log_steps ? 128 : grids.probs.high - grids.probs.low, largest(values));
+    weighted.begin(block.log_steps ? 0 : grids.probs.low, block.log_steps ? 128 : grids.probs.high - grids.probs.low,
+                   largest(values));
 
-    const float* bias = block.position_bias.empty() ? nullptr : block.position_bias.data() + size_t(head) * area * columns;
-    const float* region = shifted && stage.mixed[size_t(window)] ? stage.region.data() + size_t(window) * columns : nullptr;
+    const float* bias =
+        block.position_bias.empty() ? nullptr : block.position_bias.data() + size_t(head) * area * columns;
+    const float* region =
+        shifted && stage.mixed[size_t(window)] ? stage.region.data() + size_t(window) * columns : nullptr;
     const int step = even(last - first, kRows);
     own.scores.resize(size_t(kRows) * columns);
     own.probs.resize(size_t(kRows) * columns), own.second.resize(size_t(kRows) * columns);
@@ -689,21 +762,25 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
             prob_sums[i] = float(codes + area * grid.low);
         }
         auto finish = [&](int r, int rows, int column, int cols, const float* y, int stride) {
-            for (int i = 0; i < rows; ++i) encode(y + i * stride, cols, output, merged.data() + token(begin + r + i) * dim + size_t(head) * d + column);
+            for (int i = 0; i < rows; ++i)
+                encode(y + i * stride, cols, output,
+                       merged.data() + token(begin + r + i) * dim + size_t(head) * d + column);
         };
         if (!block.log_steps) {
             alignas(64) float y[kRows * kColumns], by_column[256 + kColumns];
             const float scale = grids.probs.scale * grids.value.scale;
-            const float by_probs = grids.probs.scale * grids.value.offset, by_value = grids.probs.offset * grids.value.scale;
+            const float by_probs = grids.probs.scale * grids.value.offset,
+                        by_value = grids.probs.offset * grids.value.scale;
             const float constant = float(area) * grids.probs.offset * grids.value.offset;
             for (int t = 0; t < d; ++t) by_column[t] = by_value * float(value_sums[t]) + constant;
-            multiply(m, own.probs.data(), columns, weighted, [&](int r, int rows, int column, int cols, const int32_t* sums) {
-                for (int i = 0; i < rows; ++i) {
-                    scale_row(sums + i * kColumns, scale, by_column + column, y + i * kColumns);
-                    if (by_probs != 0) add_number(prob_sums[r + i] * by_probs, y + i * kColumns);
-                }
-                finish(r, rows, column, cols, y, kColumns);
-            });
+            multiply(m, own.probs.data(), columns, weighted,
+                     [&](int r, int rows, int column, int cols, const int32_t* sums) {
+                         for (int i = 0; i < rows; ++i) {
+                             scale_row(sums + i * kColumns, scale, by_column + column, y + i * kColumns);
+                             if (by_probs != 0) add_number(prob_sums[r + i] * by_probs, y + i * kColumns);
+                         }
+                         finish(r, rows, column, cols, y, kColumns);
+                     });
             continue;
         }
         // Even and odd codes (log-sqrt2), or large and small levels (log2), are two operands of powers of two.
@@ -713,16 +790,18 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
         float* both = own.rows.data();
         alignas(64) static const float zeros[kColumns] = {};
         multiply(m, own.probs.data(), columns, weighted, [&](int r, int rows, int column, int, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i) scale_row(sums + i * kColumns, one, zeros, both + size_t(r + i) * value_columns + column);
+            for (int i = 0; i < rows; ++i)
+                scale_row(sums + i * kColumns, one, zeros, both + size_t(r + i) * value_columns + column);
         });
-        multiply(m, own.second.data(), columns, weighted, [&](int r, int rows, int column, int cols, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i) {
-                alignas(64) float further[kColumns];
-                scale_row(sums + i * kColumns, other_one, zeros, further);
-                add_row(further, kColumns, both + size_t(r + i) * value_columns + column);
-            }
-            finish(r, rows, column, cols, both + size_t(r) * value_columns + column, value_columns);
-        });
+        multiply(m, own.second.data(), columns, weighted,
+                 [&](int r, int rows, int column, int cols, const int32_t* sums) {
+                     for (int i = 0; i < rows; ++i) {
+                         alignas(64) float further[kColumns];
+                         scale_row(sums + i * kColumns, other_one, zeros, further);
+                         add_row(further, kColumns, both + size_t(r + i) * value_columns + column);
+                     }
+                     finish(r, rows, column, cols, both + size_t(r) * value_columns + column, value_columns);
+                 });
     }
 }
 
@@ -761,14 +840,17 @@ void Model::classify(const Stage& stage, int image, float* logits, Scratch& own)
 
 void Model::forward(const float* images, int batch, float* logits) {
     size_t most = 0, blocks = 0;
-    for (const Stage& stage : stages) most = std::max(most, size_t(stage.tokens) * stage.dim), blocks += stage.blocks.size();
+    for (const Stage& stage : stages)
+        most = std::max(most, size_t(stage.tokens) * stage.dim), blocks += stage.blocks.size();
     const size_t size = most * size_t(batch);
     stream.resize(size), merged.resize(size), qkv.resize(3 * size);
     if (stages.size() > 1) other.resize(size);
     const int threads = team->size();
     std::vector<std::atomic<int>> counters(blocks);
     for (auto& counter : counters) counter = 0;
-    auto share = [&](int64_t count, int part) { return int(count * part / threads); };
+    auto share = [&](int64_t count, int part) {
+        return int(count * part / threads);
+    };
     auto wait = [&](int thread) {
         Watch watch(watching, scratch[size_t(thread)].seconds[kWaiting]);
         team->barrier();
@@ -776,7 +858,8 @@ void Model::forward(const float* images, int batch, float* logits) {
     // Of a stage on a thread: rows, then heads, per block; whatever comes before the first block is done already.
     auto run_stage = [&](const Stage& stage, std::atomic<int>* counter, int thread) {
         Scratch& own = scratch[size_t(thread)];
-        const int first = share(int64_t(batch) * stage.tokens, thread), last = share(int64_t(batch) * stage.tokens, thread + 1);
+        const int first = share(int64_t(batch) * stage.tokens, thread),
+                  last = share(int64_t(batch) * stage.tokens, thread + 1);
         const int step = last > first ? even(last - first, kChunk) : kChunk;
         // Queries of a head are split where there are too few heads for an even share.
         int parts = 1;
@@ -791,9 +874,11 @@ void Model::forward(const float* images, int batch, float* logits) {
             wait(thread);
             if (index == stage.blocks.size()) break;
             for (int item; (item = counter[index].fetch_add(1, std::memory_order_relaxed)) < items;) {
-                const int part = item % parts, h = item / parts % stage.heads, window = item / parts / stage.heads % stage.windows;
-                attend(stage, stage.blocks[index], index % 2 && !stage.place[1].empty(), item / parts / stage.heads / stage.windows, window, h,
-                       int(int64_t(stage.area) * part / parts), int(int64_t(stage.area) * (part + 1) / parts), own);
+                const int part = item % parts, h = item / parts % stage.heads,
+                          window = item / parts / stage.heads % stage.windows;
+                attend(stage, stage.blocks[index], index % 2 && !stage.place[1].empty(),
+                       item / parts / stage.heads / stage.windows, window, h, int(int64_t(stage.area) * part / parts),
+                       int(int64_t(stage.area) * (part + 1) / parts), own);
             }
             wait(thread);
         }
@@ -803,12 +888,14 @@ void Model::forward(const float* images, int batch, float* logits) {
         const Stage& begin = stages.front();
         const int patches = begin.rows * begin.columns * batch;
         for (int image = share(batch, thread); image < share(batch, thread + 1); ++image)
-            std::copy_n(added.data(), size_t(prefix) * begin.dim, stream.data() + size_t(image) * begin.tokens * begin.dim);
+            std::copy_n(added.data(), size_t(prefix) * begin.dim,
+                        stream.data() + size_t(image) * begin.tokens * begin.dim);
         embed_patches(begin, images, share(patches, thread), share(patches, thread + 1), own);
         wait(thread);
         if (first_norm.there) {
             own.rows.resize(size_t(most_channels));
-            for (int i = share(int64_t(batch) * begin.tokens, thread); i < share(int64_t(batch) * begin.tokens, thread + 1); ++i) {
+            for (int i = share(int64_t(batch) * begin.tokens, thread);
+                 i < share(int64_t(batch) * begin.tokens, thread + 1); ++i) {
                 first_norm(stream.data() + size_t(i) * begin.dim, own.rows.data(), begin.dim);
                 std::copy_n(own.rows.data(), begin.dim, stream.data() + size_t(i) * begin.dim);
             }
@@ -825,6 +912,7 @@ void Model::forward(const float* images, int batch, float* logits) {
             run_stage(stage, counter, thread);
             counter += stage.blocks.size();
         }
-        for (int image = share(batch, thread); image < share(batch, thread + 1); ++image) classify(stages.back(), image, logits, own);
+        for (int image = share(batch, thread); image < share(batch, thread + 1); ++image)
+            classify(stages.back(), image, logits, own);
     });
 }

@@ -1,8 +1,8 @@
 // From a packed file to the numbers of a network: layers, norms, heads, stages. No processor is thought of here.
 //
 // The file's document `network` (docs/packed-files.md) says how the model is built; names of tensors are timm's. Folded
-// on the way: a LayerScale into the layer before it, offsets of activations into biases (x̂ = s·q + β, so Σ β·ŵ per row),
-// prefix tokens and positions into one array.
+// on the way: a LayerScale into the layer before it, offsets of activations into biases (x̂ = s·q + β, so Σ β·ŵ per
+// row), prefix tokens and positions into one array.
 #pragma once
 #include "file.h"
 
@@ -20,10 +20,10 @@ struct Grid {
 // y = scale * Σ q_x q_w + bias, per segment of the inputs.
 struct LayerNumbers {
     int n = 0, k = 0, segments = 0;  // 0: no layer
-    std::vector<int8_t> codes;  // (n, k)
-    std::vector<float> scale;   // (segments, n)
-    std::vector<float> bias;    // (n)
-    std::vector<Grid> grid;     // of the input: one per segment
+    std::vector<int8_t> codes;       // (n, k)
+    std::vector<float> scale;        // (segments, n)
+    std::vector<float> bias;         // (n)
+    std::vector<Grid> grid;          // of the input: one per segment
 };
 
 struct NormNumbers {
@@ -41,14 +41,14 @@ struct BlockNumbers {
     NormNumbers query_norm, key_norm;  // weight and bias for all heads
     LayerNumbers qkv, proj, fc1, gate, fc2;
     std::vector<HeadNumbers> heads;
-    int log_steps = 0;  // of the probabilities: 0 for a uniform grid, else levels per octave
+    int log_steps = 0;                 // of the probabilities: 0 for a uniform grid, else levels per octave
     std::vector<float> position_bias;  // (heads, area, area), added to the scores; or none
 };
 
 struct StageNumbers {
     int dim = 0, heads = 0, hidden = 0, rows = 0, columns = 0;  // rows and columns of tokens behind the prefix
     int window_y = 0, window_x = 0, shift_y = 0, shift_x = 0;   // 0: attention among all tokens
-    NormNumbers merge_norm;  // of four tokens of the stage before
+    NormNumbers merge_norm;                                     // of four tokens of the stage before
     LayerNumbers merge;
     std::vector<BlockNumbers> blocks;
 };
@@ -76,23 +76,29 @@ class NetworkReader {
   private:
     explicit NetworkReader(File& file) : file_(file), document_(file.network()) {}
 
-    static constexpr int kMostBlocks = 256, kLargestSide = 1 << 13, kWidest = 1 << 16, kLongestSum = 1 << 15, kMostTokens = 1 << 15;
+    static constexpr int kMostBlocks = 256, kLargestSide = 1 << 13, kWidest = 1 << 16, kLongestSum = 1 << 15,
+                         kMostTokens = 1 << 15;
     static constexpr int kLargestHead = 256, kMostLogBits = 4;
 
     Network all() {
         if (!document_.is(Json::Kind::object)) throw Problem("its network is no object");
-        static const char* const keys[] = {"kind", "image", "patch", "prefix", "pool", "classes", "activation", "norm", "epsilon", "mlp", "stages"};
+        static const char* const keys[] = {"kind",       "image", "patch",   "prefix", "pool",  "classes",
+                                           "activation", "norm",  "epsilon", "mlp",    "stages"};
         for (const auto& member : document_.members)
-            if (std::find(std::begin(keys), std::end(keys), member.first) == std::end(keys)) throw Problem("its network has the unknown key '" + member.first + "'");
+            if (std::find(std::begin(keys), std::end(keys), member.first) == std::end(keys))
+                throw Problem("its network has the unknown key '" + member.first + "'");
         swin_ = choice("kind", {"vit", "swin"}) == 1;
         rms_ = choice("norm", {"layer", "rms"}) == 1;
         const Json& epsilon = document_.at("epsilon");
-        if (!epsilon.is(Json::Kind::number) || !(epsilon.number >= 0 && epsilon.number < 1)) throw Problem("its network has an impossible epsilon");
+        if (!epsilon.is(Json::Kind::number) || !(epsilon.number >= 0 && epsilon.number < 1))
+            throw Problem("its network has an impossible epsilon");
         epsilon_ = float(epsilon.number);
-        const auto image = numbers(document_, "image", 3, kLargestSide), patch = numbers(document_, "patch", 2, kLargestSide);
+        const auto image = numbers(document_, "image", 3, kLargestSide),
+                   patch = numbers(document_, "patch", 2, kLargestSide);
         net_.channels = image[0], net_.side_y = image[1], net_.side_x = image[2];
         net_.patch_y = patch[0], net_.patch_x = patch[1];
-        if (net_.channels > 64 || image[1] < patch[0] || image[2] < patch[1]) throw Problem("its network has impossible images");
+        if (net_.channels > 64 || image[1] < patch[0] || image[2] < patch[1])
+            throw Problem("its network has impossible images");
         net_.prefix = int(document_.at("prefix").whole(0, 1024, "the number of prefix tokens"));
         net_.classes = int(document_.at("classes").whole(1, 1 << 20, "the number of classes"));
         net_.pool = choice("pool", {"token", "avg", "all"});
@@ -100,7 +106,8 @@ class NetworkReader {
         net_.mlp = Mlp(choice("mlp", {"plain", "glu", "glu-last", "swiglu"}));
         if (net_.pool == 0 && net_.prefix == 0) throw Problem("its network pools by a token that it lacks");
         const Json& stages = document_.at("stages");
-        if (!stages.is(Json::Kind::list) || stages.items.empty() || stages.items.size() > 8 || (!swin_ && stages.items.size() > 1) || (swin_ && net_.prefix))
+        if (!stages.is(Json::Kind::list) || stages.items.empty() || stages.items.size() > 8 ||
+            (!swin_ && stages.items.size() > 1) || (swin_ && net_.prefix))
             throw Problem("its network has impossible stages");
         int rows = net_.side_y / net_.patch_y, columns = net_.side_x / net_.patch_x;
         for (const Json& stage : stages.items) {
@@ -108,7 +115,8 @@ class NetworkReader {
             rows /= 2, columns /= 2;
         }
         const StageNumbers &first = net_.stages.front(), &last = net_.stages.back();
-        net_.embed = layer("patch_embed.proj", {"patch_embed.proj.weight"}, "patch_embed.proj.input", first.dim, net_.channels * net_.patch_y * net_.patch_x);
+        net_.embed = layer("patch_embed.proj", {"patch_embed.proj.weight"}, "patch_embed.proj.input", first.dim,
+                           net_.channels * net_.patch_y * net_.patch_x);
         net_.patch_norm = norm("patch_embed.norm", first.dim), net_.first_norm = norm("norm_pre", first.dim);
         net_.norm = norm("norm", last.dim), net_.head_norm = norm("fc_norm", last.dim);
         const std::string head = swin_ ? "head.fc" : "head";
@@ -117,7 +125,8 @@ class NetworkReader {
         return std::move(net_);
     }
 
-    // What every image's tokens start from: prefix tokens, then zeros for the patches; positions for all, or for patches.
+    // What every image's tokens start from: prefix tokens, then zeros for the patches; positions for all, or for
+    // patches.
     void read_positions(const StageNumbers& stage) {
         const int patches = stage.rows * stage.columns, tokens = patches + net_.prefix, dim = stage.dim;
         std::vector<float> added(size_t(tokens) * dim, 0.0f);
@@ -143,7 +152,8 @@ class NetworkReader {
     void read_stage(const Json& document, int rows, int columns) {
         static const char* const keys[] = {"depth", "dim", "heads", "hidden", "window", "shift"};
         for (const auto& member : document.members)
-            if (std::find(std::begin(keys), std::end(keys), member.first) == std::end(keys)) throw Problem("a stage of its network has the unknown key '" + member.first + "'");
+            if (std::find(std::begin(keys), std::end(keys), member.first) == std::end(keys))
+                throw Problem("a stage of its network has the unknown key '" + member.first + "'");
         const int index = int(net_.stages.size());
         StageNumbers stage;
         stage.rows = rows, stage.columns = columns;
@@ -152,22 +162,30 @@ class NetworkReader {
         stage.heads = int(document.at("heads").whole(1, 1024, "a number of heads"));
         stage.hidden = int(document.at("hidden").whole(1, kWidest, "a number of channels"));
         const int each = stage.dim / stage.heads;
-        if (stage.dim % stage.heads || each % 4 || each > kLargestHead) throw Problem("heads must have a multiple of 4 channels, up to 256");
-        if (rows < 1 || columns < 1 || int64_t(rows) * columns + net_.prefix > kMostTokens || int64_t(rows) * columns * stage.dim > 1 << 28) throw Problem("its network has an impossible number of tokens");
+        if (stage.dim % stage.heads || each % 4 || each > kLargestHead)
+            throw Problem("heads must have a multiple of 4 channels, up to 256");
+        if (rows < 1 || columns < 1 || int64_t(rows) * columns + net_.prefix > kMostTokens ||
+            int64_t(rows) * columns * stage.dim > 1 << 28)
+            throw Problem("its network has an impossible number of tokens");
         if (swin_) {
-            const auto window = numbers(document, "window", 2, kLargestSide), shift = numbers(document, "shift", 2, kLargestSide, 0);
+            const auto window = numbers(document, "window", 2, kLargestSide),
+                       shift = numbers(document, "shift", 2, kLargestSide, 0);
             stage.window_y = window[0], stage.window_x = window[1], stage.shift_y = shift[0], stage.shift_x = shift[1];
-            if (rows % window[0] || columns % window[1] || shift[0] >= window[0] || shift[1] >= window[1] || window[0] * window[1] > 4096) throw Problem("its network has windows that do not fit its images");
+            if (rows % window[0] || columns % window[1] || shift[0] >= window[0] || shift[1] >= window[1] ||
+                window[0] * window[1] > 4096)
+                throw Problem("its network has windows that do not fit its images");
         }
         if (index) {
             const StageNumbers& before = net_.stages.back();
             if (before.rows % 2 || before.columns % 2) throw Problem("its network merges an odd number of tokens");
             const std::string path = "layers." + std::to_string(index) + ".downsample";
             stage.merge_norm = norm(path + ".norm", 4 * before.dim);
-            stage.merge = layer(path + ".reduction", {path + ".reduction.weight"}, path + ".reduction.input", stage.dim, 4 * before.dim);
+            stage.merge = layer(path + ".reduction", {path + ".reduction.weight"}, path + ".reduction.input", stage.dim,
+                                4 * before.dim);
         }
         for (int b = 0; b < depth; ++b) {
-            const std::string path = swin_ ? "layers." + std::to_string(index) + ".blocks." + std::to_string(b) : "blocks." + std::to_string(b);
+            const std::string path = swin_ ? "layers." + std::to_string(index) + ".blocks." + std::to_string(b)
+                                           : "blocks." + std::to_string(b);
             stage.blocks.push_back(read_block(path, stage));
         }
         net_.stages.push_back(std::move(stage));
@@ -179,14 +197,17 @@ class NetworkReader {
         const std::string attention = path + ".attn", mlp = path + ".mlp";
         block.norm1 = norm(path + ".norm1", dim), block.norm2 = norm(path + ".norm2", dim);
         const std::string qkv = attention + ".qkv";
-        block.qkv = layer(qkv, {qkv + ".query_weight", qkv + ".key_weight", qkv + ".value_weight"}, qkv + ".input", 3 * dim, dim);
-        block.proj = layer(attention + ".proj", {attention + ".proj.weight"}, attention + ".output", dim, dim, stage.heads, path + ".ls1.gamma");
+        block.qkv = layer(qkv, {qkv + ".query_weight", qkv + ".key_weight", qkv + ".value_weight"}, qkv + ".input",
+                          3 * dim, dim);
+        block.proj = layer(attention + ".proj", {attention + ".proj.weight"}, attention + ".output", dim, dim,
+                           stage.heads, path + ".ls1.gamma");
         const bool packed = net_.mlp == Mlp::glu || net_.mlp == Mlp::glu_last;
         if (net_.mlp == Mlp::swiglu) {
             block.gate = layer(mlp + ".fc1_g", {mlp + ".fc1_g.weight"}, mlp + ".fc1_g.input", hidden, dim);
             block.fc1 = layer(mlp + ".fc1_x", {mlp + ".fc1_x.weight"}, mlp + ".fc1_x.input", hidden, dim);
         } else {
-            block.fc1 = layer(mlp + ".fc1", {mlp + ".fc1.weight"}, mlp + ".fc1.input", packed ? 2 * hidden : hidden, dim);
+            block.fc1 =
+                layer(mlp + ".fc1", {mlp + ".fc1.weight"}, mlp + ".fc1.input", packed ? 2 * hidden : hidden, dim);
         }
         block.mlp_norm = norm(mlp + ".norm", hidden);
         block.fc2 = layer(mlp + ".fc2", {mlp + ".fc2.weight"}, mlp + ".fc2.input", dim, hidden, 1, path + ".ls2.gamma");
@@ -198,7 +219,8 @@ class NetworkReader {
     void read_heads(BlockNumbers& block, const std::string& path, const StageNumbers& stage) {
         const int heads = stage.heads, each = stage.dim / heads;
         block.heads.resize(size_t(heads));
-        Grid HeadNumbers::*const parts[] = {&HeadNumbers::query, &HeadNumbers::key, &HeadNumbers::value, &HeadNumbers::probs, &HeadNumbers::output};
+        Grid HeadNumbers::*const parts[] = {&HeadNumbers::query, &HeadNumbers::key, &HeadNumbers::value,
+                                            &HeadNumbers::probs, &HeadNumbers::output};
         const char* const names[] = {"query", "key", "value", "probs", "output"};
         for (int part = 0; part < 5; ++part) {
             const std::string name = path + "." + names[part];
@@ -211,13 +233,15 @@ class NetworkReader {
             if (part == 3 && site.is_signed) throw Problem("'" + name + "' has a signed grid");
             if (logarithmic)
                 for (int width : site.widths)
-                    if (width > kMostLogBits) throw Problem("'" + name + "' has more than 4 bits on a logarithmic grid");
+                    if (width > kMostLogBits)
+                        throw Problem("'" + name + "' has more than 4 bits on a logarithmic grid");
             if (site.quantizer != "irm") continue;
             NormNumbers& norm = part == 0 ? block.query_norm : block.key_norm;
             if (part > 1) throw Problem("'" + name + "' is rectified, which only queries and keys are");
             const auto gain = spread(site, name, "gain", heads), shift = spread(site, name, "shift", heads);
             norm.there = true, norm.epsilon = 1e-5f;
-            for (int h = 0; h < heads; ++h) norm.weight.insert(norm.weight.end(), each, gain[h]), norm.bias.insert(norm.bias.end(), each, shift[h]);
+            for (int h = 0; h < heads; ++h)
+                norm.weight.insert(norm.weight.end(), each, gain[h]), norm.bias.insert(norm.bias.end(), each, shift[h]);
         }
         NormNumbers* const norms[] = {&block.query_norm, &block.key_norm};
         for (int part = 0; part < 2; ++part) {
@@ -234,13 +258,15 @@ class NetworkReader {
 
     void read_position_bias(BlockNumbers& block, const std::string& path, const StageNumbers& stage) {
         const int wy = stage.window_y, wx = stage.window_x, area = wy * wx, heads = stage.heads;
-        const auto table = file_.floats(path + ".relative_position_bias_table", int64_t(2 * wy - 1) * (2 * wx - 1) * heads);
+        const auto table =
+            file_.floats(path + ".relative_position_bias_table", int64_t(2 * wy - 1) * (2 * wx - 1) * heads);
         block.position_bias.resize(size_t(heads) * area * area);
         for (int h = 0; h < heads; ++h)
             for (int i = 0; i < area; ++i)
                 for (int j = 0; j < area; ++j) {
                     const int y = i / wx - j / wx + wy - 1, x = i % wx - j % wx + wx - 1;
-                    block.position_bias[(size_t(h) * area + i) * area + j] = table[(size_t(y) * (2 * wx - 1) + x) * heads + h];
+                    block.position_bias[(size_t(h) * area + i) * area + j] =
+                        table[(size_t(y) * (2 * wx - 1) + x) * heads + h];
                 }
     }
 
@@ -267,8 +293,11 @@ class NetworkReader {
         if (site.splits_tokens) throw Problem("'" + name + "' has two groups of tokens");
         static const char* const rounding[] = {"lsq", "dq", "edmips", "irm"};
         const bool uniform = std::find(std::begin(rounding), std::end(rounding), site.quantizer) != std::end(rounding);
-        if (!uniform && !(logarithmic && (site.quantizer == "log2" || site.quantizer == "log-sqrt2"))) throw Problem("'" + name + "' is quantized by '" + site.quantizer + "', which the native engine does not know");
-        if (site.widths.size() != 1 && site.widths.size() != size_t(count)) throw Problem("'" + name + "' has widths that do not fit its heads");
+        if (!uniform && !(logarithmic && (site.quantizer == "log2" || site.quantizer == "log-sqrt2")))
+            throw Problem("'" + name + "' is quantized by '" + site.quantizer +
+                          "', which the native engine does not know");
+        if (site.widths.size() != 1 && site.widths.size() != size_t(count))
+            throw Problem("'" + name + "' has widths that do not fit its heads");
         const auto scale = spread(site, name, "scale", count), offset = spread(site, name, "offset", count);
         std::vector<Grid> grids(static_cast<size_t>(count));
         for (int i = 0; i < count; ++i) {
@@ -281,7 +310,8 @@ class NetworkReader {
 
     // A layer (n, k). `heads`: how many blocks of columns its weight may have, each with a scale; `factor`: what its
     // outputs are multiplied by, if the file has it.
-    LayerNumbers layer(const std::string& path, const std::vector<std::string>& weights, const std::string& input, int n, int k, int heads = 1, const std::string& factor = "") {
+    LayerNumbers layer(const std::string& path, const std::vector<std::string>& weights, const std::string& input,
+                       int n, int k, int heads = 1, const std::string& factor = "") {
         LayerNumbers layer;
         layer.n = n, layer.k = k;
         if (k > kLongestSum) throw Problem("'" + path + "' sums over more than 32768 channels");
@@ -294,21 +324,27 @@ class NetworkReader {
         for (const std::string& name : weights) split = split || (heads > 1 && several(file_.site(name)));
         layer.segments = split ? heads : 1;
         layer.grid = grids_of(activation, input, layer.segments);
-        if (layer.segments > 1 && (k / layer.segments) % 4) throw Problem("'" + path + "' has heads that the native engine does not split");
+        if (layer.segments > 1 && (k / layer.segments) % 4)
+            throw Problem("'" + path + "' has heads that the native engine does not split");
         layer.scale.resize(size_t(layer.segments) * n);
         const int rows = n / int(weights.size()), part = k / layer.segments;
         for (size_t w = 0; w < weights.size(); ++w) {
             const Site& site = file_.site(weights[w]);
             static const char* const known[] = {"lsq", "dq", "edmips"};
-            if (std::find(std::begin(known), std::end(known), site.quantizer) == std::end(known) || site.numbers.count("offset")) throw Problem("'" + weights[w] + "' is a weight on a grid that the native engine does not know");
+            if (std::find(std::begin(known), std::end(known), site.quantizer) == std::end(known) ||
+                site.numbers.count("offset"))
+                throw Problem("'" + weights[w] + "' is a weight on a grid that the native engine does not know");
             const auto codes = file_.codes(weights[w], site, rows, k, heads > 1);
             layer.codes.insert(layer.codes.end(), codes.begin(), codes.end());
             const Numbers& scale = site.numbers.at("scale");
             const int64_t count = int64_t(scale.values.size());
             const bool by_columns = heads > 1 && scale.shape.size() == 2;
-            if (count < 1 || (by_columns ? count != 1 && count != heads : rows % count != 0)) throw Problem("'" + weights[w] + "' has scales that do not fit it");
+            if (count < 1 || (by_columns ? count != 1 && count != heads : rows % count != 0))
+                throw Problem("'" + weights[w] + "' has scales that do not fit it");
             for (int s = 0; s < layer.segments; ++s)
-                for (int r = 0; r < rows; ++r) layer.scale[size_t(s) * n + w * rows + r] = scale.values[by_columns ? (count > 1 ? s : 0) : r / (rows / count)];
+                for (int r = 0; r < rows; ++r)
+                    layer.scale[size_t(s) * n + w * rows + r] =
+                        scale.values[by_columns ? (count > 1 ? s : 0) : r / (rows / count)];
         }
         layer.bias.assign(size_t(n), 0.0f);
         if (file_.has(path + ".bias")) layer.bias = file_.floats(path + ".bias", n);
@@ -324,7 +360,8 @@ class NetworkReader {
         const bool multiplied = !factor.empty() && file_.has(factor);
         const std::vector<float> by = multiplied ? file_.floats(factor, n) : std::vector<float>(size_t(n), 1.0f);
         for (int j = 0; j < n; ++j) {
-            for (int s = 0; s < layer.segments; ++s) layer.scale[size_t(s) * n + j] = layer.grid[s].scale * layer.scale[size_t(s) * n + j] * by[j];
+            for (int s = 0; s < layer.segments; ++s)
+                layer.scale[size_t(s) * n + j] = layer.grid[s].scale * layer.scale[size_t(s) * n + j] * by[j];
             layer.bias[j] *= by[j];
         }
         return layer;
@@ -333,13 +370,15 @@ class NetworkReader {
     int choice(const char* key, const std::vector<std::string>& known) {
         const Json& value = document_.at(key);
         const auto found = std::find(known.begin(), known.end(), value.text);
-        if (!value.is(Json::Kind::text) || found == known.end()) throw Problem("its network has the unknown " + std::string(key) + " '" + value.text + "'");
+        if (!value.is(Json::Kind::text) || found == known.end())
+            throw Problem("its network has the unknown " + std::string(key) + " '" + value.text + "'");
         return int(found - known.begin());
     }
 
     static std::vector<int> numbers(const Json& from, const char* key, size_t count, int most, int least = 1) {
         const Json& list = from.at(key);
-        if (!list.is(Json::Kind::list) || list.items.size() != count) throw Problem("its network has an impossible " + std::string(key));
+        if (!list.is(Json::Kind::list) || list.items.size() != count)
+            throw Problem("its network has an impossible " + std::string(key));
         std::vector<int> found;
         for (const Json& item : list.items) found.push_back(int(item.whole(least, most, key)));
         return found;

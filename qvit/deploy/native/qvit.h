@@ -59,7 +59,7 @@ QVIT_API int qvit_probe(void);
 
 /* One product by itself: out (m, n) of bytes a (m, k), stored from 0 on a grid from `low`, and w (n, k). */
 QVIT_API int qvit_multiply(const char* form, int m, int n, int k, const unsigned char* a, int low, int most_left,
-                  const signed char* w, int* out);
+                           const signed char* w, int* out);
 
 /* The digest of the sources that this library was made of; empty if nobody said so when it was compiled. */
 QVIT_API const char* qvit_sources(void);
