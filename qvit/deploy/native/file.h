@@ -349,7 +349,9 @@ class File {
             if (!found.emplace(name, int(index)).second) throw Problem("site '" + name + "' is in the plan twice");
             if (found.size() > kMostSites) throw Problem("the plan has too many sites");
         };
-        for (const auto& [key, value] : sites.members) {
+        for (const auto& member : sites.members) {
+            const std::string& key = member.first;
+            const Json& value = member.second;
             if (value.is(Json::Kind::number)) {
                 put(key, value.whole(0, kMostSites, "the kind of a site"));
                 continue;

@@ -227,7 +227,9 @@ inline void tile(int m, const uint8_t* a, int64_t lda, const int8_t* w, int grou
 #define QVIT_ROWS(n) \
     case n: return rows_of_tile<n>(a, lda, w, groups, way, start, out);
         QVIT_ROWS(1)
-        QVIT_ROWS(2) QVIT_ROWS(3) QVIT_ROWS(4) QVIT_ROWS(5) QVIT_ROWS(6)
+        QVIT_ROWS(2)
+        QVIT_ROWS(3)
+        QVIT_ROWS(4) QVIT_ROWS(5) QVIT_ROWS(6)
 #if defined(QVIT_AVX512_VNNI)
             QVIT_ROWS(7) QVIT_ROWS(8) QVIT_ROWS(9) QVIT_ROWS(10) QVIT_ROWS(11) QVIT_ROWS(12)
 #endif
@@ -287,21 +289,24 @@ inline int even(int rows, int most) {
     return (rows + parts - 1) / parts;
 }
 
+// The sums of at most kRows rows with the panel of columns that begins at `column`.
+inline void multiply_tile(int rows, const uint8_t* a, int64_t lda, const Panels& w, int column, int32_t* sums) {
+    const int8_t* panel = w.bytes.data() + size_t(column / kColumns) * w.groups * kColumns * 4;
+    tile(rows, a, lda, panel, w.groups, w.way, w.start.data() + column, sums);
+    if (w.lowest.empty()) return;
+    for (const auto& place : w.lowest[size_t(column / kColumns)])
+        for (int r = 0; r < rows; ++r) sums[r * kColumns + place.column] -= a[r * lda + place.row] - 128;
+}
+
 // All products of m rows with panels: `use(row, rows, column, columns, sums)` gets tile after tile.
 template <class Use>
 void multiply(int m, const uint8_t* a, int64_t lda, const Panels& w, Use&& use) {
     alignas(64) int32_t sums[kRows * kColumns];
     const int step = even(m, kRows);
-    for (int j = 0; j < w.n; j += kColumns) {
-        const int8_t* panel = w.bytes.data() + size_t(j / kColumns) * w.groups * kColumns * 4;
-        for (int i = 0; i < m; i += step) {
-            const int rows = std::min(step, m - i);
-            tile(rows, a + i * lda, lda, panel, w.groups, w.way, w.start.data() + j, sums);
-            if (!w.lowest.empty())
-                for (const auto& place : w.lowest[size_t(j / kColumns)])
-                    for (int r = 0; r < rows; ++r)
-                        sums[r * kColumns + place.column] -= a[(i + r) * lda + place.row] - 128;
-            use(i, rows, j, std::min(kColumns, w.n - j), sums);
+    for (int column = 0; column < w.n; column += kColumns)
+        for (int row = 0; row < m; row += step) {
+            const int rows = std::min(step, m - row);
+            multiply_tile(rows, a + row * lda, lda, w, column, sums);
+            use(row, rows, column, std::min(kColumns, w.n - column), sums);
         }
-    }
 }

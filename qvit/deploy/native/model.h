@@ -126,6 +126,9 @@ inline void add_scaled_row(const int32_t* __restrict sums, const float* __restri
     for (int j = 0; j < kColumns; ++j) to[j] += float(sums[j]) * scale[j];
 }
 // With one scale for all columns.
+inline void add_scaled_row(const int32_t* __restrict sums, float scale, float* __restrict to) {
+    for (int j = 0; j < kColumns; ++j) to[j] += float(sums[j]) * scale;
+}
 inline void scale_row(const int32_t* __restrict sums, float scale, const float* __restrict add, float* __restrict to) {
     for (int j = 0; j < kColumns; ++j) to[j] = float(sums[j]) * scale + add[j];
 }
@@ -322,7 +325,7 @@ struct Stage {
 
 struct Scratch {
     Buffer<uint8_t> codes, second_codes, hidden, probs, second, queries;
-    Buffer<float> rows, scores, sums, projected, wide;
+    Buffer<float> rows, scores, projected, wide;
     Panels keys, values;
     Buffer<float> key_add;
     double seconds[kKinds] = {};
@@ -407,7 +410,7 @@ class Model final : public Runner {
     bool watching = false;
 
     template <class Use>
-    static void linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Scratch& own, Use&& use);
+    static void linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Use&& use);
     void forward(const float* images, int batch, float* logits);
     void embed_patches(const Stage& stage, const float* images, int first, int last, Scratch& own);
     void merge_tokens(const Stage& before, const Stage& stage, const float* from, int first, int last, Scratch& own);
@@ -422,7 +425,7 @@ class Model final : public Runner {
 
 // The outputs of a layer for m rows, tile after tile in float: `use(row, rows, column, columns, values, stride)`.
 template <class Use>
-void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Scratch& own, Use&& use) {
+void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Use&& use) {
     alignas(64) float values[kRows * kColumns];
     if (layer.segments == 1) {
         const float *scale = layer.scale.data(), *bias = layer.bias.data();
@@ -433,18 +436,22 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Sc
         });
         return;
     }
+    // Tile by tile, the segments' sums with their scales.
     const int n = layer.padded, k = layer.k / layer.segments;
-    own.sums.resize(size_t(m) * n);
-    float* total = own.sums.data();
-    for (int i = 0; i < m; ++i) std::copy_n(layer.bias.data(), n, total + size_t(i) * n);
-    for (int s = 0; s < layer.segments; ++s) {
-        const float* scale = layer.scale.data() + size_t(s) * n;
-        multiply(m, a + s * k, lda, layer.panels[s], [&](int row, int rows, int column, int, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i)
-                add_scaled_row(sums + i * kColumns, scale + column, total + size_t(row + i) * n + column);
-        });
-    }
-    use(0, m, 0, layer.n, total, n);
+    alignas(64) int32_t sums[kRows * kColumns];
+    const int step = even(m, kRows);
+    for (int column = 0; column < layer.n; column += kColumns)
+        for (int row = 0; row < m; row += step) {
+            const int rows = std::min(step, m - row);
+            for (int i = 0; i < rows; ++i) std::copy_n(layer.bias.data() + column, kColumns, values + i * kColumns);
+            for (int s = 0; s < layer.segments; ++s) {
+                multiply_tile(rows, a + row * lda + s * k, lda, layer.panels[size_t(s)], column, sums);
+                for (int i = 0; i < rows; ++i)
+                    add_scaled_row(sums + i * kColumns, layer.scale.data() + size_t(s) * n + column,
+                                   values + i * kColumns);
+            }
+            use(row, rows, column, std::min(kColumns, layer.n - column), values, kColumns);
+        }
 }
 
 void Model::embed_patches(const Stage& stage, const float* images, int first, int last, Scratch& own) {
@@ -465,7 +472,7 @@ void Model::embed_patches(const Stage& stage, const float* images, int first, in
         auto row_of = [&](int p) {
             return stream.data() + (size_t(p / patches) * stage.tokens + prefix + p % patches) * dim;
         };
-        linear(embed, end - begin, own.hidden.data(), lda, own,
+        linear(embed, end - begin, own.hidden.data(), lda,
                [&](int row, int rows, int column, int columns, const float* values, int stride) {
                    for (int i = 0; i < rows; ++i)
                        std::copy_n(values + i * stride, columns, row_of(begin + row + i) + column);
@@ -501,7 +508,7 @@ void Model::merge_tokens(const Stage& before, const Stage& stage, const float* f
             if (stage.merge_norm.there) stage.merge_norm(row, own.rows.data(), k), row = own.rows.data();
             encode(row, k, stage.merge.grid[0], own.hidden.data() + size_t(p - begin) * lda);
         }
-        linear(stage.merge, end - begin, own.hidden.data(), lda, own,
+        linear(stage.merge, end - begin, own.hidden.data(), lda,
                [&](int row, int rows, int column, int columns, const float* values, int stride) {
                    for (int i = 0; i < rows; ++i)
                        std::copy_n(values + i * stride, columns,
@@ -524,7 +531,7 @@ void Model::project_qkv(const Stage& stage, const Block& block, int first, int l
     }
     Watch watch(watching, own.seconds[kQkv]);
     if (!block.query_norm.there && !block.key_norm.there) {
-        linear(block.qkv, count, own.codes.data(), lda, own,
+        linear(block.qkv, count, own.codes.data(), lda,
                [&](int row, int rows, int column, int columns, const float* values, int stride) {
                    for (int i = 0; i < rows; ++i)
                        store_qkv(stage, block, first + row + i, column, columns, values + i * stride);
@@ -532,7 +539,7 @@ void Model::project_qkv(const Stage& stage, const Block& block, int first, int l
         return;
     }
     own.projected.resize(size_t(count) * 3 * dim);
-    linear(block.qkv, count, own.codes.data(), lda, own,
+    linear(block.qkv, count, own.codes.data(), lda,
            [&](int row, int rows, int column, int columns, const float* values, int stride) {
                for (int i = 0; i < rows; ++i)
                    std::copy_n(values + i * stride, columns, own.projected.data() + size_t(row + i) * 3 * dim + column);
@@ -565,11 +572,11 @@ void Model::finish_block(const Stage& stage, const Block& block, int first, int 
     };
     {
         Watch watch(watching, own.seconds[kProj]);
-        linear(block.proj, count, merged.data() + size_t(first) * dim, dim, own, add_to_stream);
+        linear(block.proj, count, merged.data() + size_t(first) * dim, dim, add_to_stream);
     }
     hidden_codes(stage, block, first, count, own);
     Watch watch(watching, own.seconds[kSecond]);
-    linear(block.fc2, count, own.hidden.data(), wide, own, add_to_stream);
+    linear(block.fc2, count, own.hidden.data(), wide, add_to_stream);
 }
 
 // The inputs of fc2 for rows of the stream, from the second norm on.
@@ -593,7 +600,7 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     const Grid grid = block.fc2.grid[0];
     if (mlp == Mlp::plain && !block.mlp_norm.there) {
         with_activation(activation, [&](auto kind) {
-            linear(block.fc1, count, own.codes.data(), lda, own,
+            linear(block.fc1, count, own.codes.data(), lda,
                    [&](int row, int rows, int column, int columns, const float* values, int stride) {
                        for (int i = 0; i < rows; ++i)
                            encode_activated<decltype(kind)::value>(values + i * stride, columns, grid,
@@ -606,11 +613,10 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     const int columns = mlp == Mlp::plain ? hidden : 2 * hidden;
     own.wide.resize(size_t(count) * columns);
     auto keep = [&](const Linear& layer, const uint8_t* codes, int at) {
-        linear(layer, count, codes, lda, own,
-               [&](int row, int rows, int column, int n, const float* values, int stride) {
-                   for (int i = 0; i < rows; ++i)
-                       std::copy_n(values + i * stride, n, own.wide.data() + size_t(row + i) * columns + at + column);
-               });
+        linear(layer, count, codes, lda, [&](int row, int rows, int column, int n, const float* values, int stride) {
+            for (int i = 0; i < rows; ++i)
+                std::copy_n(values + i * stride, n, own.wide.data() + size_t(row + i) * columns + at + column);
+        });
     };
     if (gated) keep(block.gate, own.second_codes.data(), 0);
     keep(block.fc1, own.codes.data(), gated ? hidden : 0);
@@ -786,22 +792,16 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
         // Even and odd codes (log-sqrt2), or large and small levels (log2), are two operands of powers of two.
         const float one = grids.probs.scale * grids.value.scale / 128.0f;
         const float other_one = block.log_steps == 2 ? one * 0.70710678f : one / 256.0f;
-        own.rows.resize(std::max(size_t(kRows) * value_columns, size_t(most_channels)));
-        float* both = own.rows.data();
         alignas(64) static const float zeros[kColumns] = {};
-        multiply(m, own.probs.data(), columns, weighted, [&](int r, int rows, int column, int, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i)
-                scale_row(sums + i * kColumns, one, zeros, both + size_t(r + i) * value_columns + column);
-        });
-        multiply(m, own.second.data(), columns, weighted,
-                 [&](int r, int rows, int column, int cols, const int32_t* sums) {
-                     for (int i = 0; i < rows; ++i) {
-                         alignas(64) float further[kColumns];
-                         scale_row(sums + i * kColumns, other_one, zeros, further);
-                         add_row(further, kColumns, both + size_t(r + i) * value_columns + column);
-                     }
-                     finish(r, rows, column, cols, both + size_t(r) * value_columns + column, value_columns);
-                 });
+        alignas(64) int32_t sums[kRows * kColumns];
+        alignas(64) float y[kRows * kColumns];
+        for (int column = 0; column < d; column += kColumns) {
+            multiply_tile(m, own.probs.data(), columns, weighted, column, sums);
+            for (int i = 0; i < m; ++i) scale_row(sums + i * kColumns, one, zeros, y + i * kColumns);
+            multiply_tile(m, own.second.data(), columns, weighted, column, sums);
+            for (int i = 0; i < m; ++i) add_scaled_row(sums + i * kColumns, other_one, y + i * kColumns);
+            finish(0, m, column, std::min(kColumns, d - column), y, kColumns);
+        }
     }
 }
 
@@ -833,7 +833,7 @@ void Model::classify(const Stage& stage, int image, float* logits, Scratch& own)
     }
     own.codes.resize(size_t(round_up(dim, 4)));
     encode(pooled, dim, head.grid[0], own.codes.data());
-    linear(head, 1, own.codes.data(), dim, own, [&](int, int, int column, int columns, const float* values, int) {
+    linear(head, 1, own.codes.data(), dim, [&](int, int, int column, int columns, const float* values, int) {
         std::copy_n(values, columns, logits + size_t(image) * classes + column);
     });
 }
