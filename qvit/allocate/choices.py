@@ -134,7 +134,9 @@ def _options(
     names = list(dict.fromkeys(name for name, _ in members))
     if left_out := [name for name in names if name not in sensitivity.table]:
         if not all(unit.serves(name, FLOAT_BITS) for name in names):
-            raise UsageError(f"the sensitivity leaves '{left_out[0]}' out, and the latency table has no time of it in float")
+            raise UsageError(
+                f"the sensitivity leaves '{left_out[0]}' out, and the latency table has no time of it in float"
+            )
         return [FLOAT_BITS]
     fixed = {pinned[name]: name for name in reversed(names) if name in pinned}
     if len(fixed) > 1:

@@ -6,9 +6,9 @@ for every product a table by pair:
 
     {"left": "blocks.0.mlp.fc1.input", "right": "blocks.0.mlp.fc1.weight", "milliseconds": {"w4a4": 0.11, "w8a8": 0.19}}
 
-`w` is the width of the operand in the weight's place, `a` that of the other; for q·kᵀ these are k and q. A pair that was
-not measured takes the time of the narrowest measured pair that is as wide on both sides, of two such the slower one.
-Products that the file leaves out take no time.
+`w` is the width of the operand in the weight's place, `a` that of the other; for q·kᵀ these are k and q. A pair that
+was not measured takes the time of the narrowest measured pair that is as wide on both sides, of two such the slower
+one. Products that the file leaves out take no time.
 """
 
 from __future__ import annotations

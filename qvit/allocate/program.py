@@ -7,13 +7,14 @@ and
     minimise     Σ_i Σ_n damage_i(n)·x_{i,n}
     subject to   Σ_pairs Σ_{n,m} coefficient·rate(n,m)·z_{n,m} ≤ budget        Σ_n x_{i,n} = 1 for every i
 
-is linear, whatever the rates (n·m for BOPs); costs of a unit's own (bytes, milliseconds) are added to the budget's row. HiGHS (scipy.optimize.milp) solves
-it to optimality; where many plans are nearly the best, so that a proof would take hours, it stops after `NODE_LIMIT`
-nodes of its tree and says how near the optimum its answer is known to be. For the freezing of a search it stops at the
-root: that takes a second for DeiT-S and was within 0.1 % of the optimum where that could be computed. Both are the same
-on every machine, as a time limit would not be. The answer is checked in exact integers, compared with a greedy descent,
-and spare budget is spent. To optimality, the Lagrangian relaxation first strikes out every option that it proves to be
-in no optimum (`relaxation.py`): where the products form a forest, HiGHS is left with a small problem.
+is linear, whatever the rates (n·m for BOPs); costs of a unit's own (bytes, milliseconds) are added to the budget's row.
+HiGHS (scipy.optimize.milp) solves it to optimality; where many plans are nearly the best, so that a proof would take
+hours, it stops after `NODE_LIMIT` nodes of its tree and says how near the optimum its answer is known to be. For the
+freezing of a search it stops at the root: that takes a second for DeiT-S and was within 0.1 % of the optimum where that
+could be computed. Both are the same on every machine, as a time limit would not be. The answer is checked in exact
+integers, compared with a greedy descent, and spare budget is spent. To optimality, the Lagrangian relaxation first
+strikes out every option that it proves to be in no optimum (`relaxation.py`): where the products form a forest, HiGHS
+is left with a small problem.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ def bench(
     ] = None,
     latency_table: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.json", help="Measure an engine of ours at pairs of widths, for qvit allocate --unit."),
+        typer.Option(
+            metavar="FILE.json", help="Measure an engine of ours at pairs of widths, for qvit allocate --unit."
+        ),
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -112,8 +114,9 @@ def _show(result: dict[str, Any], *, profile: bool) -> None:
     for row in result["rows"]:
         if row["ours"]:
             plans.setdefault((row["engine"], row["arithmetic"]), {})[row["plan"]] = None
+    several = len({row["plan"] for row in result["rows"] if row["ours"]}) > 1
     for (engine, arithmetic), own in plans.items():
-        say(f"{engine} {', '.join(own)}: {arithmetic}")
+        say(f"{engine}{' ' * several}{', '.join(own) * several}: {arithmetic}")
     if result["speed_only"]:
         say(f"speed only, answers mean little: images {result['images']}, float weights {result['float_weights']}")
     for row in result["skipped"]:
@@ -133,11 +136,17 @@ def _latency(request: BenchRequest, file: Path, silent: bool, as_json: bool) -> 
     rows = sorted(table["plans"], key=lambda row: row["milliseconds"])
     print_table(
         ("plan", "ms", "quartiles", "ms by products"),
-        [(row["plan"], f"{row['milliseconds']:.2f}", _range(row), f"{row['predicted_milliseconds']:.2f}") for row in rows],
+        [
+            (row["plan"], f"{row['milliseconds']:.2f}", _range(row), f"{row['predicted_milliseconds']:.2f}")
+            for row in rows
+        ],
         title=f"{table['model']}, {table['engine']}, batch {table['batch']}, threads: {table['threads']}",
         whole=True,
     )
-    how = {"profile": "the engine's own account of its kernels", "macs": "MACs, as the engine has no account of its kernels"}
+    how = {
+        "profile": "the engine's own account of its kernels",
+        "macs": "MACs, as the engine has no account of its kernels",
+    }
     say(f"divided over {len(table['products'])} products by {how[table['divided_by']]}")
     say(f"ms by products: their sum; it differs from the measured time by {100 * table['largest_error']:.0f} % at most")
     fastest, slowest = rows[0], rows[-1]

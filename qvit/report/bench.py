@@ -228,10 +228,7 @@ def _kernels(record: Mapping[str, Any]) -> str:
     """Time by kind of kernel, a column for each engine that can tell: milliseconds, and the share."""
     rows = [row for row in record["rows"] if row.get("kernels")]
     kinds = dict.fromkeys(kind for row in rows for kind in row["kernels"])
-    cells = [
-        [escape(kind), *(kernel_text(row["kernels"], kind) for row in rows)]
-        for kind in kinds
-    ]
+    cells = [[escape(kind), *(kernel_text(row["kernels"], kind) for row in rows)] for kind in kinds]
     heads = [f"{_name(row, plot=False)}, batch {row['batch']}" for row in rows]
     note = "<p>Milliseconds of a batch by kind of kernel, as the engine itself counts them, and their share.</p>"
     return note + table(["", *heads], cells) if rows else ""

@@ -167,9 +167,7 @@ def check(request: BenchRequest) -> None:
 # Model and images
 
 
-def open_bench(
-    request: BenchRequest, folder: Path, notify: Callable[[str], None], progress: Progress
-) -> BenchSubject:
+def open_bench(request: BenchRequest, folder: Path, notify: Callable[[str], None], progress: Progress) -> BenchSubject:
     """The models and images of a request; files of artifacts are made in a folder."""
     return _open_file(request) if Path(request.model).is_file() else _open_model(request, folder, notify, progress)
 
@@ -193,9 +191,7 @@ def _open_file(request: BenchRequest) -> BenchSubject:
     return BenchSubject(artifact.model_name, model, [packed], *_images(request, artifact.data_config, bundle), note)
 
 
-def _open_model(
-    request: BenchRequest, folder: Path, notify: Callable[[str], None], progress: Progress
-) -> BenchSubject:
+def _open_model(request: BenchRequest, folder: Path, notify: Callable[[str], None], progress: Progress) -> BenchSubject:
     bundle = None if request.data is None else open_images(request)
     classes = None if bundle is None else bundle.num_classes
     seed_everything(request.seed)
@@ -280,7 +276,9 @@ def precision_of(model: nn.Module) -> str:
     return "mixed"
 
 
-def _measure_all(request: BenchRequest, subject: BenchSubject, lineup: Lineup, progress: Progress) -> list[dict[str, Any]]:
+def _measure_all(
+    request: BenchRequest, subject: BenchSubject, lineup: Lineup, progress: Progress
+) -> list[dict[str, Any]]:
     """The rows of all batch sizes."""
     lineup.prepare(progress)
     floats = _answers_of(subject.model, subject.judged)

@@ -173,7 +173,9 @@ def _check_pairs(packed: Sequence[Packed]) -> None:
     for one in packed:
         match = _UNIFORM.fullmatch(one.precision)
         if match is None:
-            raise UsageError(f"plan {one.plan} is mixed: a latency table takes one width for weights, one for activations")
+            raise UsageError(
+                f"plan {one.plan} is mixed: a latency table takes one width for weights, one for activations"
+            )
         pairs.add((int(match[1]), int(match[2])))
     widest = tuple(map(max, zip(*pairs, strict=True)))
     if widest not in pairs:

@@ -32,8 +32,8 @@ class BenchRequest(SubjectOptions):
     model: config.Location = Field(description="a packed model's file, or timm's name of a float model")
     plans: Sequence[str] = Field(
         default=(),
-        description="preset, plan file or packed file of a MODEL, by default `w8a8`; repeatable, each is a row of every "
-        "engine of ours; a packed file as MODEL has its own",
+        description="preset, plan file or packed file of a MODEL, by default `w8a8`; repeatable, each is a row of "
+        "every engine of ours; a packed file as MODEL has its own",
     )
     batches: Sequence[int] = Field(default=(1,), description="images at a time; repeatable")
     engines: Sequence[str] | None = Field(

@@ -86,7 +86,11 @@ def random_case(seed: int, kind: str) -> tuple[CostModel, Sensitivity, Any]:
     cost = small_cost(generator)
     sensitivity = random_sensitivity(cost, generator)
     if kind == "pairs":
-        return cost, sensitivity, measured_table(cost, lambda left, right: generator.uniform(0.1, 1) + left * right / 50)
+        return (
+            cost,
+            sensitivity,
+            measured_table(cost, lambda left, right: generator.uniform(0.1, 1) + left * right / 50),
+        )
     if kind != "latency":
         return cost, sensitivity, kind
     table = {
@@ -308,7 +312,7 @@ def test_latency_tables(tmp_path: Path) -> None:
 
 
 def test_times_of_pairs_of_widths(tmp_path: Path) -> None:
-    """The input of two products and their weights: fast where two widths are small together, as with sums in 16 bits."""
+    """Products are fast where two widths are small together, as with sums in 16 bits."""
     cost, sensitivity, _ = random_case(3, "weight_bytes")
     table = measured_table(cost, lambda left, right: 1.0 if left + right <= 7 else 2.0)
     file = tmp_path / "latency.json"

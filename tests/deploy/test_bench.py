@@ -262,7 +262,9 @@ def test_every_plan_is_a_row_of_each_engine_of_ours_and_peers_are_measured_once(
     assert turns == [
         ["qvit-torch w8a8", "qvit-torch w4a4", "qvit-told w8a8", "qvit-told w4a4", "pytorch-fp32"]
     ]  # in the same rounds
-    assert result["plan"] == "w8a8, w4a4" and all(row["agreement_with_simulated"] == 100.0 for row in result["rows"][:4])
+    assert result["plan"] == "w8a8, w4a4" and all(
+        row["agreement_with_simulated"] == 100.0 for row in result["rows"][:4]
+    )
     fine, coarse = (row["error_to_float"] for row in result["rows"][:2])
     assert 0 < fine < coarse
     assert result["rows"][0]["kernels"] is None and result["rows"][2]["kernels"]["fc1+gelu"] == 0.125

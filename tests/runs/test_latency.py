@@ -99,7 +99,9 @@ def test_a_table_from_an_engine_to_a_plan(tmp_path: Path, cost: CostModel) -> No
         assert unit.total(cost, widths) == pytest.approx(row["predicted_milliseconds"], rel=1e-3)
         error = abs(row["predicted_milliseconds"] / row["milliseconds"] - 1)
         assert error <= table["largest_error"] + 1e-4
-    with pytest.raises(UsageError, match=r"latency\.json: the latency table is of 'vit_digits', the sensitivity of 'x'"):
+    with pytest.raises(
+        UsageError, match=r"latency\.json: the latency table is of 'vit_digits', the sensitivity of 'x'"
+    ):
         Unit.of(tmp_path / "latency.json", cost, "x")
 
 

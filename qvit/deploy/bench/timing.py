@@ -7,9 +7,9 @@ are filled, and the threads of the engine before, which spin for a moment, come 
 longer than a turn is left without it.
 
 Reported are the median and the quartiles of all counted calls, and ratios of medians. Since a fast engine may be wrong,
-every row also says how its answers agree with those of the float model. A peer is *right* where at least `RIGHT` percent
-of them are the same; the fastest right peer is what an engine of ours has to be compared with. Of answers to noise, or
-of untrained weights, nothing like that is said.
+every row also says how its answers agree with those of the float model. A peer is *right* where at least `RIGHT`
+percent of them are the same; the fastest right peer is what an engine of ours has to be compared with. Of answers to
+noise, or of untrained weights, nothing like that is said.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def rows_of(
     for one in contenders:
         seconds, median = times.seconds[one.name], medians[one.name]
         to_float = agreements[one.name]
-        to_ours = compare(logits[one.name], simulated[one.plan]) if one.plan in simulated else None
+        fake = simulated.get(one.plan) if one.plan is not None else None
+        to_ours = None if fake is None else compare(logits[one.name], fake)
         ratios = {
             key: digits(median / medians[reference]) if reference in medians else None
             for key, reference in REFERENCES.items()
