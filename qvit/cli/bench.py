@@ -124,8 +124,10 @@ def _show(result: dict[str, Any], *, profile: bool) -> None:
 
 
 def _latency(request: BenchRequest, file: Path, silent: bool, as_json: bool) -> None:
+    from qvit.allocate.latency import widths_of
     from qvit.files import write_json
     from qvit.locks import writing_file
+    from qvit.report.units import significant
     from qvit.runs.latency import latency_table
 
     with writing_file(file), progress_bar(hidden=silent) as progress:
@@ -137,7 +139,12 @@ def _latency(request: BenchRequest, file: Path, silent: bool, as_json: bool) -> 
     print_table(
         ("plan", "ms", "quartiles", "ms by products"),
         [
-            (row["plan"], f"{row['milliseconds']:.2f}", _range(row), f"{row['predicted_milliseconds']:.2f}")
+            (
+                row["plan"],
+                significant(row["milliseconds"], 3),
+                "–".join(significant(value, 3) for value in row["milliseconds_quartiles"]),
+                significant(row["predicted_milliseconds"], 3),
+            )
             for row in rows
         ],
         title=f"{table['model']}, {table['engine']}, batch {table['batch']}, threads: {table['threads']}",
@@ -149,17 +156,16 @@ def _latency(request: BenchRequest, file: Path, silent: bool, as_json: bool) -> 
     }
     say(f"divided over {len(table['products'])} products by {how[table['divided_by']]}")
     say(f"ms by products: their sum; it differs from the measured time by {100 * table['largest_error']:.0f} % at most")
-    fastest, slowest = rows[0], rows[-1]
-    if slowest["milliseconds_quartiles"][0] <= fastest["milliseconds_quartiles"][1]:
-        say("no plan is faster than another by more than the times scatter: here, fewer bits save memory, not time")
+    widest = max(rows, key=lambda row: sum(widths_of(row["precision"])))
+    if widest["milliseconds_quartiles"][0] <= rows[0]["milliseconds_quartiles"][1]:
+        say(
+            f"no plan is faster than {widest['plan']} by more than the times scatter: fewer bits save memory here, "
+            "not time"
+        )
     for row in table["skipped"]:
         say(f"left out: {row['plan']}: {row['reason']}")
     say(f"table: {file.absolute()}   (`qvit allocate SENSITIVITY.json --unit {file} --budget 90% --out plan.json`)")
     return None
-
-
-def _range(row: dict[str, Any]) -> str:
-    return "–".join(f"{value:.2f}" for value in row["milliseconds_quartiles"])
 
 
 def _show_kernels(result: dict[str, Any]) -> None:
@@ -195,7 +201,7 @@ def _as_simulated(row: dict[str, Any]) -> str:
 _RIGHT = "× right peer"
 _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "ms": lambda row: f"{row['milliseconds_median']:.2f}",
-    "quartiles": _range,
+    "quartiles": lambda row: "–".join(f"{value:.2f}" for value in row["milliseconds_quartiles"]),
     _RIGHT: _ratio("ratio_to_right_peer"),
     "× openvino int8": _ratio("ratio_to_openvino_int8"),
     "× pytorch fp32": _ratio("ratio_to_pytorch_fp32"),

@@ -135,8 +135,8 @@ def batches_of(record: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys(row["batch"] for row in record["rows"]))
 
 
-def _name(row: Mapping[str, Any], *, plot: bool) -> str:
-    text = (label if plot else escape)(name_of(row))
+def _name(row: Mapping[str, Any], *, plot: bool, wrong: bool = False) -> str:
+    text = (label if plot else escape)(name_of(row) + (" (wrong)" if wrong else ""))
     return f"<b>{text}</b>" if row["ours"] else text
 
 
@@ -157,7 +157,9 @@ def _reference(record: Mapping[str, Any]) -> tuple[str, str]:
 
 def _figure(record: Mapping[str, Any]) -> go.Figure:
     rows, batches, reference = record["rows"], batches_of(record), _reference(record)[0]
-    names = list(dict.fromkeys(_name(row, plot=True) for row in rows))
+    wrong = {name_of(row) for row in rows if row.get("right") is False}
+    name = lambda row: _name(row, plot=True, wrong=name_of(row) in wrong)  # noqa: E731
+    names = list(dict.fromkeys(map(name, rows)))
     alt = f"Milliseconds per batch of {len(names)} engines; the table below has the numbers."
     height = 90 + len(names) * (18 + 18 * len(batches))
     figure = new_figure(alt, "milliseconds per batch", "", height=height, min_width=520)
@@ -165,7 +167,7 @@ def _figure(record: Mapping[str, Any]) -> go.Figure:
     figure.update_layout(barmode="group", bargap=0.3, scattermode="group", scattergap=0.3)
     for position, batch in enumerate(batches):
         own = [row for row in rows if row["batch"] == batch]
-        axis = [_name(row, plot=True) for row in own]
+        axis = list(map(name, own))
         medians = [row["milliseconds_median"] for row in own]
         low, high = zip(*(row["milliseconds_quartiles"] for row in own), strict=True)
         figure.add_bar(

@@ -47,6 +47,8 @@ _log = logging.getLogger(__name__)
 #: Widths of weights and of activations whose pairs are measured by default; others take the time of the next wider one.
 WIDTHS = (2, 3, 4, 6, 8)
 ENGINE = f"{PREFIX}native"
+#: Layers that profiles call by other names.
+_LAYERS = {"reduction": "patch merging"}
 _UNIFORM = re.compile(r"w(\d+)a(\d+)")
 
 
@@ -229,7 +231,8 @@ def kernel_of(matmul: Matmul, cost: CostModel) -> str:
     site = cost.sites[matmul.right]
     if site.position != "block":
         return {"first": "patch embedding", "last": "head"}[site.position]
-    return "attention" if site.role == "activation" else matmul.right.split(".")[-2]
+    layer = matmul.right.split(".")[-2]
+    return "attention" if site.role == "activation" else _LAYERS.get(layer, layer)
 
 
 def _first(kind: str) -> str:
