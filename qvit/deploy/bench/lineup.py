@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch._dynamo
 from torch import Tensor
 
 from qvit.deploy.bench.peers.base import PEERS, Material, Prepared, quiet, without_gradients
@@ -114,11 +116,12 @@ class Lineup:
         for name in self.names:
             if name not in PEERS:
                 for packed in self.packed:
-                    with self._noting(name, packed.precision, packed.plan, refuses=name in installed), quiet():
+                    noting = self._noting(name, packed.precision, packed.plan, refuses=name in installed)
+                    with noting, self._compiling(), quiet():
                         started.append(self._engine(name, packed, images))
             elif name in self._prepared:
                 peer = PEERS[name]
-                with self._noting(peer.engine, peer.precision, any_failure=True), quiet():
+                with self._noting(peer.engine, peer.precision, any_failure=True), self._compiling(), quiet():
                     started.append(self._peer(name, images))
         return started
 
@@ -142,6 +145,13 @@ class Lineup:
         run = ready.start(len(images))
         run(images)
         return Contender(peer.engine, peer.precision, ready.arithmetic, run, ready.file_bytes)
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """torch.compile keeps 8 forms of a function and leaves the ninth uncompiled; here every plan has its own."""
+        most = torch._dynamo.config.recompile_limit + 2 * len(self.packed)
+        with torch._dynamo.config.patch(recompile_limit=most):
+            yield
 
     @contextmanager
     def _noting(
