@@ -7,13 +7,14 @@ the training images calibrate and allocate, others are judged. Without them imag
 unless one is given. Nothing else should run on the machine meanwhile.
 
     python benchmarks/measure/bits_ms.py                            writes benchmarks/results/bits_ms.json
-    python benchmarks/measure/bits_ms.py --mixed learned.safetensors --out benchmarks/results/bits_ms_avx2.json
+    python benchmarks/measure/bits_ms.py --mixed learned-3bit.safetensors --out benchmarks/results/bits_ms_avx2.json
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,10 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=float, default=1200.0, help="most time for measuring")
     parser.add_argument("--out", type=Path, default=RESULTS / "bits_ms.json")
     options = parser.parse_args()
+    if options.mixed and not re.search(r"\dbit", Path(options.mixed).stem):
+        parser.error(
+            f"the name of --mixed says at which bits it is drawn, such as learned-3bit, unlike {options.mixed}"
+        )
     given = files()
     with tempfile.TemporaryDirectory() as folder:
         mixed = options.mixed or (allocated(given, Path(folder)) if given else None)

@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 from rendering import Data, figures_of, origin, place, table, table_of
 
-from qvit.report.figures import COLOURS, GREY, line, marks, new_figure
+from qvit.report.figures import COLOURS, line, marks, new_figure
 
 ENGINE = "qvit-native"
 #: The instructions that decide how fast products of bytes are, the fastest first.
@@ -103,8 +103,8 @@ def _figure(run: Data, batch: int) -> go.Figure:
     for number, row in enumerate(peers, 2):
         across = [(width, row["milliseconds_median"]) for width in (1.6, 8.4)]
         wrong = row["right"] is False
-        name, colour = title(row) + (" (wrong)" if wrong else ""), GREY if wrong else COLOURS[number]
-        line(figure, across, name, "%{y:.3~g} ms", colour, dash="dot" if wrong else "dash")
+        name = title(row) + (" (wrong)" if wrong else "")
+        line(figure, across, name, "%{y:.3~g} ms", COLOURS[number], dash="dot" if wrong else "dash")
     return figure
 
 
