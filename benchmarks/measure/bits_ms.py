@@ -50,9 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "bits_ms.json")
     options = parser.parse_args()
     if options.mixed and not re.search(r"\dbit", Path(options.mixed).stem):
-        parser.error(
-            f"the name of --mixed says at which bits it is drawn, such as learned-3bit, unlike {options.mixed}"
-        )
+        parser.error(f"--mixed is named by the bits at which it is drawn, such as learned-3bit, not {options.mixed}")
     given = files()
     with tempfile.TemporaryDirectory() as folder:
         mixed = options.mixed or (allocated(given, Path(folder)) if given else None)
