@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OUT ?= demo-output
 WORKERS ?= 2
 # Those that need no files; the others say in their help what they read.
-BENCHMARKS ?= $(addprefix benchmarks/measure/,deploy.py labels.py regularizer.py train_step.py)
+BENCHMARKS ?= $(addprefix benchmarks/measure/,bits_ms.py deploy.py labels.py regularizer.py train_step.py)
 PIP_ARGS ?=
 
 # Looked up when an environment is created, not on every run.

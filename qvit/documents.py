@@ -411,10 +411,17 @@ class Analysis(Document):
 
 
 class BenchRow(Document):
-    """The times of one engine at one batch size."""
+    """The times of one engine at one batch size.
+
+    Attributes:
+        plan: Of rows of ours; files of one plan may leave it out.
+        right: Whether a peer answers as the float model does; None where nothing tells.
+        kernels: Milliseconds by kind of kernel.
+    """
 
     engine: Name
     precision: Name
+    plan: Name | None = None
     arithmetic: Text
     ours: bool
     batch: Annotated[int, Field(ge=1, le=1_000_000)]
@@ -423,6 +430,9 @@ class BenchRow(Document):
     images_per_second: Positive
     ratio_to_openvino_int8: Positive | None
     ratio_to_pytorch_fp32: Positive | None
+    ratio_to_right_peer: Positive | None = None
+    right: bool | None = None
+    kernels: Annotated[dict[Name, Positive], Field(max_length=1000)] | None = None
     top1_agreement: Percent
     error_to_float: Positive
     error_to_simulated: Positive | None
@@ -436,19 +446,21 @@ class SkippedEngine(Document):
 
     engine: Name
     precision: Name
+    plan: Name | None = None
     reason: Text
 
 
 class Bench(Document):
-    """The JSON file beside a benchmark's page."""
+    """The JSON file beside a benchmark's page; its rows' `right` and `right_percent` are newer than version 1."""
 
     model: Name
-    plan: Name
+    plan: Text
     threads: Count
     rows: Annotated[list[BenchRow], Field(max_length=2000)]
     skipped: Annotated[list[SkippedEngine], Field(max_length=2000)] | None = None
     images: Text
     speed_only: bool
+    right_percent: Percent | None = None
     calibration_images: Count
     compared_images: Count
     float_weights: Text
@@ -457,6 +469,12 @@ class Bench(Document):
     versions: dict[Name, Name | None]
     date: Name
     command: Text
+
+    @model_validator(mode="after")
+    def _says_what_is_right(self) -> Bench:
+        if self.right_percent is None and any(row.right is not None for row in self.rows):
+            raise ValueError("has rows that are right or wrong, but no 'right_percent'")
+        return self
 
 
 class PatchLayer(Document):

@@ -67,15 +67,25 @@ class FakeEngine:
         return -self.model(images) if self.name == "wrong" else self.model(images)
 
 
+class ToldEngine(FakeEngine):
+    """Says where its time goes: an eighth of a millisecond into each of its kernels."""
+
+    def profile(self, images: Tensor) -> dict[str, float]:
+        return dict.fromkeys(("layernorm", "qkv", "attention", "proj", "fc1+gelu", "fc2"), len(images) / 8)
+
+
 @pytest.fixture
 def fake_engines(monkeypatch: pytest.MonkeyPatch) -> type[FakeArtifact]:
-    """Puts engines `torch` and `wrong` in the place of ours; `broken` says that it cannot run."""
+    """Puts engines `torch` and `wrong` in the place of ours.
+
+    Others are there, too, by their names: `told` has a profile, `broken` says that it cannot run.
+    """
 
     def create_engine(artifact: Any, name: str, *, threads: int | None = None) -> FakeEngine:
         assert threads == torch.get_num_threads()
         if name == "broken":
             raise QvitError("this CPU lacks what it needs")
-        return FakeEngine(name, artifact)
+        return ToldEngine(name, artifact) if name == "told" else FakeEngine(name, artifact)
 
     engines = types.ModuleType("qvit.deploy.engines")
     vars(engines).update(available_engines=lambda: ["torch", "wrong"], create_engine=create_engine)

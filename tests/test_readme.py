@@ -422,6 +422,43 @@ def test_render_shows_speeds_of_each_model_and_batch(project: Path) -> None:
     assert render(project) == 2
 
 
+def test_render_shows_bits_against_milliseconds(project: Path) -> None:
+    """A table and a figure for each batch size: plans by their width, peers as lines, the wrong one named."""
+
+    def row(engine: str, precision: str, plan: str | None, ms: float, right: bool | None) -> dict[str, Any]:
+        return {
+            "engine": engine, "precision": precision, "plan": plan, "batch": 1, "milliseconds_median": ms,
+            "milliseconds_quartiles": [ms - 1, ms + 2], "ratio_to_right_peer": ms / 10, "ratio_to_pytorch_fp32": None,
+            "top1_agreement": 99.0 if right is not False else 80.0, "agreement_with_simulated": 98.0, "right": right,
+            "file_bytes": 5_900_000, "arithmetic": "all in int8", "ours": right is None,
+        }  # fmt: skip
+
+    rows = [row("qvit-native", "w8a8", "w8a8", 8.0, None), row("qvit-native", "w4a4", "w4a4", 5.0, None)]
+    rows += [row("qvit-native", "mixed", "mixed-3bit", 4.0, None)]
+    rows += [row("openvino", "fp32", None, 10.0, True), row("openvino", "int8", None, 6.0, False)]
+    run = {"model": "deit", "plan": "w8a8, w4a4, mixed-3bit", "rows": rows, "float_weights": "of deit", "images": "x"}
+    run |= {"speed_only": False, "right_percent": 95.0, "compared_images": 200, "skipped": []}
+    origin = {"command": "c", "hardware": "CPU", "date": "2020-01-02", "versions": {}, "threads": 2}
+    document = project / "docs" / "deployment.md"
+    document.write_text("<!-- results:bits_ms:begin -->\n<!-- results:bits_ms:end -->")
+    assert render(project) == 0 and "Not measured yet: `python benchmarks/measure/bits_ms.py`" in unwrapped(document)
+    measured = origin | {"instructions": ["avx2", "avx512_vnni"], "runs": [run]}
+    (project / "results" / "bits_ms.json").write_text(json.dumps(measured))
+    assert render(project) == 0
+    text = unwrapped(document)
+    assert "`deit` on AVX-512 VNNI, batch 1; the fastest right peer is openvino fp32, 10.00 ms:" in text
+    assert "| w4a4 | 5.00 | 4.00 – 7.00 | 0.62 | 0.50 |  | 5.9 | 99 | 98 |" in text
+    assert "Wrong: openvino int8 (80 %)." in text and "Answers are to 200 images" in text
+    figure = json.loads((project / "docs" / "figures" / "bits-ms-avx-512-vnni-batch-1.json").read_text())
+    traces = {trace["name"]: (trace["x"], trace["y"]) for trace in figure["data"]}
+    assert traces["qvit-native"] == ([4, 8], [5, 8]) and traces["qvit-native, mixed-3bit"] == ([3], [4])
+    assert traces["openvino int8 (wrong)"][1] == [6, 6] and traces["openvino fp32"][1] == [10, 10]
+    noise = run | {"images": "noise", "rows": [own | {"right": None} for own in rows]}
+    (project / "results" / "bits_ms.json").write_text(json.dumps(measured | {"runs": [noise]}))
+    assert render(project) == 0
+    assert "Speed alone: images are noise" in unwrapped(document) and "no peer was judged" in unwrapped(document)
+
+
 def test_render_names_what_is_wrong(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (project / "results" / "demo.json").write_text("{}")
     assert render(project) == 2

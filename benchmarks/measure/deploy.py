@@ -1,8 +1,9 @@
 """Speed of our engines beside PyTorch, ONNX Runtime and OpenVINO: `qvit bench` for DeiT-T and DeiT-S, w8a8.
 
 DeiT-T at batch 1 and 8, with real weights and images where they are given, so that the answers can be compared, too;
-DeiT-S at batch 1, with untrained weights on noise, for the speed alone. One process per model. Nothing else should run
-on the machine meanwhile: engines take turns, so ratios survive some disturbance, but milliseconds do not.
+DeiT-S at batch 1, with untrained weights on noise, for the speed alone. One process per model, all plans in it. Nothing
+else should run on the machine meanwhile: engines take turns, so ratios survive some disturbance, but milliseconds do
+not.
 
     python benchmarks/measure/deploy.py                                    speed alone
     python benchmarks/measure/deploy.py --weights deit_tiny_patch16_224.safetensors --data TRAIN.tar \
@@ -17,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +43,38 @@ def main() -> None:
     parser.add_argument("--max-seconds", type=float, default=1200.0, help="most time for measuring one model")
     parser.add_argument("--out", type=Path, default=RESULTS / "deploy.json")
     options = parser.parse_args()
-    runs = [measure(options, model, plan, batches) for model, batches in MODELS for plan in options.plans]
+    given = {name: getattr(options, name) for name in FILES if getattr(options, name)}
+    write_runs(options.out, [measure(options, *one, given if one == MODELS[0] else {}) for one in MODELS])
+
+
+def write_runs(out: Path, runs: list[dict[str, Any]]) -> None:
+    """What several runs say, with what they share said once."""
     shared = {key: runs[0][key] for key in SHARED}
     own = [{key: value for key, value in run.items() if key not in shared} for run in runs]
-    write_json(options.out, {**record_of(), **shared, "runs": own})
+    write_json(out, {**record_of(), **shared, "runs": own})
 
 
-def measure(options: argparse.Namespace, model: str, plan: str, batches: tuple[int, ...]) -> dict[str, Any]:
-    """What `qvit bench` says of a model and a plan, with files by their names alone."""
-    words = [sys.executable, "-m", "qvit.cli", "bench", model, "--plan", plan, "--json"]
+def measure(
+    options: argparse.Namespace, model: str, batches: Sequence[int], given: Mapping[str, str]
+) -> dict[str, Any]:
+    """What `qvit bench` says of a model by several plans, with files by their names alone.
+
+    Args:
+        options: plans, engines, threads, rounds, seconds, max_seconds.
+        model: timm's name.
+        batches: The batch sizes.
+        given: Further options of `qvit bench`: files.
+    """
+    words = [sys.executable, "-m", "qvit.cli", "bench", model, "--json"]
+    for name in ("plan", "engine"):
+        words += [word for value in getattr(options, f"{name}s") for word in (f"--{name}", str(value))]
     for batch in batches:
         words += ["--batch", str(batch)]
-    for engine in options.engines:
-        words += ["--engine", engine]
     for name in ("threads", "rounds", "seconds", "max_seconds"):
         words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    given = {name: getattr(options, name) for name in FILES if getattr(options, name) and model == MODELS[0][0]}
     for name, value in given.items():
-        words += [f"--{name.replace('_', '-')}", value]
-    sys.stderr.write(f"{model}, {plan}, batch {', '.join(map(str, batches))}\n")
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    sys.stderr.write(f"{model}, {', '.join(map(str, options.plans))}, batch {', '.join(map(str, batches))}\n")
     text = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
     result = json.loads(text)
     for value in given.values():

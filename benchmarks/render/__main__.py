@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import bits
 import evidence_figures
 import evidence_fragile
 import evidence_tables
@@ -27,7 +28,7 @@ import tables
 from rendering import FIGURES, TABLES, RenderError, figure_text, read, wrapped
 
 #: Where tables and figures are registered.
-REGISTERED = (tables, headlines, evidence_tables, evidence_figures, evidence_fragile)
+REGISTERED = (tables, bits, headlines, evidence_tables, evidence_figures, evidence_fragile)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

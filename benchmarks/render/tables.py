@@ -12,8 +12,9 @@
     deploy        deploy.json         what `benchmarks/measure/deploy.py` measured: a table per model and batch size
     packed        packed.json         what `benchmarks/measure/packed.py` measured: sizes, and agreement of every engine
 
-Those of evidence_*.json and fragile.json are in `evidence_tables.py` and `evidence_fragile.py`. Where a file is
-missing, "Not measured yet" and the command to measure it stand in the table's place.
+Those of bits_ms*.json, evidence_*.json and fragile.json are in `bits.py`, `evidence_tables.py` and
+`evidence_fragile.py`. Where a file is missing, "Not measured yet" and the command to measure it stand in the table's
+place.
 """
 
 from __future__ import annotations
@@ -287,11 +288,11 @@ def deploy_native_tables(data: dict[str, Any]) -> str:
     header = ["model", "plan", "batch", "ms", *(f"÷ {engine} {precision}" for engine, precision in peers)]
     cells = []
     for run in data["runs"]:
-        for batch in dict.fromkeys(row["batch"] for row in run["rows"]):
-            rows = {(row["engine"], row["precision"]): row for row in run["rows"] if row["batch"] == batch}
-            own = rows["qvit-native", run["plan"]]["milliseconds_median"]
+        for native in (row for row in run["rows"] if row["engine"] == "qvit-native"):
+            rows = {(row["engine"], row["precision"]): row for row in run["rows"] if row["batch"] == native["batch"]}
+            own, plan = native["milliseconds_median"], native.get("plan") or run["plan"]
             ratios = [f"{own / rows[peer]['milliseconds_median']:.2f}" if peer in rows else "" for peer in peers]
-            cells.append([f"`{run['model']}`", run["plan"], str(batch), f"{own:.1f}", *ratios])
+            cells.append([f"`{run['model']}`", plan, str(native["batch"]), f"{own:.1f}", *ratios])
     trained = next(run for run in data["runs"] if not run["speed_only"])
     right = "; ".join(
         f"{row['engine']} {row['precision']} {row['top1_agreement']:.0f} %"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from qvit.allocate.problem import Problem
+from qvit.allocate.relaxation import Relaxation
 from qvit.allocate.units import Unit
 from qvit.errors import UsageError, nearest
 from qvit.measure import Sensitivity
@@ -60,6 +62,10 @@ class Choices:
         problem = self.problem
         if problem.additive:
             return sum(map(min, problem.additive)), sum(map(max, problem.additive))
+        if problem.rates:  # what was measured need not grow with the widths
+            relaxation = Relaxation(problem)
+            low, high = (problem.cost(relaxation.minimise(sign, damage_weight=0.0)) for sign in (1.0, -1.0))
+            return low, high
         low, high = (problem.cost([own[end] for own in problem.options]) for end in (0, -1))
         return low, high
 
@@ -104,7 +110,21 @@ def choices(
         return Choices(Problem(options, damages, [], [], [], 0, additive), counts, unit_of)
     coefficients, left, right = cost.pairs(counts)
     pairs = [unit_of[i] for i in left], [unit_of[j] for j in right]
-    return Choices(Problem(options, damages, coefficients, *pairs, 0), counts, unit_of)
+    problem = Problem(options, damages, coefficients, *pairs, 0)
+    if unit.products:
+        problem = _by_rates(problem, cost, counts, unit)
+    return Choices(problem, counts, unit_of)
+
+
+def _by_rates(problem: Problem, cost: CostModel, counts: dict[str, int], unit: Unit) -> Problem:
+    """The problem with products that cost what was measured; a head takes its share of a product's time."""
+    matmuls = [matmul for matmul in cost.matmuls for _ in range(max(counts[matmul.left], counts[matmul.right]))]
+    heads = Counter(matmuls)
+    rates = [
+        {(n, m): unit.rate(matmul, n, m) / heads[matmul] for n in problem.options[i] for m in problem.options[j]}
+        for matmul, i, j in zip(matmuls, problem.left, problem.right, strict=True)
+    ]
+    return replace(problem, coefficients=[1] * len(rates), rates=rates)
 
 
 def _options(
@@ -112,7 +132,11 @@ def _options(
 ) -> list[int]:
     """The widths that all members of a unit may have."""
     names = list(dict.fromkeys(name for name, _ in members))
-    if any(name not in sensitivity.table for name in names):
+    if left_out := [name for name in names if name not in sensitivity.table]:
+        if not all(unit.serves(name, FLOAT_BITS) for name in names):
+            raise UsageError(
+                f"the sensitivity leaves '{left_out[0]}' out, and the latency table has no time of it in float"
+            )
         return [FLOAT_BITS]
     fixed = {pinned[name]: name for name in reversed(names) if name in pinned}
     if len(fixed) > 1:
@@ -122,8 +146,7 @@ def _options(
         )
     widths = list(fixed or sensitivity.widths)
     for name in names:
-        row = unit.latency.get(name)
-        if row is not None and not (widths := [width for width in widths if width in row]):
+        if not (widths := [width for width in widths if unit.serves(name, width)]):
             raise UsageError(f"the latency table has no entry for '{name}' at any width that it may have")
     return widths
 

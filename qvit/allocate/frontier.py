@@ -16,6 +16,7 @@ alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ def frontier(
         cost, sensitivity, unit, pins, ties, boundary: See `allocate_plan`.
         points: Largest number of corners; the two ends are always among them.
     """
-    kind = Unit.of(unit, cost)
+    kind = Unit.of(unit, cost, sensitivity.model)
     return _points(choices(cost, sensitivity, kind, pins, ties, boundary), cost, sensitivity, kind, points)
 
 
@@ -93,12 +94,12 @@ def frontier_report(
         chosen: Names (budgets) and widths of plans to mark.
         against: Another sensitivity, measured for some sites, to hold the predictions against.
     """
-    kind = Unit.of(unit, cost)
+    kind = Unit.of(unit, cost, sensitivity.model)
     problem = choices(cost, sensitivity, kind, pins, ties, boundary)
     uniform = []
     for bits in sensitivity.widths if len(sensitivity.table) == len(cost.sites) else ():  # else no plan is uniform
         widths = {name: (bits if site.position == "block" else boundary or bits,) for name, site in cost.sites.items()}
-        if all(bits in row for name, row in kind.latency.items() if cost.sites[name].position == "block"):
+        if math.isfinite(kind.total(cost, widths)):
             uniform.append((f"{bits} bit", widths))
     marked = {
         key: [{"name": name} | _point(widths, cost, sensitivity, kind).to_json() for name, widths in plans]

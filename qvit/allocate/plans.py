@@ -19,7 +19,7 @@ from qvit.measure import Sensitivity
 from qvit.plan.cost import CostModel, Widths
 from qvit.plan.quant_plan import QuantPlan
 
-UnitLike = Unit | str | Path | Mapping[str, Mapping[Any, float]]
+UnitLike = Unit | str | Path | Mapping[str, Any]
 
 
 def allocate_plan(
@@ -39,7 +39,8 @@ def allocate_plan(
         cost: The model's costs (`inspect_model`).
         sensitivity: Measured on the same model.
         budget: A number in `unit`, or text such as `4bit`, `21.455G`, `2.5MB`, `12ms` or `25%` (see `units.py`).
-        unit: `bit_operations`, `weight_bytes`, or a latency table {site: {width: milliseconds}} or its file.
+        unit: `bit_operations`, `weight_bytes`, or a latency table or its file: that of `qvit bench --latency-table`, or
+            {site: {width: milliseconds}}.
         pins: "PATTERN=BITS" or (pattern, bits): sites of a fixed width; a later one wins.
         ties: "PATTERN=PATTERN" or "PATTERN": sites that share a width (see `choices.py`).
         boundary: Width of the first and the last layer; None allocates them like the others.
@@ -52,7 +53,7 @@ def allocate_plan(
         UsageError: A sensitivity of another model, or a budget, pin or tie that cannot be meant.
         QvitError: Nothing fits; the message has the smallest and the largest possible cost.
     """
-    kind = Unit.of(unit, cost)
+    kind = Unit.of(unit, cost, sensitivity.model)
     problem = choices(cost, sensitivity, kind, pins, ties, boundary)
     widths = within_budget(problem, kind, budget, cost)
     return plan_with_widths(cost, sensitivity, widths, name or f"{sensitivity.metric}-{budget}")

@@ -1,15 +1,16 @@
 """What allocation decides: one option for each of many units, at the least total damage within a budget.
 
     minimise     Σ_i damage_i(n_i)
-    subject to   Σ_pairs coefficient · n_i · n_j  +  Σ_i additive_i(n_i)  ≤  budget
+    subject to   Σ_pairs coefficient · rate(n_i, n_j)  +  Σ_i additive_i(n_i)  ≤  budget
 
-Bit operations are the first sum (a product of two operands' widths), bytes of weights or milliseconds of a table the
-second. A unit is one width: a site, one head of it, or several that are tied.
+Bit operations are the first sum with the rate n_i · n_j (a product of two operands' widths), milliseconds that were
+measured for pairs of widths the same sum with rates of their own, bytes of weights or milliseconds by site the second.
+A unit is one width: a site, one head of it, or several that are tied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -24,6 +25,7 @@ class Problem:
         coefficients, left, right: See `CostModel.pairs`; indices of units.
         budget: Limit on the cost.
         additive: Cost of each option by itself, same lengths; empty for none.
+        rates: For each product what one of its coefficient costs, by the widths (left, right); empty for their product.
     """
 
     options: Sequence[Sequence[int]]
@@ -33,12 +35,17 @@ class Problem:
     right: Sequence[int]
     budget: float
     additive: Sequence[Sequence[float]] = ()
+    rates: Sequence[Mapping[tuple[int, int], float]] = ()
+
+    def product(self, index: int, left: int, right: int) -> float:
+        """The cost of a product of two units at two widths."""
+        rate = self.rates[index][left, right] if self.rates else left * right
+        return self.coefficients[index] * rate
 
     def cost(self, widths: Sequence[int]) -> float:
         """The cost of integer widths; exact where coefficients and additive costs are integers."""
-        products = sum(
-            c * widths[i] * widths[j] for c, i, j in zip(self.coefficients, self.left, self.right, strict=True)
-        )
+        pairs = enumerate(zip(self.left, self.right, strict=True))
+        products = sum(self.product(index, widths[i], widths[j]) for index, (i, j) in pairs)
         if not self.additive:
             return products
         own = zip(self.options, self.additive, widths, strict=True)
@@ -50,22 +57,22 @@ class Problem:
         return sum(damages[options.index(width)] for options, damages, width in own)
 
     @cached_property
-    def neighbours(self) -> list[list[tuple[int, int]]]:
-        """For each unit the coefficients of its products, and the other units; a square has the unit itself."""
-        found: list[list[tuple[int, int]]] = [[] for _ in self.options]
-        for c, i, j in zip(self.coefficients, self.left, self.right, strict=True):
-            found[i].append((c, j))
-            if i != j:
-                found[j].append((c, i))
+    def products_of(self) -> list[list[int]]:
+        """For each unit the products that it takes part in."""
+        found: list[list[int]] = [[] for _ in self.options]
+        for index, (i, j) in enumerate(zip(self.left, self.right, strict=True)):
+            for unit in {i, j}:
+                found[unit].append(index)
         return found
 
     def extra(self, widths: Sequence[int], unit: int, width: int) -> float:
         """What the cost grows by where one unit gets another width."""
         old, options = widths[unit], self.options[unit]
-        grown = sum(
-            c * (width**2 - old**2 if other == unit else (width - old) * widths[other])
-            for c, other in self.neighbours[unit]
-        )
+        grown = 0.0 if self.rates else 0
+        for index in self.products_of[unit]:
+            i, j = self.left[index], self.right[index]
+            new = (width if i == unit else widths[i], width if j == unit else widths[j])
+            grown += self.product(index, *new) - self.product(index, widths[i], widths[j])
         if self.additive:
             costs = self.additive[unit]
             grown += costs[options.index(width)] - costs[options.index(old)]

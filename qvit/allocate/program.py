@@ -5,15 +5,16 @@ variables z_{n,m} ≥ 0 with Σ_m z_{n,m} = x_{i,n} and Σ_n z_{n,m} = x_{j,m}; 
 and
 
     minimise     Σ_i Σ_n damage_i(n)·x_{i,n}
-    subject to   Σ_pairs Σ_{n,m} coefficient·n·m·z_{n,m} ≤ budget        Σ_n x_{i,n} = 1 for every i
+    subject to   Σ_pairs Σ_{n,m} coefficient·rate(n,m)·z_{n,m} ≤ budget        Σ_n x_{i,n} = 1 for every i
 
-is linear; costs of a unit's own (bytes, milliseconds) are added to the budget's row. HiGHS (scipy.optimize.milp) solves
-it to optimality; where many plans are nearly the best, so that a proof would take hours, it stops after `NODE_LIMIT`
-nodes of its tree and says how near the optimum its answer is known to be. For the freezing of a search it stops at the
-root: that takes a second for DeiT-S and was within 0.1 % of the optimum where that could be computed. Both are the same
-on every machine, as a time limit would not be. The answer is checked in exact integers, compared with a greedy descent,
-and spare budget is spent. To optimality, the Lagrangian relaxation first strikes out every option that it proves to be
-in no optimum (`relaxation.py`): where the products form a forest, HiGHS is left with a small problem.
+is linear, whatever the rates (n·m for BOPs); costs of a unit's own (bytes, milliseconds) are added to the budget's row.
+HiGHS (scipy.optimize.milp) solves it to optimality; where many plans are nearly the best, so that a proof would take
+hours, it stops after `NODE_LIMIT` nodes of its tree and says how near the optimum its answer is known to be. For the
+freezing of a search it stops at the root: that takes a second for DeiT-S and was within 0.1 % of the optimum where that
+could be computed. Both are the same on every machine, as a time limit would not be. The answer is checked in exact
+integers, compared with a greedy descent, and spare budget is spent. To optimality, the Lagrangian relaxation first
+strikes out every option that it proves to be in no optimum (`relaxation.py`): where the products form a forest, HiGHS
+is left with a small problem.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
 from qvit.allocate.problem import Problem, filled
-from qvit.allocate.relaxation import reduced
+from qvit.allocate.relaxation import products_of, reduced
 from qvit.errors import QvitError
 
 _log = logging.getLogger(__name__)
@@ -107,10 +108,10 @@ def _integer_program(problem: Problem, exact: bool, excluded: Sequence[Sequence[
     for unit, options in enumerate(problem.options):
         add_row(start[unit] + np.arange(len(options)), np.ones(len(options)), 1.0)
     costs: list[tuple[NDArray[Any], NDArray[Any]]] = []  # columns and values of the budget's row
-    for c, i, j in zip(problem.coefficients, problem.left, problem.right, strict=True):
+    for index, (c, i, j) in enumerate(zip(problem.coefficients, problem.left, problem.right, strict=True)):
         if not c:
             continue
-        products = c * np.outer(problem.options[i], problem.options[j])
+        products = products_of(problem, index)
         z = total + np.arange(products.size).reshape(products.shape)
         total += products.size
         costs.append((z.ravel(), products.ravel()))
@@ -120,7 +121,7 @@ def _integer_program(problem: Problem, exact: bool, excluded: Sequence[Sequence[
     if problem.additive:
         costs.append((np.arange(size), np.concatenate(problem.additive)))
     equalities = len(limits)
-    unit_cost = max(1e-9 if problem.additive else 1.0, problem.budget / 1e4)
+    unit_cost = max(1e-9 if problem.additive or problem.rates else 1.0, problem.budget / 1e4)
     if costs:
         found, prices = (np.concatenate(parts) for parts in zip(*costs, strict=True))
         add_row(found, prices / unit_cost, problem.budget / unit_cost)

@@ -6,7 +6,8 @@ Units are nodes, products of two widths are edges. In a ViT they form stars: the
 and W_v that it meets, q with k of one head, and so on. On a forest the minimum is found by dynamic programming from the
 leaves to the roots, all nodes of one depth at once: as exact for the bilinear bit operations as for additive costs.
 Passed back down, the same numbers give for every option of every unit the least value of any choice that contains it.
-An option whose value exceeds the damage of a known answer is in no better one: `reduced` strikes it out.
+An option whose value exceeds the damage of a known answer is in no better one: `reduced` strikes it out. What a product
+costs is a table over the options of its two units, so measured milliseconds are no harder than bit operations.
 
 Ties between sites can close a circle, which has no such order: `Relaxation.is_forest` says so, and `minimise` then
 moves one unit at a time until none improves, which is a good answer and not a proof.
@@ -43,22 +44,26 @@ class Relaxation:
             self.damages[unit, : len(options)] = damages
             if problem.additive:
                 self.own[unit, : len(options)] = problem.additive[unit]
-        edges: dict[tuple[int, int], float] = {}
-        for c, i, j in zip(problem.coefficients, problem.left, problem.right, strict=True):
+        edges: dict[tuple[int, int], NDArray[np.float64]] = {}
+        for index, (c, i, j) in enumerate(zip(problem.coefficients, problem.left, problem.right, strict=True)):
+            if not c:
+                continue
+            costs = np.zeros((most, most))  # by the options of the left unit and of the right one
+            costs[: self.lengths[i], : self.lengths[j]] = products_of(problem, index)
             if i == j:
-                self.own[i] += c * self.widths[i] ** 2
-            elif c:
-                key = (min(i, j), max(i, j))
-                edges[key] = edges.get(key, 0) + c
-        self._grow(units, edges)
+                self.own[i] += costs.diagonal()
+            else:
+                key, costs = ((i, j), costs) if i < j else ((j, i), costs.T)
+                edges[key] = edges[key] + costs if key in edges else costs
+        self._grow(units, most, edges)
 
-    def _grow(self, units: int, edges: dict[tuple[int, int], float]) -> None:
+    def _grow(self, units: int, most: int, edges: dict[tuple[int, int], NDArray[np.float64]]) -> None:
         """Parents and depths, breadth first from the unit with most neighbours in each tree."""
-        self.neighbours: list[list[tuple[int, float]]] = [[] for _ in range(units)]
-        for (i, j), c in edges.items():
-            self.neighbours[i].append((j, c))
-            self.neighbours[j].append((i, c))
-        parent, weight, depth = np.full(units, -1), np.zeros(units), np.full(units, -1)
+        self.neighbours: list[list[tuple[int, NDArray[np.float64]]]] = [[] for _ in range(units)]
+        for (i, j), costs in edges.items():  # by the options of the other unit, and one's own
+            self.neighbours[i].append((j, costs.T))
+            self.neighbours[j].append((i, costs))
+        parent, above, depth = np.full(units, -1), np.zeros((units, most, most)), np.full(units, -1)
         trees = 0
         for root in sorted(range(units), key=lambda unit: -len(self.neighbours[unit])):
             if depth[root] >= 0:
@@ -66,12 +71,12 @@ class Relaxation:
             trees, depth[root], queue = trees + 1, 0, deque([root])
             while queue:
                 unit = queue.popleft()
-                for other, c in self.neighbours[unit]:
+                for other, costs in self.neighbours[unit]:
                     if depth[other] < 0:
-                        parent[other], weight[other], depth[other] = unit, c, depth[unit] + 1
+                        parent[other], above[other], depth[other] = unit, costs, depth[unit] + 1
                         queue.append(other)
         self.is_forest = len(edges) == units - trees
-        self.parent, self.weight = parent, weight
+        self.parent, self.above = parent, above  # the cost of the product with the parent: own options × parent's
         self.levels = [np.flatnonzero(depth == level) for level in range(int(depth.max()) + 1)]
 
     def minimise(self, price: float, *, damage_weight: float = 1.0) -> list[int]:
@@ -90,14 +95,9 @@ class Relaxation:
         for nodes in self.levels[1:]:
             above = self.parent[nodes]
             rest = np.where(np.isinf(tree[above]), np.inf, tree[above] - messages[nodes])
-            down = (rest[:, None, :] + price * self._products(nodes)).min(2)
+            down = (rest[:, None, :] + price * self.above[nodes]).min(2)
             tree[nodes] = belief[nodes] + down
         return least, tree - tree.min(1, keepdims=True) + least
-
-    def _products(self, nodes: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Cost of the product with the parent: (nodes, own options, parent's options)."""
-        above = self.widths[self.parent[nodes]]
-        return self.weight[nodes, None, None] * self.widths[nodes][:, :, None] * above[:, None, :]
 
     def _upwards(
         self, own: NDArray[np.float64], price: float
@@ -106,7 +106,7 @@ class Relaxation:
         belief, messages = own.copy(), np.zeros_like(own)
         answers = np.zeros(own.shape, dtype=np.int64)
         for nodes in self.levels[:0:-1]:
-            values = belief[nodes][:, :, None] + price * self._products(nodes)
+            values = belief[nodes][:, :, None] + price * self.above[nodes]
             messages[nodes], answers[nodes] = values.min(1), values.argmin(1)
             np.add.at(belief, self.parent[nodes], messages[nodes])
         chosen = belief.argmin(1)
@@ -119,11 +119,16 @@ class Relaxation:
         for _ in range(100):
             before = chosen.copy()
             for unit, around in enumerate(self.neighbours):
-                slope = sum(c * self.widths[other, chosen[other]] for other, c in around)
-                chosen[unit] = (own[unit] + price * slope * self.widths[unit]).argmin()
+                chosen[unit] = (own[unit] + price * sum(costs[chosen[other]] for other, costs in around)).argmin()
             if (before == chosen).all():
                 break
         return chosen
+
+
+def products_of(problem: Problem, index: int) -> NDArray[np.float64]:
+    """The costs of one product: (left unit's options, right unit's options)."""
+    left, right = problem.options[problem.left[index]], problem.options[problem.right[index]]
+    return np.array([[problem.product(index, n, m) for m in right] for n in left], dtype=float)
 
 
 def reduced(problem: Problem) -> tuple[Problem, list[int]] | None:

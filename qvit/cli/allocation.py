@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -175,8 +176,8 @@ def allocate(
     unit: Annotated[
         str,
         typer.Option(
-            help="bit_operations, weight_bytes, or a JSON file {site: {width: milliseconds}}; sites that it leaves "
-            "out take no time."
+            help="bit_operations, weight_bytes, or a file of milliseconds: that of qvit bench --latency-table, or JSON "
+            "{site: {width: milliseconds}}; what it leaves out takes no time."
         ),
     ] = "bit_operations",
     pin: Annotated[
@@ -213,8 +214,11 @@ def allocate(
 
     [cyan]qvit allocate s.json --budget 2.5MB --unit weight_bytes --pin "blocks.0.*=8"
     --tie "blocks.*.attn.query=blocks.*.attn.key" --out plan.json[/]
+
+    [cyan]qvit allocate s.json --budget 5ms --unit latency.json --out plan.json[/]
     """
     from qvit.allocate import allocate_plan, frontier_report
+    from qvit.allocate.units import MILLISECONDS, Unit
     from qvit.files import write_json
     from qvit.measure import Sensitivity
     from qvit.models.create import create_shapes
@@ -227,7 +231,8 @@ def allocate(
         raise UsageError(f"the frontier's file '{frontier}' must end in .html or .json")
     measured = Sensitivity.load(sensitivity)
     cost = inspect_model(create_shapes(measured.model, **model_arg))
-    options: dict[str, Any] = {"unit": unit, "pins": pin or [], "ties": tie or [], "boundary": boundary_width(boundary)}
+    kind = Unit.of(unit, cost, measured.model)
+    options: dict[str, Any] = {"unit": kind, "pins": pin or [], "ties": tie or [], "boundary": boundary_width(boundary)}
     plans = {text: allocate_plan(cost, measured, text, **options) for text in budgets}
     rows = []
     for text, plan in plans.items():
@@ -247,6 +252,7 @@ def allocate(
                 "bit_operations": cost.bit_operations(widths),
                 "weight_bytes": cost.weight_bytes(widths),
             }
+            | ({} if kind.name != MILLISECONDS else {"milliseconds": kind.total(cost, widths)})
         )
     if frontier is not None:
         chosen = [(text, plan.widths()) for text, plan in plans.items()]
@@ -274,10 +280,14 @@ def allocate(
 def _show_plans(rows: list[dict[str, Any]]) -> None:
     if not rows:
         return
-    cells = [
-        (row["budget"], f"{row['predicted_loss']:.4g}", bops(row["bit_operations"]), size(row["weight_bytes"]))
-        for row in rows
-    ]
-    print_table(("budget", "predicted loss", "bit operations", "weights"), cells)
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "budget": lambda row: row["budget"],
+        "predicted loss": lambda row: f"{row['predicted_loss']:.4g}",
+        "bit operations": lambda row: bops(row["bit_operations"]),
+        "weights": lambda row: size(row["weight_bytes"]),
+    }
+    if "milliseconds" in rows[0]:
+        columns["ms"] = lambda row: f"{row['milliseconds']:.3g}"
+    print_table(tuple(columns), [[cell(row) for cell in columns.values()] for row in rows])
     for row in rows:
         say(f"plan: {row['plan']}")

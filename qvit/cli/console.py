@@ -24,6 +24,7 @@ from qvit.files import parse_json
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
 out, err = Console(), Console(stderr=True)
+_MOST_COLUMNS = 500
 
 
 def say(text: str) -> None:
@@ -39,6 +40,7 @@ def print_table(
     align: str = "<>",
     whole: bool = False,
     bold: Collection[int] = (),
+    wide: bool = False,
 ) -> None:
     """Prints plain text as a table.
 
@@ -49,6 +51,7 @@ def print_table(
         align: `<` or `>` for each column; the last one holds for the rest.
         whole: Never breaks or shortens the first column.
         bold: Rows that stand out, by number.
+        wide: Outside of a terminal, which has a width, as wide as the cells are.
     """
     lines = [[str(cell) for cell in row] for row in rows]
     table = Table(title=None if title is None else escape(title))
@@ -62,7 +65,7 @@ def print_table(
         )
     for number, line in enumerate(lines):
         table.add_row(*map(escape, line), style="bold" if number in bold else None)
-    out.print(table)
+    (Console(width=_MOST_COLUMNS) if wide and not out.is_terminal else out).print(table)
 
 
 def notifier(quiet: bool) -> Callable[[str], None]:

@@ -1,13 +1,14 @@
 """The page of a benchmark, from its JSON file alone: how long a batch takes in each engine, and who computed what.
 
-It draws the plain data of `qvit bench`: format "qvit-bench" with `rows` (engine, precision, batch, milliseconds_median
-and its quartiles, ratios, agreements) and `skipped`. Bars are grouped by batch size, quartiles are whiskers, and each
-bar carries its time over that of OpenVINO's int8. Our engines are set in bold.
+It draws the plain data of `qvit bench`: format "qvit-bench" with `rows` (engine, precision, plan, batch,
+milliseconds_median and its quartiles, ratios, agreements, kernels) and `skipped`. Bars are grouped by batch size,
+quartiles are whiskers, and each bar carries its time over that of the fastest right peer, or of OpenVINO's int8 where
+answers do not tell who is right. Our engines are set in bold, and named by their plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def render_bench(record: Mapping[str, Any], *, title: str | None = None) -> str:
     parts = [
         ("times", "Milliseconds per batch", _times(record, canvas)),
         ("numbers", "All numbers", _numbers(record)),
+        ("kernels", "Where the time goes", _kernels(record)),
         ("arithmetic", "What is computed in which format", _arithmetic(record)),
         ("skipped", "Left out", _skipped(record)),
     ]
@@ -77,7 +79,7 @@ def _header(record: Mapping[str, Any]) -> str:
 
 
 def verdict(record: Mapping[str, Any]) -> list[str]:
-    """A sentence for each batch size: our fastest engine beside two peers; one of doubtful answers does not count."""
+    """A sentence for each batch size: our fastest engine beside its peers; one of doubtful answers does not count."""
     sentences = []
     for batch in batches_of(record):
         rows = [row for row in record["rows"] if row["batch"] == batch]
@@ -85,14 +87,28 @@ def verdict(record: Mapping[str, Any]) -> list[str]:
         if not ours:
             continue
         best = min(ours, key=lambda row: row["milliseconds_median"])
-        beside = [
-            f"{significant(best[key], 3)} × the time of {name}"
-            for key, name in (("ratio_to_openvino_int8", "OpenVINO int8"), ("ratio_to_pytorch_fp32", "PyTorch fp32"))
-            if best[key] is not None
-        ]
-        text = f"Batch {batch}: {best['engine']} takes {significant(best['milliseconds_median'], 3)} ms"
+        peer = right_peer(rows)
+        names = {"ratio_to_openvino_int8": "OpenVINO int8", "ratio_to_pytorch_fp32": "PyTorch fp32"}
+        if peer is not None:
+            names = {"ratio_to_right_peer": f"the fastest right peer, {name_of(peer)}"}
+        beside = [f"{significant(best[key], 3)} × the time of {name}" for key, name in names.items() if best.get(key)]
+        text = f"Batch {batch}: {name_of(best)} takes {significant(best['milliseconds_median'], 3)} ms"
         sentences.append(text + (f", {' and '.join(beside)}." if beside else "."))
     return sentences
+
+
+def right_peer(rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The fastest peer of those that answer as the float model does; None if there is none, or nothing tells."""
+    right = [row for row in rows if row.get("right")]
+    return min(right, key=lambda row: row["milliseconds_median"], default=None)
+
+
+def name_of(row: Mapping[str, Any]) -> str:
+    """`openvino int8`, `qvit-native w4a4`, `qvit-native learned (mixed)`: an engine and what it runs."""
+    plan = row.get("plan")
+    if plan is None or plan == row["precision"]:
+        return f"{row['engine']} {row['precision']}"
+    return f"{row['engine']} {plan} ({row['precision']})"
 
 
 def doubts(record: Mapping[str, Any]) -> list[str]:
@@ -102,7 +118,7 @@ def doubts(record: Mapping[str, Any]) -> list[str]:
         what = "float" if row["error_to_simulated"] is None else "simulated"
         error = row[f"error_to_{what}"]
         sentences.append(
-            f"{row['engine']} {row['precision']} at batch {row['batch']} answers unlike the {what} model: "
+            f"{name_of(row)} at batch {row['batch']} answers unlike the {what} model: "
             f"error {significant(error, 2)} (0: equal, 1: no relation)."
         )
     return sentences
@@ -119,22 +135,31 @@ def batches_of(record: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys(row["batch"] for row in record["rows"]))
 
 
-def _name(row: Mapping[str, Any], *, plot: bool) -> str:
-    text = (label if plot else escape)(f"{row['engine']} {row['precision']}")
+def _name(row: Mapping[str, Any], *, plot: bool, wrong: bool = False) -> str:
+    text = (label if plot else escape)(name_of(row) + (" (wrong)" if wrong else ""))
     return f"<b>{text}</b>" if row["ours"] else text
 
 
 def _times(record: Mapping[str, Any], canvas: Canvas) -> str:
     caption = (
         "Bars end at the median, whiskers at the quartiles. The number beside a bar is its time over that of "
-        "OpenVINO's int8 at the same batch size. Bold: ours."
+        f"{_reference(record)[1]} at the same batch size. Bold: ours."
     )
     return log_axis("logarithmic axis", ["times"]) + canvas.plot("times", [_figure(record)], caption)
 
 
+def _reference(record: Mapping[str, Any]) -> tuple[str, str]:
+    """What numbers beside bars are relative to: the key, and in words."""
+    if right_peer(record["rows"]):
+        return "ratio_to_right_peer", "the fastest peer that answers as the float model does"
+    return "ratio_to_openvino_int8", "OpenVINO's int8"
+
+
 def _figure(record: Mapping[str, Any]) -> go.Figure:
-    rows, batches = record["rows"], batches_of(record)
-    names = list(dict.fromkeys(_name(row, plot=True) for row in rows))
+    rows, batches, reference = record["rows"], batches_of(record), _reference(record)[0]
+    wrong = {name_of(row) for row in rows if row.get("right") is False}
+    name = lambda row: _name(row, plot=True, wrong=name_of(row) in wrong)  # noqa: E731
+    names = list(dict.fromkeys(map(name, rows)))
     alt = f"Milliseconds per batch of {len(names)} engines; the table below has the numbers."
     height = 90 + len(names) * (18 + 18 * len(batches))
     figure = new_figure(alt, "milliseconds per batch", "", height=height, min_width=520)
@@ -142,7 +167,7 @@ def _figure(record: Mapping[str, Any]) -> go.Figure:
     figure.update_layout(barmode="group", bargap=0.3, scattermode="group", scattergap=0.3)
     for position, batch in enumerate(batches):
         own = [row for row in rows if row["batch"] == batch]
-        axis = [_name(row, plot=True) for row in own]
+        axis = list(map(name, own))
         medians = [row["milliseconds_median"] for row in own]
         low, high = zip(*(row["milliseconds_quartiles"] for row in own), strict=True)
         figure.add_bar(
@@ -158,7 +183,7 @@ def _figure(record: Mapping[str, Any]) -> go.Figure:
             "same first class as float: %{customdata[1]:.1f} %<br>%{customdata[2]}<extra></extra>",
         )  # fmt: skip
         ends = [max(end, median) for end, median in zip(high, medians, strict=True)]
-        ratios = [significant(row["ratio_to_openvino_int8"], 3) for row in own]
+        ratios = [significant(row.get(reference), 3) for row in own]
         marks(
             figure, zip(ends, axis, strict=True), orientation="h", offsetgroup=str(batch), mode="text",
             text=[f" × {ratio}" if ratio else " " for ratio in ratios], textposition="middle right",
@@ -174,9 +199,10 @@ NUMBERS: dict[str, Callable[[Any], str]] = {
     "ms": lambda row: significant(row["milliseconds_median"]),
     "quartiles": lambda row: " – ".join(map(significant, row["milliseconds_quartiles"])),
     "images/s": lambda row: significant(row["images_per_second"]),
+    "× right peer": lambda row: significant(row.get("ratio_to_right_peer"), 3),
     "× OpenVINO int8": lambda row: significant(row["ratio_to_openvino_int8"], 3),
     "× PyTorch fp32": lambda row: significant(row["ratio_to_pytorch_fp32"], 3),
-    "as float (%)": lambda row: fixed(row["top1_agreement"], 1),
+    "as float (%)": lambda row: fixed(row["top1_agreement"], 1) + (" wrong" if row.get("right") is False else ""),
     "error": lambda row: significant(row["error_to_float"], 2),
     "as simulated (%)": lambda row: fixed(row["agreement_with_simulated"], 1),
     "file": lambda row: bytes_text(row["file_bytes"]),
@@ -190,7 +216,31 @@ def _numbers(record: Mapping[str, Any]) -> str:
         "fake-quantized model in PyTorch. Error: root mean square of the difference of the logits to those of the "
         "float model, over that of the float logits around their mean.</p>"
     )
-    return note + table_of(NUMBERS, record["rows"], bold=[row["ours"] for row in record["rows"]])
+    judged = any(row.get("right") is not None for row in record["rows"])
+    if judged:
+        note += (
+            f"<p>A peer with fewer than {record['right_percent']:g} % of the float model's answers is marked as wrong; "
+            "right peer: the fastest of the others.</p>"
+        )
+    columns = {name: cell for name, cell in NUMBERS.items() if judged or name != "× right peer"}
+    return note + table_of(columns, record["rows"], bold=[row["ours"] for row in record["rows"]])
+
+
+def _kernels(record: Mapping[str, Any]) -> str:
+    """Time by kind of kernel, a column for each engine that can tell: milliseconds, and the share."""
+    rows = [row for row in record["rows"] if row.get("kernels")]
+    kinds = dict.fromkeys(kind for row in rows for kind in row["kernels"])
+    cells = [[escape(kind), *(kernel_text(row["kernels"], kind) for row in rows)] for kind in kinds]
+    heads = [f"{_name(row, plot=False)}, batch {row['batch']}" for row in rows]
+    note = "<p>Milliseconds of a batch by kind of kernel, as the engine itself counts them, and their share.</p>"
+    return note + table(["", *heads], cells) if rows else ""
+
+
+def kernel_text(kernels: Mapping[str, float], kind: str) -> str:
+    """Milliseconds of a kind of kernel, and its share of all: `0.812 (23 %)`."""
+    if kind not in kernels:
+        return ""
+    return f"{significant(kernels[kind], 3)} ({100 * kernels[kind] / max(sum(kernels.values()), 1e-12):.0f} %)"
 
 
 def _arithmetic(record: Mapping[str, Any]) -> str:
@@ -199,5 +249,5 @@ def _arithmetic(record: Mapping[str, Any]) -> str:
 
 
 def _skipped(record: Mapping[str, Any]) -> str:
-    names = {"": lambda row: escape(f"{row['engine']} {row['precision']}"), "why": lambda row: escape(row["reason"])}
+    names = {"": lambda row: escape(name_of(row)), "why": lambda row: escape(row["reason"])}
     return table_of(names, rows, text=2) if (rows := record.get("skipped")) else ""

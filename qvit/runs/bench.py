@@ -1,7 +1,7 @@
 """One benchmark from options to plain data: the run behind `qvit bench`.
 
-    MODEL   float model → ptq(plan) → artifact in memory ┐
-    FILE    artifact → float model with the file's dequantized weights      ┴→ our engines, peers → measure → rows
+    MODEL   float model → ptq(plan) → artifact in memory, for every plan  ┐
+    FILE    artifact → float model with the file's dequantized weights    ┴→ our engines, peers → measure → rows
 
 Images are of the user's data, or noise. Noise is as good for the speed, which does not depend on the values; what the
 engines answer to it says little, and the result says that it is noise. Peers quantize on the same calibration images as
@@ -18,7 +18,8 @@ import platform
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,9 +31,9 @@ from torch import Tensor, nn
 
 from qvit.data.open import Reading, calibration_batches, data_config_of
 from qvit.deploy.bench.hardware import cpu_instructions, hardware
-from qvit.deploy.bench.lineup import Lineup, chosen
+from qvit.deploy.bench.lineup import Lineup, Packed, chosen
 from qvit.deploy.bench.peers import Material
-from qvit.deploy.bench.timing import Progress, answers, batch_of, measure, rows_of
+from qvit.deploy.bench.timing import RIGHT, Progress, answers, batch_of, measure, profiles, rows_of
 from qvit.deploy.packages import missing
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.method import ptq
@@ -55,12 +56,12 @@ PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx")
 
 
 @dataclass(frozen=True)
-class _Subject:
-    """What is measured: the float model, the artifact and what it simulates, images, and how to speak of them."""
+class BenchSubject:
+    """What is measured: the float model, ours by every plan, images, and how to speak of them."""
 
+    name: str
     model: nn.Module
-    artifact: Any
-    quantized: nn.Module
+    packed: list[Packed]
     calibration: list[Tensor]
     judged: Tensor
     note: str
@@ -88,18 +89,15 @@ def bench(
         UsageError: An invalid option.
         QvitError: Weights, data or a file that cannot be read, or no engine that runs.
     """
-    _check(request)
+    check(request)
     before = torch.get_num_threads()
     threads = request.threads or before
     torch.set_num_threads(threads)
     try:
         names = chosen(request.engines, peers=request.peers)
-        subject = _open(request, notify)
-        precision = _precision(subject.quantized)
         with tempfile.TemporaryDirectory(prefix="qvit-bench-") as folder:
-            size = _artifact_bytes(request, subject, Path(folder))
-            material = Material(subject.model, subject.calibration, threads, Path(folder))
-            lineup = Lineup(names, subject.artifact, precision, material, file_bytes=size)
+            subject = open_bench(request, Path(folder), notify, progress)
+            lineup = Lineup(names, subject.packed, Material(subject.model, subject.calibration, threads, Path(folder)))
             rows = _measure_all(request, subject, lineup, progress)
     finally:
         torch.set_num_threads(before)
@@ -109,17 +107,25 @@ def bench(
     return {
         "format": FORMAT,
         "version": VERSION,
-        "model": subject.artifact.model_name,
-        "plan": subject.artifact.plan.name,
+        "model": subject.name,
+        "plan": ", ".join(packed.plan for packed in subject.packed),
         "threads": threads,
         "batch": request.batches[0] if len(request.batches) == 1 else list(request.batches),
         "rows": rows,
         "skipped": lineup.skipped,
         "images": subject.note,
-        "speed_only": request.data is None or subject.float_note.startswith(UNTRAINED),
+        "speed_only": _speed_only(request, subject),
+        "right_percent": RIGHT,
         "calibration_images": sum(map(len, subject.calibration)),
         "compared_images": len(subject.judged),
         "float_weights": subject.float_note,
+        **how_measured(request),
+    }
+
+
+def how_measured(request: BenchRequest) -> dict[str, Any]:
+    """How long, where, when and by which command something was measured."""
+    return {
         "rounds": request.rounds,
         "seconds": request.seconds,
         "max_seconds": request.max_seconds,
@@ -132,7 +138,13 @@ def bench(
     }
 
 
-def _check(request: BenchRequest) -> None:
+def _speed_only(request: BenchRequest, subject: BenchSubject) -> bool:
+    """Whether answers tell nothing: to noise, or of weights that were never trained."""
+    return request.data is None or subject.float_note.startswith(UNTRAINED)
+
+
+def check(request: BenchRequest) -> None:
+    """Raises UsageError for an invalid option, QvitError for a file that is not there."""
     if not request.batches or min(request.batches) < 1 or len(set(request.batches)) < len(request.batches):
         raise UsageError(f"batch sizes are different positive numbers, not {', '.join(map(str, request.batches))}")
     for name in ("images", "threads", "rounds", "calibration_images"):
@@ -143,8 +155,10 @@ def _check(request: BenchRequest) -> None:
         raise UsageError("seconds must be positive")
     if request.data is None and (request.eval_data or request.class_map):
         raise UsageError("--eval-data and --class-map go with --data")
+    if len(set(request.plans)) < len(request.plans):
+        raise UsageError(f"plans are different ones, not {', '.join(request.plans)}")
     if Path(request.model).is_file():
-        if request.plan is not None or request.pretrained or request.model_kwargs:
+        if request.plans or request.pretrained or request.model_kwargs:
             raise UsageError(f"{request.model} has its plan, its weights and its model: leave out the options for them")
     elif Path(request.model).suffix == SUFFIX or Path(request.model).is_absolute():
         raise QvitError(f"no file {request.model}")
@@ -153,11 +167,12 @@ def _check(request: BenchRequest) -> None:
 # Model and images
 
 
-def _open(request: BenchRequest, notify: Callable[[str], None]) -> _Subject:
-    return _open_file(request) if Path(request.model).is_file() else _open_model(request, notify)
+def open_bench(request: BenchRequest, folder: Path, notify: Callable[[str], None], progress: Progress) -> BenchSubject:
+    """The models and images of a request; files of artifacts are made in a folder."""
+    return _open_file(request) if Path(request.model).is_file() else _open_model(request, folder, notify, progress)
 
 
-def _open_file(request: BenchRequest) -> _Subject:
+def _open_file(request: BenchRequest) -> BenchSubject:
     from qvit.deploy.file.artifact import Artifact
 
     artifact = Artifact.load(request.model)
@@ -172,12 +187,11 @@ def _open_file(request: BenchRequest) -> _Subject:
         else:
             note = f"{UNTRAINED}: the file's weights do not fit the float model"
     bundle = None if request.data is None else open_images(request)
-    return _Subject(model, artifact, quantized, *_images(request, artifact.data_config, bundle), note)
+    packed = Packed(artifact.plan.name, artifact, precision_of(quantized), Path(request.model).stat().st_size)
+    return BenchSubject(artifact.model_name, model, [packed], *_images(request, artifact.data_config, bundle), note)
 
 
-def _open_model(request: BenchRequest, notify: Callable[[str], None]) -> _Subject:
-    from qvit.deploy.file.artifact import Artifact
-
+def _open_model(request: BenchRequest, folder: Path, notify: Callable[[str], None], progress: Progress) -> BenchSubject:
     bundle = None if request.data is None else open_images(request)
     classes = None if bundle is None else bundle.num_classes
     seed_everything(request.seed)
@@ -187,19 +201,53 @@ def _open_model(request: BenchRequest, notify: Callable[[str], None]) -> _Subjec
         note = f"of {Path(request.weights).name}" if request.weights else "timm's pretrained ones"
     config = data_config_of(model)
     calibration, judged, images = _images(request, config, bundle)
-    plan = request.plan or DEFAULT_PLAN
-    notify(f"quantizing {request.model} by {plan} on {sum(map(len, calibration))} images: {images}")
+    facts = {
+        "model_name": request.model,
+        "model_kwargs": ({} if classes is None else {"num_classes": classes}) | request.model_kwargs,
+        "data_config": config,
+        "class_names": () if bundle is None else tuple(bundle.class_names),
+        "provenance": {"made_by": "qvit bench", "images": images, "float_weights": note},
+    }
+    plans = _named(request.plans or (DEFAULT_PLAN,))
+    if new := [plan for plan in plans if Path(plan).suffix != SUFFIX]:
+        notify(f"quantizing {request.model} by {', '.join(new)} on {sum(map(len, calibration))} images: {images}")
+    packed = []
+    for done, (plan, name) in enumerate(plans.items()):
+        progress(f"quantizing by {name}", done, len(plans))
+        if plan in new:
+            packed.append(_quantized(model, plan, name, calibration, facts, folder))
+        else:
+            packed.append(_packed_file(plan, name, model, request.model))
+    return BenchSubject(request.model, model, packed, calibration, judged, images, note)
+
+
+def _named(plans: Sequence[str]) -> dict[str, str]:
+    """Plans and their names: that of the file, or where two have the same one, its path."""
+    names = {plan: Path(plan).stem for plan in plans}
+    count = Counter(names.values())
+    return {plan: name if count[name] == 1 else plan for plan, name in names.items()}
+
+
+def _quantized(
+    model: nn.Module, plan: str, name: str, calibration: list[Tensor], facts: dict[str, Any], folder: Path
+) -> Packed:
+    from qvit.deploy.file.artifact import Artifact
+
     quantized = ptq(model, plan, calibration)
-    artifact = Artifact.from_model(
-        quantized,
-        model_name=request.model,
-        model_kwargs=({} if classes is None else {"num_classes": classes}) | request.model_kwargs,
-        data_config=config,
-        class_names=() if bundle is None else tuple(bundle.class_names),
-        provenance={"made_by": "qvit bench", "images": images, "float_weights": note},
-        plan_name=Path(plan).stem,
-    )
-    return _Subject(model, artifact, artifact.model().eval(), calibration, judged, images, note)
+    artifact = Artifact.from_model(quantized, **facts, plan_name=name)
+    file = folder / f"artifact{SUFFIX}"
+    artifact.save(file)
+    return Packed(name, artifact, precision_of(quantized), file.stat().st_size)
+
+
+def _packed_file(file: str, name: str, model: nn.Module, model_name: str) -> Packed:
+    from qvit.deploy.file.artifact import Artifact
+
+    artifact = Artifact.load(file)
+    quantized = artifact.model()
+    if artifact.model_name != model_name or inspect_model(quantized).macs != inspect_model(model).macs:
+        raise UsageError(f"{file} is a {artifact.model_name}, not this {model_name}, or one of other sizes")
+    return Packed(name, artifact, precision_of(quantized), Path(file).stat().st_size)
 
 
 def _images(request: BenchRequest, config: dict[str, Any], bundle: Any) -> tuple[list[Tensor], Tensor, str]:
@@ -216,7 +264,7 @@ def _images(request: BenchRequest, config: dict[str, Any], bundle: Any) -> tuple
     return calibration, torch.cat(judged), str(bundle.note)
 
 
-def _precision(model: nn.Module) -> str:
+def precision_of(model: nn.Module) -> str:
     """`w8a8` where the blocks have one width for weights and one for activations, else `mixed`."""
     widths, sites = plan_of(model).widths(), inspect_model(model).sites
     found: dict[str, set[int]] = {"weight": set(), "activation": set()}
@@ -228,11 +276,13 @@ def _precision(model: nn.Module) -> str:
     return "mixed"
 
 
-def _measure_all(request: BenchRequest, subject: _Subject, lineup: Lineup, progress: Progress) -> list[dict[str, Any]]:
+def _measure_all(
+    request: BenchRequest, subject: BenchSubject, lineup: Lineup, progress: Progress
+) -> list[dict[str, Any]]:
     """The rows of all batch sizes."""
     lineup.prepare(progress)
     floats = _answers_of(subject.model, subject.judged)
-    simulated = _answers_of(subject.quantized, subject.judged)
+    simulated = {one.plan: _answers_of(one.artifact.model().eval(), subject.judged) for one in subject.packed}
     rows: list[dict[str, Any]] = []
     for batch in request.batches:
         images = batch_of(subject.judged, batch)
@@ -248,7 +298,9 @@ def _measure_all(request: BenchRequest, subject: _Subject, lineup: Lineup, progr
             max_seconds=request.max_seconds / len(request.batches),
             progress=lambda done, total, batch=batch: progress(f"batch {batch}", done, total),
         )
-        rows += rows_of(started, times, batch, logits, floats, simulated)
+        kernels = profiles(started, images, rounds=request.rounds) if request.profile else {}
+        judged = not _speed_only(request, subject)
+        rows += rows_of(started, times, batch, logits, floats, simulated, judged=judged, kernels=kernels)
         torch.compiler.reset()  # compiled code is for one batch size, and PyTorch keeps only so much for one model
     return rows
 
@@ -256,15 +308,6 @@ def _measure_all(request: BenchRequest, subject: _Subject, lineup: Lineup, progr
 def _answers_of(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.cat([model(part).float() for part in images.split(16)])
-
-
-def _artifact_bytes(request: BenchRequest, subject: _Subject, folder: Path) -> int:
-    """Size of the artifact's file."""
-    file = Path(request.model)
-    if not file.is_file():
-        file = folder / "artifact.safetensors"
-        subject.artifact.save(file)
-    return file.stat().st_size
 
 
 def _versions() -> dict[str, str]:

@@ -30,8 +30,10 @@ class BenchRequest(SubjectOptions):
     """A benchmark of our engines beside their peers; see `qvit.deploy.bench.timing.measure`."""
 
     model: config.Location = Field(description="a packed model's file, or timm's name of a float model")
-    plan: str | None = Field(
-        default=None, description="preset or plan file for a MODEL, by default `w8a8`; a file has its own plan"
+    plans: Sequence[str] = Field(
+        default=(),
+        description="preset, plan file or packed file of a MODEL, by default `w8a8`; repeatable, each is a row of "
+        "every engine of ours; a packed file as MODEL has its own",
     )
     batches: Sequence[int] = Field(default=(1,), description="images at a time; repeatable")
     engines: Sequence[str] | None = Field(
@@ -40,6 +42,7 @@ class BenchRequest(SubjectOptions):
         "`openvino-int8`; repeatable, by default all that are installed",
     )
     peers: bool = Field(default=True, description="measure the peers, too")
+    profile: bool = Field(default=False, description="time by kind of kernel, too, of engines that can tell")
     data: config.Location | None = Field(  # type: ignore[assignment]
         default=None,
         description="images to calibrate with and to compare answers on; by default noise, which is good for speed "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from qvit.plan.cost import CostModel, Matmul
 from qvit.plan.quant_plan import QuantPlan
 from qvit.plan.spec import Layout, PerHead, Site, TensorSpec
 
-UNITS = ("bit_operations", "weight_bytes", "latency")
+UNITS = ("bit_operations", "weight_bytes", "latency", "pairs")
 
 
 def small_cost(generator: np.random.Generator) -> CostModel:
@@ -59,10 +60,37 @@ def random_sensitivity(
     return Sensitivity.from_raw(raw, widths=widths, **fields)
 
 
+def measured_table(cost: CostModel, milliseconds: Callable[[int, int], float], **changes: Any) -> dict[str, Any]:
+    """A file of `qvit bench --latency-table` with these times of every product in the blocks at 2, 5 and 8 bits."""
+    products = [
+        {
+            "left": matmul.left,
+            "right": matmul.right,
+            "milliseconds": {f"w{m}a{n}": milliseconds(n, m) for n in (2, 5, 8) for m in (2, 5, 8)},
+        }
+        for matmul in cost.matmuls
+        if matmul.left.startswith("blocks")
+    ]
+    plan = {"plan": "w8a8", "precision": "w8a8", "milliseconds": 1.0, "milliseconds_quartiles": [1.0, 1.0]}
+    data = {
+        "format": "qvit-latency", "version": 1, "model": "small", "macs": cost.macs, "engine": "qvit-native",
+        "arithmetic": "", "threads": 1, "batch": 1, "divided_by": "macs", "largest_error": 0.0,
+        "plans": [plan | {"predicted_milliseconds": 1.0}], "products": products, "hardware": "CPU",
+        "date": "2020-01-02", "command": "c",
+    }  # fmt: skip
+    return data | changes
+
+
 def random_case(seed: int, kind: str) -> tuple[CostModel, Sensitivity, Any]:
     generator = np.random.default_rng(seed)
     cost = small_cost(generator)
     sensitivity = random_sensitivity(cost, generator)
+    if kind == "pairs":
+        return (
+            cost,
+            sensitivity,
+            measured_table(cost, lambda left, right: generator.uniform(0.1, 1) + left * right / 50),
+        )
     if kind != "latency":
         return cost, sensitivity, kind
     table = {
@@ -101,7 +129,7 @@ def test_no_plan_within_the_budget_is_better(seed: int, kind: str, share: float)
     plans = everything(cost, sensitivity)
     totals = [of.total(cost, widths) for widths in plans]
     budget = min(totals) + share * (max(totals) - min(totals))
-    budget = max(1, budget if kind == "latency" else int(budget))
+    budget = budget if kind in ("latency", "pairs") else max(1, int(budget))
     plan = allocate_plan(cost, sensitivity, budget, unit=unit)
     assert of.total(cost, plan.widths()) <= budget * (1 + 1e-12)
     best = min(sensitivity.predicted(w) for w, total in zip(plans, totals, strict=True) if total <= budget)
@@ -281,6 +309,62 @@ def test_latency_tables(tmp_path: Path) -> None:
     file.write_text("{")
     with pytest.raises(QvitError, match="cannot read the latency table"):
         allocate_plan(cost, sensitivity, "1ms", unit=str(file))
+
+
+def test_times_of_pairs_of_widths(tmp_path: Path) -> None:
+    """Products are fast where two widths are small together, as with sums in 16 bits."""
+    cost, sensitivity, _ = random_case(3, "weight_bytes")
+    table = measured_table(cost, lambda left, right: 1.0 if left + right <= 7 else 2.0)
+    file = tmp_path / "latency.json"
+    file.write_text(json.dumps(table))
+    unit = Unit.of(file, cost, "small")
+    blocks = [matmul for matmul in cost.matmuls if matmul.left.startswith("blocks")]
+    assert unit.total(cost, cost.uniform(2)) == len(blocks) and unit.total(cost, cost.uniform(8)) == 2 * len(blocks)
+    assert unit.total(cost, cost.uniform(8) | {"blocks.0.w": (2, 8)}) == 2 * len(blocks)  # 8 and 2 bits are slow, too
+    assert unit.rate(blocks[0], 3, 2) == 1.0  # by that of 5 and 2 bits, which is the next wider one that was measured
+    assert unit.rate(blocks[0], 3, 3) == 2.0  # by 5 and 5
+    plan = allocate_plan(cost, sensitivity, float(len(blocks)), unit=file)
+    widths = plan.widths()
+    assert all(max(widths[matmul.left]) + max(widths[matmul.right]) <= 7 for matmul in blocks)
+    assert unit.total(cost, widths) == len(blocks)
+    assert allocate_plan(cost, sensitivity, "8bit", unit=table).widths().keys() == widths.keys()
+    report = frontier_report(cost, sensitivity, unit=table)
+    assert report["unit"] == "milliseconds" and report["exact"] and report["points"][0]["cost"] == len(blocks)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "other"}, "the latency table is of 'other', the sensitivity of 'small'"),
+        ({"macs": 1}, "of a small of 1 MACs, this one has .* measure it at the same image size"),
+        ({"version": 2}, "key 'version' must be 1, not 2"),
+        ({"divided_by": "guess"}, "key 'divided_by' must be 'profile' or 'macs'"),
+        ({"products": []}, "key 'products' must be of at least 1 entries"),
+        ({"threads": -1}, "key 'threads' must be at least 0"),
+        ({"products": [{"left": "a", "right": "b", "milliseconds": {"w8a8": 1.0}}]}, "not in this model: 'a' × 'b'"),
+        ({"pair": {"w8a8": -1.0}}, "must be at least 0.0, not -1.0"),
+        ({"pair": {"w8a8": "1"}}, "must be a number, not '1'"),
+        ({"pair": {"8": 1.0}}, "'8' in the latency table is no pair of widths such as w4a8"),
+        ({"pair": {"w0a8": 1.0}}, "'w0a8' in the latency table is no pair of widths"),
+        ({"pair": {"w8a4": 1.0, "w4a8": 1.0}}, "lacks the widest pair w8a8 of 'blocks.0.w'"),
+        ({"pair": {"w2a2": 1.0}}, "no entry for 'blocks.0.x' at any width"),
+    ],
+)
+def test_measured_tables_are_refused_by_name(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    cost, sensitivity, table = random_case(3, "pairs")
+    if "pair" in changes:
+        own = {"left": "blocks.0.x", "right": "blocks.0.w", "milliseconds": changes.pop("pair")}
+        changes = {"products": [own]}
+    (tmp_path / "latency.json").write_text(json.dumps(table | changes))
+    pins = ["blocks.0.x=8"] if "no entry" in message else []
+    with pytest.raises(UsageError, match=message):
+        allocate_plan(cost, sensitivity, "90%" if not pins else 1.0, unit=tmp_path / "latency.json", pins=pins)
+
+
+def test_a_product_does_not_stand_in_a_table_twice() -> None:
+    cost, sensitivity, table = random_case(3, "pairs")
+    with pytest.raises(UsageError, match="a product twice: 'blocks.0.x' × 'blocks.0.w'"):
+        allocate_plan(cost, sensitivity, 1.0, unit=table | {"products": table["products"][:1] * 2})
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,19 @@ from torch import Tensor
 from qvit.deploy.bench import hardware, peers
 from qvit.deploy.bench.lineup import chosen
 from qvit.deploy.bench.peers import PEERS, Material, Peer
-from qvit.deploy.bench.timing import Contender, Times, answers, batch_of, compare, measure, quartiles, rows_of
+from qvit.deploy.bench.timing import (
+    Contender,
+    Times,
+    answers,
+    batch_of,
+    compare,
+    measure,
+    profiles,
+    quartiles,
+    rows_of,
+)
 from qvit.errors import QvitError, UsageError
-from qvit.runs.bench import BenchRequest, bench
+from qvit.runs.bench import BenchRequest, _named, bench
 
 IMAGES = torch.zeros(1, 1, 8, 8)
 
@@ -127,13 +137,14 @@ def test_compare() -> None:
 def test_rows_have_medians_quartiles_and_ratios() -> None:
     logits = torch.eye(4)
     contenders = [
-        Contender("qvit-torch", "w8a8", "int8", lambda x: x, 10, ours=True),
+        Contender("qvit-torch", "w8a8", "int8", lambda x: x, 10, ours=True, plan="p"),
         Contender("openvino", "int8", "int8", lambda x: x),
         Contender("pytorch", "fp32", "fp32", lambda x: x),
     ]
-    seconds = {"qvit-torch": [0.001, 0.002, 0.003, 0.1], "openvino-int8": [0.005], "pytorch-fp32": [0.01, 0.02]}
-    found = {"qvit-torch": logits.roll(1, 0), "openvino-int8": logits, "pytorch-fp32": logits}
-    first, second, third = rows_of(contenders, Times(seconds, 3), 2, found, logits, logits)
+    seconds = {"qvit-torch p": [0.001, 0.002, 0.003, 0.1], "openvino-int8": [0.005], "pytorch-fp32": [0.01, 0.02]}
+    found = {"qvit-torch p": logits.roll(1, 0), "openvino-int8": logits, "pytorch-fp32": logits}
+    about: dict[str, Any] = {"judged": False, "kernels": {"qvit-torch p": {"qkv": 1.0}}}
+    first, second, third = rows_of(contenders, Times(seconds, 3), 2, found, logits, {"p": logits}, **about)
     assert (first["milliseconds_median"], first["images_per_second"], first["calls"]) == (2.5, 800.0, 4)
     assert first["milliseconds_quartiles"] == [1.75, 27.25] and second["milliseconds_quartiles"] == [5.0, 5.0]
     assert [row["ratio_to_openvino_int8"] for row in (first, second, third)] == [0.5, 1.0, 3.0]
@@ -141,8 +152,39 @@ def test_rows_have_medians_quartiles_and_ratios() -> None:
     assert (first["top1_agreement"], first["agreement_with_simulated"]) == (0.0, 0.0)
     assert (second["top1_agreement"], second["agreement_with_simulated"]) == (100.0, None)
     assert quartiles([1.0]) == (1.0, 1.0)
-    alone = rows_of(contenders[:1], Times(seconds, 3), 2, found, logits, None)
+    assert [row["plan"] for row in (first, second)] == ["p", None]
+    assert [row["kernels"] for row in (first, second)] == [{"qkv": 1.0}, None]
+    assert [row["right"] for row in (first, second)] == [None, None] and first["ratio_to_right_peer"] is None
+    alone = rows_of(contenders[:1], Times(seconds, 3), 2, found, logits, {}, **about)
     assert alone[0]["ratio_to_openvino_int8"] is None and alone[0]["agreement_with_simulated"] is None
+
+
+def test_ratios_are_to_the_fastest_peer_that_answers_right() -> None:
+    """Of 40 images a peer may miss 2; one that is faster and misses 3 is no standard to be held against."""
+    floats = torch.eye(40)
+
+    def missing(count: int) -> Tensor:
+        return torch.cat([floats[:count].roll(1, 1), floats[count:]])
+
+    peers_ = [Contender(name, "int8", "", lambda x: x) for name in ("wrong", "right", "slow")]
+    ours = Contender("qvit-native", "w4a4", "", lambda x: x, ours=True, plan="w4a4")
+    seconds = {"wrong-int8": [0.001], "right-int8": [0.004], "slow-int8": [0.008], "qvit-native w4a4": [0.002]}
+    logits = {"wrong-int8": missing(3), "right-int8": missing(2), "slow-int8": floats, "qvit-native w4a4": missing(9)}
+    rows = rows_of([*peers_, ours], Times(seconds, 1), 1, logits, floats, {}, judged=True, kernels={})
+    assert [row["right"] for row in rows] == [False, True, True, None]
+    assert [row["ratio_to_right_peer"] for row in rows] == [0.25, 1.0, 2.0, 0.5]
+    logits |= {"right-int8": missing(3), "slow-int8": missing(4)}
+    rows = rows_of([*peers_, ours], Times(seconds, 1), 1, logits, floats, {}, judged=True, kernels={})
+    assert [row["ratio_to_right_peer"] for row in rows] == [None] * 4
+
+
+def test_profiles_are_medians_of_those_who_can_tell() -> None:
+    told = iter([{"qkv": 1.0, "fc1+gelu": 5.0}, {"qkv": 3.0}, {"qkv": 2.0, "fc1+gelu": 7.0}])
+    contenders = [
+        Contender("a", "w8a8", "", lambda x: x, ours=True, plan="p", profile=lambda images: next(told)),
+        Contender("b", "w8a8", "", lambda x: x, ours=True, plan="p"),
+    ]
+    assert profiles(contenders, IMAGES, rounds=3) == {"a p": {"qkv": 2.0, "fc1+gelu": 5.0}}
 
 
 # Who takes part
@@ -195,13 +237,90 @@ def test_bench_of_a_model_on_noise() -> None:
     assert exact["top1_agreement"] == 100.0 and exact["error_to_float"] < 1e-6
     assert exact["ratio_to_pytorch_fp32"] == 1.0 and exact["ratio_to_openvino_int8"] is None
     assert result["skipped"] == [
-        {"engine": "qvit-broken", "precision": "w8a8", "reason": "this CPU lacks what it needs"}
+        {"engine": "qvit-broken", "precision": "w8a8", "plan": "w8a8", "reason": "this CPU lacks what it needs"}
     ]
 
 
 @pytest.mark.usefixtures("fake_engines")
+def test_every_plan_is_a_row_of_each_engine_of_ours_and_peers_are_measured_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns: list[list[str]] = []
+
+    def noted(runners: Any, *args: Any, **limits: Any) -> Times:
+        turns.append(list(runners))
+        return measure(runners, *args, **limits)
+
+    monkeypatch.setattr("qvit.runs.bench.measure", noted)
+    engines = ["qvit-torch", "qvit-told", "pytorch-fp32"]
+    result = bench(quick(plans=("w8a8", "w4a4"), engines=engines, profile=True, data="digits"))
+    names = [(row["engine"], row["plan"], row["precision"]) for row in result["rows"]]
+    assert names == [
+        ("qvit-torch", "w8a8", "w8a8"), ("qvit-torch", "w4a4", "w4a4"), ("qvit-told", "w8a8", "w8a8"),
+        ("qvit-told", "w4a4", "w4a4"), ("pytorch", None, "fp32"),
+    ]  # fmt: skip
+    assert turns == [
+        ["qvit-torch w8a8", "qvit-torch w4a4", "qvit-told w8a8", "qvit-told w4a4", "pytorch-fp32"]
+    ]  # in the same rounds
+    assert result["plan"] == "w8a8, w4a4" and all(
+        row["agreement_with_simulated"] == 100.0 for row in result["rows"][:4]
+    )
+    fine, coarse = (row["error_to_float"] for row in result["rows"][:2])
+    assert 0 < fine < coarse
+    assert result["rows"][0]["kernels"] is None and result["rows"][2]["kernels"]["fc1+gelu"] == 0.125
+    assert result["rows"][4]["right"] is None and result["speed_only"]  # the weights are untrained
+
+
+@pytest.mark.usefixtures("fake_engines")
+def test_peers_are_judged_where_weights_are_trained_and_images_real(tmp_path: Path) -> None:
+    torch.save(digits_model().state_dict(), tmp_path / "float.pth")
+    options = {"weights": str(tmp_path / "float.pth"), "engines": ["qvit-torch", "pytorch-fp32"]}
+    ours, peer = bench(quick(data="digits", **options))["rows"]
+    assert (ours["right"], peer["right"], peer["ratio_to_right_peer"]) == (None, True, 1.0)
+    assert ours["ratio_to_right_peer"] == ours["ratio_to_pytorch_fp32"]
+    assert [row["right"] for row in bench(quick(**options))["rows"]] == [None, None]  # noise
+
+
+def test_plans_may_be_packed_files(fake_engines: type[FakeArtifact], tmp_path: Path) -> None:  # noqa: F811
+    for name, kwargs in (("learned", SMALL), ("other", SMALL | {"depth": 2})):
+        artifact = fake_engines(calibrated_model("w4a4", **kwargs), model_kwargs=dict(kwargs))
+        artifact.save(tmp_path / f"{name}.safetensors")
+    file = tmp_path / "learned.safetensors"
+    result = bench(quick(plans=("w8a8", str(file)), engines=["qvit-torch"]))
+    assert [row["plan"] for row in result["rows"]] == ["w8a8", "learned"]
+    assert result["rows"][1]["file_bytes"] == file.stat().st_size
+    with pytest.raises(UsageError, match=r"other\.safetensors is a vit_digits, not this vit_digits, or one of other"):
+        bench(quick(plans=(str(tmp_path / "other.safetensors"),), engines=["qvit-torch"]))
+
+
+def test_two_plan_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    paths = [str(tmp_path / folder / "plan.json") for folder in "ab"]
+    assert list(_named([*paths, "w8a8"]).values()) == [*paths, "w8a8"]
+
+
+@pytest.mark.usefixtures("fake_engines")
+def test_an_engine_that_refuses_a_model_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import qvit.deploy.engines as engines
+
+    def refuses(artifact: Any, name: str, *, threads: int | None = None) -> Any:
+        if artifact.plan.name == "w4a4":
+            raise UsageError("it does not run this model")
+        return create(artifact, name, threads=threads)
+
+    create = engines.create_engine
+    monkeypatch.setattr(engines, "create_engine", refuses)
+    result = bench(quick(plans=("w8a8", "w4a4"), engines=["qvit-torch"]))
+    assert [row["plan"] for row in result["rows"]] == ["w8a8"]
+    assert result["skipped"] == [
+        {"engine": "qvit-torch", "precision": "w4a4", "plan": "w4a4", "reason": "it does not run this model"}
+    ]
+    with pytest.raises(UsageError, match="does not run"):  # a name that is no engine's is a mistake
+        bench(quick(plans=("w4a4",), engines=["qvit-unknown"]))
+
+
+@pytest.mark.usefixtures("fake_engines")
 def test_bench_of_a_model_on_data_and_by_another_plan() -> None:
-    result = bench(quick(plan="w4a8", data="digits", engines=["qvit-torch"], calibration_images=16))
+    result = bench(quick(plans=("w4a8",), data="digits", engines=["qvit-torch"], calibration_images=16))
     (row,) = result["rows"]
     assert (row["precision"], result["batch"], result["plan"]) == ("w4a8", 1, "w4a8")
     assert "digits" in result["images"] and result["speed_only"]  # the float weights are untrained
@@ -215,7 +334,7 @@ def test_bench_of_a_file_takes_the_weights_in_it(fake_engines: type[FakeArtifact
     assert result["float_weights"] == "those of the file, dequantized" and ours["file_bytes"] == file.stat().st_size
     assert exact["error_to_float"] < 1e-6 < ours["error_to_float"] < 0.5
     with pytest.raises(UsageError, match="has its plan"):
-        bench(quick(model=str(file), plan="w8a8"))
+        bench(quick(model=str(file), plans=("w8a8",)))
     with pytest.raises(QvitError, match="no file"):
         bench(quick(model=str(tmp_path / "nothing.safetensors")))
 
@@ -227,7 +346,9 @@ def test_a_failing_peer_is_left_out_and_nothing_left_is_an_error(monkeypatch: py
 
     monkeypatch.setitem(PEERS._found, "new-int8", Peer("new", "int8", (), False, prepare))
     result = bench(quick(engines=["new", "qvit-torch"]))
-    assert result["skipped"] == [{"engine": "new", "precision": "int8", "reason": "RuntimeError: unsupported operator"}]
+    assert result["skipped"] == [
+        {"engine": "new", "precision": "int8", "plan": None, "reason": "RuntimeError: unsupported operator"}
+    ]
     with pytest.raises(QvitError, match="new int8: RuntimeError: unsupported operator"):
         bench(quick(engines=["new"]))
 
@@ -240,6 +361,7 @@ def test_a_failing_peer_is_left_out_and_nothing_left_is_an_error(monkeypatch: py
         ({"threads": 0}, "threads must be at least 1"),
         ({"seconds": 0.0}, "seconds"),
         ({"class_map": "x"}, "go with --data"),
+        ({"plans": ("w8a8", "w8a8")}, "plans are different ones, not w8a8, w8a8"),
     ],
 )
 def test_bench_refuses_what_cannot_be_meant(wrong: dict[str, Any], message: str) -> None:

@@ -10,19 +10,39 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch._dynamo
 from torch import Tensor
 
 from qvit.deploy.bench.peers.base import PEERS, Material, Prepared, quiet, without_gradients
 from qvit.deploy.bench.timing import Contender, Progress
-from qvit.errors import QvitError, UsageError, nearest
+from qvit.errors import QvitError, UsageError, first_line, nearest
 
 if TYPE_CHECKING:
     from qvit.deploy.file.artifact import Artifact
 
 _log = logging.getLogger(__name__)
 PREFIX = "qvit-"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A model of ours, quantized by one plan.
+
+    Attributes:
+        plan: The plan's name, another one for each.
+        artifact: What our engines run.
+        precision: What rows say, such as `w8a8`.
+        file_bytes: Size of the artifact's file; None if unknown.
+    """
+
+    plan: str
+    artifact: Artifact
+    precision: str
+    file_bytes: int | None = None
 
 
 def chosen(wanted: Sequence[str] | None, *, peers: bool = True) -> list[str]:
@@ -58,26 +78,21 @@ class Lineup:
     """Those who take part, and who does not and why.
 
     Attributes:
-        skipped: Rows of `engine`, `precision` and `reason`.
+        skipped: Rows of `engine`, `precision`, `plan` (of ours) and `reason`.
     """
 
-    def __init__(
-        self, names: Sequence[str], artifact: Artifact, precision: str, material: Material, *, file_bytes: int | None
-    ) -> None:
+    def __init__(self, names: Sequence[str], packed: Sequence[Packed], material: Material) -> None:
         """Prepares nothing yet.
 
         Args:
             names: As from `chosen`.
-            artifact: What our engines run.
-            precision: What the rows of our engines say, such as `w8a8`.
+            packed: What our engines run, each of them all of it.
             material: What peers are made from.
-            file_bytes: Size of the artifact's file.
         """
-        self.names, self.artifact, self.precision = names, artifact, precision
-        self.material, self.file_bytes = material, file_bytes
-        self.skipped: list[dict[str, str]] = []
+        self.names, self.packed, self.material = names, packed, material
+        self.skipped: list[dict[str, str | None]] = []
         self._prepared: dict[str, Prepared] = {}
-        self._engines: dict[str, Any] = {}
+        self._engines: dict[tuple[str, str], Any] = {}
 
     def prepare(self, progress: Progress) -> None:
         """Converts and quantizes the peers; takes minutes for large models."""
@@ -94,27 +109,36 @@ class Lineup:
 
     def start(self, images: Tensor) -> list[Contender]:
         """Who is ready for this batch (B, channels, height, width); each has answered it once."""
+        from qvit.deploy.engines import available_engines
+
         started: list[Contender] = []
+        installed = [PREFIX + name for name in available_engines()]
         for name in self.names:
             if name not in PEERS:
-                with self._noting(name, self.precision), quiet():
-                    started.append(self._engine(name, images))
+                for packed in self.packed:
+                    noting = self._noting(name, packed.precision, packed.plan, refuses=name in installed)
+                    with noting, self._compiling(), quiet():
+                        started.append(self._engine(name, packed, images))
             elif name in self._prepared:
                 peer = PEERS[name]
-                with self._noting(peer.engine, peer.precision, any_failure=True), quiet():
+                with self._noting(peer.engine, peer.precision, any_failure=True), self._compiling(), quiet():
                     started.append(self._peer(name, images))
         return started
 
-    def _engine(self, name: str, images: Tensor) -> Contender:
+    def _engine(self, name: str, packed: Packed, images: Tensor) -> Contender:
         from qvit.deploy.engines import create_engine
 
-        if name not in self._engines:
-            engine = create_engine(self.artifact, name.removeprefix(PREFIX), threads=self.material.threads)
-            self._engines[name] = engine
-        engine = self._engines[name]
+        key = (name, packed.plan)
+        if key not in self._engines:
+            engine = create_engine(packed.artifact, name.removeprefix(PREFIX), threads=self.material.threads)
+            self._engines[key] = engine
+        engine = self._engines[key]
         run = without_gradients(engine)
         run(images)
-        return Contender(name, self.precision, engine.arithmetic, run, self.file_bytes, ours=True)
+        return Contender(
+            name, packed.precision, engine.arithmetic, run, packed.file_bytes, ours=True, plan=packed.plan,
+            profile=getattr(engine, "profile", None),
+        )  # fmt: skip
 
     def _peer(self, name: str, images: Tensor) -> Contender:
         peer, ready = PEERS[name], self._prepared[name]
@@ -123,19 +147,28 @@ class Lineup:
         return Contender(peer.engine, peer.precision, ready.arithmetic, run, ready.file_bytes)
 
     @contextmanager
-    def _noting(self, engine: str, precision: str, *, any_failure: bool = False) -> Iterator[None]:
+    def _compiling(self) -> Iterator[None]:
+        """torch.compile keeps 8 forms of a function and leaves the ninth uncompiled; here every plan has its own."""
+        most = torch._dynamo.config.recompile_limit + 2 * len(self.packed)
+        with torch._dynamo.config.patch(recompile_limit=most):
+            yield
+
+    @contextmanager
+    def _noting(
+        self, engine: str, precision: str, plan: str | None = None, *, any_failure: bool = False, refuses: bool = False
+    ) -> Iterator[None]:
+        """Notes a QvitError, or any failure; a UsageError where that says what an engine refuses."""
         try:
             yield
-        except UsageError:
-            raise
         except Exception as error:
-            if not any_failure and not isinstance(error, QvitError):
+            if isinstance(error, UsageError) and not refuses or not (any_failure or isinstance(error, QvitError)):
                 raise
-            first = (str(error).strip() or "no message").splitlines()[0]
+            first = first_line(error)
             _log.debug("%s %s is left out", engine, precision, exc_info=True)
-            self._note(engine, precision, first if isinstance(error, QvitError) else f"{type(error).__name__}: {first}")
+            reason = first if isinstance(error, QvitError) else f"{type(error).__name__}: {first}"
+            self._note(engine, precision, reason, plan)
 
-    def _note(self, engine: str, precision: str, reason: str) -> None:
-        row = {"engine": engine, "precision": precision, "reason": reason}
+    def _note(self, engine: str, precision: str, reason: str, plan: str | None = None) -> None:
+        row = {"engine": engine, "precision": precision, "plan": plan, "reason": reason}
         if row not in self.skipped:
             self.skipped.append(row)

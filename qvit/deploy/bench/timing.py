@@ -7,7 +7,9 @@ are filled, and the threads of the engine before, which spin for a moment, come 
 longer than a turn is left without it.
 
 Reported are the median and the quartiles of all counted calls, and ratios of medians. Since a fast engine may be wrong,
-every row also says how its answers agree with those of the float model.
+every row also says how its answers agree with those of the float model. A peer is *right* where at least `RIGHT`
+percent of them are the same; the fastest right peer is what an engine of ours has to be compared with. Of answers to
+noise, or of untrained weights, nothing like that is said.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from qvit.errors import UsageError
 
 #: What ratios are relative to: key of the row → name of the engine.
 REFERENCES = {"ratio_to_openvino_int8": "openvino-int8", "ratio_to_pytorch_fp32": "pytorch-fp32"}
+#: From this share of first classes that are the float model's, in percent, a peer counts as right.
+RIGHT = 95.0
 Progress = Callable[[str, int, int], None]
 
 
@@ -40,6 +44,8 @@ class Contender:
         run: Answers a batch of images (B, channels, height, width) with logits (B, classes).
         file_bytes: Size of its model's files; None if unknown.
         ours: Whether it runs the quantized model of qvit.
+        plan: Name of that model's plan.
+        profile: From a batch to milliseconds by kind of kernel, for engines that can tell.
     """
 
     engine: str
@@ -48,11 +54,13 @@ class Contender:
     run: Runner
     file_bytes: int | None = None
     ours: bool = False
+    plan: str | None = None
+    profile: Callable[[Tensor], Mapping[str, float]] | None = None
 
     @property
     def name(self) -> str:
-        """`openvino-int8`; ours go by the engine alone."""
-        return self.engine if self.ours else f"{self.engine}-{self.precision}"
+        """`openvino-int8`; ours are `qvit-native w4a4`, by their plan."""
+        return f"{self.engine} {self.plan}" if self.ours else f"{self.engine}-{self.precision}"
 
 
 @dataclass
@@ -157,9 +165,26 @@ def compare(found: Tensor, reference: Tensor) -> dict[str, float]:
     return {"top1": 100.0 * float(same.double().mean()), "error": float(error)}
 
 
+def profiles(contenders: Sequence[Contender], images: Tensor, *, rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds by kind of kernel, medians over rounds, of those who can tell, by name.
+
+    Every round asks each of them once. A kind that is missing in a round took no time in it.
+    """
+    asked = {one.name: one.profile for one in contenders if one.profile is not None}
+    found: dict[str, list[Mapping[str, float]]] = {name: [] for name in asked}
+    for _ in range(rounds):
+        for name, profile in asked.items():
+            found[name].append(profile(images))
+    kinds = {name: dict.fromkeys(kind for one in own for kind in one) for name, own in found.items()}
+    return {
+        name: {kind: digits(statistics.median(one.get(kind, 0.0) for one in own)) for kind in kinds[name]}
+        for name, own in found.items()
+    }
+
+
 def rows_of(
     contenders: Sequence[Contender], times: Times, batch: int, logits: Mapping[str, Tensor], floats: Tensor,
-    simulated: Tensor | None,
+    simulated: Mapping[str, Tensor], *, judged: bool, kernels: Mapping[str, Mapping[str, float]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one batch size, as plain data.
 
@@ -169,36 +194,46 @@ def rows_of(
         batch: The batch size.
         logits: What each answered to the same images, by name (N, classes).
         floats: What the float model answered.
-        simulated: What the fake-quantized model answered; None if there is none.
+        simulated: What the fake-quantized model of each plan answered, by the plan's name.
+        judged: Whether answers tell which peer is right: images and weights are real.
+        kernels: Milliseconds by kind of kernel, by name, see `profiles`.
     """
     medians = {one.name: statistics.median(times.seconds[one.name]) for one in contenders}
+    agreements = {one.name: compare(logits[one.name], floats) for one in contenders}
+    right = {one.name: agreements[one.name]["top1"] >= RIGHT for one in contenders if judged and not one.ours}
+    fastest = min((medians[name] for name, is_right in right.items() if is_right), default=None)
     rows = []
     for one in contenders:
         seconds, median = times.seconds[one.name], medians[one.name]
-        to_float = compare(logits[one.name], floats)
-        to_ours = compare(logits[one.name], simulated) if one.ours and simulated is not None else None
+        to_float = agreements[one.name]
+        fake = simulated.get(one.plan) if one.plan is not None else None
+        to_ours = None if fake is None else compare(logits[one.name], fake)
         ratios = {
-            key: _digits(median / medians[reference]) if reference in medians else None
+            key: digits(median / medians[reference]) if reference in medians else None
             for key, reference in REFERENCES.items()
         }
         rows.append(
             {
                 "engine": one.engine,
                 "precision": one.precision,
+                "plan": one.plan,
                 "batch": batch,
-                "milliseconds_median": _digits(1000 * median),
-                "milliseconds_quartiles": [_digits(1000 * value) for value in quartiles(seconds)],
+                "milliseconds_median": digits(1000 * median),
+                "milliseconds_quartiles": [digits(1000 * value) for value in quartiles(seconds)],
                 **ratios,
-                "images_per_second": _digits(batch / median),
+                "ratio_to_right_peer": None if fastest is None else digits(median / fastest),
+                "images_per_second": digits(batch / median),
                 "calls": len(seconds),
                 "rounds": times.rounds,
                 "top1_agreement": round(to_float["top1"], 2),
-                "error_to_float": _digits(to_float["error"]),
+                "right": right.get(one.name),
+                "error_to_float": digits(to_float["error"]),
                 "agreement_with_simulated": None if to_ours is None else round(to_ours["top1"], 2),
-                "error_to_simulated": None if to_ours is None else _digits(to_ours["error"]),
+                "error_to_simulated": None if to_ours is None else digits(to_ours["error"]),
                 "arithmetic": one.arithmetic,
                 "file_bytes": one.file_bytes,
                 "ours": one.ours,
+                "kernels": kernels.get(one.name),
             }
         )
     return rows
@@ -217,6 +252,6 @@ def _filled(images: Tensor, batch: int) -> Tensor:
     return images[torch.arange(batch) % len(images)]
 
 
-def _digits(value: float) -> float:
+def digits(value: float) -> float:
     """Five significant digits."""
     return float(f"{value:.5g}")
