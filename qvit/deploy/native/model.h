@@ -139,22 +139,33 @@ inline void add_row(const float* __restrict x, int n, float* __restrict to) {
     for (int j = 0; j < n; ++j) to[j] += x[j];
 }
 
-// Sixteen maxima, each of every sixteenth number.
+// Sixteen maxima, each of every sixteenth number of a row of a tile.
 inline void greatest_of(const float* __restrict x, float* __restrict most) {
-    for (int j = 0; j < kColumns; j += 16)
-        for (int t = 0; t < 16; ++t) most[t] = x[j + t] > most[t] ? x[j + t] : most[t];
+    static_assert(kColumns == 16 || kColumns == 32);
+    for (int t = 0; t < 16; ++t) {
+        const float a = x[t], b = x[t + kColumns - 16], greater = a > b ? a : b;
+        most[t] = greater > most[t] ? greater : most[t];
+    }
 }
 
-// exp(x - most) and its sum; n is a multiple of 16. The numbers themselves stay where they are unless `keep`.
-template <bool keep>
-float exponentials(float* x, int n, float most) {
+// Four rows of bytes, a byte of each in turn.
+inline void interleave(const int8_t* __restrict a, const int8_t* __restrict b, const int8_t* __restrict c,
+                       const int8_t* __restrict d, int n, int8_t* __restrict to) {
+    using Word = uint32_t __attribute__((may_alias));
+    auto* words = reinterpret_cast<Word*>(to);
+    for (int t = 0; t < n; ++t)
+        words[t] = uint32_t(uint8_t(a[t])) | uint32_t(uint8_t(b[t])) << 8 | uint32_t(uint8_t(c[t])) << 16 |
+                   uint32_t(uint8_t(d[t])) << 24;
+}
+
+// exp(x - most) in place, and sums of multiples of 16 numbers. Not inlined: inside `attend` GCC 12 leaves loops scalar.
+__attribute__((noinline)) inline void exponentials(float* __restrict x, int n, float most) {
+    for (int j = 0; j < n; ++j) x[j] = exponential(x[j] - most);
+}
+inline float sum_of(const float* __restrict x, int n) {
     float lane[16] = {}, total = 0;
     for (int j = 0; j < n; j += 16)
-        for (int t = 0; t < 16; ++t) {
-            const float e = exponential(x[j + t] - most);
-            if (keep) x[j + t] = e;
-            lane[t] += e;
-        }
+        for (int t = 0; t < 16; ++t) lane[t] += x[j + t];
     for (float value : lane) total += value;
     return total;
 }
@@ -325,7 +336,7 @@ struct Stage {
 
 struct Scratch {
     Buffer<uint8_t> codes, second_codes, hidden, probs, second, queries;
-    Buffer<float> rows, scores, projected, wide;
+    Buffer<float> rows, scores, exponentials, projected, wide;
     Panels keys, values;
     Buffer<float> key_add;
     double seconds[kKinds] = {};
@@ -706,12 +717,8 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
         for (int r = 0; r < 4; ++r) from[r] = i + r < area ? values(i + r) : nothing;
         for (int begin = 0; begin < d; begin += kColumns) {
             int8_t* to = weighted.bytes.data() + (size_t(begin / kColumns) * weighted.groups + i / 4) * kColumns * 4;
-            for (int t = 0; t < std::min(kColumns, d - begin); ++t) {
-                const int c = begin + t;
-                const uint32_t word = uint32_t(uint8_t(from[0][c])) | uint32_t(uint8_t(from[1][c])) << 8 |
-                                      uint32_t(uint8_t(from[2][c])) << 16 | uint32_t(uint8_t(from[3][c])) << 24;
-                std::memcpy(to + 4 * t, &word, 4);
-            }
+            interleave(from[0] + begin, from[1] + begin, from[2] + begin, from[3] + begin,
+                       std::min(kColumns, d - begin), to);
         }
         for (int r = 0; r < 4; ++r)
             for (int t = 0; t < d; ++t) value_sums[t] += from[r][t];
@@ -755,11 +762,14 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
             float most = s[0];
             for (float value : greatest[i]) most = value > most ? value : most;
             if (block.log_steps) {
-                const float total = exponentials<false>(s, columns, most);
-                log_levels(s, columns, most, std::log2(total * grids.probs.scale), block.log_steps, highest, p, second);
+                own.exponentials.assign(s, s + columns);
+                exponentials(own.exponentials.data(), columns, most);
+                const float level_of_one = std::log2(sum_of(own.exponentials.data(), columns) * grids.probs.scale);
+                log_levels(s, columns, most, level_of_one, block.log_steps, highest, p, second);
                 continue;
             }
-            const float total = exponentials<true>(s, columns, most);
+            exponentials(s, columns, most);
+            const float total = sum_of(s, columns);
             Grid grid = grids.probs;
             grid.offset *= total, grid.inverse /= total;
             encode(s, columns, grid, p);
