@@ -173,16 +173,19 @@ class _Scores(Document):
 
     Attributes:
         version: 2; 0.1.0 wrote none, and `seconds` in another form (`upgraded`).
+        accuracy: Of test images with labels, as `top5`; None without.
         agreement: Share of test images with the same first answer as the float model's.
+        divergence: Mean of KL(p_float || p) over test images, in nats.
         seconds: By stage (`calibrate`, `sensitivity`, `allocate`, `reconstruct`, `train`, `evaluate`), and `total`.
     """
 
     version: Annotated[int, Field(ge=1, le=RESULT_VERSION)] = RESULT_VERSION
-    accuracy: Percent
+    accuracy: Percent | None
     bit_operations: Count
     weight_bytes: Count
     top5: Percent | None = None
     agreement: Percent | None = None
+    divergence: Positive | None = None
     images: Count | None = None
     seconds: Annotated[dict[Name, Positive], Field(max_length=100)] = {}
     model: Name | None = None
@@ -213,7 +216,7 @@ class Outcome(_Scores):
     """A result that commands print."""
 
     method: Name
-    float_accuracy: Percent
+    float_accuracy: Percent | None
 
     @model_validator(mode="after")
     def _is_timed(self) -> Outcome:

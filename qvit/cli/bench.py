@@ -20,7 +20,7 @@ def bench(
         Given,
         Fields(
             BenchRequest,
-            "model plan batches engines peers weights pretrained model_kwargs data eval_data class_map "
+            "model plan batches engines peers weights pretrained model_kwargs data eval_data class_map unlabelled "
             "calibration_images images threads rounds seconds max_seconds on_bad_image workers seed",
             flags={"batches": ["--batch"], "engines": ["--engine"]},
         ),

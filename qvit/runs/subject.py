@@ -29,6 +29,7 @@ from qvit.data.open import (
     data_config_of,
     eval_loader,
     open_data,
+    require_labels,
 )
 from qvit.errors import UsageError
 from qvit.models.create import create_model
@@ -118,28 +119,42 @@ def open_images(options: ImageOptions) -> DataBundle:
         options.data,
         test_data=options.eval_data,
         class_map=options.class_map,
+        unlabelled=options.unlabelled,
         test_share=options.test_share,
         monitor_share=options.monitor_share,
         seed=options.seed,
     )
 
 
-def float_model(options: SubjectOptions, num_classes: int | None, *, load: bool = True) -> nn.Module:
+def float_model(
+    options: SubjectOptions, num_classes: int | None, *, load: bool = True, new_classifier: bool = True
+) -> nn.Module:
     """The float model for images of so many classes (None: as many as timm's has), with its weights if they are loaded.
+
+    Args:
+        options: Which model and weights.
+        num_classes: Classes of the images.
+        load: Whether the weights are loaded.
+        new_classifier: Whether a classifier of another size than that of the weights may start untrained.
 
     Raises:
         UsageError: A model that there is not, or one with too few classes.
-        QvitError: Weights that cannot be read.
+        QvitError: Weights that cannot be read, or a classifier that they do not fit.
     """
     kwargs = ({} if num_classes is None else {"num_classes": num_classes}) | options.model_kwargs
     if num_classes is not None and kwargs["num_classes"] < num_classes:
         raise UsageError(f"the data have {num_classes} classes, the model is asked for {kwargs['num_classes']}")
     weights = options.weights if load else None
-    return create_model(options.model, weights=weights, pretrained=options.pretrained and load, **kwargs)
+    pretrained = options.pretrained and load
+    return create_model(options.model, weights=weights, pretrained=pretrained, new_classifier=new_classifier, **kwargs)
 
 
 def open_subject(
-    options: SubjectOptions, processes: Processes | None = None, notify: Callable[[str], None] = lambda _: None
+    options: SubjectOptions,
+    processes: Processes | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+    *,
+    new_classifier: bool = True,
 ) -> Subject:
     """Opens images and model; the global generators are seeded in between.
 
@@ -147,16 +162,19 @@ def open_subject(
         options: Which.
         processes: Those that work together; None: this one alone.
         notify: Is told what the images are.
+        new_classifier: See `float_model`.
 
     Raises:
-        UsageError: An option that cannot be meant, or training images that are judged by, too.
+        UsageError: An option that cannot be meant, or a measurement of accuracy on images without labels.
         QvitError: Weights or data that cannot be read.
     """
     processes = processes or Processes(options.device)
     bundle = open_images(options)
     notify(bundle.note)
     seed_everything(options.seed)
-    model = float_model(options, bundle.num_classes).to(processes.device).eval()
+    if isinstance(options, Request):
+        require_labels(bundle.test, "to judge by")
+    model = float_model(options, bundle.num_classes, new_classifier=new_classifier).to(processes.device).eval()
     judged = _drawn(bundle.test, options.images, options.seed) if isinstance(options, Request) else bundle.test
     return Subject(options, model, bundle, judged, data_config_of(model), processes)
 
