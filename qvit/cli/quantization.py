@@ -51,6 +51,9 @@ def ptq(
     [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data imagenet --budget 6bit --metric fisher --out runs/mixed[/]
 
     [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data photos --budget w8a8 --out runs/photos[/]
+
+    [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data imagenet --max-drop 0.5 --objective bytes --out
+    runs/gate[/]
     """
     from qvit.runs.run import train
 
@@ -72,7 +75,22 @@ def ptq(
         f"{found}, {bops(result['bit_operations'])} bit operations, weights {size(result['weight_bytes'])}, "
         f"{result['seconds']['total']:.0f} s"
     )
+    if gate := result.get("gate"):
+        say(_of_gate(gate))
     say(f"run: {run.absolute()}   (`qvit report {run}` draws it)")
+
+
+def _of_gate(gate: dict[str, Any]) -> str:
+    """What an accuracy gate found, and how sure that is."""
+    plan = next(trial["plan"] for trial in reversed(gate["trials"]) if trial["within"])
+    lost = f"loses {gate['drop']:.2f} points of top-1"
+    if gate["measure"] == "agreement":
+        lost = f"changes {gate['drop']:.2f} % of the answers"
+    return (
+        f"gate: {plan} {lost} on {gate['images']} images that neither calibrated nor chose it; on more images of their "
+        f"kind at most {gate['max_drop']:g} with {100 * gate['confidence']:.0f} % confidence, at most "
+        f"{gate['drop_at_most']:.2f} with 95 %"
+    )
 
 
 @contextmanager

@@ -34,7 +34,15 @@ from qvit.data.collection import (
 )
 from qvit.data.digits import DIGITS
 from qvit.data.images import ImageDataset, ImageSource, ImageStore
-from qvit.data.loading import CalibrationImages, LoaderLike, Source, calibration_batches, eval_loader, train_loader
+from qvit.data.loading import (
+    CalibrationImages,
+    LoaderLike,
+    Source,
+    beside_calibration,
+    calibration_batches,
+    eval_loader,
+    train_loader,
+)
 from qvit.data.reading import Reading
 from qvit.data.shards import ShardSource
 from qvit.errors import QvitError, UsageError
@@ -50,6 +58,7 @@ __all__ = [
     "Reading",
     "ShardSource",
     "Source",
+    "beside_calibration",
     "calibration_batches",
     "data_config_of",
     "eval_loader",

@@ -180,8 +180,8 @@ def _untrained(weights: str, theirs: Any, ours: Any) -> QvitError:
     """The error for a classifier that the weights do not fit, where nothing would train it."""
     return QvitError(
         f"{weights} have {theirs} classes, the model {ours}, and nothing trains its classifier: name the classes of "
-        "the weights by a class map (--class-map) or their number (-m num_classes=N), or give --unlabelled if folders are "
-        "no classes"
+        "the weights by a class map (--class-map) or their number (-m num_classes=N), or give --unlabelled if folders "
+        "are no classes"
     )
 
 

@@ -91,7 +91,7 @@ def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
     }
 
 
-def _count_images(config: TrainConfig) -> tuple[dict[str, int], int]:
+def _count_images(config: TrainConfig) -> tuple[dict[str, int], int | None]:
     bundle = open_images(config)
     sources = {"train": bundle.train, "held out": bundle.held_out, "test": bundle.test}
     return {name: len(source) for name, source in sources.items() if source is not None}, bundle.num_classes

@@ -283,6 +283,8 @@ class _Run:
         size = min(method.calibration_batch, self.config.calibration_images)
         images = subject.calibration_images(method.images, size)
         given = Preparation(images, self.folder, self.watch, self.notify, progress)
+        if method.deciding_images:
+            given = replace(given, deciding=subject.deciding_images(method.deciding_images, method.images))
         return self.processes.share(method.quantized(subject.model, plan, given))
 
     def trained(self, model: nn.Module, state: dict[str, Any] | None, *, quiet: bool) -> tuple[nn.Module, RunLog, int]:

@@ -26,12 +26,13 @@ from qvit.data.open import (
     Reading,
     ShardSource,
     Source,
+    beside_calibration,
     data_config_of,
     eval_loader,
     open_data,
     require_labels,
 )
-from qvit.errors import UsageError
+from qvit.errors import QvitError, UsageError
 from qvit.models.create import create_model
 from qvit.runs.requests import Request
 from qvit.training.checkpoint import seed_everything
@@ -39,6 +40,8 @@ from qvit.training.config import ImageOptions, SubjectOptions
 from qvit.training.processes import Processes
 
 Progress = Callable[[str, int, int], None]
+#: The fewest images that an accuracy gate decides by.
+FEWEST_DECIDE = 16
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,22 @@ class Subject:
     def calibration_images(self, images: int, batch_size: int | None = None) -> CalibrationImages:
         """Training images, drawn by the seed, in batches that can be iterated any number of times."""
         return CalibrationImages(self.bundle.train, self.data_config, self.reading(batch_size), images)
+
+    def deciding_images(self, images: int, calibration: int) -> tuple[LoaderLike, LoaderLike]:
+        """Two halves of at most `images` training images beside the `calibration` first ones of the seed's draw.
+
+        Raises:
+            QvitError: Fewer than `FEWEST_DECIDE` images are left.
+        """
+        source = beside_calibration(self.bundle.train, self.options.seed, calibration, images)
+        if len(source) < FEWEST_DECIDE:
+            raise QvitError(
+                f"{len(source)} of the {len(self.bundle.train)} training images are left to decide by, beside "
+                f"{calibration} that calibrate; at least {FEWEST_DECIDE} are needed, better 500: give more images, or "
+                "fewer --calibration-images"
+            )
+        first, second = (self.loader(source.subset(range(start, len(source), 2))) for start in (0, 1))
+        return first, second
 
     def calibration(self, *, images: int | None = None, skip: int = 0) -> Iterator[Tensor]:
         """Batches of the training images that a `Request` asks for; `skip` leaves out the first ones of that draw."""
