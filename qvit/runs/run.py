@@ -31,6 +31,7 @@ from qvit.data.labels.loading import StoredLabels
 from qvit.data.loading import Source
 from qvit.data.open import (
     AugmentConfig,
+    ImageSource,
     Reading,
     data_config_of,
     eval_loader,
@@ -181,6 +182,8 @@ def evaluate_run(
     model = load_run(run, place)
     source = _images_to_score(config, record, data, class_map)
     require_labels(source, TO_SCORE_BY)
+    if class_map is None and not record.get("class_names"):
+        require_all_classes(source, int(record["num_classes"]))
     return evaluate(
         model,
         eval_loader(source, data_config_of(model), Reading(batch_size, workers, place)),
@@ -194,7 +197,17 @@ def _images_to_score(config: TrainConfig, record: dict[str, Any], data: str, cla
     same_classes = class_map is None or str(Path(class_map).resolve()) == config.class_map
     if own and same_classes and config.eval_data is None:
         return open_images(config).test
-    return open_source(data, class_map=class_map, class_names=None if class_map else record["class_names"] or None)
+    names = None if class_map else record["class_names"] or None
+    return open_source(data, class_map=class_map, class_names=names)
+
+
+def require_all_classes(source: Source, classes: int) -> None:
+    """Raises UsageError if folders cannot be told to be classes of a model that was made without labels."""
+    if isinstance(source, ImageSource) and source.num_classes != classes:
+        raise UsageError(
+            f"{source.name} has {source.num_classes} class folders, and the model {classes} classes whose folders it "
+            "does not know: give a class map with --class-map"
+        )
 
 
 def _execute(

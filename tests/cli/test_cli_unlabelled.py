@@ -81,12 +81,16 @@ def test_evaluate_needs_labels(ptq: Any, qvit: Qvit, photos: Path, tmp_path: Pat
     for model in (run, run / "packed.safetensors"):
         message = qvit("evaluate", model, "--data", photos, "--device", "cpu").failed(2)
         assert "photos has no labels to score by; `qvit ptq` judges without labels" in message
+        pets = make_images(tmp_path / "pets", {"cat": 2, "dog": 2})
+        message = qvit("evaluate", model, "--data", pets, "--device", "cpu").failed(2)
+        assert "pets has 2 class folders, and the model 10 classes whose folders it does not know" in message
 
 
 def test_training_needs_labels_or_a_teacher(qvit: Qvit, photos: Path, tmp_path: Path) -> None:  # noqa: F811
     command = ["train", *SMALL_VIT, "--method", "float", "--data", photos, *QUICK, "--out", tmp_path / "run"]
     message = qvit(*command).failed(2)
     assert "photos (train) has no labels to train by: give class folders, or learn from a teacher's answers" in message
+    assert "no labels to train by" in qvit(*command, "--dry-run").failed(2)
     assert "no labels to train by" in qvit(*command, "--distill", "1", "--teacher", "vit_digits").failed(2)
     assert not (tmp_path / "run").exists()
     store, teacher = tmp_path / "labels", ["--teacher", tmp_path / "teacher"]
