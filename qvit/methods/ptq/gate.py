@@ -308,9 +308,9 @@ class _Search:
         self.trials.append(trial)
         if new:
             write_json(self.gate.run / GATE, {"trials": self.trials})
-        verdict = "within" if within else "more than"
+        verdict, kept = "within" if within else "more than", "" if new else " (kept from before)"
         self.gate.notify(
-            f"{step} {plan.name}: {self.unit.format(self.price(plan))}, loses {loss.drop:.2f} points on "
+            f"{step} {plan.name}{kept}: {self.unit.format(self.price(plan))}, loses {loss.drop:.2f} points on "
             f"{loss.images} images, {verdict} {self.gate.max_drop:g}"
         )
 
