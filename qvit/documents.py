@@ -173,16 +173,19 @@ class _Scores(Document):
 
     Attributes:
         version: 2; 0.1.0 wrote none, and `seconds` in another form (`upgraded`).
+        accuracy: Of test images with labels, as `top5`; None without.
         agreement: Share of test images with the same first answer as the float model's.
+        divergence: Mean of KL(p_float || p) over test images, in nats.
         seconds: By stage (`calibrate`, `sensitivity`, `allocate`, `reconstruct`, `train`, `evaluate`), and `total`.
     """
 
     version: Annotated[int, Field(ge=1, le=RESULT_VERSION)] = RESULT_VERSION
-    accuracy: Percent
+    accuracy: Percent | None
     bit_operations: Count
     weight_bytes: Count
     top5: Percent | None = None
     agreement: Percent | None = None
+    divergence: Positive | None = None
     images: Count | None = None
     seconds: Annotated[dict[Name, Positive], Field(max_length=100)] = {}
     model: Name | None = None
@@ -202,18 +205,53 @@ class _Scores(Document):
         return data | {"seconds": seconds if total is None else seconds | {"total": total}}
 
 
+class GateTrial(Document):
+    """A plan that an accuracy gate tried: costs, and what it lost on the images that decide, in points."""
+
+    plan: Name
+    step: Literal["search", "confirm"]
+    bit_operations: Count
+    weight_bytes: Count
+    drop: Number
+    within: bool
+    images: Annotated[int, Field(ge=1, le=1 << 62)]
+    lost: Count
+    gained: Count
+
+
+class GateTrials(Document):
+    """`gate.json`: the trials of a search so far."""
+
+    trials: Annotated[list[GateTrial], Field(max_length=1000)]
+
+
+class Gate(GateTrials):
+    """What an accuracy gate found, see `methods/ptq/gate.py`; losses in points."""
+
+    max_drop: Positive
+    objective: Name
+    measure: Literal["accuracy", "agreement"]
+    drop: Number
+    images: Count
+    confidence: Annotated[float, Field(ge=0, le=1)]
+    drop_at_most: Number
+    search_drop: Number
+    search_images: Count
+
+
 class Result(_Scores):
     """`result.json`: the outcome of a finished run. Accuracies are percent, the other numbers plain counts."""
 
     method: Name | None = None
     float_accuracy: Percent | None = None
+    gate: Gate | None = None
 
 
 class Outcome(_Scores):
     """A result that commands print."""
 
     method: Name
-    float_accuracy: Percent
+    float_accuracy: Percent | None
 
     @model_validator(mode="after")
     def _is_timed(self) -> Outcome:

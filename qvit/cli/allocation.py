@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ def sensitivity(
         Given,
         Fields(
             Request,
-            "model data weights pretrained class_map images seed device workers model_kwargs",
+            "model data weights pretrained class_map unlabelled on_bad_image images seed device workers model_kwargs",
             help={
                 "model": "timm's name, vit_digits, or a finished run for --metric learned",
                 "data": "training images, as for `qvit train`",
@@ -105,12 +106,13 @@ def _measured(request: Request, target: Path, options: dict[str, Any]) -> Any:
     weights = {"weights": request.weights, "pretrained": request.pretrained}
     float_model = create_model(request.model, **weights, **request.model_kwargs).to(place).eval()
     batches = calibration_batches(
-        _training_images(request.data, request.class_map),
+        _training_images(request),
         data_config_of(float_model),
         images=request.images,
         batch_size=min(16, request.images),
         seed=request.seed,
         workers=request.workers,
+        on_bad_image=request.on_bad_image,
         device=place,
     )
     with progress_bar(hidden=False) as show:
@@ -124,18 +126,19 @@ def _measured(request: Request, target: Path, options: dict[str, Any]) -> Any:
         )
 
 
-def _training_images(data: str, class_map: str | None) -> Any:
+def _training_images(request: Request) -> Any:
     """The training images that `qvit train` would see; all of them where no share could be set aside for testing."""
     from qvit.data.open import open_data, open_source
 
+    which: dict[str, Any] = {"class_map": request.class_map, "unlabelled": request.unlabelled}
     try:
-        return open_data(data, class_map=class_map).train
+        return open_data(request.data, **which).train
     except UsageError:
         raise
     except QvitError as error:
-        if "too few images per class to set some aside" not in str(error):
+        if not re.search("too few images( per class)? to set some aside", str(error)):
             raise
-        return open_source(data, split="train", class_map=class_map)
+        return open_source(request.data, split="train", **which)
 
 
 def _show_types(found: Any) -> None:

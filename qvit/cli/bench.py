@@ -21,7 +21,7 @@ def bench(
         Given,
         Fields(
             BenchRequest,
-            "model plans batches engines peers weights pretrained model_kwargs data eval_data class_map "
+            "model plans batches engines peers weights pretrained model_kwargs data eval_data class_map unlabelled "
             "calibration_images images threads rounds seconds max_seconds profile on_bad_image workers seed",
             flags={"plans": ["--plan"], "batches": ["--batch"], "engines": ["--engine"], "profile": ["--profile"]},
         ),

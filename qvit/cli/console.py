@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -30,6 +30,16 @@ _MOST_COLUMNS = 500
 def say(text: str) -> None:
     """Prints one line of plain text as it is: no markup, no colours, no line breaks."""
     out.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def without_labels(result: Mapping[str, Any]) -> str:
+    """How near a run's answers are to the float model's, where images have no labels; for the middle of a line."""
+    if result["agreement"] is None:
+        return f"{result['images']} images without labels"
+    return (
+        f"same answer as the float model on {result['agreement']:.2f} % of {result['images']} images without labels, "
+        f"divergence {result['divergence']:.3g} nats"
+    )
 
 
 def print_table(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, Quiet, bops, boundary_width, err, notifier, print_json, say, size
+from qvit.cli.console import Json, Quiet, bops, boundary_width, err, notifier, print_json, say, size, without_labels
 from qvit.cli.options import Fields, Given, command
 from qvit.methods.ptq.options import PTQOptions
 from qvit.training.config import TrainConfig, validated
@@ -21,13 +21,13 @@ def ptq(
         Given,
         Fields(
             TrainConfig,
-            "model budget plan data eval_data class_map weights pretrained calibration_images batch_size seed device "
-            "workers threads model_kwargs",
+            "model budget plan data eval_data class_map unlabelled on_bad_image weights pretrained calibration_images "
+            "batch_size seed device workers threads model_kwargs",
             help={
                 "budget": "`w8a8`: that plan. `6bit`: the uniform plan; with `--metric`, mixed widths of at most its "
                 "bit operations. `21.455G`, `0.25`: bit operations, with `--metric` only",
                 "plan": "a plan file in place of a budget",
-                "data": "calibration images, as for `qvit train`; labels are not used",
+                "data": "calibration images, as for `qvit train`; labels are not used and need not be there",
                 "calibration_images": "images for ranges, sensitivities and biases",
                 "batch_size": "images per batch of the evaluation",
             },
@@ -49,6 +49,11 @@ def ptq(
     --reconstruct --out runs/deit-w4a4[/]
 
     [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data imagenet --budget 6bit --metric fisher --out runs/mixed[/]
+
+    [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data photos --budget w8a8 --out runs/photos[/]
+
+    [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data imagenet --max-drop 0.5 --objective bytes --out
+    runs/gate[/]
     """
     from qvit.runs.run import train
 
@@ -60,13 +65,32 @@ def ptq(
         result = train(config, run, overwrite=overwrite, quiet=silent, notify=notifier(silent), progress=progress)
     if as_json:
         return print_json(result)
+    found = without_labels(result)
+    if result["accuracy"] is not None:
+        found = (
+            f"top-1 {result['accuracy']:.2f} % (float {result['float_accuracy']:.2f} %), "
+            f"same answer on {result['agreement']:.2f} % of {result['images']} images"
+        )
     say(
-        f"top-1 {result['accuracy']:.2f} % (float {result['float_accuracy']:.2f} %), "
-        f"same answer on {result['agreement']:.2f} % of {result['images']} images, "
-        f"{bops(result['bit_operations'])} bit operations, weights {size(result['weight_bytes'])}, "
+        f"{found}, {bops(result['bit_operations'])} bit operations, weights {size(result['weight_bytes'])}, "
         f"{result['seconds']['total']:.0f} s"
     )
+    if gate := result.get("gate"):
+        say(_of_gate(gate))
     say(f"run: {run.absolute()}   (`qvit report {run}` draws it)")
+
+
+def _of_gate(gate: dict[str, Any]) -> str:
+    """What an accuracy gate found, and how sure that is."""
+    plan = next(trial["plan"] for trial in reversed(gate["trials"]) if trial["within"])
+    lost = f"loses {gate['drop']:.2f} points of top-1"
+    if gate["measure"] == "agreement":
+        lost = f"changes {gate['drop']:.2f} % of the answers"
+    return (
+        f"gate: {plan} {lost} on {gate['images']} images that neither calibrated nor chose it; on more images of their "
+        f"kind at most {gate['max_drop']:g} with {100 * gate['confidence']:.0f} % confidence, at most "
+        f"{gate['drop_at_most']:.2f} with 95 %"
+    )
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, Quiet, bops, notifier, pairs, print_json, print_table, say, size
+from qvit.cli.console import Json, Quiet, bops, notifier, pairs, print_json, print_table, say, size, without_labels
 from qvit.cli.options import Fields, Given, command
 from qvit.errors import UsageError
 from qvit.training.config import TrainConfig
@@ -31,8 +31,8 @@ def train(
         Given,
         Fields(
             TrainConfig,
-            "eval_data class_map on_bad_image accumulate distill teacher augment precision integer_forward workers "
-            "tensorboard",
+            "eval_data class_map unlabelled on_bad_image accumulate distill teacher augment precision integer_forward "
+            "workers tensorboard",
             panel="Settings that --set takes, too",
         ),
     ],
@@ -122,9 +122,12 @@ def _show_result(result: dict[str, Any], run: Path, as_json: bool) -> None:
         return None
     if as_json:
         return print_json(result)
-    of_float = "" if result["method"] == "float" else f" (float {result['float_accuracy']:.2f} %)"
+    found = without_labels(result)
+    if result["accuracy"] is not None:
+        of_float = "" if result["method"] == "float" else f" (float {result['float_accuracy']:.2f} %)"
+        found = f"accuracy {result['accuracy']:.2f} %{of_float}"
     say(
-        f"accuracy {result['accuracy']:.2f} %{of_float}, {bops(result['bit_operations'])} bit operations, "
+        f"{found}, {bops(result['bit_operations'])} bit operations, "
         f"weights {size(result['weight_bytes'])}, {result['seconds']['total']:.0f} s"
     )
     say(f"run: {run.absolute()}   (`qvit report {run}` draws it)")

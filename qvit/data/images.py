@@ -1,4 +1,4 @@
-"""Images on disk: folders, archives and Hugging Face data sets as rows of encoded images with a class folder each.
+"""Images on disk: folders, archives and Hugging Face data sets as rows of encoded images, most with a class folder.
 
 Listing is as in timm. What differs from its `ImageDataset`: an unreadable image is an error that names it, where timm
 warns and returns the next; names that tie in natural order ("a1", "a01") get a fixed order; archives are read by
@@ -7,6 +7,8 @@ index is written or unpickled; links that lead back to a folder above are not fo
 unpacked once, into the user's cache.
 
 A store has rows; an `ImageSource` is a selection of rows with their targets; its `dataset` decodes and transforms them.
+Whether the folders are classes is for `collection.py` to decide: a source without labels has no classes, and the target
+of each of its images is `NO_LABEL`.
 """
 
 from __future__ import annotations
@@ -41,13 +43,15 @@ logger = logging.getLogger(__name__)
 
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _MOST_FOLDERS = 1 << 20
+#: The target of an image without a label.
+NO_LABEL = -1
 
 
 class ImageStore(Protocol):
-    """Images by row number, each with the code of its class folder; what an `ImageSource` selects from."""
+    """Images by row number, each with the code of its folder; what an `ImageSource` selects from."""
 
     origin: str  # what the user named, for messages
-    folders: list[str]  # names of the class folders, sorted
+    folders: list[str]  # names of the innermost folders, sorted; empty for images that lie in none
     codes: np.ndarray  # [rows] index into `folders`
 
     def name(self, row: int) -> str: ...
@@ -56,7 +60,7 @@ class ImageStore(Protocol):
 
 
 class _FileStore:
-    """Encoded images with names `.../class/image.ext`; subclasses say how the bytes of a row are read.
+    """Encoded images with names such as `.../class/image.ext`; subclasses say how the bytes of a row are read.
 
     Names are kept as one string of file-system bytes and where each ends, and not as Python strings, so that forked
     workers do not copy a list of a million objects as they touch its reference counts.
@@ -64,12 +68,9 @@ class _FileStore:
 
     def __init__(self, origin: str, names: Sequence[str]) -> None:
         self.origin = origin
-        homeless = next((name for name in names if "/" not in name), None)
-        if homeless is not None:
-            raise QvitError(f"image {homeless!r} in {origin} lies in no class folder; each class needs a folder")
         encoded = [os.fsencode(name) for name in names]
         self._names, self._ends = b"".join(encoded), np.cumsum([0, *map(len, encoded)])
-        labels = [name.rsplit("/", 2)[-2] for name in names]
+        labels = [name.rpartition("/")[0].rpartition("/")[2] for name in names]
         self.folders = _in_order(set(labels))
         index = {label: code for code, label in enumerate(self.folders)}
         self.codes = np.array([index[label] for label in labels], dtype=np.int64)
@@ -207,7 +208,8 @@ def _images_in(path: Path) -> Iterator[Member]:
 
 def _no_images(origin: str) -> QvitError:
     return QvitError(
-        f"{origin} holds no images; images ({', '.join(get_img_extensions())}) are expected in one folder per class"
+        f"{origin} holds no images; images ({', '.join(get_img_extensions())}) are expected in it, or in a folder for "
+        "each class"
     )
 
 
@@ -259,7 +261,7 @@ def open_files(path: Path, origin: str) -> _FileStore:
     if not path.exists():
         raise missing_path(path, "the data", DIGITS)
     if not path.is_file() or not path.name.lower().endswith(_ARCHIVES):
-        raise UsageError(f"{origin} is neither a folder nor an archive ({', '.join(_ARCHIVES)}) of class folders")
+        raise UsageError(f"{origin} is neither a folder nor an archive ({', '.join(_ARCHIVES)}) of images")
     try:
         with path.open("rb") as file:
             compressed = file.read(2) == b"\x1f\x8b" or not path.name.lower().endswith(".tar")
@@ -283,13 +285,13 @@ def hub_splits(dataset: str) -> list[str]:
 
 
 class ImageSource:
-    """Labelled images in a fixed order, opened and ready to be read.
+    """Images in a fixed order, opened and ready to be read.
 
     Attributes:
         name: What they are, for people.
-        num_classes: How many classes the labels are from; with a class map more than have images.
-        class_names: The folder of each class.
-        targets: `[images]` int64, the class of each image.
+        num_classes: How many classes the labels are from; with a class map more than have images. 0 without labels.
+        class_names: The folder of each class; none without labels.
+        targets: `[images]` int64, the class of each image, or `NO_LABEL`.
         bad: Which of them turned out to be unreadable; one record for the images and all subsets of them.
     """
 
@@ -312,6 +314,11 @@ class ImageSource:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def labelled(self) -> bool:
+        """Whether each image has a label."""
+        return bool(self.class_names)
 
     def __len__(self) -> int:
         return len(self.rows)

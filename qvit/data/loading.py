@@ -126,10 +126,26 @@ def calibration_batches(
         config, transform = eval_config(data_config), eval_transform(data_config)
         loader: LoaderLike = shard_loader(source, config, transform, how, calibration=images)
     else:
-        order = torch.randperm(len(source), generator=torch.Generator().manual_seed(how.seed))
-        chosen = source.subset(order[:images], f"{source.name}, for calibration")
+        chosen = source.subset(_calibration_order(source, how.seed)[:images], f"{source.name}, for calibration")
         loader = eval_loader(chosen, data_config, how)
     return (batch for batch, _ in loader)
+
+
+def beside_calibration(source: Source, seed: int, calibration: int, images: int) -> ImageSource:
+    """At most `images` of the training images, none of those that the first `calibration` of a calibration are.
+
+    Raises:
+        UsageError: Shards, whose images cannot be read in any order.
+    """
+    if isinstance(source, ShardSource):
+        raise UsageError(f"{source.name} is read as a stream, of which no images can be kept apart from calibration")
+    chosen = _calibration_order(source, seed)[calibration : calibration + images]
+    return source.subset(chosen, f"{source.name}, beside calibration")
+
+
+def _calibration_order(source: ImageSource, seed: int) -> Tensor:
+    """The order in which a seed draws images for calibration."""
+    return torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
 
 
 def require_enough(source: Source, images: int) -> None:

@@ -80,6 +80,11 @@ class ShardSource:
     def num_classes(self) -> int:
         return len(self.class_names)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether each image has a label: in shards all have."""
+        return True
+
     def __len__(self) -> int:
         return self._images
 

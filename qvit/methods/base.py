@@ -8,7 +8,7 @@ data, loop, evaluation, files - is the same for all methods.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -49,6 +49,8 @@ class Preparation:
         watch: Takes the seconds of each stage.
         notify: Receives one line per stage.
         progress: Called after each step of a reconstruction, see `methods.ptq.reconstruction.Progress`.
+        deciding: Two sets of batches of images and class indices (negative without labels), together of
+            `Method.deciding_images` training images, none of them in `images`; none where none were asked for.
     """
 
     images: Iterable[Tensor]
@@ -56,6 +58,7 @@ class Preparation:
     watch: Stopwatch
     notify: Callable[[str], None]
     progress: Callable[[str, int, int, float], None] | None = None
+    deciding: Sequence[Iterable[tuple[Tensor, Tensor]]] = ()
 
 
 class Method(ComposedHooks):
@@ -92,6 +95,11 @@ class Method(ComposedHooks):
     def images(self) -> int:
         """How many training images `quantized` looks at."""
         return self.config.calibration_images
+
+    @property
+    def deciding_images(self) -> int:
+        """How many further training images `quantized` decides by; fewer will do if there are no more."""
+        return 0
 
     def quantized(self, model: nn.Module, plan: QuantPlan, given: Preparation) -> nn.Module:
         """The calibrated model with the quantizers of `plan`, made of a float model, which stays as it is."""

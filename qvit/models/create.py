@@ -82,15 +82,23 @@ def vit_digits(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     return model
 
 
-def create_model(name: str, *, weights: str | Path | None = None, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(
+    name: str,
+    *,
+    weights: str | Path | None = None,
+    pretrained: bool = False,
+    new_classifier: bool = True,
+    **kwargs: Any,
+) -> nn.Module:
     """A float timm model.
 
     Args:
         name: timm's name, with or without a pretrained tag.
         weights: A `.safetensors`, `.pth` or `.pt` file with timm's keys, or the run directory of a float model.
         pretrained: Takes the weights from timm's hub (needs a network).
-        kwargs: Arguments of the architecture (`architecture.Architecture`; in Python also modules and functions);
-            `num_classes` other than that of the weights leaves the classifier untrained, with a warning.
+        new_classifier: `num_classes` other than that of the weights leaves the classifier untrained, with a warning;
+            False makes that an error.
+        kwargs: Arguments of the architecture (`architecture.Architecture`; in Python also modules and functions).
 
     Raises:
         UsageError: Unknown model (the nearest names are shown), arguments it does not take, or too large a model.
@@ -115,11 +123,13 @@ def create_model(name: str, *, weights: str | Path | None = None, pretrained: bo
         raise (QvitError if pretrained else UsageError)(f"{where} '{name}': {first_line(error)}{hint}") from error
     known = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
     if pretrained and kwargs.get("num_classes", known) != known:
+        if not new_classifier:
+            raise _untrained("the weights", known, kwargs["num_classes"])
         _log.warning(
             "the weights have %s classes, the model %s: its classifier starts untrained", known, kwargs["num_classes"]
         )
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, new_classifier=new_classifier)
     return model
 
 
@@ -166,11 +176,21 @@ def create_shapes(name: str, **kwargs: Any) -> nn.Module:
         return create_model(name, **kwargs)
 
 
-def load_weights(model: nn.Module, source: str | Path) -> None:
+def _untrained(weights: str, theirs: Any, ours: Any) -> QvitError:
+    """The error for a classifier that the weights do not fit, where nothing would train it."""
+    return QvitError(
+        f"{weights} have {theirs} classes, the model {ours}, and nothing trains its classifier: name the classes of "
+        "the weights by a class map (--class-map) or their number (-m num_classes=N), or give --unlabelled if folders "
+        "are no classes"
+    )
+
+
+def load_weights(model: nn.Module, source: str | Path, *, new_classifier: bool = True) -> None:
     """Loads weights into a float model, in place.
 
     Weights of a model for images or patches of another size are resampled as timm does it for its own, with a notice; a
-    classifier of another size is left as it is, with a warning. Raises QvitError if they do not fit.
+    classifier of another size is left as it is, with a warning, or is an error without `new_classifier`. Raises
+    QvitError if they do not fit.
     """
     path = Path(source)
     if path.is_dir():
@@ -185,12 +205,15 @@ def load_weights(model: nn.Module, source: str | Path) -> None:
         for key in own
         if key.rpartition(".")[0] in classifiers and key in state and state[key].shape != own[key].shape
     ]
-    for key in heads:
-        state[key] = own[key]
     if heads:
+        theirs, ours = (next(iter(values[heads[0]].shape), 0) for values in (state, own))
+        if not new_classifier:
+            raise _untrained(f"the weights {path}", theirs, ours)
         _log.warning(
             "the weights have another number of classes: the classifier (%s) starts untrained", ", ".join(heads)
         )
+    for key in heads:
+        state[key] = own[key]
     if _wrong_shapes(state, own):
         state = _resampled(state, model)
     wrong = _wrong_shapes(state, own)

@@ -64,6 +64,12 @@ class Group:
         return tuple(run.result for run in self.runs if run.result is not None)
 
     @property
+    def accuracies(self) -> list[float]:
+        """Those of the runs that count; none where a run was judged without labels."""
+        found = [result.accuracy for result in self.results if result.accuracy is not None]
+        return found if len(found) == len(self.results) else []
+
+    @property
     def with_widths(self) -> tuple[Run, ...]:
         """The runs whose widths mean something: finished ones if there are any."""
         return tuple(run for run in self.finished if run.plan) or tuple(run for run in self.runs if run.plan)

@@ -28,8 +28,9 @@ def results_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     Returns:
         Rows with `model`, `variant` (the model with its options), `data`, `method`, `budget`, `plan`, `label`,
         `seeds` and `n_seeds` (finished runs), `unfinished` (a count), `accuracy_mean`, `accuracy_std`,
-        `float_accuracy` (percent), `bit_operations`, `bit_operations_g`, `float_bit_operations`, `weight_bytes` and
-        `seconds` (means). What no finished run tells is None.
+        `float_accuracy`, `agreement` (percent), `divergence` (nats), `bit_operations`, `bit_operations_g`,
+        `float_bit_operations`, `weight_bytes` and `seconds` (means). What no finished run tells is None; so are
+        accuracies where images have no labels.
     """
     groups = group_runs(runs)
     return [_row(group, groups) for group in groups]
@@ -45,6 +46,8 @@ def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
         "budget": [row["budget"] or row["plan"] or "" for row in rows],
         "accuracy (%)": [_accuracy(row) for row in rows],
         "points vs float": [_gap(row) for row in rows],
+        "as float (%)": [fixed(row["agreement"]) for row in rows],
+        "divergence": ["" if row["divergence"] is None else significant(row["divergence"], 3) for row in rows],
         titled("BOPs", bops_unit): bops,
         "BOPs vs float": [f"÷ {ratio}" if (ratio := _times_fewer(row)) else "" for row in rows],
         titled("weights", byte_unit): sizes,
@@ -56,10 +59,19 @@ def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
     }
     if len(set(columns["model"])) <= 1:
         del columns["model"]
+    if not any(map(_without_labels, rows)):
+        del columns["as float (%)"], columns["divergence"]
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
+def _without_labels(row: Mapping[str, Any]) -> bool:
+    """Whether a row has finished runs, and they were judged without labels."""
+    return bool(row["n_seeds"]) and row["accuracy_mean"] is None
+
+
 def _accuracy(row: Mapping[str, Any]) -> str:
+    if _without_labels(row):
+        return "no labels"
     if row["n_seeds"] > 1:
         return plus_minus(row["accuracy_mean"], row["accuracy_std"])
     return fixed(row["accuracy_mean"]) or "no finished run"
@@ -104,14 +116,17 @@ def verdict(runs: Sequence[Run]) -> list[str]:
         run, name = subject.first, names[subject.peers[:2]]
         budget = f"the {run.budget} budget" if run.budget else f"plan {run.plan_name or 'unknown'}"
         where = f"At {budget}{f' ({name})' if name else ''}"
-        others = [rows[other.label] for other in members[:-1]]
-        sentences.append(
-            _compared(where, rows[subject.label], others) if others else _alone(where, rows[subject.label])
-        )
+        row, others = rows[subject.label], [rows[other.label] for other in members[:-1]]
+        if unlabelled := list(filter(_without_labels, [*others, row])):
+            sentences += [_as_float(where, one) for one in unlabelled]
+        else:
+            sentences.append(_compared(where, row, others) if others else _alone(where, row))
         sentences += filter(None, map(_over_budget, members))
     if sentences or not groups:
         return sentences or ["No run has finished yet, so there is no result to compare."]
     row = rows[groups[0].label]
+    if _without_labels(row):
+        return ["The float model was judged on images without labels; no quantized run has finished."]
     return [f"The float model reaches {row['accuracy_mean']:.2f} %{_spread(row)}; no quantized run has finished."]
 
 
@@ -122,13 +137,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     run, results = group.first, group.results
-    accuracy, deviation = mean_std([result.accuracy for result in results]) if results else (None, None)
+    accuracy, deviation = mean_std(group.accuracies) if group.accuracies else (None, None)
     floats = [g for g in groups if g.is_float and g.peers[:2] == group.peers[:2]]
     reference = _mean([result.float_accuracy for result in results])
     if reference is None:
         reference = _mean([result.accuracy for g in floats for result in g.results])
     macs = _mean([member.cost.macs for g in (group, *floats) for member in g.runs if member.cost is not None])
-    cost, size = (_mean([getattr(result, key) for result in results]) for key in ("bit_operations", "weight_bytes"))
+    keys = ("bit_operations", "weight_bytes", "agreement", "divergence")
+    cost, size, agreement, divergence = (_mean([getattr(result, key) for result in results]) for key in keys)
     return {
         "model": run.model,
         "variant": group.peers[1],
@@ -144,6 +160,8 @@ def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "accuracy_mean": accuracy,
         "accuracy_std": deviation,
         "float_accuracy": reference,
+        "agreement": agreement,
+        "divergence": divergence,
         "bit_operations": None if cost is None else round(cost),
         "bit_operations_g": None if cost is None else cost / 1e9,
         "float_bit_operations": None if macs is None else round(macs * FLOAT_BITS * FLOAT_BITS),
@@ -165,6 +183,15 @@ def _alone(where: str, row: Mapping[str, Any]) -> str:
     if ratio := _times_fewer(row):
         text += f", with {ratio} times fewer bit operations than float"
     return text + f" and {bytes_text(row['weight_bytes'])} of weights."
+
+
+def _as_float(where: str, row: Mapping[str, Any]) -> str:
+    if row["agreement"] is None:
+        return f"{where} {row['method']} was judged on images without labels, beside no float model."
+    text = f"{where} {row['method']} answers as the float model on {row['agreement']:.2f} % of images without labels"
+    if row["divergence"] is not None:
+        text += f", at a divergence of {significant(row['divergence'], 3)} nats"
+    return text + "."
 
 
 def _compared(where: str, row: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:

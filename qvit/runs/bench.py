@@ -153,8 +153,8 @@ def check(request: BenchRequest) -> None:
             raise UsageError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
     if request.seconds <= 0 or request.max_seconds <= 0:
         raise UsageError("seconds must be positive")
-    if request.data is None and (request.eval_data or request.class_map):
-        raise UsageError("--eval-data and --class-map go with --data")
+    if request.data is None and (request.eval_data or request.class_map or request.unlabelled):
+        raise UsageError("--eval-data, --class-map and --unlabelled go with --data")
     if len(set(request.plans)) < len(request.plans):
         raise UsageError(f"plans are different ones, not {', '.join(request.plans)}")
     if Path(request.model).is_file():
@@ -195,7 +195,7 @@ def _open_model(request: BenchRequest, folder: Path, notify: Callable[[str], Non
     bundle = None if request.data is None else open_images(request)
     classes = None if bundle is None else bundle.num_classes
     seed_everything(request.seed)
-    model = float_model(request, classes).eval()
+    model = float_model(request, classes, new_classifier=False).eval()
     note = UNTRAINED
     if request.weights or request.pretrained:
         note = f"of {Path(request.weights).name}" if request.weights else "timm's pretrained ones"

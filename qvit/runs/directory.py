@@ -4,6 +4,7 @@ RUN/config.json         every option, versions, hardware, command, class names: 
 RUN/plan.json           the plan: that of the start while the run is going on, then the final one
 RUN/cost.json           costs per site, as `qvit cost --json` prints them
 RUN/sensitivity.json    what mixed widths were chosen by, by method `ptq`
+RUN/gate.json           what an accuracy gate of method `ptq` tried
 RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
 RUN/tensorboard/        the same figures for TensorBoard, on request
 RUN/model.safetensors   final weights and scales
@@ -28,6 +29,7 @@ from qvit.documents import RunRecord, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.files import MissingFile
 from qvit.locks import BeingWritten, is_leftover, writer_of, writing
+from qvit.methods.ptq.gate import GATE
 from qvit.methods.ptq.method import SENSITIVITY
 from qvit.models.create import WEIGHTS_FILE
 from qvit.training.checkpoint import FOLDER, last_checkpoint
@@ -35,6 +37,8 @@ from qvit.training.config import TrainConfig
 
 CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
 PACKED = "packed.safetensors"
+#: What a method measured before it chose widths: valid as long as the config is.
+MEASURED = (SENSITIVITY, GATE)
 
 
 @contextmanager
@@ -71,14 +75,15 @@ def _claim(run: Path, overwrite: bool) -> None:
 
 def own_files() -> tuple[str, ...]:
     """Names of the files of a run, in the order in which they are deleted: first what makes it a finished one."""
-    return (RESULT, PACKED, PLAN, COST, SENSITIVITY, LOG, WEIGHTS_FILE, CONFIG)
+    return (RESULT, PACKED, PLAN, COST, *MEASURED, LOG, WEIGHTS_FILE, CONFIG)
 
 
 def clear(run: Path, *, keep_config: bool = False) -> None:
-    """Deletes the files of a run, and nothing else."""
+    """Deletes the files of a run, and nothing else; with the config stays what was measured for it."""
     *others, config = own_files()
     for name in others:
-        (run / name).unlink(missing_ok=True)
+        if not (keep_config and name in MEASURED):
+            (run / name).unlink(missing_ok=True)
     for folder in (FOLDER, "tensorboard"):
         shutil.rmtree(run / folder, ignore_errors=True)
     if not keep_config:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from qvit.data.open import data_config_of
+from qvit.data.open import data_config_of, require_labels
 from qvit.errors import UsageError
 from qvit.methods import create_method
 from qvit.models.convert import quantize
@@ -34,6 +34,7 @@ from qvit.models.families import inspect_model
 from qvit.plan.cost import FLOAT_BITS
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
+from qvit.runs.run import TO_TRAIN_BY
 from qvit.runs.subject import float_model, open_images
 from qvit.training.config import TrainConfig
 from qvit.training.loop import micro_batch
@@ -91,8 +92,10 @@ def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
     }
 
 
-def _count_images(config: TrainConfig) -> tuple[dict[str, int], int]:
+def _count_images(config: TrainConfig) -> tuple[dict[str, int], int | None]:
     bundle = open_images(config)
+    if config.labels is None:
+        require_labels(bundle.train, TO_TRAIN_BY)
     sources = {"train": bundle.train, "held out": bundle.held_out, "test": bundle.test}
     return {name: len(source) for name, source in sources.items() if source is not None}, bundle.num_classes
 

@@ -113,7 +113,8 @@ def _write(
 def _teacher_and_call(request: LabelRequest, source: ImageSource, device: str) -> tuple[Teacher, LabelCall]:
     """The teacher on its device, and everything that decides the labels."""
     with torch.device("meta"):
-        student = create_model(request.model, **{"num_classes": source.num_classes, **request.model_kwargs})
+        own: dict[str, Any] = {"num_classes": source.num_classes} if source.labelled else {}
+        student = create_model(request.model, **(own | request.model_kwargs))
     classes = int(getattr(student, "num_classes", source.num_classes))
     if classes < source.num_classes:
         raise UsageError(f"the data have {source.num_classes} classes, the model is asked for {classes}")

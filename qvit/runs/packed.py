@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qvit.data.loading import Source
-from qvit.data.open import data_config_of, eval_loader, open_source
+from qvit.data.open import data_config_of, eval_loader, open_source, require_labels
 from qvit.deploy.engines import Engine, load
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.container import is_packed
@@ -23,7 +23,7 @@ from qvit.locks import writing_file
 from qvit.methods import create_method
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished, written
-from qvit.runs.run import load_run
+from qvit.runs.run import TO_SCORE_BY, load_run, require_all_classes
 from qvit.training.config import TrainConfig
 from qvit.training.evaluate import evaluate
 
@@ -33,7 +33,7 @@ _OPTIONS = (
     "method_options", "opt", "weight_decay", "augment", "mixup", "cutmix", "distill", "distill_kind",
     "calibration_images", "precision",
 )  # fmt: skip
-_RESULTS = ("accuracy", "top5", "float_accuracy", "images", "bit_operations")
+_RESULTS = ("accuracy", "top5", "float_accuracy", "agreement", "divergence", "images", "bit_operations")
 
 
 def pack_run(run: str | Path) -> Artifact:
@@ -122,6 +122,9 @@ def evaluate_packed(
     artifact = running.artifact
     names = None if class_map else list(artifact.class_names) or None
     source = open_source(data, class_map=class_map, class_names=names, split="test")
+    require_labels(source, TO_SCORE_BY)
+    if class_map is None and names is None and "num_classes" in artifact.model_kwargs:
+        require_all_classes(source, artifact.model_kwargs["num_classes"])
     loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers)
     scores = evaluate(Running(running), loader, progress=progress)
     return scores | {"engine": running.name, "arithmetic": running.arithmetic}

@@ -31,12 +31,13 @@ from qvit.data.labels.loading import StoredLabels
 from qvit.data.loading import Source
 from qvit.data.open import (
     AugmentConfig,
-    DataBundle,
+    ImageSource,
     Reading,
     data_config_of,
     eval_loader,
     open_source,
     require_apart,
+    require_labels,
     train_loader,
 )
 from qvit.documents import RESULT_VERSION, Outcome, read_document
@@ -68,6 +69,10 @@ from qvit.training.loop import Trainer, micro_batch
 from qvit.training.processes import Processes
 from qvit.version import __version__
 
+TO_SCORE_BY = "to score by; `qvit ptq` judges without labels, by the agreement with the float model"
+TO_TRAIN_BY = (
+    "to train by: give class folders, or learn from a teacher's answers (`qvit labels`, then --set labels=STORE)"
+)
 _log = logging.getLogger(__name__)
 Notify = Callable[[str], None]
 
@@ -176,6 +181,9 @@ def evaluate_run(
     place = Processes(device).device
     model = load_run(run, place)
     source = _images_to_score(config, record, data, class_map)
+    require_labels(source, TO_SCORE_BY)
+    if class_map is None and not record.get("class_names"):
+        require_all_classes(source, int(record["num_classes"]))
     return evaluate(
         model,
         eval_loader(source, data_config_of(model), Reading(batch_size, workers, place)),
@@ -189,7 +197,17 @@ def _images_to_score(config: TrainConfig, record: dict[str, Any], data: str, cla
     same_classes = class_map is None or str(Path(class_map).resolve()) == config.class_map
     if own and same_classes and config.eval_data is None:
         return open_images(config).test
-    return open_source(data, class_map=class_map, class_names=None if class_map else record["class_names"])
+    names = None if class_map else record["class_names"] or None
+    return open_source(data, class_map=class_map, class_names=names)
+
+
+def require_all_classes(source: Source, classes: int) -> None:
+    """Raises UsageError if folders cannot be told to be classes of a model that was made without labels."""
+    if isinstance(source, ImageSource) and source.num_classes != classes:
+        raise UsageError(
+            f"{source.name} has {source.num_classes} class folders, and the model {classes} classes whose folders it "
+            "does not know: give a class map with --class-map"
+        )
 
 
 def _execute(
@@ -215,15 +233,17 @@ def _execute(
     method = create_method(config)
     if not method.trains and not processes.alone:
         raise UsageError("post-training quantization takes one process: start it without a launcher")
-    subject = open_subject(config, processes, notify)
+    subject = open_subject(config, processes, notify, new_classifier=method.trains)
     if not method.trains:
         require_apart(subject.bundle.train, subject.bundle.test)
+    elif config.labels is None:
+        require_labels(subject.bundle.train, TO_TRAIN_BY)
     run = _Run(config, folder, method, subject, inspect_model(subject.model), watch, notify)
     plan = method.plan(run.cost)
     if plan is not None and config.weights is None and not config.pretrained:
         notify("no --weights and no --pretrained: the float model is untrained, and so will be what is made of it")
     if state is None and processes.is_main:
-        write_json(folder / CONFIG, run_record(config, subject.bundle, processes))
+        write_json(folder / CONFIG, run_record(config, subject, processes))
     model = run.starting_model(plan, state, progress)
     if method.trains:
         return run.end(*run.trained(model, state, quiet=quiet))
@@ -259,7 +279,7 @@ class _Run:
     @property
     def num_classes(self) -> int:
         """Classes of the model, which may have more than the data."""
-        return getattr(self.subject.model, "num_classes", self.subject.bundle.num_classes)
+        return getattr(self.subject.model, "num_classes", self.subject.bundle.num_classes or 0)
 
     def starting_model(
         self, plan: QuantPlan | None, state: dict[str, Any] | None, progress: Progress | None
@@ -276,6 +296,8 @@ class _Run:
         size = min(method.calibration_batch, self.config.calibration_images)
         images = subject.calibration_images(method.images, size)
         given = Preparation(images, self.folder, self.watch, self.notify, progress)
+        if method.deciding_images:
+            given = replace(given, deciding=subject.deciding_images(method.deciding_images, method.images))
         return self.processes.share(method.quantized(subject.model, plan, given))
 
     def trained(self, model: nn.Module, state: dict[str, Any] | None, *, quiet: bool) -> tuple[nn.Module, RunLog, int]:
@@ -313,7 +335,7 @@ class _Run:
             model,
             config,
             loader,
-            num_classes=subject.bundle.num_classes,
+            num_classes=subject.bundle.num_classes or self.num_classes,
             run=self.folder,
             hooks=method,
             width_lr=method.width_lr,
@@ -362,7 +384,7 @@ class _Run:
         loader = self.subject.loader(source, max(64 if self.method.trains else 1, self.micro_batch))
 
         def score(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Any]:
-            return evaluate(model, loader, reference=reference, reduce=self.processes.sum)
+            return evaluate(model, loader, reference=reference, labelled=source.labelled, reduce=self.processes.sum)
 
         return score
 
@@ -401,10 +423,11 @@ class _Run:
             "version": RESULT_VERSION,
             "model": config.model,
             "method": config.method,
-            "accuracy": scores["top1"],
-            "float_accuracy": scores.get("top1_reference", scores["top1"]),
-            "top5": scores["top5"],
+            "accuracy": scores.get("top1"),
+            "float_accuracy": scores.get("top1_reference", scores.get("top1")),
+            "top5": scores.get("top5"),
             "agreement": scores.get("agreement"),
+            "divergence": scores.get("divergence"),
             "images": scores["images"],
             "budget": config.budget,
             "bit_operations": cost["bit_operations"],
@@ -448,14 +471,15 @@ def teacher_model(name: str, weights: str | None, kwargs: Mapping[str, Any], num
     """
     if (Path(name) / CONFIG).is_file():
         return load_run(name)
-    classes = {} if weights is None else {"num_classes": num_classes}
+    classes: dict[str, Any] = {} if weights is None else {"num_classes": num_classes}
     return create_model(name, weights=weights, pretrained=weights is None, **(classes | dict(kwargs)))
 
 
-def run_record(config: TrainConfig, bundle: DataBundle, processes: Processes) -> dict[str, Any]:
+def run_record(config: TrainConfig, subject: Subject, processes: Processes) -> dict[str, Any]:
     """The content of `config.json`: every option, and what is needed to understand the run later."""
+    bundle = subject.bundle
     return config.model_dump() | {
-        "num_classes": bundle.num_classes,
+        "num_classes": bundle.num_classes or getattr(subject.model, "num_classes", None),
         "class_names": list(bundle.class_names),
         "data_note": bundle.note,
         "labels_digest": None if config.labels is None else SoftLabelStore(config.labels).digest,

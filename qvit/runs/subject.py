@@ -26,11 +26,13 @@ from qvit.data.open import (
     Reading,
     ShardSource,
     Source,
+    beside_calibration,
     data_config_of,
     eval_loader,
     open_data,
+    require_labels,
 )
-from qvit.errors import UsageError
+from qvit.errors import QvitError, UsageError
 from qvit.models.create import create_model
 from qvit.runs.requests import Request
 from qvit.training.checkpoint import seed_everything
@@ -38,6 +40,8 @@ from qvit.training.config import ImageOptions, SubjectOptions
 from qvit.training.processes import Processes
 
 Progress = Callable[[str, int, int], None]
+#: The fewest images that an accuracy gate decides by.
+FEWEST_DECIDE = 16
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,22 @@ class Subject:
         """Training images, drawn by the seed, in batches that can be iterated any number of times."""
         return CalibrationImages(self.bundle.train, self.data_config, self.reading(batch_size), images)
 
+    def deciding_images(self, images: int, calibration: int) -> tuple[LoaderLike, LoaderLike]:
+        """Two halves of at most `images` training images beside the `calibration` first ones of the seed's draw.
+
+        Raises:
+            QvitError: Fewer than `FEWEST_DECIDE` images are left.
+        """
+        source = beside_calibration(self.bundle.train, self.options.seed, calibration, images)
+        if len(source) < FEWEST_DECIDE:
+            raise QvitError(
+                f"{len(source)} of the {len(self.bundle.train)} training images are left to decide by, beside "
+                f"{calibration} that calibrate; at least {FEWEST_DECIDE} are needed, better 500: give more images, or "
+                "fewer --calibration-images"
+            )
+        first, second = (self.loader(source.subset(range(start, len(source), 2))) for start in (0, 1))
+        return first, second
+
     def calibration(self, *, images: int | None = None, skip: int = 0) -> Iterator[Tensor]:
         """Batches of the training images that a `Request` asks for; `skip` leaves out the first ones of that draw."""
         count = (images or self.request.calibration_images) + skip
@@ -118,28 +138,42 @@ def open_images(options: ImageOptions) -> DataBundle:
         options.data,
         test_data=options.eval_data,
         class_map=options.class_map,
+        unlabelled=options.unlabelled,
         test_share=options.test_share,
         monitor_share=options.monitor_share,
         seed=options.seed,
     )
 
 
-def float_model(options: SubjectOptions, num_classes: int | None, *, load: bool = True) -> nn.Module:
+def float_model(
+    options: SubjectOptions, num_classes: int | None, *, load: bool = True, new_classifier: bool = True
+) -> nn.Module:
     """The float model for images of so many classes (None: as many as timm's has), with its weights if they are loaded.
+
+    Args:
+        options: Which model and weights.
+        num_classes: Classes of the images.
+        load: Whether the weights are loaded.
+        new_classifier: Whether a classifier of another size than that of the weights may start untrained.
 
     Raises:
         UsageError: A model that there is not, or one with too few classes.
-        QvitError: Weights that cannot be read.
+        QvitError: Weights that cannot be read, or a classifier that they do not fit.
     """
     kwargs = ({} if num_classes is None else {"num_classes": num_classes}) | options.model_kwargs
     if num_classes is not None and kwargs["num_classes"] < num_classes:
         raise UsageError(f"the data have {num_classes} classes, the model is asked for {kwargs['num_classes']}")
     weights = options.weights if load else None
-    return create_model(options.model, weights=weights, pretrained=options.pretrained and load, **kwargs)
+    pretrained = options.pretrained and load
+    return create_model(options.model, weights=weights, pretrained=pretrained, new_classifier=new_classifier, **kwargs)
 
 
 def open_subject(
-    options: SubjectOptions, processes: Processes | None = None, notify: Callable[[str], None] = lambda _: None
+    options: SubjectOptions,
+    processes: Processes | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+    *,
+    new_classifier: bool = True,
 ) -> Subject:
     """Opens images and model; the global generators are seeded in between.
 
@@ -147,16 +181,19 @@ def open_subject(
         options: Which.
         processes: Those that work together; None: this one alone.
         notify: Is told what the images are.
+        new_classifier: See `float_model`.
 
     Raises:
-        UsageError: An option that cannot be meant, or training images that are judged by, too.
+        UsageError: An option that cannot be meant, or a measurement of accuracy on images without labels.
         QvitError: Weights or data that cannot be read.
     """
     processes = processes or Processes(options.device)
     bundle = open_images(options)
     notify(bundle.note)
     seed_everything(options.seed)
-    model = float_model(options, bundle.num_classes).to(processes.device).eval()
+    if isinstance(options, Request):
+        require_labels(bundle.test, "to judge by")
+    model = float_model(options, bundle.num_classes, new_classifier=new_classifier).to(processes.device).eval()
     judged = _drawn(bundle.test, options.images, options.seed) if isinstance(options, Request) else bundle.test
     return Subject(options, model, bundle, judged, data_config_of(model), processes)
 

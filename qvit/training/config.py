@@ -52,6 +52,13 @@ ClassMap = Annotated[
         "maps](#class-maps)"
     ),
 ]
+Unlabelled = Annotated[
+    bool,
+    Field(
+        description="the folders of the images are no classes: judge by the agreement with the float model; see "
+        "[Images without labels](#images-without-labels)"
+    ),
+]
 TestShare = Annotated[
     float, Field(gt=0, lt=1, description="share set aside for testing where the data have no test split")
 ]
@@ -116,6 +123,7 @@ class ImageOptions(Options):
     data: Data = "digits"
     eval_data: TestData = None
     class_map: ClassMap = None
+    unlabelled: Unlabelled = False
     test_share: TestShare = 0.2
     monitor_share: MonitorShare = 0.0
     workers: Workers = 0

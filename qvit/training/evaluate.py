@@ -1,4 +1,7 @@
-"""Accuracy of a model on a set of images: top-1 and top-5 in percent, each image counted once.
+"""Scores of a model on a set of images, each image counted once.
+
+Top-1 and top-5 are shares of images with labels, in percent. Beside a reference, agreement is the share of images with
+the same first answer, right or wrong, and divergence the mean of KL(p_reference || p) in nats: these need no labels.
 
 With several processes each scores its part of the images (`eval_loader(..., rank, world_size)`), and the counts are
 summed once, at the end. Parts need not be equal, and may be empty: no image is added to make them so.
@@ -14,7 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError
+from qvit.measure.probe import divergence_terms
 from qvit.models.convert import in_eval_mode
+
+#: A divergence is summed over processes as a whole number, like the counts beside it.
+_PARTS_OF_A_NAT = 1 << 32
 
 
 @torch.no_grad()
@@ -23,6 +30,7 @@ def evaluate(
     loader: Iterable[tuple[Tensor, Tensor]],
     *,
     reference: nn.Module | None = None,
+    labelled: bool = True,
     progress: Callable[[int], None] | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
@@ -32,15 +40,15 @@ def evaluate(
         model: Returns logits (B, classes).
         loader: Batches of images (B, ...) and class indices (B,).
         reference: Another model, such as the float one, that is scored on the same images.
+        labelled: Whether the class indices are labels; if not, nothing is scored by them.
         progress: Called with the number of images after each batch, those of this process.
         reduce: Sums an int64 tensor on the model's device over processes, and returns the sum. It is called exactly
             once, also in a process without images.
 
     Returns:
         `{"top1", "top5", "images"}`, in percent; with fewer than five classes top5 counts all of them. With a
-        reference also `"top1_reference"`, and `"agreement"`: the share of images with the same first answer, right or
-        wrong. Images that the loader left out because they could not be read are not among them; if there are any,
-        `"skipped"` says how many.
+        reference also `"top1_reference"`, `"agreement"` and `"divergence"`. Images that the loader left out because
+        they could not be read are not among them; if there are any, `"skipped"` says how many.
 
     Raises:
         QvitError: If there are no images, most could not be read, or the logits are not finite.
@@ -48,6 +56,7 @@ def evaluate(
     models = [model] if reference is None else [model, reference]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     hits = torch.zeros(5, dtype=torch.int64, device=device)
+    distance = torch.zeros((), dtype=torch.float64, device=device)
     images = 0
     with ExitStack() as modes:
         for one in models:
@@ -60,13 +69,18 @@ def evaluate(
             same = answers[0][:, 0] == answers[-1][:, 0]
             found = (ranked[0][:, 0], ranked[0].any(-1), ranked[-1][:, 0], same, broken)
             hits += torch.stack([own.sum() for own in found]).to(device)
+            if reference is not None:
+                of_model, of_reference = (own.double().log_softmax(-1) for own in logits)
+                distance += divergence_terms(of_reference, of_model).sum().to(device)
             images += len(batch)
             if progress is not None:
                 progress(images)
     counts = torch.cat([hits, hits.new_tensor([images, getattr(loader, "skipped", 0)])])
+    if reference is not None:
+        counts = torch.cat([counts, (distance * _PARTS_OF_A_NAT).round().long()[None]])
     if reduce is not None:
         counts = reduce(counts)
-    *right, broken, images, skipped = counts.tolist()
+    *right, broken, images, skipped = counts[:7].tolist()
     if not images:
         raise QvitError("no images to evaluate" + (f": none of {skipped} can be read" if skipped else ""))
     if skipped > images:
@@ -74,5 +88,11 @@ def evaluate(
     if broken:
         raise QvitError(f"the model returned NaN or infinite logits for {broken} of {images} images")
     names = ("top1", "top5") if reference is None else ("top1", "top5", "top1_reference", "agreement")
-    scores: dict[str, Any] = {name: 100.0 * count / images for name, count in zip(names, right, strict=False)}
+    scores: dict[str, Any] = {
+        name: 100.0 * count / images
+        for name, count in zip(names, right, strict=False)
+        if labelled or not name.startswith("top")
+    }
+    if reference is not None:
+        scores["divergence"] = max(0.0, int(counts[7]) / _PARTS_OF_A_NAT / images)  # zero but for rounding
     return scores | {"images": images} | ({"skipped": skipped} if skipped else {})

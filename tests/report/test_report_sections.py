@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from report_runs import write_run
 
 import qvit
+from qvit.errors import QvitError
 from qvit.report import load_run
 from qvit.report.groups import group_runs
 from qvit.report.markup import Canvas
@@ -72,11 +74,11 @@ def test_sections_stand_by_their_order_and_empty_ones_nowhere(tmp_path: Path, mo
 def test_each_section_draws_groups_on_its_own(tmp_path: Path) -> None:
     groups = group_runs([load_run(write_run(tmp_path / "run"))])
     orders = [one.order for one in SECTIONS.values()]
-    assert len(set(orders)) == len(orders) == 10
+    assert len(set(orders)) == len(orders) == 11
     for name, one in SECTIONS.items():
         canvas = Canvas()
         body = one.render(groups, canvas)
-        assert name == one.name and (body or name == "oscillation")
+        assert name == one.name and (body or name in ("oscillation", "gate"))
         assert all(f'id="plot-{figure}"' in body for figure in canvas.figures)
 
 
@@ -88,3 +90,26 @@ def test_assets_are_files_of_the_package() -> None:
     pattern = '"report/assets/*"'
     project = folder.parents[2] / "pyproject.toml"
     assert not project.exists() or pattern in project.read_text(encoding="utf-8"), "wheels carry them, too"
+
+
+def test_an_accuracy_gate_shows_its_trials_and_how_sure_it_is(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", "ptq")
+    trial = {"step": "search", "bit_operations": 45_000_000, "weight_bytes": 31_000, "images": 256, "gained": 0}
+    trials = [
+        {**trial, "plan": "w8a8", "drop": 0.0, "within": True, "lost": 0},
+        {**trial, "plan": "w<4>a4", "drop": 6.25, "within": False, "lost": 16},
+        {**trial, "plan": "w8a8", "step": "confirm", "drop": 0.390625, "within": True, "lost": 1},
+    ]
+    found = {
+        "max_drop": 0.5, "objective": "bops", "measure": "agreement", "drop": 0.390625, "images": 256,
+        "confidence": 0.3678, "drop_at_most": 1.84, "search_drop": 0.0, "search_images": 256, "trials": trials,
+    }  # fmt: skip
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {"gate": found}))
+    body = SECTIONS["gate"].render(group_runs([load_run(run)]), Canvas())
+    assert "It changes 0.39 % of the answers on 256 training images that neither calibrated nor chose it" in body
+    assert "with a confidence of 37 %, at most 1.84 with 95 %" in body
+    assert body.count("<tr") == 4 and "6.25" in body and "w&lt;4&gt;a4" in body
+    (run / "result.json").write_text(json.dumps(result | {"gate": {**found, "confidence": 2}}))
+    with pytest.raises(QvitError, match=r"result\.json: key 'gate\.confidence' must be at most 1"):
+        load_run(run)

@@ -59,3 +59,23 @@ def test_saved_weights_are_what_the_model_has(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     assert state.keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in state.items())
+
+
+def test_divergence_by_hand_and_without_labels() -> None:
+    """KL(p_reference || p) of two classes, on logits that the reference halves."""
+
+    class Half(Fixed):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / 2
+
+    logits = torch.tensor([[2.0, 0.0], [0.0, 4.0], [0.0, 0.0]])
+    batches = [(logits[:2], torch.tensor([0, 0])), (logits[2:], torch.tensor([-1]))]
+    expected = 0.0
+    for gap in (2.0, 4.0):
+        p, q = (1 / (1 + math.exp(-own)) for own in (gap / 2, gap))
+        expected += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    scores = evaluate(Fixed(), batches, reference=Half(), labelled=False)
+    assert scores == {"agreement": 100.0, "divergence": pytest.approx(expected / 3, abs=1e-9), "images": 3}
+    assert evaluate(Fixed(), batches, reference=Fixed(), labelled=False)["divergence"] == 0
+    twice = evaluate(Fixed(), batches, reference=Half(), labelled=False, reduce=lambda counts: 2 * counts)
+    assert twice == {**scores, "images": 6}, "a mean over the images of all processes"

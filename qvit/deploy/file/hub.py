@@ -22,7 +22,10 @@ from qvit.locks import writing
 from qvit.version import __version__
 
 MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-_ACCURACIES = {"accuracy": "top-1 (%)", "top5": "top-5 (%)", "float_accuracy": "top-1 of the float model (%)"}
+_ACCURACIES = {
+    "accuracy": "top-1 (%)", "top5": "top-5 (%)", "float_accuracy": "top-1 of the float model (%)",
+    "agreement": "same answer as the float model (%)",
+}  # fmt: skip
 
 
 def save_pretrained(artifact: Artifact, folder: str | Path, *, repo_id: str | None = None) -> None:

@@ -36,6 +36,7 @@ from qvit.measure import Sensitivity, measure_sensitivity
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq.bias_correction import correct_biases
+from qvit.methods.ptq.gate import Gate, Judge
 from qvit.methods.ptq.options import PTQOptions
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
@@ -68,6 +69,8 @@ class PTQMethod(Method):
     calibration_batch: ClassVar[int] = 32
     #: The metric behind mixed widths, once they are chosen.
     metric: str | None = None
+    #: What an accuracy gate found.
+    gate: dict[str, Any] | None = None
 
     @property
     def mixed(self) -> bool:
@@ -77,8 +80,10 @@ class PTQMethod(Method):
     def plan(self, cost: CostModel) -> QuantPlan | None:
         """The plan of the run; where widths are mixed, the uniform one on whose grids sensitivities are measured."""
         config = self.config
-        if (config.budget is None) == (config.plan is None):
-            raise UsageError("give either --budget, such as w8a8 or 6bit, or --plan, a plan file")
+        if [config.budget, config.plan, self.options.max_drop].count(None) != 2:
+            raise UsageError("give either --budget, such as w8a8 or 6bit, or --plan, a plan file, or --max-drop")
+        if self.options.max_drop is not None:
+            return QuantPlan.preset("w8a8")
         if config.plan is not None:
             if self.mixed:
                 raise UsageError("a --plan has its widths: leave out --metric and --sensitivity")
@@ -110,13 +115,29 @@ class PTQMethod(Method):
         count = self.config.calibration_images
         return max(count, self.options.recon_images) if self.options.reconstruct else count
 
+    @property
+    def deciding_images(self) -> int:
+        return 0 if self.options.max_drop is None else self.options.deciding_images
+
     def quantized(self, model: nn.Module, plan: QuantPlan, given: Preparation) -> nn.Module:
-        options, images = self.options, self.config.calibration_images
+        if self.options.max_drop is not None:
+            return self._gated(model, given)
         if self.mixed:
             plan = self._allocated(model, plan, given)
             self.plan_name = plan.name
-        further = f", then reconstructing blocks on {options.recon_images} images" if options.reconstruct else ""
-        given.notify(f"calibrating on {images} images{further}")
+        return self._made(model, plan, given)
+
+    def _made(self, model: nn.Module, plan: QuantPlan, given: Preparation, *, final: bool = True) -> nn.Module:
+        """The model of a plan; one that a search tries is not `final`, and goes without reconstruction."""
+        options, images = self.options, self.config.calibration_images
+        reconstruct = options.reconstruction(self.config.seed) if final else None
+        if final:
+            further = f", then reconstructing blocks on {options.recon_images} images" if reconstruct else ""
+            given.notify(f"calibrating on {images} images{further}")
+
+        def timed(stage: str, took: float) -> None:
+            given.watch.add("search" if not final else "reconstruct" if stage == "reconstruct" else "calibrate", took)
+
         return ptq(
             model,
             plan,
@@ -127,11 +148,42 @@ class PTQMethod(Method):
             heads=options.heads,
             reparameterize=options.reparameterize,
             bias_correction=options.bias_correction,
-            reconstruct=options.reconstruction(self.config.seed),
+            reconstruct=reconstruct,
             calibration_images=images,
-            stage=lambda stage, took: given.watch.add("reconstruct" if stage == "reconstruct" else "calibrate", took),
+            stage=timed,
             progress=given.progress,
         )
+
+    def _gated(self, model: nn.Module, given: Preparation) -> nn.Module:
+        """The model of the cheapest plan that loses no more than was allowed."""
+        options = self.options
+        assert options.max_drop is not None
+
+        def sensitivity(grids: QuantPlan) -> Sensitivity:
+            file = given.run / SENSITIVITY
+            with given.watch("sensitivity"):
+                found = Sensitivity.load(file) if file.is_file() else self._sensitivity(model, grids, given)
+            found.save(file)
+            self.metric = found.metric
+            return found
+
+        searching, confirming = (Judge(model, batches) for batches in given.deciding)
+        gate = Gate(
+            inspect_model(model),
+            options.max_drop,
+            options.objective,
+            options.min_width or 3,
+            None if options.boundary == "free" else options.boundary,
+            lambda plan, final: self._made(model, plan, given, final=final),
+            sensitivity,
+            searching,
+            confirming,
+            given.run,
+            given.notify,
+        )
+        quantized, plan, self.gate = gate.search()
+        self.plan_name = plan.name
+        return quantized
 
     def _allocated(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> QuantPlan:
         """The plan of mixed widths within the budget; the sensitivity behind it is kept with the run."""
@@ -156,21 +208,21 @@ class PTQMethod(Method):
             if options.metric not in (None, found.metric):
                 raise UsageError(f"{options.sensitivity} was measured by '{found.metric}', not by '{options.metric}'")
             return found
-        assert options.metric is not None
-        calibration = self.config.calibration_images
+        metric, calibration = options.metric or "fisher", self.config.calibration_images
         few = FirstImages(given.images, min(calibration, options.sensitivity_images or calibration))
-        given.notify(f"measuring sensitivities ({options.metric}) on {few.images} images")
+        given.notify(f"measuring sensitivities ({metric}) on {few.images} images")
         source = copy.deepcopy(model)
         if options.reparameterize:
             even_out_channels(source, FirstImages(given.images, calibration))
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
-        return measure_sensitivity(source, few, metric=options.metric, plan=plan, seed=self.config.seed)
+        return measure_sensitivity(source, few, metric=metric, plan=plan, seed=self.config.seed)
 
     def record(self) -> dict[str, Any]:
         return {
             "metric": self.metric,
             "calibration_images": self.config.calibration_images,
             "reconstruction": self.options.reconstruction_record(),
+            **({} if self.gate is None else {"gate": self.gate}),
         }
 
 

@@ -53,6 +53,24 @@ class PTQOptions(MethodOptions):
         description="narrowest of the mixed widths; by default 3, or 2 where 3 bits everywhere exceed the budget: "
         "without training nothing makes up for 2 bits, and their predictions are a rough guide",
     )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="in place of a budget: find the cheapest plan that loses at most so many points on training images "
+        "that do not calibrate, of top-1, or without labels of answers; see [An accuracy "
+        "gate](post-training.md#an-accuracy-gate)",
+    )
+    objective: Literal["bops", "bytes"] = Field(
+        "bops", description="with `max_drop`: what is to be cheap, bit operations or bytes of weights"
+    )
+    deciding_images: int = Field(
+        512,
+        ge=16,
+        le=10**9,
+        description="with `max_drop`: how many training images decide, beside those that calibrate; half of them "
+        "search, the others confirm",
+    )
     boundary: Annotated[int, Field(ge=2, le=16)] | Literal["free"] = Field(
         8, description="width of the first and the last layer where widths are mixed; `free`: chosen like the others"
     )

@@ -34,7 +34,7 @@ def accuracy(groups: Sequence[Group], canvas: Canvas) -> str:
 
 
 def _shown(groups: Sequence[Group]) -> list[Group]:
-    return [group for group in groups if group.finished and not group.is_float]
+    return [group for group in groups if group.accuracies and not group.is_float]
 
 
 def accuracy_figure(groups: Sequence[Group], cost: str = "bit_operations") -> go.Figure | None:
@@ -64,7 +64,7 @@ def accuracy_figure(groups: Sequence[Group], cost: str = "bit_operations") -> go
 
 def _means(group: Group, cost: str, size: float) -> tuple[float, float, float]:
     """Mean cost in the unit, mean accuracy and its deviation."""
-    mean, deviation = mean_std([result.accuracy for result in group.results])
+    mean, deviation = mean_std(group.accuracies)
     return fmean(getattr(result, cost) for result in group.results) / size, mean, deviation
 
 
@@ -80,7 +80,8 @@ def _points(figure: go.Figure, group: Group, cost: str, size: float, symbol: str
     of_group = {"hover": "%{text}", "legendgroup": str(group.index)}
     if several:
         small = {"size": 7, "color": colour, "opacity": 0.45, "symbol": symbol}
-        points = [(getattr(result, cost) / size, result.accuracy) for result in group.results]
+        costs = [getattr(result, cost) / size for result in group.results]
+        points = list(zip(costs, group.accuracies, strict=True))
         marks(figure, points, marker=small, text=hover, **of_group)
         text = bops_text if cost == "bit_operations" else bytes_text
         hover = [
@@ -111,7 +112,7 @@ def _float_lines(figure: go.Figure, groups: Sequence[Group], x: float) -> None:
             own = result.accuracy if group.is_float else result.float_accuracy
             if own is not None:
                 references.setdefault(group.peers[:2], ([], []))[group.is_float].append(own)
-    lowest = min((result.accuracy for group in groups for result in group.results), default=0.0)
+    lowest = min((accuracy for group in groups for accuracy in group.accuracies), default=0.0)
     for position, ((_, model), (said, measured)) in enumerate(references.items()):
         name = "float" if len(references) == 1 else f"float {model}"
         mean = fmean(measured or said)
