@@ -4,6 +4,7 @@ RUN/config.json         every option, versions, hardware, command, class names: 
 RUN/plan.json           the plan: that of the start while the run is going on, then the final one
 RUN/cost.json           costs per site, as `qvit cost --json` prints them
 RUN/sensitivity.json    what mixed widths were chosen by, by method `ptq`
+RUN/blocks/             reconstructed blocks of an interrupted run, by method `ptq`: it goes on with the next one
 RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
 RUN/tensorboard/        the same figures for TensorBoard, on request
 RUN/model.safetensors   final weights and scales
@@ -28,7 +29,7 @@ from qvit.documents import RunRecord, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.files import MissingFile
 from qvit.locks import BeingWritten, is_leftover, writer_of, writing
-from qvit.methods.ptq.method import SENSITIVITY
+from qvit.methods.ptq.method import BLOCKS, SENSITIVITY
 from qvit.models.create import WEIGHTS_FILE
 from qvit.training.checkpoint import FOLDER, last_checkpoint
 from qvit.training.config import TrainConfig
@@ -57,7 +58,8 @@ def claimed(run: Path, overwrite: bool) -> Iterator[None]:
 
 def _claim(run: Path, overwrite: bool) -> None:
     if (run / CONFIG).is_file():
-        if not overwrite and ((run / RESULT).is_file() or last_checkpoint(run)):
+        started = last_checkpoint(run) or any((run / BLOCKS).glob("*.safetensors"))
+        if not overwrite and ((run / RESULT).is_file() or started):
             state = (
                 "a finished run"
                 if (run / RESULT).is_file()
@@ -74,14 +76,14 @@ def own_files() -> tuple[str, ...]:
     return (RESULT, PACKED, PLAN, COST, SENSITIVITY, LOG, WEIGHTS_FILE, CONFIG)
 
 
-def clear(run: Path, *, keep_config: bool = False) -> None:
-    """Deletes the files of a run, and nothing else."""
+def clear(run: Path, *, interrupted: bool = False) -> None:
+    """Deletes the files of a run, and nothing else; of an interrupted one not those that it goes on with."""
     *others, config = own_files()
     for name in others:
         (run / name).unlink(missing_ok=True)
-    for folder in (FOLDER, "tensorboard"):
+    for folder in (FOLDER, "tensorboard") if interrupted else (FOLDER, BLOCKS, "tensorboard"):
         shutil.rmtree(run / folder, ignore_errors=True)
-    if not keep_config:
+    if not interrupted:
         (run / config).unlink(missing_ok=True)
 
 
