@@ -13,8 +13,8 @@ errors without being fitted to these alone. The paper drops elements there, too;
 numbers, which is what counts on a CPU.
 
 Adam, cosine to zero. Steps are in units of the grid: a weight moves at `weight_lr` times its scale per step, a scale at
-`scale_lr` times itself; so the same options serve every width. By default a weight can move about half a grid step, however many
-steps there are.
+`scale_lr` times itself; so the same options serve every width. By default a weight can move about half a grid
+step, however many steps there are.
 
 A share of the images (`HELD_OUT`) is not trained on. A block whose error on them did not fall is put back as it was.
 Blocks that take further inputs which differ by image (CaiT's class attention) stay as they are.

@@ -7,8 +7,8 @@ ICLR 2023; Hassibi and Stork 1993):
     U = upper Cholesky factor of H⁻¹        e = (w_j - ŵ_j) / U_jj        w_k ← w_k - e·U_jk   for k > j
 
 Columns with the largest moments come first, while there is most freedom left. What is returned is w_j as it was when
-its turn came: rounded to nearest, as the quantizer does, it is ŵ_j, so nothing else has to know; and a reconstruction that
-follows still sees which weights were close to another level.
+its turn came: rounded to nearest, as the quantizer does, it is ŵ_j, so nothing else has to know; and a reconstruction
+that follows still sees which weights were close to another level.
 
 A row's scale is the best of `FACTORS` times the given one by the same cost, under rounding to nearest.
 
