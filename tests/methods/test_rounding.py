@@ -118,7 +118,8 @@ def test_without_correlations_feedback_rounds_to_nearest() -> None:
 def test_two_columns_by_hand() -> None:
     """The second column takes back h12/h22 of the first one's error: with the larger moment the first comes first."""
     weight, moments = torch.tensor([[0.4, 0.3]]), torch.tensor([[2.0, 1.0], [1.0, 1.0]])
-    found = round_with_feedback(weight, *(torch.full((1, 2), number) for number in (1.0, -4.0, 3.0)), moments)
+    scale, low, high = (torch.full((1, 2), number) for number in (1.0, -4.0, 3.0))
+    found = round_with_feedback(weight, scale, low, high, moments)
     assert torch.allclose(found, torch.tensor([[0.4, 0.3 + 0.4]]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_models import SMALL, small_config
@@ -11,7 +12,7 @@ from qvit.errors import UsageError
 from qvit.methods.ptq.options import EFFORTS, PTQOptions
 from qvit.methods.ptq.reconstruction import Progress
 from qvit.runs.run import resume, train
-from qvit.training.config import TrainConfig
+from qvit.training.config import TrainConfig, validated
 
 
 class Killed(BaseException):
@@ -57,10 +58,15 @@ def test_a_killed_reconstruction_goes_on(tmp_path: Path, block: str, step: int, 
     assert not blocks.exists(), "what is finished needs no parts"
 
 
+def reconstruction(seed: int, **options: Any) -> Any:
+    """The reconstruction that options of `qvit ptq` ask for."""
+    return validated(PTQOptions, options).reconstruction(seed)
+
+
 def test_efforts_are_presets() -> None:
-    assert PTQOptions().reconstruction(0) is None
-    chosen = PTQOptions(effort="fast", recon_batch=5).reconstruction(7)
+    assert reconstruction(0) is None
+    chosen = reconstruction(7, effort="fast", recon_batch=5)
     assert chosen is not None
     assert (chosen.steps, chosen.images, chosen.batch_size, chosen.seed) == (*EFFORTS["fast"][:2], 5, 7)
-    plain = PTQOptions(reconstruct=True).reconstruction(0)
+    plain = reconstruction(0, reconstruct=True)
     assert plain is not None and plain.steps == EFFORTS["standard"][0]

@@ -123,9 +123,9 @@ def _round_weight(layer: QuantLinear, moments: Tensor) -> None:
         def spread_out(number: Tensor, quantizer: Any = quantizer, part: Tensor = part) -> Tensor:
             return number.expand(quantizer.view(part).shape).reshape(part.shape)
 
-        limits = [spread_out(limit) for limit in quantizer.quant_range()]
+        low, high = map(spread_out, quantizer.quant_range())
         scale, _ = quantizer.grid()
         if scale.numel() == len(part):
-            factors = row_factors(part, spread_out(scale), *limits, moments)
+            factors = row_factors(part, spread_out(scale), low, high, moments)
             quantizer.restore({"scale": scale * factors.view_as(scale)})
-        part.copy_(round_with_feedback(part, spread_out(quantizer.grid()[0]), *limits, moments))
+        part.copy_(round_with_feedback(part, spread_out(quantizer.grid()[0]), low, high, moments))

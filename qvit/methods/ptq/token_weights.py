@@ -24,6 +24,8 @@ from torch import Tensor, nn
 FLOOR = 0.1
 #: No more images than this take part: a mean over them and their tokens has settled.
 MOST_IMAGES = 64
+#: Images of a backward pass.
+CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ def worth_of(model: nn.Module, paths: Iterable[str], batches: Iterable[Tensor], 
     with ExitStack() as stack, torch.enable_grad():
         for path in paths:
             stack.enter_context(model.get_submodule(path).register_forward_hook(partial(keep, path)))
-        for batch in batches:
-            logits = model(batch[: MOST_IMAGES - seen])
+        for images in (chunk for batch in batches for chunk in batch.split(CHUNK)):
+            logits = model(images[: MOST_IMAGES - seen])
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
             loss = nn.functional.cross_entropy(logits, drawn.flatten().to(logits.device), reduction="sum")
             grads = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
