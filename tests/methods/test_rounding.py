@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.bias_correction import correct_biases
-from qvit.methods.ptq.head_folds import fold_heads
+from qvit.methods.ptq.head_folds import fold_heads, hadamard
 from qvit.methods.ptq.layer_rounding import round_layers
 from qvit.methods.ptq.rounding import damped, output_cost, round_to, round_with_feedback, row_factors
 from qvit.methods.ptq.token_weights import FLOOR, Worth, worth_of
@@ -38,8 +38,9 @@ def moments_of(size: int, seed: int = 0) -> Tensor:
     return damped(x.t() @ x / len(x), 0.01)
 
 
+@pytest.mark.parametrize("rotate", [False, True])
 @pytest.mark.parametrize("name", ["vit", "swin"])
-def test_folds_of_heads_leave_the_model_as_it_is(name: str) -> None:
+def test_folds_of_heads_leave_the_model_as_it_is(name: str, rotate: bool) -> None:
     torch.manual_seed(0)
     if name == "vit":
         model, batches = digits_model(depth=2), digit_batches()
@@ -48,7 +49,7 @@ def test_folds_of_heads_leave_the_model_as_it_is(name: str) -> None:
         batches = [torch.randn(4, 3, 32, 32) for _ in range(2)]
     with torch.no_grad():
         before = model(batches[0])
-        folded = fold_heads(model, batches)
+        folded = fold_heads(model, batches, rotate=rotate)
         after = model(batches[0])
     assert len(folded) == (2 if name == "vit" else 3)
     assert torch.allclose(after, before, atol=1e-5 * float(before.abs().max()))
@@ -99,6 +100,19 @@ def test_folds_undo_what_was_scaled_on_purpose() -> None:
     means = [x.square().mean((1, 2), keepdim=True).sqrt() for x in weights]
     assert size == len(weights[0])
     assert torch.allclose(weights[0] / means[0], weights[1] / means[1], atol=2e-2)
+
+
+def test_rotated_channels_share_an_outlier() -> None:
+    """Heads of d channels: what one channel alone has, all have 1/sqrt(d) of."""
+    matrix = hadamard(8)
+    assert torch.allclose(matrix @ matrix.t(), torch.eye(8), atol=1e-6)
+    assert torch.allclose(matrix.abs(), torch.full((8, 8), 8**-0.5))
+    model, batches = digits_model(), digit_batches(4, 16)
+    rotated = copy.deepcopy(model)
+    fold_heads(model, batches)
+    fold_heads(rotated, batches, rotate=True)
+    for plain, other in zip(qkv_of(model, batches), qkv_of(rotated, batches), strict=True):
+        assert torch.allclose(plain @ matrix, other, atol=1e-4)
 
 
 def test_folds_refuse() -> None:

@@ -12,6 +12,13 @@ the mean of v, which is gone now. t makes the channels of v equally wide within 
 k), relative to the head's mean, shares the differences between q and k (cross-layer equalization, Nagel et al., ICCV
 2019, between two activations).
 
+On request they are rotated, too, by orthogonal matrices R within each head (QuaRot, Ashkboos et al., NeurIPS 2024):
+
+    q' = q·R     k' = k·R             v' = v·R     W_o' = W_o·R   for the head's columns
+
+R is a Hadamard matrix over sqrt(d): every new channel is made of all old ones in equal parts, so an outlier is shared
+out. Heads whose d is no power of two stay as they are.
+
 Everything is folded into `qkv` and `proj`, of the modules that `models/direct_attention.py` finds.
 """
 
@@ -34,12 +41,13 @@ _SMALLEST_SHARE = 1e-3
 
 
 @torch.no_grad()
-def fold_heads(model: nn.Module, batches: Iterable[Tensor]) -> list[str]:
+def fold_heads(model: nn.Module, batches: Iterable[Tensor], *, rotate: bool = False) -> list[str]:
     """Centres and evens out q, k, v and the heads' outputs, in place; the model computes what it computed before.
 
     Args:
         model: A float model; its mode is restored.
         batches: Calibration images (B, channels, height, width) on the model's device.
+        rotate: Rotates within heads, too.
 
     Returns:
         Paths of the attention modules that were changed.
@@ -63,6 +71,8 @@ def fold_heads(model: nn.Module, batches: Iterable[Tensor]) -> list[str]:
         raise QvitError("no images to fold heads with: pass at least one batch of training images")
     for path, module in modules.items():
         _fold(module, *observers[path].range())
+        if rotate:
+            _rotate(module)
     return list(modules)
 
 
@@ -86,6 +96,27 @@ def _fold(module: Any, bottom: Tensor, top: Tensor) -> None:
         weights[part].mul_(factor.unsqueeze(1))
     module.proj.bias.add_(module.proj.weight @ middle[2])
     module.proj.weight.mul_(value)
+
+
+def _rotate(module: Any) -> None:
+    """Rotates q, k, v and the heads' outputs of one attention module."""
+    size = module.qkv.out_features // (3 * module.num_heads)
+    if size & (size - 1):
+        return
+    rotation = hadamard(size).to(module.qkv.weight)
+    for tensor in (module.qkv.weight, module.qkv.bias):
+        heads = tensor.view(3 * module.num_heads, size, -1)
+        heads.copy_(rotation.t() @ heads)
+    columns = module.proj.weight.view(module.proj.out_features, module.num_heads, size)
+    columns.copy_(columns @ rotation)
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's Hadamard matrix over sqrt(size), (size, size), orthogonal; `size` is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
 
 
 def _even(width: Tensor, heads: int) -> Tensor:

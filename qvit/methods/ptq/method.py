@@ -136,6 +136,7 @@ class PTQMethod(Method):
             probs=options.probs,
             heads=options.heads,
             reparameterize=options.reparameterize,
+            rotate=options.rotate,
             bias_correction=options.bias_correction,
             rounding=options.rounding,
             reconstruct=reconstruction,
@@ -176,7 +177,7 @@ class PTQMethod(Method):
         given.notify(f"measuring sensitivities ({options.metric}) on {few.images} images")
         source = copy.deepcopy(model)
         if options.reparameterize:
-            _reparameterize(source, FirstImages(given.images, calibration))
+            _reparameterize(source, FirstImages(given.images, calibration), rotate=options.rotate)
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
         return measure_sensitivity(source, few, metric=options.metric, plan=plan, seed=self.config.seed)
 
@@ -205,6 +206,7 @@ def ptq(
     probs: str = "auto",
     heads: str = "auto",
     reparameterize: bool = True,
+    rotate: bool = False,
     bias_correction: bool = True,
     rounding: str = "feedback",
     reconstruct: ReconstructOptions | None = None,
@@ -222,7 +224,7 @@ def ptq(
         plan: A plan, a preset such as `w4a4`, or a plan file.
         batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
             device. They are iterated several times: a list, or anything that yields the same images each time.
-        observer, weights, probs, heads, reparameterize, bias_correction, rounding: See `PTQOptions`.
+        observer, weights, probs, heads, reparameterize, rotate, bias_correction, rounding: See `PTQOptions`.
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
         stage: Called with the name of each part and the seconds that it took.
@@ -244,7 +246,7 @@ def ptq(
     clock = _Clock(stage)
     source = copy.deepcopy(model).eval()
     if reparameterize:
-        _reparameterize(source, few)
+        _reparameterize(source, few, rotate=rotate)
         clock.note("reparameterize")
     original = copy.deepcopy(source)
     quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs, heads=heads), in_place=True)
@@ -266,9 +268,9 @@ def ptq(
     return quantized
 
 
-def _reparameterize(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def _reparameterize(model: nn.Module, batches: Iterable[Tensor], *, rotate: bool) -> None:
     """Changes a float model such that it is easier to quantize and computes the same."""
-    fold_heads(model, batches)
+    fold_heads(model, batches, rotate=rotate)
     even_out_channels(model, batches)
 
 

@@ -31,7 +31,12 @@ class PTQOptions(MethodOptions):
         description="what shares a scale in q, k, v, probabilities and head outputs; `auto`: `per-tensor` where the "
         "whole plan has 8 bits, which need no finer scales and run faster without, else `per-head`",
     )
-    reparameterize: bool = Field(True, description="even out the channels of LayerNorm outputs")
+    reparameterize: bool = Field(
+        True, description="centre and even out the channels of LayerNorm outputs, q, k, v and heads' outputs"
+    )
+    rotate: bool = Field(
+        False, description="rotate q, k, v and the heads' outputs within each head; part of the reparameterization"
+    )
     bias_correction: bool = Field(True, description="take the mean errors back in the biases")
     rounding: Literal["feedback", "nearest"] = Field(
         "feedback",
