@@ -127,6 +127,27 @@ def test_all_switches_go_together(
     assert probabilities.quantizer == ("log2" if probs == "log2" else "log-sqrt2")
 
 
+@pytest.mark.parametrize(
+    ("plan", "rounding", "rounds"),
+    [("w8a8", "auto", False), ("w8a8", "feedback", True), ("w6a6", "auto", True), ("w6a6", "nearest", False)],
+)
+def test_8_bits_throughout_go_without_feedback_unless_asked(plan: str, rounding: str, rounds: bool) -> None:
+    stages: list[str] = []
+    ptq(digits_model(), plan, digit_batches(), rounding=rounding, stage=lambda name, _seconds: stages.append(name))
+    assert ("round" in stages) == rounds
+
+
+def test_8_bits_throughout_keep_the_heads_as_they_are() -> None:
+    """The projection is that of the float model, while narrower plans have the channels of v evened out in it."""
+    float_model, batches = digits_model(), digit_batches()
+    weights = {}
+    for plan in ("w8a8", "w7a8"):
+        model = ptq(float_model, plan, batches, rounding="nearest", bias_correction=False)
+        weights[plan] = model.get_submodule("blocks.0.attn.proj").get_parameter("weight")
+    original = float_model.get_submodule("blocks.0.attn.proj").get_parameter("weight")
+    assert torch.equal(weights["w8a8"], original) and not torch.equal(weights["w7a8"], original)
+
+
 def test_same_images_same_model() -> None:
     float_model, batches = digits_model(), digit_batches(3, 8)
     models = []

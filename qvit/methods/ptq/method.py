@@ -8,6 +8,9 @@
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
+In a plan of 8 bits throughout heads are not folded, weights are rounded to nearest, and all tokens count alike: there
+the errors are too small for any of it to help, on images that were not calibrated on.
+
 Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
 starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer
 sees other features then, and takes no part in the reconstruction.
@@ -177,7 +180,7 @@ class PTQMethod(Method):
         given.notify(f"measuring sensitivities ({options.metric}) on {few.images} images")
         source = copy.deepcopy(model)
         if options.reparameterize:
-            _reparameterize(source, FirstImages(given.images, calibration), rotate=options.rotate)
+            _reparameterize(source, FirstImages(given.images, calibration), heads=True, rotate=options.rotate)
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
         return measure_sensitivity(source, few, metric=options.metric, plan=plan, seed=self.config.seed)
 
@@ -208,7 +211,7 @@ def ptq(
     reparameterize: bool = True,
     rotate: bool = False,
     bias_correction: bool = True,
-    rounding: str = "feedback",
+    rounding: str = "auto",
     reconstruct: ReconstructOptions | None = None,
     calibration_images: int = 128,
     stage: Stage | None = None,
@@ -245,16 +248,18 @@ def ptq(
     few = FirstImages(batches, calibration_images)
     clock = _Clock(stage)
     source = copy.deepcopy(model).eval()
+    fine = is_fine(plan_from(plan).resolve(inspect_model(model).sites))
+    feedback = rounding == "feedback" or (rounding == "auto" and not fine)
     if reparameterize:
-        _reparameterize(source, few, rotate=rotate)
+        _reparameterize(source, few, heads=rotate or not fine, rotate=rotate)
         clock.note("reparameterize")
     original = copy.deepcopy(source)
     quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs, heads=heads), in_place=True)
     calibrate(quantized, few, observer=observer)
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
-    worth = worth_of(original, layers, few, seed)
-    if rounding == "feedback" and attention_blocks(quantized):
+    worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
+    if feedback and attention_blocks(quantized):
         round_layers(quantized, original, few, calibration_images, worth)
         clock.note("round")
     if reconstruct is not None:
@@ -268,10 +273,16 @@ def ptq(
     return quantized
 
 
-def _reparameterize(model: nn.Module, batches: Iterable[Tensor], *, rotate: bool) -> None:
+def _reparameterize(model: nn.Module, batches: Iterable[Tensor], *, heads: bool, rotate: bool) -> None:
     """Changes a float model such that it is easier to quantize and computes the same."""
-    fold_heads(model, batches, rotate=rotate)
+    if heads:
+        fold_heads(model, batches, rotate=rotate)
     even_out_channels(model, batches)
+
+
+def is_fine(plan: QuantPlan) -> bool:
+    """Whether a resolved plan has 8 bits throughout: what narrower grids need is left out there, unless asked for."""
+    return {width for spec in plan.sites.values() if spec is not None for width in spec.widths} == {8}
 
 
 def ptq_plan(
@@ -288,8 +299,7 @@ def ptq_plan(
     resolved = plan_from(plan).resolve(sites)
     known = [site for name, site in sites.items() if resolved.sites[name] is not None]
     rules = scale_rules("per-channel" if weights == "per-channel" else "per-head", known)
-    eight = {width for spec in resolved.sites.values() if spec is not None for width in spec.widths} == {8}
-    if heads == "per-tensor" or (heads == "auto" and eight):
+    if heads == "per-tensor" or (heads == "auto" and is_fine(resolved)):
         shared = [site for site in known if site.role == "activation" and site.layout.heads is not None]
         rules += [Rule(site.name, {"granularity": "per-tensor"}) for site in shared]
     for site in known:

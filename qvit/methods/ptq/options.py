@@ -38,9 +38,10 @@ class PTQOptions(MethodOptions):
         False, description="rotate q, k, v and the heads' outputs within each head; part of the reparameterization"
     )
     bias_correction: bool = Field(True, description="take the mean errors back in the biases")
-    rounding: Literal["feedback", "nearest"] = Field(
-        "feedback",
-        description="how weights are rounded; `feedback`: the error of each column is taken back by the next ones",
+    rounding: Literal["auto", "feedback", "nearest"] = Field(
+        "auto",
+        description="how weights are rounded; `feedback`: the error of each column is taken back by the next ones; "
+        "`auto`: `nearest` where the whole plan has 8 bits, else `feedback`",
     )
     effort: Literal["fast", "standard", "full"] | None = Field(
         None,
