@@ -66,13 +66,16 @@ def measure(
     options: argparse.Namespace, plan: str, effort: str | None, parts: tuple[Path, Path], first: int
 ) -> dict[str, Any]:
     """The result of one way, with processor seconds; what is there already is read."""
+    method_options = {"effort": effort, **dict(options.option)}
+    if effort is not None:
+        method_options["recon_images"] = options.recon_images
     run = options.runs / "-".join((plan, effort or "plain", f"seed{options.seed}", f"way{first}"))
     if not (run / RESULT).is_file():
         config = TrainConfig.create(
             model=options.model,
             weights=options.weights,
             method="ptq",
-            method_options={"effort": effort, **dict(options.option)},
+            method_options=method_options,
             budget=plan,
             data=str(parts[first]),
             eval_data=str(parts[1 - first]),
@@ -133,6 +136,7 @@ def parse() -> argparse.Namespace:
         "--option", nargs="*", default=[], type=lambda word: tuple(word.split("=", 1)), help="KEY=VALUE of the method"
     )
     parser.add_argument("--calibration-images", type=int, default=128)
+    parser.add_argument("--recon-images", type=int, default=250, help="of a half, in place of those of the effort")
     parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")

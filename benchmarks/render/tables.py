@@ -141,7 +141,7 @@ def ptq_halves_tables(data: dict[str, Any]) -> str:
     cells = table([*header, "processor time (s)"], rows, left=3)
     note = f"{data['model']} on {data['images']}, cut into two halves by class (seed {data['split_seed']}): calibrated "
     note += f"on {data['calibration_images']} images of one, judged on the other. Means of both ways; processor time "
-    note += "is that of all threads, scoring included. At most as many images take part as a half has. "
+    note += "is that of all threads, scoring included. "
     return "\n\n".join([cells, f"{note}{origin(data)}"])
 
 
