@@ -3,6 +3,7 @@
     demo          demo.json           what `qvit demo` measured: its results.json with command, date, hardware, versions
     train_step    train_step*.json    what `benchmarks/measure/train_step.py` measured, one table per file
     ptq           ptq.json            what `benchmarks/measure/ptq.py` measured
+    ptq_halves    ptq_halves.json     what `benchmarks/measure/ptq_halves.py` measured
     ptq_peers     ptq_peers.json      what `benchmarks/measure/ptq_peers.py` measured
     patchwise     patchwise*.json     what `benchmarks/measure/patchwise.py` measured, one table per budget
     sensitivity   sensitivity.json    what `benchmarks/measure/sensitivity.py` measured: search times, correlations
@@ -124,6 +125,25 @@ def ptq_tables(data: dict[str, Any]) -> str:
     note += f"images of {data['data']}. Reconstruction: steps × images per step, for each block. "
     note += f"Time is without scoring, threads: {data['threads']}{data.get('times', '')}."
     return "\n\n".join([table(header, rows, left=2), f"{note} {origin(data)}"])
+
+
+@table_of("ptq_halves.json", "`python benchmarks/measure/ptq_halves.py`, see its `--help`")
+def ptq_halves_tables(data: dict[str, Any]) -> str:
+    """Accuracy after training, calibrated on one half of some images and judged on the other."""
+    rows = []
+    for row in data["rows"]:
+        recon = row["reconstruction"]
+        about = "{steps} × {batch_size} of {images} images".format(**recon) if recon else ""
+        each = " / ".join(f"{way['top1_float'] - way['top1']:.1f}" for way in row["ways"])
+        numbers = (row["top1_float"], row["top1"], row["drop"])
+        cells = [f"{number:.1f}" for number in numbers] + [each, f"{row['agreement']:.1f}"]
+        rows.append([row["plan"], row["effort"] or "", about, *cells, f"{row['processor_seconds']:.0f}"])
+    header = ["plan", "effort", "reconstruction", "float (%)", "top-1 (%)", "loss", "each way", "same answer (%)"]
+    cells = table([*header, "processor time (s)"], rows, left=3)
+    note = f"{data['model']} on {data['images']}, cut into two halves by class (seed {data['split_seed']}): calibrated "
+    note += f"on {data['calibration_images']} images of one, judged on the other. Means of both ways; processor time "
+    note += "is that of all threads, scoring included. "
+    return "\n\n".join([cells, f"{note}{origin(data)}"])
 
 
 @table_of("ptq_peers.json", "`python benchmarks/measure/ptq_peers.py`, see its `--help`")

@@ -46,7 +46,7 @@ def ptq(
     [cyan]qvit ptq vit_digits --weights runs/float --budget w8a8 --out runs/ptq[/]
 
     [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data imagenet/train --eval-data imagenet/val --budget w4a4
-    --reconstruct --out runs/deit-w4a4[/]
+    --effort standard --out runs/deit-w4a4[/]
 
     [cyan]qvit ptq deit_tiny_patch16_224 --pretrained --data imagenet --budget 6bit --metric fisher --out runs/mixed[/]
 
@@ -95,12 +95,12 @@ def _of_gate(gate: dict[str, Any]) -> str:
 
 @contextmanager
 def _bar(silent: bool) -> Iterator[Any]:
-    """A progress bar over the steps of a block, with the block's name and the loss."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """A progress bar over the steps of all blocks, with the block's name, the loss and the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
     loss = TextColumn("error {task.fields[loss]:.4f}")
-    with Progress(*columns, loss, TimeElapsedColumn(), console=err, transient=True, disable=silent) as bar:
+    with Progress(*columns, loss, TimeRemainingColumn(), console=err, transient=True, disable=silent) as bar:
         task = bar.add_task("", total=None, visible=False, loss=0.0)
         yield lambda block, step, steps, loss: bar.update(
             task, description=block, completed=step, total=steps, loss=loss, visible=True

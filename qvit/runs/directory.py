@@ -5,6 +5,7 @@ RUN/plan.json           the plan: that of the start while the run is going on, t
 RUN/cost.json           costs per site, as `qvit cost --json` prints them
 RUN/sensitivity.json    what mixed widths were chosen by, by method `ptq`
 RUN/gate.json           what an accuracy gate of method `ptq` tried
+RUN/blocks/             reconstructed blocks of an interrupted run, by method `ptq`: it goes on with the next one
 RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
 RUN/tensorboard/        the same figures for TensorBoard, on request
 RUN/model.safetensors   final weights and scales
@@ -30,7 +31,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.files import MissingFile
 from qvit.locks import BeingWritten, is_leftover, writer_of, writing
 from qvit.methods.ptq.gate import GATE
-from qvit.methods.ptq.method import SENSITIVITY
+from qvit.methods.ptq.method import BLOCKS, SENSITIVITY
 from qvit.models.create import WEIGHTS_FILE
 from qvit.training.checkpoint import FOLDER, last_checkpoint
 from qvit.training.config import TrainConfig
@@ -61,7 +62,8 @@ def claimed(run: Path, overwrite: bool) -> Iterator[None]:
 
 def _claim(run: Path, overwrite: bool) -> None:
     if (run / CONFIG).is_file():
-        if not overwrite and ((run / RESULT).is_file() or last_checkpoint(run)):
+        started = last_checkpoint(run) or any((run / BLOCKS).glob("*.safetensors"))
+        if not overwrite and ((run / RESULT).is_file() or started):
             state = (
                 "a finished run"
                 if (run / RESULT).is_file()
@@ -78,15 +80,15 @@ def own_files() -> tuple[str, ...]:
     return (RESULT, PACKED, PLAN, COST, *MEASURED, LOG, WEIGHTS_FILE, CONFIG)
 
 
-def clear(run: Path, *, keep_config: bool = False) -> None:
-    """Deletes the files of a run, and nothing else; with the config stays what was measured for it."""
+def clear(run: Path, *, interrupted: bool = False) -> None:
+    """Deletes the files of a run, and nothing else; of an interrupted one not those that it goes on with."""
     *others, config = own_files()
     for name in others:
-        if not (keep_config and name in MEASURED):
+        if not (interrupted and name in MEASURED):
             (run / name).unlink(missing_ok=True)
-    for folder in (FOLDER, "tensorboard"):
+    for folder in (FOLDER, "tensorboard") if interrupted else (FOLDER, BLOCKS, "tensorboard"):
         shutil.rmtree(run / folder, ignore_errors=True)
-    if not keep_config:
+    if not interrupted:
         (run / config).unlink(missing_ok=True)
 
 

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +46,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.files import parse_json, write_json
 from qvit.methods import Method, create_method
 from qvit.methods.base import Preparation
+from qvit.methods.ptq.method import BLOCKS
 from qvit.methods.ptq.reconstruction import Progress
 from qvit.models.convert import plan_of, quantize
 from qvit.models.create import WEIGHTS_FILE, create_model, without_storage
@@ -124,8 +126,12 @@ def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) 
         if last_checkpoint(run):
             state = load_checkpoint(run)
         elif processes.is_main:
-            notify(f"{run} stopped before its first checkpoint: it starts again")
-            clear(run, keep_config=True)
+            done = len(list((run / BLOCKS).glob("*.safetensors")))
+            if done:
+                notify(f"{run} stopped after the reconstruction of {done} block(s): it goes on with the next one")
+            else:
+                notify(f"{run} stopped before its first checkpoint: it starts again")
+            clear(run, interrupted=True)
         processes.wait()
         return _execute(config, run, processes, state, quiet=quiet, notify=notify)
 
@@ -440,6 +446,7 @@ class _Run:
         log.write("end", step=steps, accuracy=result["accuracy"], seconds=result["seconds"]["total"])
         if self.processes.is_main:
             write_json(self.folder / RESULT, result)
+            shutil.rmtree(self.folder / BLOCKS, ignore_errors=True)
         return result
 
 

@@ -94,7 +94,7 @@ def test_reconstruction_and_all_switches(ptq: Any) -> None:
     switches += ["--weight-scales", "per-head", "--reconstruct", "--steps", 5, "--recon-images", 48, "--fisher"]
     result = ptq("--budget", "w3a3", *switches, "--json").json
     assert result["seconds"]["reconstruct"] > 0
-    assert result["reconstruction"] == {"steps": 5, "images": 48, "batch_size": 16}
+    assert result["reconstruction"] == {"steps": 5, "images": 48, "batch_size": 32}
 
 
 def test_the_seed_decides(ptq: Any, tmp_path: Path) -> None:

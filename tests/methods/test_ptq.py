@@ -117,7 +117,7 @@ def test_all_switches_go_together(
     assert stage_of(model) is Stage.FROZEN and not model.training
     assert bool(torch.isfinite(model(batches[0])).all())
     assert all(torch.equal(value, before[key]) for key, value in float_model.state_dict().items())
-    expected = ["reparameterize"] * reparameterize + ["calibrate"]
+    expected = ["reparameterize"] * reparameterize + ["calibrate", "round"]
     expected += ["reconstruct"] * (reconstruct is not None) + ["correct biases"] * bias_correction
     assert list(stages) == expected and all(seconds >= 0 for seconds in stages.values())
     specs = plan_of(model).sites
@@ -125,6 +125,27 @@ def test_all_switches_go_together(
     assert fc1 is not None and probabilities is not None
     assert fc1.to_json()["granularity"] == ("per-channel" if weights == "per-channel" else "per-tensor")
     assert probabilities.quantizer == ("log2" if probs == "log2" else "log-sqrt2")
+
+
+@pytest.mark.parametrize(
+    ("plan", "rounding", "rounds"),
+    [("w8a8", "auto", False), ("w8a8", "feedback", True), ("w6a6", "auto", True), ("w6a6", "nearest", False)],
+)
+def test_8_bits_throughout_go_without_feedback_unless_asked(plan: str, rounding: str, rounds: bool) -> None:
+    stages: list[str] = []
+    ptq(digits_model(), plan, digit_batches(), rounding=rounding, stage=lambda name, _seconds: stages.append(name))
+    assert ("round" in stages) == rounds
+
+
+def test_8_bits_throughout_keep_the_heads_as_they_are() -> None:
+    """The projection is that of the float model, while narrower plans have the channels of v evened out in it."""
+    float_model, batches = digits_model(), digit_batches()
+    weights = {}
+    for plan in ("w8a8", "w7a8"):
+        model = ptq(float_model, plan, batches, rounding="nearest", bias_correction=False)
+        weights[plan] = model.get_submodule("blocks.0.attn.proj").get_parameter("weight")
+    original = float_model.get_submodule("blocks.0.attn.proj").get_parameter("weight")
+    assert torch.equal(weights["w8a8"], original) and not torch.equal(weights["w7a8"], original)
 
 
 def test_same_images_same_model() -> None:
@@ -138,7 +159,7 @@ def test_same_images_same_model() -> None:
 
 def test_reconstruction_brings_answers_closer() -> None:
     float_model, batches, unseen = digits_model(depth=2), digit_batches(4, 32), digit_batches(2, 32, seed=9)
-    options = ReconstructOptions(steps=120, images=128, batch_size=32)
+    options = ReconstructOptions(steps=400, images=128, batch_size=32)
     errors = []
     for reconstruct in (None, options):
         model = ptq(float_model, "w3a3", batches, reconstruct=reconstruct)

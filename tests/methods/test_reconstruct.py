@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +166,48 @@ def test_errors() -> None:
     for wrong in ({"steps": 0}, {"float_inputs": 1.5}, {"lr": -1.0}):
         with pytest.raises(UsageError):
             ReconstructOptions(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_block_that_got_worse_is_put_back() -> None:
+    model, reference = pair()
+    before = copy.deepcopy(model.state_dict())
+    wild = ReconstructOptions(steps=3, images=64, batch_size=16, weight_lr=10.0, scale_lr=0.0, lr=5.0)
+    report = reconstruct(model, reference, digit_batches(4, 16), wild)
+    assert all(row.after == row.before for row in report)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_blocks_that_are_there_are_not_trained_again(tmp_path: Path) -> None:
+    whole, reference = pair()
+    reconstruct(whole, reference, digit_batches(4, 16), QUICK, keep=tmp_path / "whole")
+    first = tmp_path / "whole" / "blocks.0.safetensors"
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / first.name).write_bytes(first.read_bytes())
+    resumed, _ = pair()
+    steps: list[tuple[str, int, int]] = []
+    reconstruct(
+        resumed,
+        reference,
+        digit_batches(4, 16),
+        QUICK,
+        keep=tmp_path / "part",
+        progress=lambda block, step, total, _loss: steps.append((block, step, total)),
+    )
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in resumed.state_dict().items())
+    assert steps == [("blocks.1", 40 + step, 80) for step in range(1, 41)]
+
+
+def test_the_time_is_announced_once() -> None:
+    model, reference = pair()
+    said: list[str] = []
+    reconstruct(model, reference, digit_batches(4, 16), QUICK, notify=said.append)
+    assert len(said) == 1 and "80 steps" in said[0]
+
+
+def test_rows_are_dropped_in_every_activation_and_only_in_training() -> None:
+    """With all rows and all inputs in float only weights are quantized: a block with 8 bits there is nearly exact."""
+    model, reference = pair("w8a2")
+    losses: list[float] = []
+    options = ReconstructOptions(1, 64, 16, weight_lr=0.0, scale_lr=0.0, lr=0.0, float_inputs=1.0, float_rows=1.0)
+    report = reconstruct(model, reference, digit_batches(4, 16), options, progress=lambda *step: losses.append(step[3]))
+    assert all(loss < 1e-3 for loss in losses) and all(row.before > 1e-2 for row in report)

@@ -6,10 +6,10 @@
     torch          the results of `reference` by int8 kernels or exact float32 units, glue compiled
     reference      every product on int32, one operation after the other
 
-Without a name the first of this order is taken that is installed and runs the model. `reference` and `torch` agree bit for bit unless the
-glue is compiled. Compiled code and the exported graphs have the same exact sums; their LayerNorm, softmax and GELU are
-other implementations, whose last digits differ, so a value on the edge between two integers may fall on the other side.
-An engine says in `arithmetic` what it computes on integers; none says more than it does.
+Without a name the first of this order is taken that is installed and runs the model. `reference` and `torch` agree bit
+for bit unless the glue is compiled. Compiled code and the exported graphs have the same exact sums; their LayerNorm,
+softmax and GELU are other implementations, whose last digits differ, so a value on the edge between two integers may
+fall on the other side. An engine says in `arithmetic` what it computes on integers; none says more than it does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from qvit.deploy.packages import missing
 from qvit.errors import QvitError, UsageError
 from qvit.kernels.build import CannotBuild
 from qvit.registry import Registry
-
 
 _log = logging.getLogger(__name__)
 

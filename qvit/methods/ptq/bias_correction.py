@@ -1,7 +1,8 @@
 """Bias correction: the mean error of every output channel is put into the bias.
 
 Quantizing a layer's operands shifts the mean of its output. With z the float model's output of a layer and ẑ the
-quantized model's, over calibration images and tokens,
+quantized model's, over calibration images and tokens, weighted by what a token is worth to the answer where that is
+known (`token_weights.py`),
 
     b' = b + E[z] - E[ẑ]                (Nagel et al., ICCV 2019, section 4.2, with the mean measured on images)
 
@@ -14,14 +15,16 @@ without a bias stay as they are. The first and the last layer are corrected too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
+from qvit.methods.ptq.token_weights import Worth
 from qvit.models.convert import Stage, in_eval_mode, quantizers_disabled, stage_of
 from qvit.models.families import inspect_model
 
@@ -42,7 +45,11 @@ def corrected_layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 
 @torch.no_grad()
 def correct_biases(
-    model: nn.Module, batches: Iterable[Tensor], *, reference: nn.Module | None = None
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    *,
+    reference: nn.Module | None = None,
+    worth: Mapping[str, Worth] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Corrects the biases of a calibrated model, in place; its mode is restored.
 
@@ -50,6 +57,7 @@ def correct_biases(
         model: A calibrated model.
         batches: Calibration images (B, channels, height, width) on its device; at most `MOST_IMAGES` are used.
         reference: The float model whose outputs are right; by default `model` without its quantizers.
+        worth: Weights of the tokens of a layer's output, by path; tokens count alike where it says nothing.
 
     Returns:
         For each corrected layer the root mean square, over channels, of what was added to its bias.
@@ -66,13 +74,13 @@ def correct_biases(
 
     def measure(path: str) -> Callable[..., None]:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            right[path] = _channel_means(source.get_submodule(path), output)
+            right[path] = _channel_means(source.get_submodule(path), output, worth.get(path))
 
         return hook
 
     def correct(path: str) -> Callable[..., Tensor]:
         def hook(module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-            error = right[path] - _channel_means(module, output)
+            error = right[path] - _channel_means(module, output, worth.get(path))
             if not bool(torch.isfinite(error).all()):
                 raise QvitError(f"layer '{path}': NaN or infinite outputs while its bias is corrected")
             layers[path].bias.add_(error)  # type: ignore[union-attr]
@@ -95,9 +103,15 @@ def _run(model: nn.Module, images: Tensor, hooks: dict[str, Callable[..., Any]])
         model(images)
 
 
-def _channel_means(module: nn.Module, output: Tensor) -> Tensor:
+def _channel_means(module: nn.Module, output: Tensor, worth: Worth | None) -> Tensor:
     """Means per output channel: axis 1 of a convolution's output, the last axis of a linear layer's."""
-    return output.mean((0, 2, 3)) if isinstance(module, nn.Conv2d) else output.flatten(0, -2).mean(0)
+    if isinstance(module, nn.Conv2d):
+        return output.mean((0, 2, 3))
+    rows = output.flatten(0, -2)
+    if worth is None:
+        return rows.mean(0)
+    weights = worth.rows(len(rows))
+    return weights @ rows / weights.sum()
 
 
 def _first(batches: Iterable[Tensor], most: int) -> Tensor:

@@ -1,10 +1,15 @@
 """Post-training quantization: a float model, a plan and a few hundred images; no labels, no training loop.
 
-    reparameterize    LayerNorm outputs: the channels share one range           RepQ-ViT   (`reparameterization.py`)
+    reparameterize    LayerNorm outputs, q, k, v, heads' outputs: the channels  RepQ-ViT   (`reparameterization.py`,
+                      are centred and share one range                                       `head_folds.py`)
     quantize          weights per channel, probabilities on a logarithmic grid below 5 bits
     calibrate         scales and offsets of least squared error                            (`models/calibrate.py`)
+    round             weights, so that outputs change least                     GPTQ       (`layer_rounding.py`)
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
+
+In a plan of 8 bits throughout heads are not folded, weights are rounded to nearest, and all tokens count alike: there
+the errors are too small for any of it to help, on images that were not calibrated on.
 
 Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
 starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer
@@ -35,12 +40,16 @@ from qvit.errors import UsageError
 from qvit.measure import Sensitivity, measure_sensitivity
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
-from qvit.methods.ptq.bias_correction import correct_biases
+from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
 from qvit.methods.ptq.gate import Gate, Judge
+from qvit.methods.ptq.head_folds import fold_heads
+from qvit.methods.ptq.layer_rounding import round_layers
 from qvit.methods.ptq.options import PTQOptions
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
+from qvit.methods.ptq.token_weights import worth_of
+from qvit.models.block_inputs import attention_blocks
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
 from qvit.models.families import inspect_model
@@ -54,6 +63,8 @@ LOG_PROBS_UP_TO = 4
 LOG_PROBS = "log-sqrt2"
 #: The table that mixed widths were chosen by, in the run's directory.
 SENSITIVITY = "sensitivity.json"
+#: The folder of the blocks that are reconstructed already, there.
+BLOCKS = "blocks"
 Stage = Callable[[str, float], None]
 _PRESET = re.compile(r"w\d+a\d+", re.IGNORECASE)
 _BITS = re.compile(r"(\d+)\s*bits?", re.IGNORECASE)
@@ -113,7 +124,8 @@ class PTQMethod(Method):
     @property
     def images(self) -> int:
         count = self.config.calibration_images
-        return max(count, self.options.recon_images) if self.options.reconstruct else count
+        reconstruction = self.options.reconstruction(self.config.seed)
+        return count if reconstruction is None else max(count, reconstruction.images)
 
     @property
     def deciding_images(self) -> int:
@@ -130,10 +142,13 @@ class PTQMethod(Method):
     def _made(self, model: nn.Module, plan: QuantPlan, given: Preparation, *, final: bool = True) -> nn.Module:
         """The model of a plan; one that a search tries is not `final`, and goes without reconstruction."""
         options, images = self.options, self.config.calibration_images
-        reconstruct = options.reconstruction(self.config.seed) if final else None
+        reconstruction = options.reconstruction(self.config.seed) if final else None
         if final:
-            further = f", then reconstructing blocks on {options.recon_images} images" if reconstruct else ""
+            further = (
+                "" if reconstruction is None else f", then reconstructing blocks on {reconstruction.images} images"
+            )
             given.notify(f"calibrating on {images} images{further}")
+        blocks = given.run / BLOCKS
 
         def timed(stage: str, took: float) -> None:
             given.watch.add("search" if not final else "reconstruct" if stage == "reconstruct" else "calibrate", took)
@@ -147,9 +162,14 @@ class PTQMethod(Method):
             probs=options.probs,
             heads=options.heads,
             reparameterize=options.reparameterize,
+            rotate=options.rotate,
             bias_correction=options.bias_correction,
-            reconstruct=reconstruct,
+            rounding=options.rounding,
+            reconstruct=reconstruction,
             calibration_images=images,
+            keep=blocks if options.max_drop is None else blocks / plan.name,
+            seed=self.config.seed,
+            notify=given.notify,
             stage=timed,
             progress=given.progress,
         )
@@ -213,7 +233,7 @@ class PTQMethod(Method):
         given.notify(f"measuring sensitivities ({metric}) on {few.images} images")
         source = copy.deepcopy(model)
         if options.reparameterize:
-            even_out_channels(source, FirstImages(given.images, calibration))
+            _reparameterize(source, FirstImages(given.images, calibration), heads=True, rotate=options.rotate)
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
         return measure_sensitivity(source, few, metric=metric, plan=plan, seed=self.config.seed)
 
@@ -243,11 +263,16 @@ def ptq(
     probs: str = "auto",
     heads: str = "auto",
     reparameterize: bool = True,
+    rotate: bool = False,
     bias_correction: bool = True,
+    rounding: str = "auto",
     reconstruct: ReconstructOptions | None = None,
     calibration_images: int = 128,
     stage: Stage | None = None,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
+    keep: Path | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Quantizes a float model without training.
 
@@ -256,11 +281,12 @@ def ptq(
         plan: A plan, a preset such as `w4a4`, or a plan file.
         batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
             device. They are iterated several times: a list, or anything that yields the same images each time.
-        observer, weights, probs, heads, reparameterize, bias_correction: See `PTQOptions`.
+        observer, weights, probs, heads, reparameterize, rotate, bias_correction, rounding: See `PTQOptions`.
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
         stage: Called with the name of each part and the seconds that it took.
-        progress: Called after each step of the reconstruction, see `reconstruction.reconstruct`.
+        progress, notify, keep: Of the reconstruction, see `reconstruction.reconstruct`.
+        seed: Draws the answers by which tokens are weighted, see `token_weights.worth_of`.
 
     Returns:
         A calibrated model with fixed widths, in eval mode.
@@ -276,21 +302,41 @@ def ptq(
     few = FirstImages(batches, calibration_images)
     clock = _Clock(stage)
     source = copy.deepcopy(model).eval()
+    fine = is_fine(plan_from(plan).resolve(inspect_model(model).sites))
+    feedback = rounding == "feedback" or (rounding == "auto" and not fine)
     if reparameterize:
-        even_out_channels(source, few)
+        _reparameterize(source, few, heads=rotate or not fine, rotate=rotate)
         clock.note("reparameterize")
+    original = copy.deepcopy(source)
     quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs, heads=heads), in_place=True)
     calibrate(quantized, few, observer=observer)
     clock.note("calibrate")
+    layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
+    worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
+    if feedback and attention_blocks(quantized):
+        round_layers(quantized, original, few, calibration_images, worth)
+        clock.note("round")
     if reconstruct is not None:
         if bias_correction:
-            correct_biases(quantized, few, reference=model)
-        reconstruct_blocks(quantized, model, batches, reconstruct, progress=progress)
+            correct_biases(quantized, few, reference=original, worth=worth)
+        reconstruct_blocks(quantized, model, batches, reconstruct, progress=progress, notify=notify, keep=keep)
         clock.note("reconstruct")
     if bias_correction:
-        correct_biases(quantized, few, reference=model)
+        correct_biases(quantized, few, reference=original, worth=worth)
         clock.note("correct biases")
     return quantized
+
+
+def _reparameterize(model: nn.Module, batches: Iterable[Tensor], *, heads: bool, rotate: bool) -> None:
+    """Changes a float model such that it is easier to quantize and computes the same."""
+    if heads:
+        fold_heads(model, batches, rotate=rotate)
+    even_out_channels(model, batches)
+
+
+def is_fine(plan: QuantPlan) -> bool:
+    """Whether a resolved plan has 8 bits throughout: what narrower grids need is left out there, unless asked for."""
+    return {width for spec in plan.sites.values() if spec is not None for width in spec.widths} == {8}
 
 
 def ptq_plan(
@@ -307,8 +353,7 @@ def ptq_plan(
     resolved = plan_from(plan).resolve(sites)
     known = [site for name, site in sites.items() if resolved.sites[name] is not None]
     rules = scale_rules("per-channel" if weights == "per-channel" else "per-head", known)
-    eight = {width for spec in resolved.sites.values() if spec is not None for width in spec.widths} == {8}
-    if heads == "per-tensor" or (heads == "auto" and eight):
+    if heads == "per-tensor" or (heads == "auto" and is_fine(resolved)):
         shared = [site for site in known if site.role == "activation" and site.layout.heads is not None]
         rules += [Rule(site.name, {"granularity": "per-tensor"}) for site in shared]
     for site in known:

@@ -4,39 +4,54 @@
 
 B is the float block on float inputs x, B̂ the quantized one on inputs x̃ that come through the quantized blocks before
 it (Li et al., BRECQ, ICLR 2021). Weights are trained through the straight-through estimator together with scales,
-offsets, biases and norms, so nothing has to be merged afterwards. Each element of x̃ is the float value with
-probability `float_inputs` (QDrop, Wei et al., ICLR 2022, at a block's input): the block sees errors without being
-fitted to these alone. F is 1, or with `fisher` the squared gradient of the float model's cross-entropy with its own
-answer, averaged over images.
+offsets, biases and norms, so nothing has to be merged afterwards. F is 1, or with `fisher` the squared gradient of the
+float model's cross-entropy with its own answer, averaged over images.
+
+QDrop (Wei et al., ICLR 2022): each element of x̃ is the float value with probability `float_inputs`, and in every
+quantizer of an activation each row of the last axis stays unquantized with probability `float_rows`. So the block sees
+errors without being fitted to these alone. The paper drops elements there, too; rows cost a fraction of the random
+numbers, which is what counts on a CPU.
 
 Adam, cosine to zero. Steps are in units of the grid: a weight moves at `weight_lr` times its scale per step, a scale at
-`scale_lr` times itself; so the same options serve every width.
+`scale_lr` times itself; so the same options serve every width. By default a weight can move about half a grid
+step, however many steps there are.
 
-Memory is three tensors of one block's activations for all images (x̃, x and B(x)), whatever the depth. Where a block's
-output is not the next one's input (Swin's stages), the prefix is computed again. Blocks that take further inputs which
-differ by image (CaiT's class attention) stay as they are.
+A share of the images (`HELD_OUT`) is not trained on. A block whose error on them did not fall is put back as it was.
+Blocks that take further inputs which differ by image (CaiT's class attention) stay as they are.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
-from qvit.models.block_inputs import Inputs, attention_blocks, capture, same_input
+from qvit.methods.ptq.block_pairs import BlockPair, block_pairs, relative_error
+from qvit.models.block_inputs import attention_blocks
 from qvit.models.convert import Stage, in_eval_mode, stage_of
-from qvit.quantizers import quantizers_of
+from qvit.quantizers import Quantizer, quantizers_of
+from qvit.tensors import total_bytes
+from qvit.training.checkpoint import load_state, read_tensors, save_weights
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[str, int, int, float], None]
+#: The share of the images that decides whether a block got better.
+HELD_OUT = 1 / 8
+#: The largest default of `weight_lr`.
+_FASTEST = 0.01
+#: After how many steps the time of all of them is known.
+TIMED_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -47,10 +62,11 @@ class ReconstructOptions:
         steps: Optimizer steps per block.
         images: How many of the calibration images take part.
         batch_size: Images per step.
-        weight_lr: Step of a weight in units of its scale.
+        weight_lr: Step of a weight in units of its scale; None: such that all steps add up to about half a unit.
         scale_lr: Step of a scale or offset relative to the scale.
         lr: Step of biases and of the normalisation's parameters, absolute.
         float_inputs: Probability that an element of the block's input is the float model's.
+        float_rows: Probability that a row of an activation is not quantized.
         fisher: Weights the error by the squared gradient of the float model's own answer.
         seed: Chooses batches and mixed inputs.
     """
@@ -58,18 +74,26 @@ class ReconstructOptions:
     steps: int = 2000
     images: int = 1024
     batch_size: int = 16
-    weight_lr: float = 0.01
+    weight_lr: float | None = None
     scale_lr: float = 0.003
     lr: float = 2e-4
     float_inputs: float = 0.5
+    float_rows: float = 0.25
     fisher: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         if min(self.steps, self.images, self.batch_size) < 1:
             raise UsageError("steps, images and batch size of a reconstruction must be at least 1")
-        if min(self.weight_lr, self.scale_lr, self.lr) < 0 or not 0 <= self.float_inputs <= 1:
-            raise UsageError("learning rates must not be negative, and float_inputs must lie between 0 and 1")
+        if min(self.weight_rate, self.scale_lr, self.lr) < 0:
+            raise UsageError("learning rates of a reconstruction must not be negative")
+        if not (0 <= self.float_inputs <= 1 and 0 <= self.float_rows <= 1):
+            raise UsageError("float_inputs and float_rows must lie between 0 and 1")
+
+    @property
+    def weight_rate(self) -> float:
+        """`weight_lr`, or what it is by default: a cosine schedule sums to half of the steps."""
+        return min(_FASTEST, 1 / self.steps) if self.weight_lr is None else self.weight_lr
 
 
 @dataclass(frozen=True)
@@ -88,6 +112,8 @@ def reconstruct(
     options: ReconstructOptions = ReconstructOptions(),
     *,
     progress: Progress | None = None,
+    notify: Callable[[str], None] | None = None,
+    keep: Path | None = None,
 ) -> list[BlockError]:
     """Reconstructs all blocks of a calibrated model, in place; its mode is restored.
 
@@ -97,7 +123,9 @@ def reconstruct(
         batches: Calibration images, on the models' device. Iterated more than once: a list, or anything that yields the
             same images each time.
         options: Steps, images, learning rates.
-        progress: Called after each step with the block, the step, the number of steps, and the loss.
+        progress: Called after each step with the block, the step, the number of steps of all blocks, and the loss.
+        notify: Receives a line with the time that all steps will take, once it is known.
+        keep: A folder that each block is written to when it is done; a block that is there is not trained again.
 
     Returns:
         The error of each block that was reconstructed, on quantized inputs, before and after.
@@ -111,85 +139,106 @@ def reconstruct(
     blocks = attention_blocks(model)
     if not blocks:
         raise UsageError(f"{type(model).__name__} has no blocks of attention to reconstruct")
-    errors = []
-    originals = {path: reference.get_submodule(path) for path in blocks}
     fisher = fisher_weights(reference, list(blocks), batches, options.images) if options.fisher else {}
-    generator = torch.Generator().manual_seed(options.seed)
-    before: tuple[str, Inputs, Inputs] | None = None
+    total, errors = options.steps * len(blocks), []
+    clock = _Clock(total, notify)
     with in_eval_mode(model):
-        for path, block in blocks.items():
-            pair = _inputs_of(path, model, reference, batches, options, before)
-            if pair is None:
-                _log.info("block '%s' takes inputs that differ by image: it is not reconstructed", path)
-                before = None
-                continue
-            quantized, exact = pair
-            target = exact.through(originals[path])
-            error = relative_error(quantized.through(block).x, target.x)
-            _fit(path, block, quantized, exact, target, fisher.get(path), options, generator, progress)
-            quantized = quantized.through(block)
-            errors.append(BlockError(path, error, relative_error(quantized.x, target.x)))
-            before = (path, quantized, target)
+        for index, pair in enumerate(block_pairs(model, reference, batches, options.images)):
+            file = None if keep is None else keep / f"{pair.path}.safetensors"
+            outputs = [pair.quantized.through(pair.block).x]
+            if file is not None and file.is_file():
+                limit = total_bytes(pair.block.state_dict().values())
+                load_state(pair.block, read_tensors(file, "reconstructed block", limit=limit), pair.path)
+                clock.skip(options.steps)
+            else:
+                generator = torch.Generator().manual_seed(options.seed * len(blocks) + index)
+                start = copy.deepcopy(pair.block.state_dict())
+                for step, loss in enumerate(_fit(pair, fisher.get(pair.path), options, generator)):
+                    clock.step()
+                    if progress is not None:
+                        progress(pair.path, index * options.steps + step + 1, total, loss)
+                last = len(outputs[0]) - _fitted_to(len(outputs[0]))
+                error, after = (
+                    relative_error(x[-last:], pair.target.x[-last:])
+                    for x in (outputs[0], pair.quantized.through(pair.block).x)
+                )
+                if not after < error:
+                    _log.info("block '%s' did not get better on images held out: it is put back", pair.path)
+                    pair.block.load_state_dict(start)
+                if file is not None:
+                    save_weights(file, pair.block)
+            outputs.append(pair.quantized.through(pair.block).x)
+            before, after = (relative_error(x, pair.target.x) for x in outputs)
+            errors.append(BlockError(pair.path, before, after))
     return errors
 
 
-def relative_error(x: Tensor, target: Tensor) -> float:
-    """Mean squared error over mean square."""
-    return float((x - target).square().mean() / target.square().mean().clamp_min(1e-30))
+class _Clock:
+    """Says after a few steps how long all of them will take."""
+
+    def __init__(self, steps: int, notify: Callable[[str], None] | None) -> None:
+        self.left, self.notify, self.done, self.started = steps, notify, 0, 0.0
+
+    def skip(self, steps: int) -> None:
+        """These steps were made by an earlier call."""
+        self.left -= steps
+
+    def step(self) -> None:
+        """One step is done; the first one, which warms up, is not counted."""
+        self.done += 1
+        if self.done == 1:
+            self.started = time.perf_counter()
+        elif self.done == 1 + TIMED_STEPS and self.notify is not None:
+            seconds = (time.perf_counter() - self.started) / TIMED_STEPS * self.left
+            self.notify(f"the reconstruction will take about {seconds / 60:.0f} min ({self.left} steps)")
 
 
-def _inputs_of(
-    path: str,
-    model: nn.Module,
-    reference: nn.Module,
-    batches: Iterable[Tensor],
-    options: ReconstructOptions,
-    before: tuple[str, Inputs, Inputs] | None,
-) -> tuple[Inputs, Inputs] | None:
-    """Inputs of a block in the quantized and in the float model.
-
-    They are the outputs of the block before where the model hands those on, else computed from the images.
-    """
-    if before is not None and (extra := same_input(reference, before[0], path, batches)) is not None:
-        return before[1].with_extra(extra), before[2].with_extra(extra)
-    pair = [capture(own, path, batches, options.images) for own in (model, reference)]
-    return None if pair[0] is None or pair[1] is None else (pair[0], pair[1])
+def _fitted_to(count: int) -> int:
+    """How many of some images are trained on; all if they are too few to hold one out."""
+    return count - int(count * HELD_OUT) or count
 
 
 def _fit(
-    path: str,
-    block: nn.Module,
-    quantized: Inputs,
-    exact: Inputs,
-    target: Inputs,
-    weight: Tensor | None,
-    options: ReconstructOptions,
-    generator: torch.Generator,
-    progress: Progress | None,
-) -> None:
-    """Trains one block."""
+    pair: BlockPair, weight: Tensor | None, options: ReconstructOptions, generator: torch.Generator
+) -> Iterator[float]:
+    """Trains one block; yields the loss of every step."""
+    path, block, quantized, target = pair.path, pair.block, pair.quantized, pair.target
     optimizer = torch.optim.Adam(_parameter_groups(block, options), lr=options.lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.steps))
     )
     size = target.x.square().mean().clamp_min(1e-30)
-    for step, rows in enumerate(_rows(len(target.x), options, generator)):
-        x = quantized.x[rows]
-        if options.float_inputs:
-            mixed = torch.rand(x.shape, generator=generator).to(x.device) < options.float_inputs
-            x = torch.where(mixed, exact.x[rows], x)
-        error = (quantized.call(block, x) - target.x[rows]).square()
-        loss = (error if weight is None else error * weight).mean() / size
-        if not bool(torch.isfinite(loss)):
-            raise QvitError(
-                f"block '{path}': the reconstruction error is not finite at step {step + 1}; lower the learning rates"
-            )
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        if progress is not None:
-            progress(path, step + 1, options.steps, float(loss.detach()))
+    with ExitStack() as stack:
+        for site, quantizer in quantizers_of(block):
+            if options.float_rows and not site.endswith("weight"):
+                hook = partial(_drop_rows, options.float_rows, generator)
+                stack.enter_context(quantizer.register_forward_hook(hook))
+        for step, rows in enumerate(_rows(_fitted_to(len(target.x)), options, generator)):
+            x = quantized.x[rows]
+            if options.float_inputs:
+                mixed = torch.rand(x.shape, generator=generator).to(x.device) < options.float_inputs
+                x = torch.where(mixed, pair.exact.x[rows], x)
+            error = (quantized.call(block, x) - target.x[rows]).square()
+            loss = (error if weight is None else error * weight).mean() / size
+            if not bool(torch.isfinite(loss)):
+                raise QvitError(
+                    f"block '{path}': the reconstruction error is not finite at step {step + 1}; "
+                    "lower the learning rates"
+                )
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+            yield float(loss.detach())
+
+
+def _drop_rows(
+    share: float, generator: torch.Generator, _quantizer: Quantizer, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Forward hook of a quantizer: a share of the rows passes as it came."""
+    x = inputs[0]
+    kept = torch.rand((*x.shape[:-1], 1), generator=generator).to(x.device) < share
+    return torch.where(kept, x, output)
 
 
 def _parameter_groups(block: nn.Module, options: ReconstructOptions) -> list[dict[str, Any]]:
@@ -205,7 +254,7 @@ def _parameter_groups(block: nn.Module, options: ReconstructOptions) -> list[dic
         if leaf.endswith("weight"):
             weight = block.get_submodule(path).get_parameter("weight")
             if id(weight) not in taken:
-                groups.append({"params": [weight], "lr": options.weight_lr * size})
+                groups.append({"params": [weight], "lr": options.weight_rate * size})
                 taken.add(id(weight))
     groups.append({"params": [p for p in block.parameters() if id(p) not in taken], "lr": options.lr})
     return [group for group in groups if group["params"]]

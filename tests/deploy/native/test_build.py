@@ -64,7 +64,8 @@ def answers(text: str, classes: int) -> np.ndarray:
 
 def test_the_c_program_on_the_installed_library(tmp_path: Path) -> None:
     built = Path(library.library()._name)
-    run("gcc", "-Wall", "-Werror", f"-I{sources.HERE}", PROGRAM, built, f"-Wl,-rpath,{built.parent}", "-o", tmp_path / "classify")
+    include, runtime = f"-I{sources.HERE}", f"-Wl,-rpath,{built.parent}"
+    run("gcc", "-Wall", "-Werror", include, PROGRAM, built, runtime, "-o", tmp_path / "classify")
     for file, image, expected in material(tmp_path):
         found = run(tmp_path / "classify", file, image, 100).stdout
         np.testing.assert_allclose(answers(found, expected.shape[1]), expected, atol=2e-2)
@@ -128,9 +129,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     flags = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     made = program(tmp_path, *flags)
     for file, image, expected in material(tmp_path):
-        np.testing.assert_allclose(
-            answers(run(made, file, image, 100).stdout, expected.shape[1]), expected, atol=2e-2
-        )
+        np.testing.assert_allclose(answers(run(made, file, image, 100).stdout, expected.shape[1]), expected, atol=2e-2)
     images = torch.full((1, 3, 32, 32), torch.nan).numpy()
     images.tofile(tmp_path / "nan.f32")
     run(made, tmp_path / "32.safetensors", tmp_path / "nan.f32")
