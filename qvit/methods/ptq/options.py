@@ -45,8 +45,8 @@ class PTQOptions(MethodOptions):
     )
     effort: Literal["fast", "standard", "full"] | None = Field(
         None,
-        description="reconstruct with a preset of steps and images: `fast` about 5 minutes for DeiT-T on two cores, "
-        "`standard` 40 minutes, `full` for a GPU",
+        description="reconstruct with a preset of steps and images; `full` is for a GPU. The time is said after "
+        "the first steps",
     )
     reconstruct: bool = Field(
         False, description="train each block to answer like its float original; implied by `effort`"
