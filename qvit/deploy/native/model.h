@@ -105,6 +105,63 @@ void encode_activated(const float* __restrict x, int n, const Grid of, uint8_t* 
     for (int j = 0; j < n; ++j) to[j] = uint8_t(code_of(of, activate<kind>(x[j])));
 }
 
+// An activation and its grid as a sum of steps, for grids of few levels: fewer operations than the function, and the
+// fewer the narrower. The functions fall to one lowest point and rise behind it; code = base + how many `rises` are at
+// or below x + how many `falls` are at or above it.
+struct Steps {
+    static constexpr int kRises = 8, kFalls = 2;
+    bool there = false;
+    int base = 0, rises = 0;
+    float rise[kRises], fall[kFalls];
+};
+
+template <Activation kind>
+Steps steps_of(const Grid& grid) {
+    Steps steps;
+    if (grid.high - grid.low >= Steps::kRises) return steps;
+    auto code = [&](float x) {
+        return code_of(grid, activate<kind>(x));
+    };
+    float bottom = 0;
+    for (int i = -12000; i < 0; ++i)
+        if (activate<kind>(float(i) / 1000) < activate<kind>(bottom)) bottom = float(i) / 1000;
+    // The first x from `from`, whose code is lower, towards `to` that has a code of at least `wanted`.
+    auto first = [&](float from, float to, int wanted) {
+        for (float middle; middle = from + (to - from) / 2, middle != from && middle != to;)
+            (code(middle) >= wanted ? to : from) = middle;
+        return to;
+    };
+    std::fill_n(steps.rise, Steps::kRises, std::numeric_limits<float>::infinity());
+    std::fill_n(steps.fall, Steps::kFalls, -std::numeric_limits<float>::infinity());
+    constexpr float kFar = 1e30f;
+    steps.base = code(bottom);
+    for (int wanted = steps.base + 1; wanted <= code(kFar); ++wanted)
+        steps.rise[steps.rises++] = first(bottom, kFar, wanted);
+    const int falls = code(-100.0f) - steps.base;
+    if (falls > Steps::kFalls) return steps;
+    for (int i = 0; i < falls; ++i) steps.fall[i] = first(bottom, -100.0f, steps.base + 1 + i);
+    steps.there = true;
+    return steps;
+}
+
+template <int rises>
+void encode_steps(const float* __restrict x, int n, const Steps steps, uint8_t* __restrict to) {
+    for (int j = 0; j < n; ++j) {
+        const float value = x[j];
+        int32_t code = steps.base;
+#pragma GCC unroll 8
+        for (int k = 0; k < rises; ++k) code += value >= steps.rise[k];
+#pragma GCC unroll 2
+        for (int k = 0; k < Steps::kFalls; ++k) code += value <= steps.fall[k];
+        to[j] = uint8_t(code);
+    }
+}
+
+inline void encode_steps(const float* x, int n, const Steps& steps, uint8_t* to) {
+    if (steps.rises <= 4) return encode_steps<4>(x, n, steps, to);
+    encode_steps<Steps::kRises>(x, n, steps, to);
+}
+
 // Codes by column, each with a grid of its own; `shift` is taken off.
 inline void encode_columns(const float* __restrict x, int n, const float* __restrict inverse,
                            const float* __restrict offset, const float* __restrict low, const float* __restrict high,
@@ -250,8 +307,9 @@ struct Block {
     // Per column of qkv: how its output becomes codes.
     Buffer<float> inverse, offset, low, high, shift;
     Buffer<float> position_bias;  // (heads, area, columns of scores); or none
+    Steps steps;                  // from outputs of fc1 to inputs of fc2
 
-    Block(const BlockNumbers& from, const StageNumbers& stage)
+    Block(const BlockNumbers& from, const StageNumbers& stage, Activation activation)
         : norm1(from.norm1),
           norm2(from.norm2),
           mlp_norm(from.mlp_norm),
@@ -276,6 +334,7 @@ struct Block {
                     shift[c] = p == 0 ? float(parts[p]->low) : 0.0f;
                 }
         }
+        with_activation(activation, [&](auto kind) { steps = steps_of<decltype(kind)::value>(fc2.grid[0]); });
         if (from.position_bias.empty()) return;
         const int area = stage.window_y * stage.window_x, wide = round_up(area, kColumns);
         position_bias.assign(size_t(stage.heads) * area * wide, 0);
@@ -296,7 +355,7 @@ struct Stage {
     Buffer<float> region;     // (windows, columns of scores), of shifted windows
     std::vector<char> mixed;  // windows that hold several regions
 
-    Stage(const StageNumbers& from, int prefix)
+    Stage(const StageNumbers& from, int prefix, Activation activation)
         : dim(from.dim),
           heads(from.heads),
           each(dim / heads),
@@ -308,7 +367,7 @@ struct Stage {
           factor(1.0f / std::sqrt(float(each))),
           merge_norm(from.merge_norm),
           merge(from.merge) {
-        for (const BlockNumbers& block : from.blocks) blocks.emplace_back(block, from);
+        for (const BlockNumbers& block : from.blocks) blocks.emplace_back(block, from, activation);
         if (!from.window_y) return;
         area = from.window_y * from.window_x, windows = tokens / area;
         const int across = columns / from.window_x, wide = round_up(area, kColumns);
@@ -378,7 +437,7 @@ class Model final : public Runner {
           head_norm(from.head_norm),
           threads_(threads) {
         added.assign(from.added.begin(), from.added.end());
-        for (const StageNumbers& stage : from.stages) stages.emplace_back(stage, prefix);
+        for (const StageNumbers& stage : from.stages) stages.emplace_back(stage, prefix, activation);
         for (const Stage& stage : stages)
             most_channels = std::max(most_channels, std::max(stage.hidden, 4 * stage.dim));
         team = std::make_unique<Team>(threads);
@@ -609,7 +668,17 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     }
     Watch watch(watching, own.seconds[kFirst]);
     const Grid grid = block.fc2.grid[0];
-    if (mlp == Mlp::plain && !block.mlp_norm.there) {
+    const bool plain = mlp == Mlp::plain && !block.mlp_norm.there;
+    if (plain && block.steps.there) {
+        linear(block.fc1, count, own.codes.data(), lda,
+               [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                   for (int i = 0; i < rows; ++i)
+                       encode_steps(values + i * stride, columns, block.steps,
+                                    own.hidden.data() + size_t(row + i) * wide + column);
+               });
+        return;
+    }
+    if (plain) {
         with_activation(activation, [&](auto kind) {
             linear(block.fc1, count, own.codes.data(), lda,
                    [&](int row, int rows, int column, int columns, const float* values, int stride) {
