@@ -96,7 +96,9 @@ def test_refusals(gate: Any, qvit: Qvit, tmp_path: Path) -> None:  # noqa: F811
         assert "give either --budget" in gate("--max-drop", "1", *extra).failed(2)
     assert "give either --budget" in gate().failed(2)
     assert "max_drop" in gate("--max-drop", "-1").failed(2)
-    assert "objective" in gate("--max-drop", "1", "--objective", "latency").failed(2)
+    assert "go together" in gate("--max-drop", "1", "--objective", "latency").failed(2)
+    assert "go together" in gate("--max-drop", "1", "--latency-table", "t.json").failed(2)
+    assert "t.json" in gate("--max-drop", "1", "--objective", "latency", "--latency-table", "t.json").failed(2)
     photos = make_images(tmp_path / "few", {"one": 50})
     message = gate("--max-drop", "1", "--data", photos).failed(1)
     assert "8 of the 40 training images are left to decide by, beside 32 that calibrate; at least 16" in message

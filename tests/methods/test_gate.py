@@ -13,9 +13,10 @@ import torch
 from tiny_models import digits_model
 from torch import Tensor, nn
 
+from qvit.allocate.units import Unit
 from qvit.errors import QvitError
 from qvit.measure import Sensitivity
-from qvit.methods.ptq.gate import GATE, RESOLUTION, Gate, Judge, Loss
+from qvit.methods.ptq.gate import GATE, RESOLUTION, UNITS, Gate, Judge, Loss
 from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
@@ -106,10 +107,20 @@ def gate(trials: Trials, run: Path, *, cost: CostModel = COST, said: list[str] |
     numbers, labels = torch.arange(IMAGES), torch.zeros(IMAGES, dtype=torch.int64)
     judges = [Judge(Answers([0] * IMAGES), [(numbers, labels)]) for _ in range(2)]
     given: dict[str, Any] = {"max_drop": 2.0, "objective": "bops", "narrowest": 3, "boundary": 8} | options
+    given.setdefault("unit", Unit(UNITS.get(given["objective"], "")))
     return Gate(
         cost, quantize=trials.quantize, sensitivity=trials.sensitivity, searching=judges[0], confirming=judges[1],
         run=run, notify=(said if said is not None else []).append, **given,
     )  # fmt: skip
+
+
+def test_the_fastest_plan_within_the_drop(tmp_path: Path) -> None:
+    """Where two widths take the same time, the wider one costs nothing."""
+    table = {name: {bits: float(max(bits, 6)) for bits in range(2, 9)} for name in COST.sites}
+    trials = Trials(lambda plan, final: 4 if mean_width(plan) >= 3.5 else 5)
+    unit = Unit.of(table, COST)
+    _, plan, record = gate(trials, tmp_path, objective="latency", unit=unit).search()
+    assert record["objective"] == "latency" and unit.total(COST, plan.widths()) <= 1.1 * 6 * len(COST.sites)
 
 
 @pytest.mark.parametrize("needed", [2.9, 3.7, 5.0, 6.2, 7.9])

@@ -49,7 +49,8 @@ GATE = "gate.json"
 #: A search ends when the cheapest plan that passes costs at most so much more than the budget that missed.
 RESOLUTION = 1.05
 WIDEST, LEVEL = 8, 0.95
-_UNITS = {"bops": BIT_OPERATIONS, "bytes": WEIGHT_BYTES}
+#: The unit of an objective; that of `latency` is in a file.
+UNITS = {"bops": BIT_OPERATIONS, "bytes": WEIGHT_BYTES}
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -147,7 +148,8 @@ class Gate:
     Attributes:
         cost: The model's costs.
         max_drop: Largest loss, in points.
-        objective: What is to be cheap: `bops` or `bytes`.
+        objective: What is to be cheap: `bops`, `bytes` or `latency`.
+        unit: In which that is counted.
         narrowest: Narrowest width.
         boundary: Width of the first and the last layer in mixed plans; None for free.
         quantize: Makes a calibrated model of a plan; True for the one that is returned.
@@ -160,6 +162,7 @@ class Gate:
     cost: CostModel
     max_drop: float
     objective: str
+    unit: Unit
     narrowest: int
     boundary: int | None
     quantize: Callable[[QuantPlan, bool], nn.Module]
@@ -182,7 +185,7 @@ class _Search:
     """A search that is going on: its trials, by plan."""
 
     def __init__(self, gate: Gate) -> None:
-        self.gate, self.unit = gate, Unit(_UNITS[gate.objective])
+        self.gate, self.unit = gate, gate.unit
         self.kept: list[dict[str, Any]] = []
         if (gate.run / GATE).is_file():
             self.kept = read_document(GateTrials, gate.run / GATE, "trials")["trials"]
@@ -237,7 +240,7 @@ class _Search:
 
     def uniform(self, bits: int) -> QuantPlan:
         """One width for all blocks; where bytes count, activations keep 8 bits, which cost none."""
-        name = f"w{bits}a{bits}" if self.gate.objective == "bops" else f"w{bits}a{WIDEST}"
+        name = f"w{bits}a{WIDEST}" if self.gate.objective == "bytes" else f"w{bits}a{bits}"
         return QuantPlan.preset(name).resolve(self.gate.cost.sites)
 
     def price(self, plan: QuantPlan) -> float:

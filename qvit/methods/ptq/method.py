@@ -36,12 +36,13 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from qvit.allocate import allocate_plan
+from qvit.allocate.units import Unit
 from qvit.errors import UsageError
 from qvit.measure import Sensitivity, measure_sensitivity
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
-from qvit.methods.ptq.gate import Gate, Judge
+from qvit.methods.ptq.gate import UNITS, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
 from qvit.methods.ptq.layer_rounding import round_layers
 from qvit.methods.ptq.options import PTQOptions
@@ -93,7 +94,10 @@ class PTQMethod(Method):
         config = self.config
         if [config.budget, config.plan, self.options.max_drop].count(None) != 2:
             raise UsageError("give either --budget, such as w8a8 or 6bit, or --plan, a plan file, or --max-drop")
+        if (self.options.objective == "latency") != (self.options.latency_table is not None):
+            raise UsageError("--objective latency and --latency-table FILE go together")
         if self.options.max_drop is not None:
+            self.unit = Unit.of(self.options.latency_table or UNITS[self.options.objective], cost, config.model)
             return QuantPlan.preset("w8a8")
         if config.plan is not None:
             if self.mixed:
@@ -192,6 +196,7 @@ class PTQMethod(Method):
             inspect_model(model),
             options.max_drop,
             options.objective,
+            self.unit,
             options.min_width or 3,
             None if options.boundary == "free" else options.boundary,
             lambda plan, final: self._made(model, plan, given, final=final),

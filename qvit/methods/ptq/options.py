@@ -86,8 +86,13 @@ class PTQOptions(MethodOptions):
         "that do not calibrate, of top-1, or without labels of answers; see [An accuracy "
         "gate](post-training.md#an-accuracy-gate)",
     )
-    objective: Literal["bops", "bytes"] = Field(
-        "bops", description="with `max_drop`: what is to be cheap, bit operations or bytes of weights"
+    objective: Literal["bops", "bytes", "latency"] = Field(
+        "bops",
+        description="with `max_drop`: what is to be cheap, bit operations, bytes of weights or the milliseconds of "
+        "`latency_table`",
+    )
+    latency_table: str | None = Field(
+        None, description="for the objective `latency`: the file of `qvit bench MODEL --latency-table`"
     )
     deciding_images: int = Field(
         512,
