@@ -28,6 +28,7 @@ from qvit.plan.budget import parse_budget
 from qvit.plan.quant_plan import QuantPlan
 from qvit.report import write_frontier_page
 from qvit.report.frontier import render_frontier
+from qvit.runs.requests import Request
 
 ARGS = SMALL_DIGITS[1:]
 
@@ -77,8 +78,8 @@ def test_kl_keeps_and_removes_its_partial_file(weights: Path, folder: Path, qvit
 def test_images_of_one_per_class_are_all_taken(folder: Path, weights: Path) -> None:
     few = make_images(folder / "few", {"a": 1, "b": 1, "c": 1})
     many = make_images(folder / "many", {"a": 10, "b": 10})
-    assert len(_training_images(str(few), None)) == 3
-    assert len(_training_images(str(many), None)) == 16
+    assert len(_training_images(Request(model="vit_digits", data=str(few)))) == 3
+    assert len(_training_images(Request(model="vit_digits", data=str(many)))) == 16
 
 
 @pytest.mark.parametrize("method", ["lsq", "lsq+", "qvit"])

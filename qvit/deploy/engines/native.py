@@ -13,6 +13,7 @@ from qvit.deploy.engines.base import register_engine
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.native import NativeModel
 from qvit.errors import UsageError
+from qvit.models.layers import AttentionSites, QuantConv2d, QuantLinear
 from qvit.models.network import differences
 
 
@@ -24,14 +25,18 @@ class NativeEngine:
 
     def __init__(self, artifact: Artifact, threads: int | None, *, form: str | None = None) -> None:
         split = [site for site, spec in artifact.plan.sites.items() if spec is not None and spec.token_bit_width]
-        reason = f"'{split[0]}' has two groups of tokens" if split else next(differences(artifact.skeleton()), None)
+        model = artifact.skeleton()
+        reason = f"'{split[0]}' has two groups of tokens" if split else next(differences(model), None)
         if reason is not None:
             raise UsageError(f"engine 'native' does not run this model: {reason}")
         try:
             self.model = NativeModel(artifact.to_bytes(), threads=threads, form=form)
         except UsageError as error:
             raise UsageError(f"engine 'native' does not run this model: {error}") from None
-        self.artifact, self.arithmetic = artifact, f"all products in integers, {self.model.form}"
+        modules = list(model.modules())
+        products = sum(isinstance(module, (QuantLinear, QuantConv2d)) for module in modules)
+        products += 2 * sum(isinstance(module, AttentionSites) for module in modules)
+        self.artifact, self.arithmetic = artifact, f"all {products} products in integers, {self.model.form}"
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.model(images.detach().cpu().float().numpy()))

@@ -132,7 +132,7 @@ def _bits(elements: int, widths: tuple[int, ...]) -> int:
 
 def _read(contents: Contents) -> dict[str, Any] | None:
     """The facts of a file; None where they need its model: another version, or bytes that several shapes would take."""
-    if contents.metadata.get("version") != str(VERSION):
+    if contents.metadata.get("version") not in ("1", str(VERSION)):  # 1 has the same tensors
         return None
     texts, entries = upgraded(contents.metadata, dict(contents.entries))
     words = Documents.from_texts(texts)
