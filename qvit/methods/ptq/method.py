@@ -318,16 +318,17 @@ def ptq(
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
     worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
+    reference = model if fine and not feedback else original  # equal but for last digits, which decide edges of codes
     if feedback and attention_blocks(quantized):
         round_layers(quantized, original, few, calibration_images, worth)
         clock.note("round")
     if reconstruct is not None:
         if bias_correction:
-            correct_biases(quantized, few, reference=original, worth=worth)
+            correct_biases(quantized, few, reference=reference, worth=worth)
         reconstruct_blocks(quantized, model, batches, reconstruct, progress=progress, notify=notify, keep=keep)
         clock.note("reconstruct")
     if bias_correction:
-        correct_biases(quantized, few, reference=original, worth=worth)
+        correct_biases(quantized, few, reference=reference, worth=worth)
         clock.note("correct biases")
     return quantized
 
