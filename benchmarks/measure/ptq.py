@@ -49,6 +49,27 @@ def main() -> None:
             write(options, rows)
 
 
+def config_of(
+    options: argparse.Namespace, budget: str, method_options: dict[str, Any], data: str, eval_data: str
+) -> TrainConfig:
+    """The run of one row."""
+    return TrainConfig.create(
+        model=options.model,
+        weights=options.weights,
+        method="ptq",
+        method_options=method_options,
+        budget=budget,
+        data=data,
+        eval_data=eval_data,
+        class_map=options.class_map,
+        calibration_images=options.calibration_images,
+        batch_size=50,
+        seed=options.seed,
+        device=options.device,
+        threads=options.threads,
+    )
+
+
 def measure(options: argparse.Namespace, budget: str, metric: str | None, reconstruct: bool) -> dict[str, Any]:
     """The result of one run; what is there already is read."""
     run = options.runs / "-".join(filter(None, (budget, metric, "reconstructed" if reconstruct else "plain")))
@@ -61,21 +82,7 @@ def measure(options: argparse.Namespace, budget: str, metric: str | None, recons
     if metric is not None:
         method_options["sensitivity_images"] = options.kl_images if metric == "kl" else None
         method_options["sensitivity"] = str(shared) if shared.is_file() else None
-    config = TrainConfig.create(
-        model=options.model,
-        weights=options.weights,
-        method="ptq",
-        method_options=method_options,
-        budget=budget,
-        data=options.data,
-        eval_data=options.eval_data,
-        class_map=options.class_map,
-        calibration_images=options.calibration_images,
-        batch_size=50,
-        seed=options.seed,
-        device=options.device,
-        threads=options.threads,
-    )
+    config = config_of(options, budget, method_options, options.data, options.eval_data)
     result = train(config, run, overwrite=True, quiet=True)
     if metric is not None:
         shutil.copyfile(run / SENSITIVITY, shared)

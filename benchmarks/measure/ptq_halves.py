@@ -20,12 +20,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ptq import config_of
 from record import RESULTS, record_of
 
 from qvit.files import write_json
 from qvit.runs.directory import RESULT
 from qvit.runs.run import train
-from qvit.training.config import TrainConfig
 
 #: What of a result is summed up, and under which name.
 MEANS = {"accuracy": "top1", "float_accuracy": "top1_float", "agreement": "agreement"}
@@ -71,21 +71,7 @@ def measure(
         method_options["recon_images"] = options.recon_images
     run = options.runs / "-".join((plan, effort or "plain", f"seed{options.seed}", f"way{first}"))
     if not (run / RESULT).is_file():
-        config = TrainConfig.create(
-            model=options.model,
-            weights=options.weights,
-            method="ptq",
-            method_options=method_options,
-            budget=plan,
-            data=str(parts[first]),
-            eval_data=str(parts[1 - first]),
-            class_map=options.class_map,
-            calibration_images=options.calibration_images,
-            batch_size=50,
-            seed=options.seed,
-            device=options.device,
-            threads=options.threads,
-        )
+        config = config_of(options, plan, method_options, str(parts[first]), str(parts[1 - first]))
         started = time.process_time()
         train(config, run, overwrite=True, quiet=True, notify=lambda line: print(line, file=sys.stderr, flush=True))
         write_json(run / PROCESSOR, {"processor_seconds": round(time.process_time() - started, 1)})

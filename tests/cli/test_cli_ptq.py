@@ -12,22 +12,14 @@ import torch
 from command_line import QUICK, SMALL_DIGITS, Qvit, qvit  # noqa: F401  (a fixture)
 from image_sets import make_images, make_tar
 from safetensors.torch import load_file, save_file
-from tiny_models import events, small_config
+from tiny_models import events
 
-from qvit.runs.run import load_run, train
+from qvit.runs.run import load_run
 
 SMALL_VIT = ["deit_tiny_patch16_224"]
 for _argument in ("img_size=16", "patch_size=4", "embed_dim=16", "depth=1", "num_heads=2"):
     SMALL_VIT += ["-m", _argument]
 OPTIONS = ["--device", "cpu", "--threads", "1", "--calibration-images", "32"]
-
-
-@pytest.fixture(scope="module")
-def float_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float model of digits, trained for a moment."""
-    out = tmp_path_factory.mktemp("float") / "run"
-    train(small_config(method="float", epochs=2), out, quiet=True)
-    return out
 
 
 @pytest.fixture

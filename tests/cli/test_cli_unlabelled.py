@@ -9,21 +9,11 @@ from typing import Any
 import pytest
 from command_line import QUICK, SMALL_DIGITS, Qvit, qvit  # noqa: F401  (a fixture)
 from image_sets import make_images
-from tiny_models import events, small_config
-
-from qvit.runs.run import train
+from tiny_models import events
 
 SMALL_VIT = ["deit_tiny_patch16_224"]
 for _argument in ("img_size=16", "patch_size=4", "embed_dim=16", "depth=1", "num_heads=2", "num_classes=5"):
     SMALL_VIT += ["-m", _argument]
-
-
-@pytest.fixture(scope="module")
-def float_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float model of digits, trained for a moment."""
-    out = tmp_path_factory.mktemp("float") / "run"
-    train(small_config(method="float", epochs=2), out, quiet=True)
-    return out
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ class NativeEngine:
 
     def __init__(self, artifact: Artifact, threads: int | None, *, form: str | None = None) -> None:
         split = [site for site, spec in artifact.plan.sites.items() if spec is not None and spec.token_bit_width]
-        model = artifact.skeleton()
+        model = artifact.skeleton
         reason = f"'{split[0]}' has two groups of tokens" if split else next(differences(model), None)
         if reason is not None:
             raise UsageError(f"engine 'native' does not run this model: {reason}")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ class Artifact:
             {key: _own(value) for key, value in float_tensors(model).items()},
         )
         try:
-            artifact._check(artifact.skeleton())
+            artifact._check(artifact.skeleton)
         except QvitError as error:
             raise UsageError(
                 f"'{model_name}' with the arguments {dict(model_kwargs or {})} is not the model to be packed, "
@@ -184,7 +185,7 @@ class Artifact:
 
     def packed(self) -> dict[str, Tensor]:
         """The bytes of each weight, by site."""
-        sites = inspect_model(self.skeleton()).sites
+        sites = inspect_model(self.skeleton).sites
         found = {}
         for site, codes in self.integers.items():
             spec = self.plan.sites[site]
@@ -192,10 +193,11 @@ class Artifact:
             found[site] = pack_site(codes, spec.widths, spec.signed, sites[site].layout)
         return found
 
-    def skeleton(self, file_bytes: int = 1 << 40) -> nn.Module:
-        """The quantized model without storage."""
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The quantized model without storage; made once."""
         tensors = len(self.integers) + len(self.floats) + 1
-        return skeleton(self.model_name, self.model_kwargs, self.plan, tensors=tensors, file_bytes=file_bytes)
+        return skeleton(self.model_name, self.model_kwargs, self.plan, tensors=tensors, file_bytes=1 << 40)
 
     def _grids(self) -> dict[str, dict[str, Tensor]]:
         """The numbers of each site's grid, in the order of the file."""
@@ -227,7 +229,7 @@ class Artifact:
             "data_config": to_text(self.data_config, "the data configuration"),
             "class_names": to_text(list(self.class_names), "the class names"),
             "provenance": to_text(self.provenance, "the provenance"),
-            "network": to_text(_network(self.skeleton()), "the network"),
+            "network": to_text(_network(self.skeleton), "the network"),
         }
 
     @classmethod

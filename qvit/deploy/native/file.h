@@ -222,7 +222,7 @@ class File {
 
   private:
     static constexpr size_t kLongestHeader = 4 << 20;
-    static constexpr int kMostSites = 20000, kMostHeads = 1024, kWidest = 8;
+    static constexpr int kMostSites = 20000, kMostHeads = 1024;
     static constexpr float kLargest = 16777216.0f, kSmallestScale = 1e-8f;
 
     Stored& take(const std::string& name, const char* type) {

@@ -142,7 +142,7 @@ def test_a_gated_mlp_of_two_layers() -> None:
     """AIMv2: SwiGLU, RmsNorm, a norm of embedded patches."""
     images = images_for()
     artifact = frozen("w8a8", images, "aimv2_large_patch14_224", **SMALL)
-    assert artifact.skeleton().get_submodule("blocks.0.mlp.fc1_g") is not None
+    assert artifact.skeleton.get_submodule("blocks.0.mlp.fc1_g") is not None
     require_the_reference(artifact, images)
 
 
