@@ -7,8 +7,10 @@
 // A tensor comes as four sizes with strides; the last stride is 1. Scales, offsets and limits come as flat arrays with
 // one entry per group (or a single one: a bit of `single`), and the four strides with which the group of an element is
 // found. Where a group is constant over the last two sizes (per tensor, per head), they form a tile that one accumulator
-// serves; else (per channel) sums are kept for each entry. Sums run over blocks in float, from block to block in double, and are added up in the order of
-// the threads: the same numbers on every run with as many threads.
+// serves; else (per channel) sums are kept for each entry. Sums run over blocks in float, from block to block in double,
+// and are added up in the order of the threads: the same numbers on every run with as many threads. LANES elements at a
+// time fill a register of the processor, since GCC takes wider vectors apart one number after the other; a sum has SUMS
+// parts on all of them, so AVX2 and AVX-512 yield the same bits.
 //
 // Float and bfloat16 are read and written; arithmetic is in float. No header of PyTorch is needed.
 
@@ -18,7 +20,15 @@
 
 namespace {
 
+constexpr int SUMS = 16;            // each sum is kept in as many parts, whatever a register holds
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int PARTS = SUMS / LANES;
 constexpr int64_t BLOCK = 16384;    // elements that one float accumulator may sum up
 constexpr int64_t SERIAL = 32768;   // below this, threads cost more than they bring
 
@@ -86,15 +96,9 @@ inline Vec clamp(Vec u, Vec low, Vec high) {
     Vec c = low > u ? low : u;
     return high < c ? high : c;
 }
-inline float total(Vec v) {
-    float sum = 0;
-    for (int i = 0; i < LANES; ++i) sum += v[i];
-    return sum;
-}
 
 struct Shape {
     int64_t size[4], x[4], group[4], out[4];
-    bool tiled() const { return group[2] == 0 && group[3] == 0; }
     int64_t elements() const { return size[0] * size[1] * size[2] * size[3]; }
 };
 
@@ -118,14 +122,14 @@ struct Grids {
 // Where a piece of work begins, and how large it is: rows × columns elements that share the first two indices.
 struct Piece { int64_t x, group, out, rows, columns; };
 
-// All work, cut into pieces of at most BLOCK elements (or one row's worth of columns where groups differ by row).
+// All work, cut into pieces of at most BLOCK elements, of one row each where groups differ by row.
 struct Work {
     const Shape& shape;
     int64_t rows_per_piece, columns_per_piece, row_pieces, column_pieces, count;
 
     explicit Work(const Shape& s) : shape(s) {
         columns_per_piece = s.size[3] < BLOCK ? s.size[3] : BLOCK;
-        rows_per_piece = s.tiled() ? (columns_per_piece ? BLOCK / columns_per_piece : 1) : 1;
+        rows_per_piece = s.group[2] == 0 && columns_per_piece ? BLOCK / columns_per_piece : 1;
         if (rows_per_piece > s.size[2]) rows_per_piece = s.size[2];
         if (rows_per_piece < 1) rows_per_piece = 1;
         row_pieces = (s.size[2] + rows_per_piece - 1) / rows_per_piece;
@@ -184,19 +188,28 @@ struct Pair {
     }
 };
 
-// Writes what `act` makes of the grid, as `Own`, and the values of LANES elements.
+// Writes what `act` makes of the grid, as `Own`, and the values of LANES elements. Where groups differ along rows, the
+// grid's numbers are loaded once for all rows of a piece.
 template <class Own, class X, class O, class Act>
 void map(const X* x, O* out, const Grids& grids, const Shape& shape, int threads, const Act& act) {
     const bool tiled = shape.group[3] == 0;
     for_all(Work(shape), threads, [&](const Piece& p, int) {
-        const Own shared(grids.numbers, p.group);
-        for (int64_t r = 0; r < p.rows; ++r) {
-            const X* from = x + p.x + r * shape.x[2];
-            O* to = out + p.out + r * shape.out[2];
+        const int64_t x_row = shape.x[2], out_row = shape.out[2];
+        const X* from = x + p.x;
+        O* to = out + p.out;
+        if (tiled) {
+            const Own own(grids.numbers, p.group);
+            for (int64_t r = 0; r < p.rows; ++r, from += x_row, to += out_row) {
+                int64_t i = 0;
+                for (; i + LANES <= p.columns; i += LANES) store(to + i, act(own, load(from + i, LANES)), LANES);
+                if (i < p.columns) store(to + i, act(own, load(from + i, p.columns - i)), p.columns - i);
+            }
+        } else {
             for (int64_t i = 0; i < p.columns; i += LANES) {
                 const int64_t n = p.columns - i;
-                const Own own = tiled ? shared : Own(grids.numbers, p.group + i, n);
-                store(to + i, act(own, load(from + i, n)), n);
+                const Own own(grids.numbers, p.group + i, n);
+                for (int64_t r = 0; r < p.rows; ++r)
+                    store(to + r * out_row + i, act(own, load(from + r * x_row + i, n)), n);
             }
         }
     });
@@ -208,6 +221,31 @@ void forward(const X* x, O* out, const Grids& grids, const Shape& shape, int thr
     if (grids.are_two()) map<Pair>(x, out, grids, shape, threads, act);
     else map<Lanes>(x, out, grids, shape, threads, act);
 }
+
+// N sums of one group while a tile is worked on: SUMS parts of each, added up in the order of their lanes.
+template <int N> struct Tile {
+    Vec parts[PARTS][N] = {};
+    void add(int part, const Vec* found) {
+        for (int s = 0; s < N; ++s) parts[part][s] += found[s];
+    }
+    float total(int which) const {
+        float sum = 0;
+        for (int part = 0; part < PARTS; ++part)
+            for (int i = 0; i < LANES; ++i) sum += parts[part][which][i];
+        return sum;
+    }
+};
+
+// N sums for each of LANES groups.
+template <int N> struct Column {
+    double sums[N][LANES] = {};
+    void add(const Vec* found) {
+        float values[N][LANES];
+        std::memcpy(values, found, sizeof values);
+        for (int s = 0; s < N; ++s)
+            for (int i = 0; i < LANES; ++i) sums[s][i] += values[s][i];
+    }
+};
 
 // Sums of N numbers per element over the elements of each group. `act` gets the grid of LANES elements, as `Own`, with
 // their values and gradients, where to write, and the count; it fills in the N numbers.
@@ -227,35 +265,53 @@ void sum_up(const G* grad, const X* x, float* sums, const Grids& grids, const Sh
         const int64_t end = work.count * (thread + 1) / threads;
         for (int64_t k = work.count * thread / threads; k < end; ++k) {
             const Piece p = work.piece(k);
-            const int64_t g_at = of_grad.piece(k).x;
-            const Own shared(grids.numbers, p.group);
-            Vec so_far[N] = {};
-            for (int64_t r = 0; r < p.rows; ++r) {
-                const X* from = x + p.x + r * shape.x[2];
-                const G* g_from = grad + g_at + r * grad_strides[2];
-                const int64_t to = p.out + r * shape.out[2];
-                for (int64_t i = 0; i < p.columns; i += LANES) {
-                    const int64_t n = p.columns - i;
-                    Vec found[N];
-                    act(tiled ? shared : Own(grids.numbers, p.group + i, n), load(from + i, n), load(g_from + i, n), to + i,
-                        n, found);
-                    if (tiled) {
-                        // Lanes beyond the end have no gradient, but 0/scale may be NaN for a scale that is.
-                        for (int s = 0; s < N; ++s) so_far[s] += found[s];
-                    } else {
-                        for (int64_t j = 0; j < (n < LANES ? n : LANES); ++j)
-                            for (int s = 0; s < N; ++s) own_sums[N * (p.group + i + j) + s] += found[s][j];
+            const int64_t x_row = shape.x[2], g_row = grad_strides[2], out_row = shape.out[2];
+            const X* from = x + p.x;
+            const G* g_from = grad + of_grad.piece(k).x;
+            int64_t to = p.out;
+            Vec found[N];
+            if (tiled) {
+                const Own own(grids.numbers, p.group);
+                Tile<N> tile;
+                for (int64_t r = 0; r < p.rows; ++r, from += x_row, g_from += g_row, to += out_row) {
+                    int64_t i = 0;
+                    for (; i + SUMS <= p.columns; i += SUMS) {
+                        #pragma GCC unroll 4
+                        for (int part = 0; part < PARTS; ++part) {
+                            const int64_t at = i + part * LANES;
+                            act(own, load(from + at, LANES), load(g_from + at, LANES), to + at, LANES, found);
+                            tile.add(part, found);
+                        }
+                    }
+                    // Lanes beyond the end have no gradient, but 0/scale may be NaN for a scale that is.
+                    for (int part = 0; i < p.columns; ++part, i += LANES) {
+                        const int64_t n = p.columns - i;
+                        act(own, load(from + i, n), load(g_from + i, n), to + i, n, found);
+                        tile.add(part, found);
                     }
                 }
+                for (int s = 0; s < N; ++s) own_sums[s * groups + p.group] += tile.total(s);
+            } else {
+                for (int64_t i = 0; i < p.columns; i += LANES) {
+                    const int64_t n = p.columns - i, group = p.group + i;
+                    const Own own(grids.numbers, group, n);
+                    Column<N> column;
+                    for (int64_t r = 0; r < p.rows; ++r) {
+                        const int64_t at = to + r * out_row + i;
+                        act(own, load(from + r * x_row + i, n), load(g_from + r * g_row + i, n), at, n, found);
+                        column.add(found);
+                    }
+                    for (int s = 0; s < N; ++s)
+                        for (int64_t j = 0; j < (n < LANES ? n : LANES); ++j)
+                            own_sums[s * groups + group + j] += column.sums[s][j];
+                }
             }
-            if (tiled)
-                for (int s = 0; s < N; ++s) own_sums[N * p.group + s] += total(so_far[s]);
         }
     }
     for (int64_t i = 0; i < N * groups; ++i) {
         double sum = 0;
         for (int thread = 0; thread < threads; ++thread) sum += partial[thread * N * groups + i];
-        sums[i % N * groups + i / N] = (float)sum;
+        sums[i] = (float)sum;
     }
 }
 

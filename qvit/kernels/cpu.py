@@ -2,7 +2,8 @@
 
 The library has no dependency but the C++ compiler that torch.compile needs, too: some seconds of work, kept in the
 user's cache (`build.py`). Where there is no compiler, or `QVIT_KERNELS=0` is set, `available` is false and the plain
-formulas of `functional.py` run.
+formulas of `functional.py` run. `QVIT_KERNELS=avx2` compiles for processors with AVX2 alone, and so for every name in
+`INSTRUCTION_SETS`; results are equal bit for bit.
 
 Tensors are described by four sizes and strides (`shapes.py`); what cannot be described so is copied into order first.
 """
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qvit.kernels.build import CannotBuild, library
+from qvit.errors import UsageError, shown
+from qvit.kernels.build import CHOICES, CannotBuild, library
 from qvit.kernels.shapes import DIMS, axes_of, groups_of
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,8 @@ log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("cpu.cpp")
 #: Whether the kernels are used where they can be.
 ENABLED = os.environ.get("QVIT_KERNELS") != "0"
+#: What `QVIT_KERNELS` may name: a processor, for the compiler, and an instruction it has, as PyTorch calls it.
+INSTRUCTION_SETS = {"avx2": ("haswell", "avx2"), "avx512": ("skylake-avx512", "avx512_f")}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _READ = (torch.float32, torch.bfloat16)
 #: Elements beyond which memory is given back at once.
@@ -194,13 +198,40 @@ def _shape_numbers(
 def _library() -> ctypes.CDLL | None:
     """The compiled kernels; None, and one line in the log, where they cannot be made."""
     try:
-        found = library(SOURCE)
+        return compiled(os.environ.get("QVIT_KERNELS"))
     except CannotBuild as error:
         log.warning("no compiled kernels, so quantization is slower: %s", error)
         return None
+
+
+def compiled(instructions: str | None = None) -> ctypes.CDLL:
+    """The kernels for some instructions, a name in `INSTRUCTION_SETS`, or by default for those of this processor.
+
+    Raises UsageError for an unknown name and for instructions that this processor lacks, CannotBuild where there is no
+    compiler.
+    """
+    choices = CHOICES
+    if instructions not in (None, "", "1"):
+        if instructions not in INSTRUCTION_SETS:
+            names = ", ".join(INSTRUCTION_SETS)
+            raise UsageError(f"QVIT_KERNELS={shown(instructions)}: set it to 0 (no kernels), or to one of {names}")
+        if not has_instructions(instructions):
+            raise UsageError(f"QVIT_KERNELS={instructions}, but this processor has no such instructions: unset it")
+        march = f"-march={INSTRUCTION_SETS[instructions][0]}"
+        choices = ((march, "-fopenmp"), (march,))
+    found = library(SOURCE, choices=choices)
     for name, types in _SIGNATURES.items():
         getattr(found, name).argtypes = types
     return found
+
+
+def has_instructions(name: str) -> bool:
+    """Whether this processor has those of a name in `INSTRUCTION_SETS`."""
+    return bool(_capabilities().get(INSTRUCTION_SETS[name][1]))
+
+
+def _capabilities() -> dict[str, Any]:
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 @functools.cache
@@ -210,5 +241,5 @@ def has_int8_dot_products() -> bool:
     Without VNNI an 8-bit product is no faster than one in float32, and some libraries saturate. Where the processor
     says nothing, 8-bit kernels are not used.
     """
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities = _capabilities()
     return any(capabilities.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))

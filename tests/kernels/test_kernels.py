@@ -12,7 +12,9 @@ import pytest
 import torch
 from grids import SHAPES, TYPES, difference, make_grid, needs_kernels
 
+from qvit.errors import UsageError
 from qvit.functional import switchable_fake_quantize
+from qvit.kernels import cpu
 from qvit.kernels.fake_quantize import (
     FakeQuantize,
     Grid,
@@ -86,6 +88,39 @@ def test_operators_between_two_grids(
         own = grad.clone() if grad_type is x_type else torch.empty_like(x)
         again, same = backward_on(own if grad_type is x_type else grad, x, grid, own)
         assert again is own and torch.equal(again, grad_x) and torch.equal(same, sums)
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", cpu.INSTRUCTION_SETS)
+@pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
+@pytest.mark.parametrize("x_type", TYPES, ids=str)
+def test_instruction_sets_agree_bit_for_bit(
+    name: str, shape: tuple[int, ...], groups: tuple[int, ...], x_type: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, gradients, codes and sums: a run goes on alike on another processor."""
+    if not cpu.has_instructions(name):
+        pytest.skip(f"no {name} on this processor")
+    pair = [make_grid(groups, signed=True, offset=offset) for offset in (True, False)]
+    mixed = Mixed(pair[0], pair[1]._replace(offset=pair[0].offset), torch.rand(groups))
+    x, grad = torch.randn(shape).to(x_type), torch.randn(shape).to(x_type)
+
+    def results() -> list[torch.Tensor]:
+        found = [codes_on(x, pair[1]), difference_on(grad, x, *pair)]
+        for grid in (*pair, mixed):
+            found += [quantize_on(x, grid), *backward_on(grad, x, grid)]
+        return found
+
+    native = results()
+    monkeypatch.setattr(cpu, "_library", lambda: cpu.compiled(name))
+    assert all(torch.equal(own, other) for own, other in zip(results(), native, strict=True))
+
+
+def test_instruction_sets_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="QVIT_KERNELS='sse9': set it to 0 .no kernels., or to one of avx2, avx512"):
+        cpu.compiled("sse9")
+    monkeypatch.setattr(cpu, "_capabilities", dict)
+    with pytest.raises(UsageError, match="this processor has no such instructions"):
+        cpu.compiled("avx2")
 
 
 @needs_kernels
