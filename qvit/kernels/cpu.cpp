@@ -17,6 +17,9 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -50,7 +53,16 @@ inline void from_float(Vec v, Halves& out) {
     const Bits nan = (Bits)(v != v);
     out = __builtin_convertvector((nan & 0x7fc0u) | (~nan & rounded), Halves);
 }
-inline void from_float(Vec v, Bytes& out) { out = __builtin_convertvector(__builtin_convertvector(v, Ints), Bytes); }
+inline void from_float(Vec v, Bytes& out) {
+    const Ints whole = __builtin_convertvector(v, Ints);
+#if defined(__AVX2__) && !defined(__AVX512F__)  // no instruction narrows, and GCC would take every number by itself
+    const __m256i lowest = _mm256_shuffle_epi8((__m256i)whole, _mm256_set1_epi32(0x0c080400));
+    const int32_t halves[2] = {_mm256_extract_epi32(lowest, 0), _mm256_extract_epi32(lowest, 4)};
+    std::memcpy(&out, halves, sizeof out);
+#else
+    out = __builtin_convertvector(whole, Bytes);
+#endif
+}
 
 template <class T> struct Packed;
 template <> struct Packed<float> { typedef Vec type; };

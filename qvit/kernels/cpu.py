@@ -56,6 +56,13 @@ def available() -> bool:
     return ENABLED and _library() is not None
 
 
+def library_file() -> Path:
+    """Where the compiled kernels were loaded from; only if they are available."""
+    found = _library()
+    assert found is not None
+    return Path(found._name)
+
+
 def would_handle(*tensors: Tensor | None) -> bool:
     """Whether the kernels take tensors like these: on the CPU, in float32 or bfloat16."""
     if not available():

@@ -21,8 +21,8 @@ By interpolation x̂ is on two grids at a time (`Mixed`); its sums are those of 
 All point beyond the width's limits, too: what counts is the sum over all parts of a batch (`training/optimizer.py`).
 
 `FakeQuantize` is `functional.switchable_fake_quantize`, its reference, made of these two operators. On CPUs they are
-compiled loops (`cpu.py`), on CUDA Triton kernels (`gpu.py`), elsewhere the formulas below; a model that torch.compile
-or torch.export traces gets these, to be fused with what is around them.
+compiled loops (`cpu.py`) where these are faster (`trial.py`), on CUDA Triton kernels (`gpu.py`), elsewhere the formulas
+below; a model that torch.compile or torch.export traces gets these, to be fused with what is around them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qvit.functional import SMALLEST_SCALE, integer_range, pick_column, wide
-from qvit.kernels import cpu, gpu
+from qvit.kernels import cpu, gpu, trial
 
 _LIBRARY = torch.library.Library("qvit", "DEF")
 _GRID = "Tensor scale, Tensor? offset, Tensor quant_min, Tensor quant_max"
@@ -234,14 +234,12 @@ def quantize_on(
             return _forward(x, *grid, dtype=dtype)
     elif _directly(x) and (found := gpu.forward(x, grid.numbers(), dtype)) is not None:
         return found
-    elif (scratch is not None or isinstance(grid, Mixed)) and cpu.handles(x):
+    elif (scratch is not None or isinstance(grid, Mixed)) and _compiled("forward", x, grid=grid):
         out = None if scratch is None else cpu.scratch(scratch, x.shape, dtype, x)
         return cpu.forward(x, grid.numbers(), dtype, out=out)
     if isinstance(grid, Grid):
         return torch.ops.qvit.fake_quantize(x, *grid, dtype)
-    within = torch.promote_types(dtype, torch.float32)  # the mixture is rounded, not its parts
-    values, upper = (quantize_on(x, own, within) for own in (grid.lower, grid.upper))
-    return values.lerp_(upper, grid.share.to(within)).to(dtype)
+    return _forward_between(x, grid, dtype)
 
 
 def _directly(*tensors: Tensor) -> bool:
@@ -251,10 +249,9 @@ def _directly(*tensors: Tensor) -> bool:
 
 def codes_on(x: Tensor, grid: Grid, zero: int = 0) -> Tensor:
     """q - zero in int8. Not differentiable."""
-    if cpu.handles(x) and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and _compiled("codes", x):
         return cpu.forward(x, grid, torch.int8, zero)
-    u = _in_steps(x, grid.scale, grid.offset)
-    return (torch.minimum(torch.maximum(u, grid.quant_min), grid.quant_max).round_() - zero).to(torch.int8)
+    return _codes(x, grid, zero)
 
 
 def backward_on(grad: Tensor, x: Tensor, grid: Grid | Mixed, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -268,18 +265,12 @@ def backward_on(grad: Tensor, x: Tensor, grid: Grid | Mixed, out: Tensor | None 
             return _backward(grad, x, *grid)
     elif _directly(grad, x) and (found := gpu.backward(grad, x, grid.numbers(), out)) is not None:
         return found
-    elif (out is not None or isinstance(grid, Mixed)) and cpu.handles(grad, x):
+    elif (out is not None or isinstance(grid, Mixed)) and _compiled("backward", grad, x, grid=grid):
         return cpu.backward(grad, x, grid.numbers(), out)
     if isinstance(grid, Grid):
         grad_x, sums = torch.ops.qvit.fake_quantize_backward(grad, x, *grid)
         return (grad_x if out is None else out.copy_(grad_x)), sums
-    slope = difference_on(grad, x, grid.upper, grid.lower)
-    of_upper, above = backward_on(grad, x, grid.upper)
-    grad_x, below = backward_on(grad, x, grid.lower, out)
-    mixed = wide(grad_x)
-    mixed.lerp_(wide(of_upper), grid.share.to(mixed.dtype))
-    grad_x = mixed if mixed.dtype == grad_x.dtype else grad_x.copy_(mixed)
-    return grad_x, torch.cat([below * (1 - grid.share), above * grid.share, slope[None]])
+    return _backward_between(grad, x, grid, out)
 
 
 def difference_on(grad: Tensor, x: Tensor, above: Grid, below: Grid) -> Tensor:
@@ -287,10 +278,9 @@ def difference_on(grad: Tensor, x: Tensor, above: Grid, below: Grid) -> Tensor:
     if not torch.compiler.is_compiling():
         if _directly(grad, x) and (found := gpu.difference(grad, x, above, below)) is not None:
             return found
-        if cpu.handles(grad, x):
+        if _compiled("difference", grad, x):
             return cpu.difference(grad, x, above, below)
-    moved = wide(grad) * (_forward(wide(x), *above) - _forward(wide(x), *below))
-    return moved.sum_to_size(_shape_of(moved, above.scale, above.quant_max))
+    return _difference(grad, x, above, below)
 
 
 def packed(grid: Grid | Mixed, width: Tensor) -> tuple[Tensor | None, ...]:
@@ -369,16 +359,74 @@ def _backward(
     return (grad - cut).to(x.dtype), sums
 
 
+def _codes(x: Tensor, grid: Grid, zero: int) -> Tensor:
+    u = _in_steps(x, grid.scale, grid.offset)
+    return (torch.minimum(torch.maximum(u, grid.quant_min), grid.quant_max).round_() - zero).to(torch.int8)
+
+
+def _difference(grad: Tensor, x: Tensor, above: Grid, below: Grid) -> Tensor:
+    moved = wide(grad) * (_forward(wide(x), *above) - _forward(wide(x), *below))
+    return moved.sum_to_size(_shape_of(moved, above.scale, above.quant_max))
+
+
+def _forward_between(x: Tensor, grid: Mixed, dtype: torch.dtype) -> Tensor:
+    within = torch.promote_types(dtype, torch.float32)  # the mixture is rounded, not its parts
+    values, upper = (quantize_on(x, own, within) for own in (grid.lower, grid.upper))
+    return values.lerp_(upper, grid.share.to(within)).to(dtype)
+
+
+def _backward_between(grad: Tensor, x: Tensor, grid: Mixed, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    slope = difference_on(grad, x, grid.upper, grid.lower)
+    of_upper, above = backward_on(grad, x, grid.upper)
+    grad_x, below = backward_on(grad, x, grid.lower, out)
+    mixed = wide(grad_x)
+    mixed.lerp_(wide(of_upper), grid.share.to(mixed.dtype))
+    grad_x = mixed if mixed.dtype == grad_x.dtype else grad_x.copy_(mixed)
+    return grad_x, torch.cat([below * (1 - grid.share), above * grid.share, slope[None]])
+
+
+def _compiled(operator: str, *tensors: Tensor, grid: Grid | Mixed | None = None) -> bool:
+    """Whether an operator runs in its compiled form on these very tensors; see `trial.py`."""
+    if not cpu.handles(*tensors):
+        return False
+    name = f"{operator} between grids" if isinstance(grid, Mixed) else operator
+    return trial.is_compiled(name, _forms, cpu.library_file)
+
+
+def _forms(operator: str) -> tuple[trial.Form, trial.Form]:
+    """The compiled and the plain form of an operator, for a trial: on the queries of four images of DeiT-T."""
+    x = torch.linspace(-1.0, 1.0, 4 * 3 * 197 * 64).view(4, 3, 197, 64)
+    scale = torch.full((3, 1, 1), 0.1)
+    grid = Grid(scale, scale / 2, -80 * scale, 70 * scale)
+    upper = grid._replace(scale=scale / 2)
+    mixed = Mixed(grid, upper, scale)
+    forms: dict[str, tuple[trial.Form, trial.Form]] = {
+        "forward": (lambda: cpu.forward(x, grid, x.dtype), lambda: _forward(x, *grid)),
+        "backward": (lambda: cpu.backward(x, x, grid), lambda: _backward(x, x, *grid)),
+        "codes": (lambda: cpu.forward(x, grid, torch.int8), lambda: _codes(x, grid, 0)),
+        "difference": (lambda: cpu.difference(x, x, upper, grid), lambda: _difference(x, x, upper, grid)),
+        "forward between grids": (
+            lambda: cpu.forward(x, mixed.numbers(), x.dtype),
+            lambda: _forward_between(x, mixed, x.dtype),
+        ),
+        "backward between grids": (
+            lambda: cpu.backward(x, x, mixed.numbers()),
+            lambda: _backward_between(x, x, mixed),
+        ),
+    }
+    return forms[operator]
+
+
 def _forward_on_cpu(x: Tensor, *grid: Any) -> Tensor:
     *parts, dtype = grid if len(grid) == 5 else (*grid, None)
     dtype = dtype or x.dtype
-    if cpu.handles(x) and dtype in (torch.float32, torch.bfloat16):
+    if dtype in (torch.float32, torch.bfloat16) and _compiled("forward", x):
         return cpu.forward(x, tuple(parts), dtype)
     return _forward(x, *parts, dtype=dtype)
 
 
 def _backward_on_cpu(grad: Tensor, x: Tensor, *grid: Any) -> tuple[Tensor, Tensor]:
-    if cpu.handles(grad, x):
+    if _compiled("backward", grad, x):
         return cpu.backward(grad, x, grid)
     return _backward(grad, x, *grid)
 

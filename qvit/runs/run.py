@@ -44,6 +44,7 @@ from qvit.data.open import (
 from qvit.documents import RESULT_VERSION, Outcome, read_document
 from qvit.errors import QvitError, UsageError
 from qvit.files import parse_json, write_json
+from qvit.kernels import trial
 from qvit.methods import Method, create_method
 from qvit.methods.base import Preparation
 from qvit.methods.ptq.method import BLOCKS
@@ -443,7 +444,8 @@ class _Run:
             "epochs": config.epochs if method.trains else 0,
             **method.record(),
         }
-        log.write("end", step=steps, accuracy=result["accuracy"], seconds=result["seconds"]["total"])
+        formulas = {"plain_operators": plain} if (plain := trial.plain()) else {}
+        log.write("end", step=steps, accuracy=result["accuracy"], seconds=result["seconds"]["total"], **formulas)
         if self.processes.is_main:
             write_json(self.folder / RESULT, result)
             shutil.rmtree(self.folder / BLOCKS, ignore_errors=True)

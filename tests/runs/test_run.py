@@ -22,6 +22,7 @@ from tiny_models import events, make_images, small_config
 from qvit.data import images as image_files
 from qvit.data.open import open_data
 from qvit.errors import QvitError, UsageError
+from qvit.kernels import trial
 from qvit.models.convert import Stage, plan_of, stage_of
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs import run as runs
@@ -185,6 +186,13 @@ def test_the_log_tells_the_run_in_order(finished: Path, name: str) -> None:
     for event in log:
         if event["event"] == "step":
             assert {"loss", "task_loss", "penalty", "bit_operations", "lr", "images_per_second", "epoch"} <= set(event)
+
+
+def test_the_log_names_operators_that_were_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "_chosen", {"forward": True, "difference": False, "backward": False})
+    train(run_config("float"), tmp_path, quiet=True)
+    end = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert end["event"] == "end" and end["plain_operators"] == ["backward", "difference"]
 
 
 def test_config_json_is_enough_to_start_again(finished: Path, tmp_path: Path) -> None:
