@@ -355,6 +355,29 @@ def test_render_shows_what_was_measured_and_notices_a_change(project: Path) -> N
     assert render(project, "--check") == 1
 
 
+def test_render_shows_each_kind_of_processor(project: Path) -> None:
+    row = STEP["rows"][0]
+    rows = [
+        {**row, "instructions": "avx512", "time_ratio": 1.25},
+        {**row, "instructions": "avx512", "method": "lsq+", "time_ratio": 1.125},
+        {**row, "instructions": "avx512", "precision": "bf16"},
+        {**row, "instructions": "avx2", "time_ratio": 1.75},
+        {**row, "instructions": "avx2", "method": "lsq+", "time_ratio": 1.375},
+        {**row, "instructions": "avx2", "method": "lsq"},
+    ]
+    (project / "README.md").write_text("<!-- results:headlines:begin -->\n<!-- results:headlines:end -->")
+    measured = {**STEP, "instructions": ["avx2", "avx512f"], "rows": rows}
+    (project / "results" / "train_step.json").write_text(json.dumps(measured))
+    assert render(project) == 0
+    text = unwrapped(project / "docs" / "results.md")
+    assert "time / float, AVX-512" in text and "memory / float, AVX2" in text
+    assert "| qvit | 10.0 | 1.25 | 20 | 1.50 | 10.0 | 1.75 | 20 | 1.50 |" in text
+    assert "| lsq |  |  |  |  | 10.0 | 2.50 | 20 | 1.50 |" in text
+    assert "AVX2 was selected on a processor that has AVX-512, too." in text
+    wanted = "is 1.12 (LSQ+) and 1.25 (search) with AVX-512, 1.38 (LSQ+) and 1.75 (search) with AVX2."
+    assert wanted in unwrapped(project / "README.md")
+
+
 def test_render_compares_patchwise_plans(project: Path) -> None:
     rows = [
         {"variant": name, "top1": top1, "agreement": 50.0, "divergence_on_training_images": top1 / 100,

@@ -1,9 +1,9 @@
 """Speed of our engines beside PyTorch, ONNX Runtime and OpenVINO: `qvit bench` for DeiT-T and DeiT-S, w8a8.
 
 DeiT-T at batch 1 and 8, with real weights and images where they are given, so that the answers can be compared, too;
-DeiT-S at batch 1, with untrained weights on noise, for the speed alone. One process per model, all plans in it. Nothing
-else should run on the machine meanwhile: engines take turns, so ratios survive some disturbance, but milliseconds do
-not.
+DeiT-S, and every other of `--models`, at batch 1, with untrained weights on noise, for the speed alone. One process per
+model, all plans in it. Nothing else should run on the machine meanwhile: engines take turns, so ratios survive some
+disturbance, but milliseconds do not.
 
     python benchmarks/measure/deploy.py                                    speed alone
     python benchmarks/measure/deploy.py --weights deit_tiny_patch16_224.safetensors --data TRAIN.tar \
@@ -26,7 +26,9 @@ from record import RESULTS, record_of, shown
 
 from qvit.files import write_json
 
-MODELS = (("deit_tiny_patch16_224", (1, 8)), ("deit_small_patch16_224", (1,)))
+#: The only one that gets weights and images, and the batch sizes of it and of others.
+TRAINED = "deit_tiny_patch16_224"
+BATCHES, OTHER_BATCHES = (1, 8), (1,)
 FILES = ("weights", "data", "eval_data", "class_map")
 SHARED = ("date", "hardware", "instructions", "versions", "threads")
 
@@ -35,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in FILES:
         parser.add_argument(f"--{name.replace('_', '-')}", help="for DeiT-T, as for qvit bench")
+    parser.add_argument("--models", nargs="+", default=[TRAINED, "deit_small_patch16_224"], help="timm's names")
     parser.add_argument("--plans", nargs="+", default=["w8a8"])
     parser.add_argument("--engines", nargs="+", default=[], help="by default all that are installed")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -44,7 +47,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "deploy.json")
     options = parser.parse_args()
     given = {name: getattr(options, name) for name in FILES if getattr(options, name)}
-    write_runs(options.out, [measure(options, *one, given if one == MODELS[0] else {}) for one in MODELS])
+    runs = []
+    for model in options.models:
+        about = (BATCHES, given) if model == TRAINED else (OTHER_BATCHES, {})
+        runs.append(measure(options, model, *about))
+    write_runs(options.out, runs)
 
 
 def write_runs(out: Path, runs: list[dict[str, Any]]) -> None:

@@ -10,6 +10,11 @@ hand.
     python benchmarks/measure/train_step.py                    DeiT-T, batch 16, 224 px; every method, mode, precision
     python benchmarks/measure/train_step.py --modes eager --precisions fp32 --methods lsq+ qvit --json
 
+Once for each kind of processor, in a process that is told to use no more than its instructions, the float step, too;
+bf16 is left out for AVX2, where PyTorch has no fast products of it:
+
+    python benchmarks/measure/train_step.py --modes eager --instructions avx512 avx2
+
 On a CUDA GPU, eager and with CUDA graphs, as `qvit train` runs, into a file of its own:
 
     python benchmarks/measure/train_step.py --device cuda --batch 128 --modes graphs eager \
@@ -28,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from record import RESULTS, record_of
@@ -48,6 +54,16 @@ from qvit.training.loop import run_on_integers
 from qvit.training.optimizer import create_optimizer
 
 FLOAT, INTEGERS, PLAIN = "float", ", integers", "plain"
+#: Instruction set → the variables that make a process use no other.
+INSTRUCTION_SETS = {
+    "avx512": {"QVIT_KERNELS": "avx512"},
+    "avx2": {
+        "QVIT_KERNELS": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    },
+}
 METHODS = ("lsq", "lsq+", "qvit", "vvtq", "qvit+vvtq", "ofq", "irm")
 ON_INTEGERS = ("lsq+", "qvit")
 
@@ -105,7 +121,8 @@ def rows_of(mode: str, options: argparse.Namespace) -> list[str]:
     rows = [FLOAT, *options.methods]
     if options.device == "cpu":
         rows += [PLAIN] if "lsq+" in options.methods else []
-        rows += [name + INTEGERS for name in ON_INTEGERS if name in options.methods and has_int8_dot_products()]
+        fast = has_int8_dot_products() and options.selected != "avx2"
+        rows += [name + INTEGERS for name in ON_INTEGERS if name in options.methods and fast]
     return rows
 
 
@@ -147,29 +164,22 @@ def resident(key: str) -> float:
     return int(next(line for line in text.splitlines() if line.startswith(key)).split()[1]) / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deit_tiny_patch16_224")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
-    parser.add_argument("--compiled-methods", nargs="+", choices=METHODS, default=ON_INTEGERS)
-    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled", "graphs"), default=("eager", "compiled"))
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=RESULTS / "train_step.json")
-    parser.add_argument("--json", action="store_true", help="print the result instead of a table")
-    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.memory_of:
-        sys.stdout.write(f"{measure_memory(*options.memory_of, options)}\n")
-        return
+def measured_with(instructions: str) -> list[dict[str, Any]]:
+    """The rows of a process that uses these instructions."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--selected", instructions]
+    environment = os.environ | INSTRUCTION_SETS[instructions]
+    text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return [{"instructions": instructions, **row} for row in json.loads(text)]
+
+
+def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each mode, precision and method."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--json"]
     rows = []
     for mode in options.modes:
         for precision in options.precisions:
+            if (options.selected, precision) == ("avx2", "bf16"):
+                continue
             memory = {}
             for name in rows_of(mode, options):
                 if options.device.startswith("cuda"):
@@ -194,6 +204,37 @@ def main() -> None:
                     f"{mode:<8} {precision} {name:<16} {row['milliseconds']:9.1f} ms  x {row['time_ratio']:.2f}"
                     f"   {row['memory_mib']:8.0f} MiB  x {row['memory_ratio']:.2f}\n"
                 )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16"))
+    parser.add_argument("--compiled-methods", nargs="+", choices=METHODS, default=ON_INTEGERS)
+    parser.add_argument("--modes", nargs="+", choices=("eager", "compiled", "graphs"), default=("eager", "compiled"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--instructions", nargs="+", choices=INSTRUCTION_SETS, default=(), help="measured in turn")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS / "train_step.json")
+    parser.add_argument("--json", action="store_true", help="print the result instead of a table")
+    parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--selected", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory_of:
+        sys.stdout.write(f"{measure_memory(*options.memory_of, options)}\n")
+        return
+    if options.selected:
+        sys.stdout.write(json.dumps(measured(options)))
+        return
+    for name in options.instructions:
+        if not cpu.has_instructions(name):
+            parser.error(f"this processor has no {name}")
+    rows = [row for name in options.instructions for row in measured_with(name)] or measured(options)
     result = {
         **record_of(device=options.device, switches=("--json",)),
         **({} if options.device.startswith("cuda") else {"hardware": hardware()}),

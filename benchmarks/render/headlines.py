@@ -1,4 +1,4 @@
-"""Three results in a sentence each, for the README: learned widths, 8 bits without training, speed."""
+"""Results in a sentence each, for the README: learned widths, 8 bits without training, training, speed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evidence_data import paired, reference_of, rows_of
-from rendering import TABLES, WRONG, Data, RenderError, read
+from rendering import TABLES, WRONG, Data, RenderError, kinds_of, read
 
 from qvit.report.units import difference
 
@@ -31,6 +31,18 @@ def post_training(data: Data) -> str:
     )
 
 
+def training(data: Data) -> str:
+    """What a training step costs on a CPU, by kind of processor."""
+    said = []
+    for kind, rows in kinds_of(data).items():
+        own = {row["method"]: row["time_ratio"] for row in rows if (row["mode"], row["precision"]) == ("eager", "fp32")}
+        said.append(f"{own['lsq+']:.2f} (LSQ+) and {own['qvit']:.2f} (search)" + (f" with {kind}" if kind else ""))
+    return (
+        f"**Training on a CPU** (DeiT-T, float32): a step's time over the float step's is {', '.join(said)}. "
+        f"{_measured(data, 'training-speed.md')}"
+    )
+
+
 def speed(data: Data) -> str:
     """The fastest engine of ours beside PyTorch, one image at a time."""
     rows = [row for row in data["runs"][0]["rows"] if row["ours"] and row["batch"] == 1]
@@ -43,12 +55,13 @@ def speed(data: Data) -> str:
 
 
 def _measured(data: Data, page: str) -> str:
-    return f"Measured on {data['date']}; [command, hardware and all rows](docs/{page})."
+    return f"[Measured on {data['date']}](docs/{page})."
 
 
 SENTENCES: tuple[tuple[str, Callable[[Data], str]], ...] = (
     ("evidence_tiny-imagenet.json", learned_widths),
     ("ptq.json", post_training),
+    ("train_step.json", training),
     ("deploy.json", speed),
 )
 

@@ -20,6 +20,8 @@ T = TypeVar("T")
 TABLES: dict[str, Callable[[Path], str]] = {}
 #: Functions from the folder of results to figures by name.
 FIGURES: list[Callable[[Path], dict[str, go.Figure]]] = []
+#: Instruction set → the kind of processor.
+KINDS = {"avx2": "AVX2", "avx512": "AVX-512"}
 WRONG = (KeyError, TypeError, ValueError, IndexError, StopIteration, ZeroDivisionError, AttributeError)
 
 
@@ -161,6 +163,14 @@ def origin(data: Data) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in (data.get("versions") or {}).items())
     where = f"{data['hardware']}{seeds}, {data['date']}" + (f" ({versions})" if versions else "")
     return f"Measured with `{data['command'].strip()}` on {where}."
+
+
+def kinds_of(data: Data) -> dict[str, list[Data]]:
+    """The rows of each kind of processor; an empty name where a file does not tell kinds apart."""
+    kinds: dict[str, list[Data]] = {}
+    for row in data["rows"]:
+        kinds.setdefault(KINDS[row["instructions"]] if "instructions" in row else "", []).append(row)
+    return kinds
 
 
 def spread(mean: float, deviation: float, seeds: int) -> str:

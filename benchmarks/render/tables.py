@@ -23,7 +23,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from rendering import origin, spread, table, table_of, unit
+from rendering import kinds_of, origin, spread, table, table_of, unit
 
 
 @table_of("demo.json", "`make demo`, then `python benchmarks/render --demo demo-output`")
@@ -82,24 +82,38 @@ def _packed_cells(data: dict[str, Any], row: dict[str, Any]) -> list[str]:
 
 @table_of("train_step*.json", "`python benchmarks/measure/train_step.py`")
 def train_step_tables(data: dict[str, Any]) -> str:
-    """Time and memory of a training step over the float step, a table for each precision and mode of a file."""
-    header = ["method", "time (ms)", "time / float", "memory (MiB)", "memory / float"]
+    """Time and memory of a training step over the float step, a table for each precision and mode of a file.
+
+    Columns are repeated for each kind of processor.
+    """
     parts = []
     for precision, mode in dict.fromkeys((row["precision"], row["mode"]) for row in data["rows"]):
-        rows = [
-            [
-                row["method"],
-                f"{row['milliseconds']:.1f}",
-                f"{row['time_ratio']:.2f}",
-                f"{row['memory_mib']:.0f}",
-                f"{row['memory_ratio']:.2f}",
-            ]
-            for row in data["rows"]
-            if (row["precision"], row["mode"]) == (precision, mode)
-        ]
+        kinds = {
+            kind: {row["method"]: row for row in rows if (row["precision"], row["mode"]) == (precision, mode)}
+            for kind, rows in kinds_of(data).items()
+        }
+        kinds = {kind: rows for kind, rows in kinds.items() if rows}
+        columns = ("time (ms)", "time / float", "memory (MiB)", "memory / float")
+        header = [column + (f", {kind}" if kind else "") for kind in kinds for column in columns]
+        methods = dict.fromkeys(method for rows in kinds.values() for method in rows)
+        cells = [[method, *(cell for rows in kinds.values() for cell in _step(rows.get(method)))] for method in methods]
         title = f"`{data['model']}`, batch {data['batch']}, {precision}, {mode}:"
-        parts += [title, table(header, rows, left=1)]
-    return "\n\n".join([*parts, origin(data)])
+        parts += [title, table(["method", *header], cells, left=1)]
+    selected = "AVX2" in kinds_of(data) and "avx512f" in (data.get("instructions") or ())
+    note = "AVX2 was selected on a processor that has AVX-512, too. " if selected else ""
+    return "\n\n".join([*parts, note + origin(data)])
+
+
+def _step(row: dict[str, Any] | None) -> list[str]:
+    """Time and memory of a step; a row that a kind of processor does not have is empty."""
+    if row is None:
+        return [""] * 4
+    return [
+        f"{row['milliseconds']:.1f}",
+        f"{row['time_ratio']:.2f}",
+        f"{row['memory_mib']:.0f}",
+        f"{row['memory_ratio']:.2f}",
+    ]
 
 
 @table_of("ptq.json", "`python benchmarks/measure/ptq.py`, see its `--help`")
