@@ -1,5 +1,7 @@
 """Post-training quantization: a float model, a plan and a few hundred images; no labels, no training loop.
 
+    rotate            channels of the residual stream and of heads are mixed    QuaRot     (`residual_rotation.py`,
+                                                                                            `head_folds.py`)
     reparameterize    LayerNorm outputs, q, k, v, heads' outputs: the channels  RepQ-ViT   (`reparameterization.py`,
                       are centred and share one range                                       `head_folds.py`)
     quantize          weights per channel, probabilities on a logarithmic grid below 5 bits
@@ -8,7 +10,7 @@
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
-In a plan of 8 bits throughout heads are not folded, weights are rounded to nearest, and all tokens count alike: there
+In a plan of 8 bits throughout nothing is rotated, heads are not folded, weights are rounded to nearest, and all tokens count alike: there
 the errors are too small for any of it to help, on images that were not calibrated on.
 
 Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
@@ -49,6 +51,7 @@ from qvit.methods.ptq.options import PTQOptions
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
+from qvit.methods.ptq.residual_rotation import rotate_residual
 from qvit.methods.ptq.token_weights import worth_of
 from qvit.models.block_inputs import attention_blocks
 from qvit.models.calibrate import calibrate
@@ -238,7 +241,7 @@ class PTQMethod(Method):
         given.notify(f"measuring sensitivities ({metric}) on {few.images} images")
         source = copy.deepcopy(model)
         if options.reparameterize:
-            _reparameterize(source, FirstImages(given.images, calibration), heads=True, rotate=options.rotate)
+            _reparameterize(source, FirstImages(given.images, calibration), options.rotate, fine=False)
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
         return measure_sensitivity(source, few, metric=metric, plan=plan, seed=self.config.seed)
 
@@ -268,7 +271,7 @@ def ptq(
     probs: str = "auto",
     heads: str = "auto",
     reparameterize: bool = True,
-    rotate: bool = False,
+    rotate: str = "auto",
     bias_correction: bool = True,
     rounding: str = "auto",
     reconstruct: ReconstructOptions | None = None,
@@ -310,7 +313,7 @@ def ptq(
     fine = is_fine(plan_from(plan).resolve(inspect_model(model).sites))
     feedback = rounding == "feedback" or (rounding == "auto" and not fine)
     if reparameterize:
-        _reparameterize(source, few, heads=rotate or not fine, rotate=rotate)
+        _reparameterize(source, few, rotate, fine=fine)
         clock.note("reparameterize")
     original = copy.deepcopy(source)
     quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs, heads=heads), in_place=True)
@@ -325,7 +328,7 @@ def ptq(
     if reconstruct is not None:
         if bias_correction:
             correct_biases(quantized, few, reference=reference, worth=worth)
-        reconstruct_blocks(quantized, model, batches, reconstruct, progress=progress, notify=notify, keep=keep)
+        reconstruct_blocks(quantized, reference, batches, reconstruct, progress=progress, notify=notify, keep=keep)
         clock.note("reconstruct")
     if bias_correction:
         correct_biases(quantized, few, reference=reference, worth=worth)
@@ -333,10 +336,14 @@ def ptq(
     return quantized
 
 
-def _reparameterize(model: nn.Module, batches: Iterable[Tensor], *, heads: bool, rotate: bool) -> None:
+def _reparameterize(model: nn.Module, batches: Iterable[Tensor], rotate: str, *, fine: bool) -> None:
     """Changes a float model such that it is easier to quantize and computes the same."""
-    if heads:
-        fold_heads(model, batches, rotate=rotate)
+    if rotate == "auto":
+        rotate = "none" if fine else "all"
+    if rotate == "all":
+        rotate_residual(model)
+    if rotate != "none" or not fine:
+        fold_heads(model, batches, rotate=rotate != "none")
     even_out_channels(model, batches)
 
 

@@ -34,8 +34,11 @@ class PTQOptions(MethodOptions):
     reparameterize: bool = Field(
         True, description="centre and even out the channels of LayerNorm outputs, q, k, v and heads' outputs"
     )
-    rotate: bool = Field(
-        False, description="rotate q, k, v and the heads' outputs within each head; part of the reparameterization"
+    rotate: Literal["auto", "none", "heads", "all"] = Field(
+        "auto",
+        description="rotate what is quantized, as part of the reparameterization: q, k, v and the heads' outputs within "
+        "each head (`heads`), the residual stream of plain ViTs, too (`all`); `auto`: `none` where the whole plan has "
+        "8 bits, else `all`",
     )
     bias_correction: bool = Field(True, description="take the mean errors back in the biases")
     rounding: Literal["auto", "feedback", "nearest"] = Field(
