@@ -65,7 +65,10 @@ def test_an_outlier_is_shared_out() -> None:
     for each in (model, copy.deepcopy(model)):
         if each is not model:
             assert rotate_residual(each)
-        with each.get_submodule("blocks.0").register_forward_pre_hook(lambda _m, x: streams.append(x[0])), torch.no_grad():
+        with (
+            each.get_submodule("blocks.0").register_forward_pre_hook(lambda _m, x: streams.append(x[0])),
+            torch.no_grad(),
+        ):
             each(images)
     size = [stream.flatten(0, -2).square().mean(0).sqrt() for stream in streams]
     assert float(size[0].max() / size[0].median()) > 30

@@ -10,8 +10,8 @@
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
-In a plan of 8 bits throughout nothing is rotated, heads are not folded, weights are rounded to nearest, and all tokens count alike: there
-the errors are too small for any of it to help, on images that were not calibrated on.
+In a plan of 8 bits throughout nothing is rotated, heads are not folded, weights are rounded to nearest, and all tokens
+count alike: there the errors are too small for any of it to help, on images that were not calibrated on.
 
 Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
 starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer
@@ -241,7 +241,8 @@ class PTQMethod(Method):
         given.notify(f"measuring sensitivities ({metric}) on {few.images} images")
         source = copy.deepcopy(model)
         if options.reparameterize:
-            _reparameterize(source, FirstImages(given.images, calibration), options.rotate, fine=False)
+            rotate = "all" if options.rotate == "auto" else options.rotate
+            _reparameterize(source, FirstImages(given.images, calibration), rotate, fine=False)
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
         return measure_sensitivity(source, few, metric=metric, plan=plan, seed=self.config.seed)
 
@@ -312,6 +313,7 @@ def ptq(
     source = copy.deepcopy(model).eval()
     fine = is_fine(plan_from(plan).resolve(inspect_model(model).sites))
     feedback = rounding == "feedback" or (rounding == "auto" and not fine)
+    rotate = ("none" if fine else "all") if rotate == "auto" else rotate
     if reparameterize:
         _reparameterize(source, few, rotate, fine=fine)
         clock.note("reparameterize")
@@ -321,7 +323,8 @@ def ptq(
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
     worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
-    reference = model if fine and not feedback else original  # equal but for last digits, which decide edges of codes
+    # Without folds of heads both are equal but for last digits, which decide edges of codes.
+    reference = model if fine and rotate == "none" and not feedback else original
     if feedback and attention_blocks(quantized):
         round_layers(quantized, original, few, calibration_images, worth)
         clock.note("round")
@@ -338,8 +341,6 @@ def ptq(
 
 def _reparameterize(model: nn.Module, batches: Iterable[Tensor], rotate: str, *, fine: bool) -> None:
     """Changes a float model such that it is easier to quantize and computes the same."""
-    if rotate == "auto":
-        rotate = "none" if fine else "all"
     if rotate == "all":
         rotate_residual(model)
     if rotate != "none" or not fine:

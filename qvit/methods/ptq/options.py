@@ -62,6 +62,11 @@ class PTQOptions(MethodOptions):
         None, ge=1, description="images per step of the reconstruction; by default likewise"
     )
     fisher: bool = Field(False, description="weight the reconstruction error by Fisher information")
+    suffix: bool = Field(
+        False,
+        description="add to the reconstruction error that of the feature which the float blocks behind make of a "
+        "block's output; a step takes about four times as long",
+    )
     metric: str | None = Field(
         None, description="choose mixed widths by sensitivities, measured by `fisher`, `kl` or `hessian`"
     )
@@ -119,7 +124,7 @@ class PTQOptions(MethodOptions):
             preset if own is None else own
             for own, preset in zip(given, EFFORTS[self.effort or "standard"], strict=True)
         )
-        return ReconstructOptions(*numbers, fisher=self.fisher, seed=seed)
+        return ReconstructOptions(*numbers, fisher=self.fisher, suffix=self.suffix, seed=seed)
 
     def reconstruction_record(self) -> dict[str, int] | None:
         """What a result says about the reconstruction."""
