@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,10 @@ def test_rows_are_dropped_in_every_activation_and_only_in_training() -> None:
     assert all(loss < 1e-3 for loss in losses) and all(row.before > 1e-2 for row in report)
 
 
+def keep(outputs: list[Tensor], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    outputs.append(output)
+
+
 @pytest.mark.parametrize("name", ["vit", "swin"])
 def test_a_suffix_is_the_rest_of_the_model(name: str) -> None:
     """Fed with a block's own output it gives the model's feature, for images that are not those it was made with."""
@@ -230,7 +235,7 @@ def test_a_suffix_is_the_rest_of_the_model(name: str) -> None:
     before = dict(model.named_modules())
     for path in blocks:
         outputs: list[Tensor] = []
-        with model.get_submodule(path).register_forward_hook(lambda _m, _i, y: outputs.append(y)), torch.no_grad():
+        with model.get_submodule(path).register_forward_hook(partial(keep, outputs)), torch.no_grad():
             model(batches[0][:3])
         with suffix_of(model, blocks, path, batches[0][-1:]) as suffix:
             y = outputs[0].clone().requires_grad_(True)

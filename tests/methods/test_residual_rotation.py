@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+from tiny_models import digit_batches, digits_model, shake
 from torch import nn
 
 from qvit.errors import UsageError
 from qvit.methods.ptq.residual_rotation import rotate_residual, rotation_of
 from qvit.models.convert import quantize
-from tiny_models import digit_batches, digits_model, shake
 
 TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 7}
 

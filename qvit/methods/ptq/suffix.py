@@ -3,9 +3,9 @@
 A local error counts every channel of every token alike; what matters is what the rest of the model makes of it (GLF-Q,
 2026: beside the local error, that of the feature in front of the classifier, through the frozen float blocks).
 
-The model is not asked to be a sequence of blocks: while a suffix is in use, the block hands out what it is told, and the
-blocks before it hand on what they get, at no cost. That needs blocks whose output has the shape of their input, which
-is what a residual connection gives.
+The model is not asked to be a sequence of blocks: while a suffix is in use, the block hands out what it is told, and
+the blocks before it hand on what they get, at no cost. That needs blocks whose output has the shape of their input,
+which is what a residual connection gives.
 """
 
 from __future__ import annotations
