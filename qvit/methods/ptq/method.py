@@ -65,6 +65,8 @@ from qvit.training.config import validated
 #: The largest width at which probabilities get a logarithmic grid unless another is asked for.
 LOG_PROBS_UP_TO = 4
 LOG_PROBS = "log-sqrt2"
+#: The largest width at which the residual stream is rotated by default; wider grids gain from the heads alone.
+ROTATED_UP_TO = 5
 #: The table that mixed widths were chosen by, in the run's directory.
 SENSITIVITY = "sensitivity.json"
 #: The folder of the blocks that are reconstructed already, there.
@@ -241,7 +243,7 @@ class PTQMethod(Method):
         given.notify(f"measuring sensitivities ({metric}) on {few.images} images")
         source = copy.deepcopy(model)
         if options.reparameterize:
-            rotate = "all" if options.rotate == "auto" else options.rotate
+            rotate = rotation_for(grids) if options.rotate == "auto" else options.rotate
             _reparameterize(source, FirstImages(given.images, calibration), rotate, fine=False)
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
         return measure_sensitivity(source, few, metric=metric, plan=plan, seed=self.config.seed)
@@ -311,9 +313,10 @@ def ptq(
     few = FirstImages(batches, calibration_images)
     clock = _Clock(stage)
     source = copy.deepcopy(model).eval()
-    fine = is_fine(plan_from(plan).resolve(inspect_model(model).sites))
+    resolved = plan_from(plan).resolve(inspect_model(model).sites)
+    fine = is_fine(resolved)
     feedback = rounding == "feedback" or (rounding == "auto" and not fine)
-    rotate = ("none" if fine else "all") if rotate == "auto" else rotate
+    rotate = rotation_for(resolved) if rotate == "auto" else rotate
     if reparameterize:
         _reparameterize(source, few, rotate, fine=fine)
         clock.note("reparameterize")
@@ -348,9 +351,20 @@ def _reparameterize(model: nn.Module, batches: Iterable[Tensor], rotate: str, *,
     even_out_channels(model, batches)
 
 
+def rotation_for(plan: QuantPlan) -> str:
+    """What is rotated for a resolved plan where nothing else is asked for, see `PTQOptions.rotate`."""
+    if is_fine(plan):
+        return "none"
+    return "all" if min(_widths(plan), default=8) <= ROTATED_UP_TO else "heads"
+
+
 def is_fine(plan: QuantPlan) -> bool:
     """Whether a resolved plan has 8 bits throughout: what narrower grids need is left out there, unless asked for."""
-    return {width for spec in plan.sites.values() if spec is not None for width in spec.widths} == {8}
+    return _widths(plan) == {8}
+
+
+def _widths(plan: QuantPlan) -> set[int]:
+    return {width for spec in plan.sites.values() if spec is not None for width in spec.widths}
 
 
 def ptq_plan(

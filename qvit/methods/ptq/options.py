@@ -37,8 +37,8 @@ class PTQOptions(MethodOptions):
     rotate: Literal["auto", "none", "heads", "all"] = Field(
         "auto",
         description="rotate what is quantized, as part of the reparameterization: q, k, v and the heads' outputs "
-        "within each head (`heads`), the residual stream of plain ViTs, too (`all`); `auto`: `none` where the whole plan has "
-        "8 bits, else `all`",
+        "within each head (`heads`), the residual stream of plain ViTs, too (`all`); `auto`: `none` where the whole "
+        "plan has 8 bits, `all` where some width is at most 5, else `heads`",
     )
     bias_correction: bool = Field(True, description="take the mean errors back in the biases")
     rounding: Literal["auto", "feedback", "nearest"] = Field(
