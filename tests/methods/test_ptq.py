@@ -229,3 +229,17 @@ def test_deit_tiny_at_8_bits_agrees_with_float(real_data: Path) -> None:
     scores = evaluate(quantized, qvit.eval_loader(test, transform, batch_size=50), reference=model)
     assert scores["images"] == 500 and scores["agreement"] >= 96.0
     assert scores["top1"] >= scores["top1_reference"] - 1.0
+
+
+@pytest.mark.parametrize("plan", ["w8a8", "w4a4"])
+def test_rotated_models_are_near_the_float_one(plan: str) -> None:
+    """A rotated model is near the float one, too, and `auto` is one or the other by the plan."""
+    model, batches = digits_model(depth=2), digit_batches(4, 16)
+    images = torch.cat(digit_batches(8, 16)[4:])
+    errors = {}
+    with torch.no_grad():
+        for rotate in ("none", "heads", "all", "auto"):
+            errors[rotate] = float((ptq(model, plan, batches, rotate=rotate)(images) - model(images)).square().mean())
+        size = float(model(images).square().mean())
+    assert max(errors.values()) < (1e-3 if plan == "w8a8" else 0.1) * size, errors
+    assert errors["auto"] == errors["none" if plan == "w8a8" else "all"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.reconstruction import ReconstructOptions, fisher_weights, reconstruct
+from qvit.methods.ptq.suffix import features_of, suffix_of
 from qvit.models.block_inputs import attention_blocks, capture, same_input
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import Stage, quantize, stage_of
@@ -211,3 +213,51 @@ def test_rows_are_dropped_in_every_activation_and_only_in_training() -> None:
     options = ReconstructOptions(1, 64, 16, weight_lr=0.0, scale_lr=0.0, lr=0.0, float_inputs=1.0, float_rows=1.0)
     report = reconstruct(model, reference, digit_batches(4, 16), options, progress=lambda *step: losses.append(step[3]))
     assert all(loss < 1e-3 for loss in losses) and all(row.before > 1e-2 for row in report)
+
+
+def keep(outputs: list[Tensor], _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    outputs.append(output)
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_a_suffix_is_the_rest_of_the_model(name: str) -> None:
+    """Fed with a block's own output it gives the model's feature, for images that are not those it was made with."""
+    torch.manual_seed(0)
+    if name == "vit":
+        model, batches, blocks = digits_model(depth=3), digit_batches(2, 8), [f"blocks.{n}" for n in range(3)]
+    else:
+        model = shake(timm.create_model("swin_tiny_patch4_window7_224", **SWIN)).eval()
+        batches, blocks = [torch.randn(4, 3, 32, 32)], ["layers.0.blocks.0", "layers.0.blocks.1", "layers.1.blocks.0"]
+    features = features_of(model, batches, 3)
+    with torch.no_grad():
+        logits = model.get_classifier()(features)  # type: ignore[operator]
+        assert torch.allclose(logits, model(batches[0][:3]), atol=1e-6)
+    before = dict(model.named_modules())
+    for path in blocks:
+        outputs: list[Tensor] = []
+        with model.get_submodule(path).register_forward_hook(partial(keep, outputs)), torch.no_grad():
+            model(batches[0][:3])
+        with suffix_of(model, blocks, path, batches[0][-1:]) as suffix:
+            y = outputs[0].clone().requires_grad_(True)
+            found = suffix(y)
+            assert torch.allclose(found, features, atol=1e-5)
+            (gradient,) = torch.autograd.grad(found.square().sum(), y)
+            assert bool(gradient.any())
+            assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert dict(model.named_modules()) == before
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_with_the_suffix_the_feature_comes_nearer() -> None:
+    """On images that were not seen; the float model is not changed."""
+    errors = []
+    for suffix in (False, True):
+        model, reference = pair()
+        original = copy.deepcopy(reference.state_dict())
+        options = ReconstructOptions(60, 64, 16, suffix=suffix, float_inputs=0.0, float_rows=0.0)
+        reconstruct(model, reference, digit_batches(4, 16), options)
+        unseen = digit_batches(8, 16)[4:]
+        right = features_of(reference, unseen, 64)
+        errors.append(float((features_of(model, unseen, 64) - right).square().mean()))
+        assert all(torch.equal(value, original[key]) for key, value in reference.state_dict().items())
+    assert errors[1] < errors[0]

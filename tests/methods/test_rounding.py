@@ -104,7 +104,7 @@ def test_folds_undo_what_was_scaled_on_purpose() -> None:
 
 def test_rotated_channels_share_an_outlier() -> None:
     """Heads of d channels: what one channel alone has, all have 1/sqrt(d) of."""
-    matrix = hadamard(8)
+    matrix = hadamard(8).float()
     assert torch.allclose(matrix @ matrix.t(), torch.eye(8), atol=1e-6)
     assert torch.allclose(matrix.abs(), torch.full((8, 8), 8**-0.5))
     model, batches = digits_model(), digit_batches(4, 16)

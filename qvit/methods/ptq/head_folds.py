@@ -112,8 +112,8 @@ def _rotate(module: Any) -> None:
 
 
 def hadamard(size: int) -> Tensor:
-    """Sylvester's Hadamard matrix over sqrt(size), (size, size), orthogonal; `size` is a power of two."""
-    matrix = torch.ones(1, 1)
+    """Sylvester's Hadamard matrix over sqrt(size), (size, size), orthogonal, float64; `size` is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix / size**0.5

@@ -1,5 +1,7 @@
 """Post-training quantization: a float model, a plan and a few hundred images; no labels, no training loop.
 
+    rotate            channels of the residual stream and of heads are mixed    QuaRot     (`residual_rotation.py`,
+                                                                                            `head_folds.py`)
     reparameterize    LayerNorm outputs, q, k, v, heads' outputs: the channels  RepQ-ViT   (`reparameterization.py`,
                       are centred and share one range                                       `head_folds.py`)
     quantize          weights per channel, probabilities on a logarithmic grid below 5 bits
@@ -8,8 +10,8 @@
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
-In a plan of 8 bits throughout heads are not folded, weights are rounded to nearest, and all tokens count alike: there
-the errors are too small for any of it to help, on images that were not calibrated on.
+In a plan of 8 bits throughout nothing is rotated, heads are not folded, weights are rounded to nearest, and all tokens
+count alike: there the errors are too small for any of it to help, on images that were not calibrated on.
 
 Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
 starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer
@@ -49,6 +51,7 @@ from qvit.methods.ptq.options import PTQOptions
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
+from qvit.methods.ptq.residual_rotation import rotate_residual
 from qvit.methods.ptq.token_weights import worth_of
 from qvit.models.block_inputs import attention_blocks
 from qvit.models.calibrate import calibrate
@@ -62,6 +65,8 @@ from qvit.training.config import validated
 #: The largest width at which probabilities get a logarithmic grid unless another is asked for.
 LOG_PROBS_UP_TO = 4
 LOG_PROBS = "log-sqrt2"
+#: The largest width at which the residual stream is rotated by default; wider grids gain from the heads alone.
+ROTATED_UP_TO = 5
 #: The table that mixed widths were chosen by, in the run's directory.
 SENSITIVITY = "sensitivity.json"
 #: The folder of the blocks that are reconstructed already, there.
@@ -238,7 +243,8 @@ class PTQMethod(Method):
         given.notify(f"measuring sensitivities ({metric}) on {few.images} images")
         source = copy.deepcopy(model)
         if options.reparameterize:
-            _reparameterize(source, FirstImages(given.images, calibration), heads=True, rotate=options.rotate)
+            rotate = rotation_for(grids) if options.rotate == "auto" else options.rotate
+            _reparameterize(source, FirstImages(given.images, calibration), rotate, fine=False)
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
         return measure_sensitivity(source, few, metric=metric, plan=plan, seed=self.config.seed)
 
@@ -268,7 +274,7 @@ def ptq(
     probs: str = "auto",
     heads: str = "auto",
     reparameterize: bool = True,
-    rotate: bool = False,
+    rotate: str = "auto",
     bias_correction: bool = True,
     rounding: str = "auto",
     reconstruct: ReconstructOptions | None = None,
@@ -307,10 +313,12 @@ def ptq(
     few = FirstImages(batches, calibration_images)
     clock = _Clock(stage)
     source = copy.deepcopy(model).eval()
-    fine = is_fine(plan_from(plan).resolve(inspect_model(model).sites))
+    resolved = plan_from(plan).resolve(inspect_model(model).sites)
+    fine = is_fine(resolved)
     feedback = rounding == "feedback" or (rounding == "auto" and not fine)
+    rotate = rotation_for(resolved) if rotate == "auto" else rotate
     if reparameterize:
-        _reparameterize(source, few, heads=rotate or not fine, rotate=rotate)
+        _reparameterize(source, few, rotate, fine=fine)
         clock.note("reparameterize")
     original = copy.deepcopy(source)
     quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs, heads=heads), in_place=True)
@@ -318,14 +326,15 @@ def ptq(
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
     worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
-    reference = model if fine and not feedback else original  # equal but for last digits, which decide edges of codes
+    # Without folds of heads both are equal but for last digits, which decide edges of codes.
+    reference = model if fine and rotate == "none" and not feedback else original
     if feedback and attention_blocks(quantized):
         round_layers(quantized, original, few, calibration_images, worth)
         clock.note("round")
     if reconstruct is not None:
         if bias_correction:
             correct_biases(quantized, few, reference=reference, worth=worth)
-        reconstruct_blocks(quantized, model, batches, reconstruct, progress=progress, notify=notify, keep=keep)
+        reconstruct_blocks(quantized, reference, batches, reconstruct, progress=progress, notify=notify, keep=keep)
         clock.note("reconstruct")
     if bias_correction:
         correct_biases(quantized, few, reference=reference, worth=worth)
@@ -333,16 +342,29 @@ def ptq(
     return quantized
 
 
-def _reparameterize(model: nn.Module, batches: Iterable[Tensor], *, heads: bool, rotate: bool) -> None:
+def _reparameterize(model: nn.Module, batches: Iterable[Tensor], rotate: str, *, fine: bool) -> None:
     """Changes a float model such that it is easier to quantize and computes the same."""
-    if heads:
-        fold_heads(model, batches, rotate=rotate)
+    if rotate == "all":
+        rotate_residual(model)
+    if rotate != "none" or not fine:
+        fold_heads(model, batches, rotate=rotate != "none")
     even_out_channels(model, batches)
+
+
+def rotation_for(plan: QuantPlan) -> str:
+    """What is rotated for a resolved plan where nothing else is asked for, see `PTQOptions.rotate`."""
+    if is_fine(plan):
+        return "none"
+    return "all" if min(_widths(plan), default=8) <= ROTATED_UP_TO else "heads"
 
 
 def is_fine(plan: QuantPlan) -> bool:
     """Whether a resolved plan has 8 bits throughout: what narrower grids need is left out there, unless asked for."""
-    return {width for spec in plan.sites.values() if spec is not None for width in spec.widths} == {8}
+    return _widths(plan) == {8}
+
+
+def _widths(plan: QuantPlan) -> set[int]:
+    return {width for spec in plan.sites.values() if spec is not None for width in spec.widths}
 
 
 def ptq_plan(

@@ -34,8 +34,11 @@ class PTQOptions(MethodOptions):
     reparameterize: bool = Field(
         True, description="centre and even out the channels of LayerNorm outputs, q, k, v and heads' outputs"
     )
-    rotate: bool = Field(
-        False, description="rotate q, k, v and the heads' outputs within each head; part of the reparameterization"
+    rotate: Literal["auto", "none", "heads", "all"] = Field(
+        "auto",
+        description="rotate what is quantized, as part of the reparameterization: q, k, v and the heads' outputs "
+        "within each head (`heads`), the residual stream of plain ViTs, too (`all`); `auto`: `none` where the whole "
+        "plan has 8 bits, `all` where some width is at most 5, else `heads`",
     )
     bias_correction: bool = Field(True, description="take the mean errors back in the biases")
     rounding: Literal["auto", "feedback", "nearest"] = Field(
@@ -59,6 +62,11 @@ class PTQOptions(MethodOptions):
         None, ge=1, description="images per step of the reconstruction; by default likewise"
     )
     fisher: bool = Field(False, description="weight the reconstruction error by Fisher information")
+    suffix: bool = Field(
+        False,
+        description="add to the reconstruction error that of the feature which the float blocks behind make of a "
+        "block's output; a step takes about four times as long",
+    )
     metric: str | None = Field(
         None, description="choose mixed widths by sensitivities, measured by `fisher`, `kl` or `hessian`"
     )
@@ -116,7 +124,7 @@ class PTQOptions(MethodOptions):
             preset if own is None else own
             for own, preset in zip(given, EFFORTS[self.effort or "standard"], strict=True)
         )
-        return ReconstructOptions(*numbers, fisher=self.fisher, seed=seed)
+        return ReconstructOptions(*numbers, fisher=self.fisher, suffix=self.suffix, seed=seed)
 
     def reconstruction_record(self) -> dict[str, int] | None:
         """What a result says about the reconstruction."""

@@ -5,7 +5,10 @@
 B is the float block on float inputs x, B̂ the quantized one on inputs x̃ that come through the quantized blocks before
 it (Li et al., BRECQ, ICLR 2021). Weights are trained through the straight-through estimator together with scales,
 offsets, biases and norms, so nothing has to be merged afterwards. F is 1, or with `fisher` the squared gradient of the
-float model's cross-entropy with its own answer, averaged over images.
+float model's cross-entropy with its own answer, averaged over images. With `suffix` the loss is
+
+    L_g / L_g(first step) + 2 · L_l / L_l(first step)      L_l the error above, L_g that of the feature in front of the
+                                                           classifier, through the float model (GLF-Q; `suffix.py`)
 
 QDrop (Wei et al., ICLR 2022): each element of x̃ is the float value with probability `float_inputs`, and in every
 quantizer of an activation each row of the last axis stays unquantized with probability `float_rows`. So the block sees
@@ -38,7 +41,8 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.block_pairs import BlockPair, block_pairs, relative_error
-from qvit.models.block_inputs import attention_blocks
+from qvit.methods.ptq.suffix import Suffix, features_of, suffix_of
+from qvit.models.block_inputs import CHUNK, attention_blocks
 from qvit.models.convert import Stage, in_eval_mode, stage_of
 from qvit.quantizers import Quantizer, quantizers_of
 from qvit.tensors import total_bytes
@@ -50,6 +54,9 @@ Progress = Callable[[str, int, int, float], None]
 HELD_OUT = 1 / 8
 #: The largest default of `weight_lr`.
 _FASTEST = 0.01
+#: Weights of the local error and of that of the feature, both relative to their first value (GLF-Q).
+_SHARES = (2.0, 1.0)
+_TINY = 1e-30
 #: After how many steps the time of all of them is known.
 TIMED_STEPS = 5
 
@@ -68,6 +75,8 @@ class ReconstructOptions:
         float_inputs: Probability that an element of the block's input is the float model's.
         float_rows: Probability that a row of an activation is not quantized.
         fisher: Weights the error by the squared gradient of the float model's own answer.
+        suffix: Adds the error of the feature that the float blocks behind make of the output; a step takes several
+            times as long.
         seed: Chooses batches and mixed inputs.
     """
 
@@ -80,6 +89,7 @@ class ReconstructOptions:
     float_inputs: float = 0.5
     float_rows: float = 0.25
     fisher: bool = False
+    suffix: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -140,6 +150,7 @@ def reconstruct(
     if not blocks:
         raise UsageError(f"{type(model).__name__} has no blocks of attention to reconstruct")
     fisher = fisher_weights(reference, list(blocks), batches, options.images) if options.fisher else {}
+    features = features_of(reference, batches, options.images) if options.suffix else None
     total, errors = options.steps * len(blocks), []
     clock = _Clock(total, notify)
     with in_eval_mode(model):
@@ -153,18 +164,19 @@ def reconstruct(
             else:
                 generator = torch.Generator().manual_seed(options.seed * len(blocks) + index)
                 start = copy.deepcopy(pair.block.state_dict())
-                for step, loss in enumerate(_fit(pair, fisher.get(pair.path), options, generator)):
-                    clock.step()
-                    if progress is not None:
-                        progress(pair.path, index * options.steps + step + 1, total, loss)
-                last = len(outputs[0]) - _fitted_to(len(outputs[0]))
-                error, after = (
-                    relative_error(x[-last:], pair.target.x[-last:])
-                    for x in (outputs[0], pair.quantized.through(pair.block).x)
-                )
-                if not after < error:
-                    _log.info("block '%s' did not get better on images held out: it is put back", pair.path)
-                    pair.block.load_state_dict(start)
+                with ExitStack() as stack:
+                    further = None
+                    if features is not None:
+                        one = next(iter(batches))[:1]
+                        further = stack.enter_context(suffix_of(reference, list(blocks), pair.path, one)), features
+                    error = _held_out_error(pair, further, outputs[0])
+                    for step, loss in enumerate(_fit(pair, fisher.get(pair.path), further, options, generator)):
+                        clock.step()
+                        if progress is not None:
+                            progress(pair.path, index * options.steps + step + 1, total, loss)
+                    if not _held_out_error(pair, further, pair.quantized.through(pair.block).x) < error:
+                        _log.info("block '%s' did not get better on images held out: it is put back", pair.path)
+                        pair.block.load_state_dict(start)
                 if file is not None:
                     save_weights(file, pair.block)
             outputs.append(pair.quantized.through(pair.block).x)
@@ -198,16 +210,33 @@ def _fitted_to(count: int) -> int:
     return count - int(count * HELD_OUT) or count
 
 
+@torch.no_grad()
+def _held_out_error(pair: BlockPair, further: tuple[Suffix, Tensor] | None, x: Tensor) -> float:
+    """The relative error of a block's outputs `x` on images that are not trained on; with a suffix, of the feature."""
+    first = _fitted_to(len(x)) % len(x)
+    if further is None:
+        return relative_error(x[first:], pair.target.x[first:])
+    found = torch.cat([further[0](part) for part in x[first:].split(CHUNK)])
+    return relative_error(found, further[1][first:])
+
+
 def _fit(
-    pair: BlockPair, weight: Tensor | None, options: ReconstructOptions, generator: torch.Generator
+    pair: BlockPair,
+    weight: Tensor | None,
+    further: tuple[Suffix, Tensor] | None,
+    options: ReconstructOptions,
+    generator: torch.Generator,
 ) -> Iterator[float]:
-    """Trains one block; yields the loss of every step."""
+    """Trains one block; yields the loss of every step.
+
+    `further` is what follows the block in the float model, and the features that it should end in.
+    """
     path, block, quantized, target = pair.path, pair.block, pair.quantized, pair.target
     optimizer = torch.optim.Adam(_parameter_groups(block, options), lr=options.lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / options.steps))
     )
-    size = target.x.square().mean().clamp_min(1e-30)
+    sizes = [target.x.square().mean()]
     with ExitStack() as stack:
         for site, quantizer in quantizers_of(block):
             if options.float_rows and not site.endswith("weight"):
@@ -218,8 +247,14 @@ def _fit(
             if options.float_inputs:
                 mixed = torch.rand(x.shape, generator=generator).to(x.device) < options.float_inputs
                 x = torch.where(mixed, pair.exact.x[rows], x)
-            error = (quantized.call(block, x) - target.x[rows]).square()
-            loss = (error if weight is None else error * weight).mean() / size
+            y = quantized.call(block, x)
+            error = (y - target.x[rows]).square()
+            losses = [(error if weight is None else error * weight).mean()]
+            if further is not None:
+                losses.append((further[0](y) - further[1][rows]).square().mean())
+                if step == 0:
+                    sizes = [loss.detach() / share for loss, share in zip(losses, _SHARES, strict=True)]
+            loss = torch.stack([loss / size.clamp_min(_TINY) for loss, size in zip(losses, sizes, strict=True)]).sum()
             if not bool(torch.isfinite(loss)):
                 raise QvitError(
                     f"block '{path}': the reconstruction error is not finite at step {step + 1}; "
