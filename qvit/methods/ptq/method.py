@@ -52,8 +52,9 @@ from qvit.methods.ptq.reparameterization import reparameterize as even_out_chann
 from qvit.methods.ptq.token_weights import worth_of
 from qvit.models.block_inputs import attention_blocks
 from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
+from qvit.models.convert import plan_of, quantize
 from qvit.models.families import inspect_model
+from qvit.models.families.tokens import ranks_tokens
 from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
@@ -319,6 +320,11 @@ def ptq(
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
     worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
     reference = model if fine and not feedback else original  # equal but for last digits, which decide edges of codes
+    if (feedback or reconstruct is not None) and ranks_tokens(plan_of(quantized).sites):
+        raise UsageError(
+            "blocks whose important tokens follow the image are not rounded with feedback or reconstructed: set "
+            "rounding to nearest, or give the plan's token groups a share of 0"
+        )
     if feedback and attention_blocks(quantized):
         round_layers(quantized, original, few, calibration_images, worth)
         clock.note("round")

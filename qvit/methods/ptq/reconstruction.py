@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.block_pairs import BlockPair, block_pairs, relative_error
+from qvit.methods.ptq.class_token import step_of, upper_scales_held
 from qvit.models.block_inputs import attention_blocks
 from qvit.models.convert import Stage, in_eval_mode, stage_of
 from qvit.quantizers import Quantizer, quantizers_of
@@ -209,6 +210,7 @@ def _fit(
     )
     size = target.x.square().mean().clamp_min(1e-30)
     with ExitStack() as stack:
+        stack.enter_context(upper_scales_held(block))
         for site, quantizer in quantizers_of(block):
             if options.float_rows and not site.endswith("weight"):
                 hook = partial(_drop_rows, options.float_rows, generator)
@@ -246,7 +248,7 @@ def _parameter_groups(block: nn.Module, options: ReconstructOptions) -> list[dic
     groups: list[dict[str, Any]] = []
     taken: set[int] = set()
     for site, quantizer in quantizers_of(block):
-        size = float(quantizer.grid()[0].mean())
+        size = step_of(quantizer)
         own = [parameter for name, parameter in quantizer.named_parameters() if name != "bit_width"]
         groups.append({"params": own, "lr": options.scale_lr * size})
         taken |= {id(parameter) for parameter in quantizer.parameters()}
