@@ -152,7 +152,7 @@ class CostModel:
         if not isinstance(own, TokenWidths):
             return 1, list(own)
         site = self.sites[name]
-        high = own.split.important(site.tokens, site.prefix_tokens)
+        high = own.split.important(site.tokens, site.layout.prefix_tokens)
         return site.tokens, [high * width + (site.tokens - high) * own.split.low for width in own]
 
     @staticmethod

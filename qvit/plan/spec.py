@@ -60,11 +60,13 @@ class Layout:
         heads: Shape of one number per head; None if the site has no heads.
         view: Shape the tensor is viewed as before it is quantized, so that its heads are an axis; None for the tensor
             as it is.
+        prefix_tokens: How many of its tokens are class, distillation or register tokens: they come first.
     """
 
     channels: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     view: tuple[int, ...] | None = None
+    prefix_tokens: int = 0
 
     @property
     def num_heads(self) -> int:
@@ -77,12 +79,17 @@ class TokenSplit:
 
     Attributes:
         share: Share of the tokens, class and other prefix tokens included, that have the tensor's `bit_width`: the most
-            important ones. Rounded down to whole tokens.
+            important ones. Rounded down to whole tokens. 0: prefix tokens alone have it, so nothing is ranked.
         low: Width of the others.
     """
 
     share: float
     low: int
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the groups follow the image."""
+        return self.share > 0
 
     def important(self, tokens: int, prefix: int = 0) -> int:
         """How many of `tokens` have the higher width; the first `prefix` always do."""
@@ -159,6 +166,11 @@ class TensorSpec:
     def widths(self) -> tuple[int, ...]:
         """The widths as a tuple, of length 1 where one width serves the whole tensor."""
         return self.bit_width if isinstance(self.bit_width, tuple) else (self.bit_width,)
+
+    @property
+    def ranks_tokens(self) -> bool:
+        """Whether it has two groups of tokens that follow the image."""
+        return self.token_bit_width is not None and self.token_bit_width.ranks
 
     def changed(self, changes: Mapping[str, Any]) -> TensorSpec:
         """A copy with `changes`, given as in JSON: lists for tuples, granularity by name.
@@ -237,7 +249,6 @@ class Site:
         default: The spec before any rule: grid and granularity that the tensor's range asks for.
         numel: Number of elements, for weights; 0 for activations.
         tokens: How many tokens are ranked together where two groups of them may differ in width; 0 where they may not.
-        prefix_tokens: How many of them are class, distillation or register tokens: they come first.
     """
 
     name: str
@@ -247,4 +258,3 @@ class Site:
     position: Position = "block"
     numel: int = 0
     tokens: int = 0
-    prefix_tokens: int = 0

@@ -127,14 +127,23 @@ class Quantizer(nn.Module):
         Args:
             x: (B, N, C), or (B, H, N, d).
             rank: (B, N), the importance of every token: 0, 1, ... from the most important one, negative for those that
-                are always important.
+                are always important. Not needed where prefix tokens alone are.
         """
         split = self.spec.token_bit_width
+        if split is not None and not split.ranks:
+            places = torch.arange(x.shape[-2], device=x.device).unsqueeze(-1)
+            return torch.where(places < self.layout.prefix_tokens, self.bit_width, float(split.low))
         if split is None or rank is None:
             raise UsageError("this tensor has two groups of tokens, and its module was given no ranking of them")
         important = (rank < split.important(rank.shape[1])).unsqueeze(-1)
         important = important if x.dim() == 3 else important.unsqueeze(1)
         return torch.where(important, self.bit_width, float(split.low))
+
+    def group_widths(self) -> tuple[Tensor, Tensor]:
+        """The widths of important tokens and of the others, shaped like `bit_width`; for a tensor with two groups."""
+        split = self.spec.token_bit_width
+        assert split is not None
+        return self.bit_width, torch.full_like(self.bit_width, split.low)
 
     def forward(self, x: Tensor, rank: Tensor | None = None) -> Tensor:
         if self.held is not None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -243,20 +244,24 @@ def important_patches(model: nn.Module, images: Tensor) -> dict[str, tuple[Tenso
         if site.endswith(".mlp.fc1.input") and quantizer.spec.token_bit_width is not None:
             block = site.removesuffix(".mlp.fc1.input")
             specs[block] = quantizer.spec
-            hooks.append(quantizer.register_forward_pre_hook(note(block)))
+            if quantizer.spec.token_bit_width.ranks:
+                hooks.append(quantizer.register_forward_pre_hook(note(block)))
     try:
         model.eval()(images)
     finally:
         for hook in hooks:
             hook.remove()
     found = {}
-    for block, rank in ranks.items():
-        split = specs[block].token_bit_width
+    for block, spec in specs.items():
+        split, rank = spec.token_bit_width, ranks.get(block)
         assert split is not None
-        prefix = int((rank[0] < 0).sum())
-        important = rank[:, prefix:] < split.important(rank.shape[1])
         grid = patch_grid(model, block, (images.shape[2], images.shape[3]))
-        found[block] = (important.unflatten(1, grid), specs[block].widths[0], split.low)
+        if rank is None:
+            important = torch.zeros(len(images), math.prod(grid), dtype=torch.bool)
+        else:
+            prefix = int((rank[0] < 0).sum())
+            important = rank[:, prefix:] < split.important(rank.shape[1])
+        found[block] = (important.unflatten(1, grid), spec.widths[0], split.low)
     return found
 
 

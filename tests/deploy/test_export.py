@@ -128,6 +128,24 @@ def test_onnx_runtime_multiplies_integers(name: str, tmp_path: Path) -> None:
     assert sum(kind.startswith("MatMulInteger") for kind in kinds) == expected
 
 
+@pytest.mark.parametrize("exact_pairs", [False, True])
+def test_a_width_for_prefix_tokens(exact_pairs: bool, tmp_path: Path) -> None:
+    """Rows of two scales on integers, the weighted values in two parts, in both runtimes."""
+    model, images = patchwise("vit", Split(8, 4, 0))
+    with torch.no_grad():
+        expected = integer_form(model)(images)
+    size = images.shape[1:]
+    found = onnx_model(model, OnnxRuntimeArithmetic(exact_pairs=exact_pairs), tuple(size))  # type: ignore[arg-type]
+    for basic in (False, True):
+        same(in_onnxruntime(found, images, basic=basic), expected)
+    in_onnxruntime(found, images, optimized=tmp_path / "optimized.onnx")
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert not {"MatMul", "FusedMatMul", "Gemm", "Conv"} & set(kinds), kinds
+    pytest.importorskip("openvino")
+    found = onnx_model(model, OpenVinoArithmetic(exact_pairs=exact_pairs), tuple(size))  # type: ignore[arg-type]
+    same(torch.from_numpy(compiled_by_openvino(found, list(images.shape))(images.numpy())[0]), expected)
+
+
 def test_a_product_has_dequantized_integers_on_both_sides() -> None:
     model = graph("vit", OnnxRuntimeArithmetic)
     onnx.checker.check_model(model, full_check=True)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from qvit.deploy.integer.arithmetic import Arithmetic
 from qvit.deploy.integer.reference import IntegerAttention, IntegerLinear, arithmetic_in_words, integer_form, report_of
+from qvit.deploy.integer.torch import TorchArithmetic
 from qvit.errors import UsageError
 from qvit.methods.pmq import Split, split_plan
 from qvit.methods.ptq.method import ptq
@@ -199,6 +200,20 @@ def test_groups_of_tokens(name: str) -> None:
     model, images = patchwise(name, Split(5, 3, 0.5))
     same_answers(model, images)
     assert set(report_of(integer_form(model)).values()) == {None}
+
+
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 3}, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_width_for_prefix_tokens(prefix: dict[str, Any], int8: bool) -> None:
+    """Nothing is ranked, and all products are those of integers, the values' in two parts."""
+    model, images = digits_model(depth=2, **prefix), digit_batches(1, 8)[0]
+    cost = inspect_model(model)
+    plan = split_plan(QuantPlan.preset("w4a4"), cost, dict.fromkeys(["blocks.0", "blocks.1"], Split(8, 4, 0)), key=True)
+    fake = freeze(calibrate(quantize(model, plan), [images]).eval())
+    same_answers(fake, images)
+    form = integer_form(fake)
+    assert set(report_of(form).values()) == {None} and not any("Ranked" in type(m).__name__ for m in form.modules())
+    assert torch.equal(integer_form(fake, TorchArithmetic(int8=int8))(images), form(images))
 
 
 def test_a_head_whose_two_groups_have_one_width() -> None:

@@ -291,7 +291,11 @@ class TestCost:
             for site in (matmul.left, matmul.right):
                 own = widths[site]
                 count = cost.sites[site].tokens if isinstance(own, TokenWidths) else 1
-                high = own.split.important(count, cost.sites[site].prefix_tokens) if isinstance(own, TokenWidths) else 1
+                high = (
+                    own.split.important(count, cost.sites[site].layout.prefix_tokens)
+                    if isinstance(own, TokenWidths)
+                    else 1
+                )
                 low = own.split.low if isinstance(own, TokenWidths) else 0
                 sides.append([own[0] if token < high else low for token in range(count)])
             each, rest = divmod(matmul.macs, len(sides[0]) * len(sides[1]))

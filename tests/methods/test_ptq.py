@@ -243,3 +243,57 @@ def test_rotated_models_are_near_the_float_one(plan: str) -> None:
         size = float(model(images).square().mean())
     assert max(errors.values()) < (1e-3 if plan == "w8a8" else 0.1) * size, errors
     assert errors["auto"] == errors["none" if plan == "w8a8" else "all"]
+
+
+CLASS_TOKEN = {"bit_width": 8, "switchable_scale": True, "token_bit_width": {"share": 0, "low": 4}}
+TOKEN_SITES = ("attn.qkv.input", "attn.query", "attn.key", "attn.value", "mlp.fc1.input", "mlp.fc2.input")
+
+
+def class_token_plan(changes: dict[str, Any] = CLASS_TOKEN) -> QuantPlan:
+    return QuantPlan.preset("w4a4").with_rules(*(Rule(f"blocks.*.{site}", changes) for site in TOKEN_SITES))
+
+
+@pytest.mark.parametrize("prefix", [{}, {"reg_tokens": 2}, {"class_token": False, "reg_tokens": 2}])
+def test_a_width_for_the_class_token_goes_through_every_step(prefix: dict[str, Any]) -> None:
+    model: Any = digits_model(depth=2, global_pool="avg", **prefix) if prefix else digits_model(depth=2)
+    batches, count = digit_batches(2, 16), model.num_prefix_tokens
+    found = ptq(model, class_token_plan(), batches, reconstruct=QUICK)
+    blocks: Any = found.get_submodule("blocks")
+    assert {type(block) for block in blocks} == {type(block) for block in model.blocks}  # nothing is ranked
+    x = torch.randn(2, 2, 9, 8)
+    for site, scales in ((blocks[1].attn.query_quantizer, x), (blocks[0].mlp.fc2.input_quantizer, x[:, 0])):
+        split, whole = site(scales), {}
+        for width in (8, 4):
+            whole[width] = site.fake_quantize(scales, torch.tensor(float(width)))
+        assert torch.equal(split[..., :count, :], whole[8][..., :count, :])
+        assert torch.equal(split[..., count:, :], whole[4][..., count:, :])
+        assert not torch.equal(whole[4], whole[8])
+    assert torch.equal(found(batches[0]), found(batches[0]))
+    again = ptq(model, class_token_plan(), batches, reconstruct=QUICK)
+    assert torch.equal(again(batches[0]), found(batches[0]))
+
+
+def test_a_reconstruction_trains_the_scales_of_patches_alone() -> None:
+    batches, changes = digit_batches(2, 16), dict(rounding="nearest", bias_correction=False)
+    before, after = (
+        ptq(digits_model(depth=2), class_token_plan(), batches, reconstruct=steps, **changes)  # type: ignore[arg-type]
+        for steps in (None, QUICK)
+    )
+    moved = 0
+    for site in ("blocks.0.attn.qkv.input_quantizer", "blocks.0.mlp.fc2.input_quantizer"):
+        old, new = (model.get_submodule(site) for model in (before, after))
+        for width, same in ((8.0, True), (4.0, False)):
+            pairs = zip(old.grid(torch.tensor(width)), new.grid(torch.tensor(width)), strict=True)  # type: ignore[operator]
+            for a, b in pairs:
+                if a is not None and same:
+                    assert torch.equal(a, b)
+                moved += a is not None and not same and not torch.equal(a, b)
+    assert moved  # a block that did not get better is put back; not all of them are
+
+
+@pytest.mark.parametrize("further", [{}, {"rounding": "nearest", "reconstruct": QUICK}])
+def test_tokens_that_are_ranked_are_not_rounded_by_blocks(further: dict[str, Any]) -> None:
+    plan = class_token_plan(CLASS_TOKEN | {"token_bit_width": {"share": 0.5, "low": 4}})
+    with pytest.raises(UsageError, match="set rounding to nearest, or give the plan's token groups a share of 0"):
+        ptq(digits_model(depth=2), plan, digit_batches(2, 16), **further)
+    ptq(digits_model(depth=2), plan, digit_batches(2, 16), rounding="nearest")

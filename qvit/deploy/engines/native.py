@@ -1,7 +1,7 @@
 """The native engine (`deploy/native/`): packed ViTs and Swins in C++, the default where it runs a model.
 
-The model is handed over as the bytes of its file. What the engine does not run (other families, groups of tokens,
-weights on grids without zero) it refuses with the reason, and the next engine serves.
+The model is handed over as the bytes of its file. What the engine does not run (other families, groups of tokens that
+follow the image, weights on grids without zero) it refuses with the reason, and the next engine serves.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ class NativeEngine:
     name = "native"
 
     def __init__(self, artifact: Artifact, threads: int | None, *, form: str | None = None) -> None:
-        split = [site for site, spec in artifact.plan.sites.items() if spec is not None and spec.token_bit_width]
+        split = [site for site, spec in artifact.plan.sites.items() if spec is not None and spec.ranks_tokens]
         model = artifact.skeleton
-        reason = f"'{split[0]}' has two groups of tokens" if split else next(differences(model), None)
+        reason = (
+            f"'{split[0]}' has two groups of tokens that follow the image" if split else next(differences(model), None)
+        )
         if reason is not None:
             raise UsageError(f"engine 'native' does not run this model: {reason}")
         try:

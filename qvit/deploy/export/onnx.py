@@ -9,7 +9,8 @@ nodes for every product. Runtimes fuse the DQ nodes with the product, and apply 
 on a Q or DQ node makes ONNX Runtime fail: there the tensor is divided by the vector of scales first, Q and DQ have the
 scale 1, and the vector is multiplied in after the product. Either way sums are exact, in integers or in float32.
 
-Widths are those of the plan: below 8 bits a Clip precedes the Q node, with a vector of limits where heads differ.
+Widths are those of the plan: below 8 bits a Clip precedes the Q node, with a vector of limits where heads differ, or
+where prefix tokens have a width of their own: then the rows of the sums are scaled by a vector, too.
 
 What runs on which integers is decided by the *dialect*, because runtimes differ:
 
@@ -46,6 +47,7 @@ from qvit.deploy.integer.reference import IntegerLinear, arithmetic_in_words, in
 from qvit.deploy.packages import openvino_core, require
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
+from qvit.functional import integer_range
 from qvit.quantizers import quantizers_of
 
 OPSET, OPSET_OF_2_BITS = 21, 25
@@ -93,10 +95,20 @@ class GraphArithmetic(Arithmetic):
             x = torch.minimum(torch.maximum(x, self.spread(grid.low, x)), self.spread(grid.high, x))
         elif limits[1] - limits[0] < 255 or grid.unit == FLOAT:
             x = x.clamp(limits[0] * step, limits[1] * step)
+        return self.rounded(grid, x, step, grid.scale, grid.offset)
+
+    def encode_tokens(self, grid: Grid, x: Tensor, width: Tensor) -> Operand:
+        x, (scale, offset) = grid.quantizer.rectify(x), grid.quantizer.grid(width)
+        x = (x if offset is None else x - offset) / self.spread(scale, x)
+        low, high = (self.spread(limit, x) for limit in integer_range(width, grid.signed))
+        return self.rounded(grid, torch.minimum(torch.maximum(x, low), high), 1.0, scale, offset)
+
+    def rounded(self, grid: Grid, x: Tensor, step: float, scale: Tensor, offset: Tensor | None) -> Operand:
+        """The integers of an activation that is clipped already, and in units of scale / step."""
         if grid.unit == FLOAT:
-            return Operand(torch.round(x), grid.scale, grid.offset)
+            return Operand(torch.round(x), scale, offset)
         kind, zero = (self.right if grid.is_right else self.left) if grid.signed else (torch.uint8, 0)
-        return self.kept(Operand(_quantize(x, step, zero, kind), grid.scale, grid.offset, zero))
+        return self.kept(Operand(_quantize(x, step, zero, kind), scale, offset, zero))
 
     def kept(self, operand: Operand) -> Operand:
         """What comes of codes before their product: here they stay integers, to be dequantized right before it."""
@@ -135,8 +147,9 @@ class GraphArithmetic(Arithmetic):
         return (codes.t().to(torch.int16) + zero).to(kind).contiguous()
 
     def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
-        if operand.codes.is_floating_point():
-            return (operand.codes @ _values(weight, self.right[1])) * (operand.scale * weight_scale)
+        if operand.codes.is_floating_point() or operand.scale.numel() > 1:  # more than one: of rows
+            sums = _values(operand.codes, operand.zero) @ _values(weight, self.right[1])
+            return sums * (operand.scale * weight_scale)
         # With the scales in the DQ nodes, runtimes multiply by them inside the product.
         x = _dequantize(operand.codes, operand.zero, operand.scale)
         return x @ _dequantize(weight, self.right[1], weight_scale)
@@ -248,7 +261,7 @@ def onnx_model(
     """
     require("onnx", "onnxscript")
     for site, quantizer in quantizers_of(model):
-        if quantizer.spec.token_bit_width is not None:
+        if quantizer.spec.ranks_tokens:
             raise UsageError(
                 f"'{site}' has widths that follow the image: ONNX defines no order for tokens of equal importance, "
                 "so such a model runs with the engines 'reference' and 'torch' alone"

@@ -61,6 +61,11 @@ class Grid(nn.Module):
         """Whether tokens differ in width."""
         return self.quantizer.spec.token_bit_width is not None
 
+    @property
+    def ranks_tokens(self) -> bool:
+        """Whether that follows the image."""
+        return self.quantizer.spec.ranks_tokens
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -96,8 +101,10 @@ class Arithmetic:
         """The integers of an activation, with scale and offset."""
         return Operand(grid.quantizer.to_int(x), grid.scale, grid.offset)
 
-    def encode_ranked(self, grid: Grid, x: Tensor, rank: Tensor) -> Operand:
-        """The same where tokens differ in width, by their ranking."""
+    def operand(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
+        """The same for tokens that may differ in width, by their ranking where that decides."""
+        if not grid.splits_tokens:
+            return self.encode(grid, x)
         return self.encode_tokens(grid, x, grid.quantizer.token_bit_width(x, rank))
 
     def encode_tokens(self, grid: Grid, x: Tensor, width: Tensor) -> Operand:

@@ -92,7 +92,7 @@ class IntegerLinear(nn.Module):
         self.register_buffer("bias", exact.float())
 
     def forward(self, x: Tensor | Operand) -> Tensor:
-        operand = x if isinstance(x, Operand) else self.arithmetic.encode(self.grid, x)
+        operand = x if isinstance(x, Operand) else self.arithmetic.operand(self.grid, x)
         if self.patch is None:
             return self.arithmetic.project(operand, self)
         rows, grid = patches(operand.codes, self.patch)
@@ -104,8 +104,7 @@ class RankedIntegerLinear(IntegerLinear):
     """The same for ranked tokens."""
 
     def forward(self, x: Tensor, rank: Tensor) -> Tensor:
-        grid = self.grid
-        return super().forward(self.arithmetic.encode_ranked(grid, x, rank) if grid.splits_tokens else x)
+        return super().forward(self.arithmetic.operand(self.grid, x, rank))
 
 
 def patches(x: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
@@ -146,8 +145,8 @@ class IntegerAttention:
         if isinstance(q, Operand) and isinstance(k, Operand):
             left, right = q, k
         else:
-            left = self.arithmetic.encode(self.grids["query"], q)
-            right = self.arithmetic.encode(self.grids["key"], for_all_heads(k, q.shape[1]))
+            left = self.arithmetic.operand(self.grids["query"], q)
+            right = self.arithmetic.operand(self.grids["key"], for_all_heads(k, q.shape[1]))
         codes, own, offset = (
             t if t is None or t.dim() < 2 else t.transpose(-2, -1) for t in (right.codes, right.scale, right.offset)
         )
@@ -159,8 +158,16 @@ class IntegerAttention:
         left = self.arithmetic.encode(self.grids["probs"], probs)
         if isinstance(v, Operand):
             return self.arithmetic.product(left, v)
-        right = self.arithmetic.encode(self.grids["value"], for_all_heads(v, probs.shape[1]))
-        return self.arithmetic.product(left, right)
+        grid, v = self.grids["value"], for_all_heads(v, probs.shape[1])
+        if not grid.splits_tokens:
+            return self.arithmetic.product(left, self.arithmetic.encode(grid, v))
+        # Prefix tokens have a scale of their own, and tokens are summed over: two products.
+        prefix, (own, low) = grid.quantizer.layout.prefix_tokens, grid.quantizer.group_widths()
+        first = self.arithmetic.encode_tokens(grid, v[..., :prefix, :], own)
+        second = self.arithmetic.encode_tokens(grid, v[..., prefix:, :], low)
+        return self.arithmetic.product(replace(left, codes=left.codes[..., :prefix]), first) + self.arithmetic.product(
+            replace(left, codes=left.codes[..., prefix:]), second
+        )
 
     def merge(self, x: Tensor) -> Any:
         """The heads' outputs as an operand of `proj`, (B, N, C)."""
@@ -179,12 +186,9 @@ class RankedIntegerAttention(IntegerAttention):
         if ("weigh" if name == "value" else "scores") in self.simulated:
             return super().ranked_operand(name, x, rank)  # type: ignore[misc]
         x, grid = for_all_heads(x, self.num_heads), self.grids[name]
-        if not grid.splits_tokens:
-            return self.arithmetic.encode(grid, x)
-        if name != "value":
-            return self.arithmetic.encode_ranked(grid, x, rank)
-        own = grid.quantizer.bit_width
-        low = torch.full_like(own, grid.quantizer.spec.token_bit_width.low)
+        if name != "value" or not grid.splits_tokens:
+            return self.arithmetic.operand(grid, x, rank)
+        own, low = grid.quantizer.group_widths()
         important = grid.quantizer.token_bit_width(x, rank) == own
         groups = [
             (self.arithmetic.encode_tokens(grid, x, width), group)
@@ -253,6 +257,8 @@ def _can_project_codes(module: Any) -> bool:
     if not isinstance(layer, IntegerLinear) or {"scores", "weigh"} & set(module.simulated):
         return False
     grids = [module.grids[name] for name in QKV]
+    if layer.grid.splits_tokens:
+        return False
     plain = all(own.quantizer.rounds_only and not own.splits_tokens and own.unit != "float32" for own in grids)
     return plain and len({own.signed for own in grids}) == 1 and layer.segments == 1 and layer.weight_offset is None
 

@@ -42,7 +42,7 @@ class TorchArithmetic(Arithmetic):
     def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
         if weight is not None:
             below = grids[0].largest * int(weight.abs().sum(1, dtype=torch.int64).max()) < EXACT_BELOW
-            fits = int(weight.min()) >= -128 and int(weight.max()) <= 127 and not grids[0].splits_tokens
+            fits = int(weight.min()) >= -128 and int(weight.max()) <= 127 and not grids[0].ranks_tokens
             grids[0].unit = "int8" if self.int8 and fits else "float32" if below else "float64"
             return
         for grid in grids:
@@ -54,12 +54,11 @@ class TorchArithmetic(Arithmetic):
         codes = (
             x.clamp(*grid.limits) if grid.limits is not None else torch.minimum(torch.maximum(x, grid.low), grid.high)
         )
-        unit = UNITS[grid.unit] if grid.unit != "int8" or grid.signed else torch.uint8
-        return Operand(codes.round().to(unit), grid.scale, grid.offset, largest=grid.largest)
+        return Operand(codes.round().to(_unit_of(grid)), grid.scale, grid.offset, largest=grid.largest)
 
     def encode_tokens(self, grid: Grid, x: Tensor, width: Tensor) -> Operand:
         found = super().encode_tokens(grid, x, width)
-        return replace(found, codes=found.codes.to(UNITS[grid.unit]), largest=grid.largest)
+        return replace(found, codes=found.codes.to(_unit_of(grid)), largest=grid.largest)
 
     def weight_form(self, codes: Tensor, grid: Grid) -> Tensor:
         return codes.to(UNITS[grid.unit]).t().contiguous()
@@ -79,3 +78,8 @@ class TorchArithmetic(Arithmetic):
         if x.shape[-1] * left.largest * right.largest >= EXACT_BELOW:
             x, y = x.double(), y.double()
         return (x @ y).float() * (left.scale * factor * right.scale)
+
+
+def _unit_of(grid: Grid) -> torch.dtype:
+    """The dtype of an activation's codes."""
+    return UNITS[grid.unit] if grid.unit != "int8" or grid.signed else torch.uint8

@@ -117,7 +117,9 @@ struct Numbers {
 struct Site {
     bool there = false;  // else it stays in float
     std::vector<int> widths;
-    bool is_signed = true, splits_tokens = false;
+    bool is_signed = true;
+    double share = 0;   // of the tokens that have `widths`; the others have `low_width`
+    int low_width = 0;  // 0: all tokens have the same
     std::string quantizer = "lsq";
     std::map<std::string, Numbers> numbers;
     bool used = false;
@@ -389,7 +391,7 @@ class File {
                 if (count > int64_t(scales.size() - at)) throw Problem("it has fewer scales than its plan asks for");
                 numbers.values.assign(scales.begin() + int64_t(at), scales.begin() + int64_t(at) + count);
                 at += size_t(count);
-                if (key == "scale")
+                if (key == "scale" || key == "low_scale")
                     for (float value : numbers.values)
                         if (!(value >= kSmallestScale))
                             throw Problem("the scale of site '" + name + "' is not positive");
@@ -418,7 +420,11 @@ class File {
             } else if (key == "quantizer") {
                 site.quantizer = value.text;
             } else if (key == "token_bit_width") {
-                site.splits_tokens = !value.is(Json::Kind::null);
+                if (value.is(Json::Kind::null)) continue;
+                const Json& share = value.at("share");
+                if (!share.is(Json::Kind::number) || !(share.number >= 0 && share.number <= 1))
+                    throw Problem("a kind of site in the plan has an impossible share of tokens");
+                site.share = share.number, site.low_width = int(value.at("low").whole(1, 16, "a width"));
             } else if (key == "learn_bit_width") {
                 if (value.truth) throw Problem("the width of a kind of site is still to be learned");
             } else if (value.is(Json::Kind::list) && key != "bit_width_range") {
@@ -434,7 +440,10 @@ class File {
         }
         if (!site.numbers.count("scale")) throw Problem("a kind of site in the plan has no scale");
         for (int width : site.widths)
-            if (width == 1 && site.is_signed) throw Problem("a width of 1 on a signed grid has no positive level");
+            if ((width == 1 || site.low_width == 1) && site.is_signed)
+                throw Problem("a width of 1 on a signed grid has no positive level");
+        if (site.low_width && !site.numbers.count("low_scale"))
+            throw Problem("a kind of site in the plan has two groups of tokens and one scale");
         return site;
     }
 

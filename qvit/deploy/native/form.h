@@ -9,8 +9,10 @@ inline void product(int m, int n, int k, const uint8_t* a, int low, int most_lef
     Buffer<uint8_t> rows(size_t(m) * lda);
     for (int i = 0; i < m; ++i) std::copy_n(a + size_t(i) * k, k, rows.data() + size_t(i) * lda);
     Panels panels;
-    fill_panels(panels, n, k, w, k, low, most_left);
-    multiply(m, rows.data(), lda, panels, [&](int row, int tile, int column, int columns, const int32_t* sums) {
-        for (int i = 0; i < tile; ++i) std::copy_n(sums + i * kColumns, columns, out + size_t(row + i) * n + column);
-    });
+    panels.begin(panels.left, low, most_left, fill_panels(panels, n, k, w, k));
+    multiply(m, rows.data(), lda, panels, panels.left,
+             [&](int row, int tile, int column, int columns, const int32_t* sums) {
+                 for (int i = 0; i < tile; ++i)
+                     std::copy_n(sums + i * kColumns, columns, out + size_t(row + i) * n + column);
+             });
 }

@@ -229,7 +229,8 @@ inline void tile(int m, const uint8_t* a, int64_t lda, const int8_t* w, int grou
         QVIT_ROWS(1)
         QVIT_ROWS(2)
         QVIT_ROWS(3)
-        QVIT_ROWS(4) QVIT_ROWS(5) QVIT_ROWS(6)
+        QVIT_ROWS(4)
+        QVIT_ROWS(5) QVIT_ROWS(6)
 #if defined(QVIT_AVX512_VNNI)
             QVIT_ROWS(7) QVIT_ROWS(8) QVIT_ROWS(9) QVIT_ROWS(10) QVIT_ROWS(11) QVIT_ROWS(12)
 #endif
@@ -237,24 +238,31 @@ inline void tile(int m, const uint8_t* a, int64_t lda, const int8_t* w, int grou
     }
 }
 
-// A right operand (k, n) in panels, with what sums start at: low * sum(w) for left operands stored from 0.
+// How a left operand that is stored from 0 is multiplied, and what sums start at: low * sum(w).
+struct Left {
+    int way = 0;
+    Buffer<int32_t> start;
+};
+
+// A right operand (k, n) in panels. Left operands are on one grid, or on two: that of prefix tokens and the others'.
 struct Panels {
     struct Place {
         int row, column;
     };
-    int n = 0, k = 0, groups = 0, way = 0;
+    int n = 0, k = 0, groups = 0;
     Buffer<int8_t> bytes;
-    Buffer<int32_t> start;
-    std::vector<std::vector<Place>> lowest;  // where w is -128, by panel; empty unless 128 is taken off left operands
+    Buffer<int32_t> sums;  // of w by column
+    Left left, prefix;
+    std::vector<std::vector<Place>> lowest;  // where w is -128 and stored as -127, by panel
 
-    // Sums of w by column become what sums start at. `most` is the largest |w|.
-    void begin(int low, int most_left, int most) {
-        way = way_of(most_left, most);
-        const int taken = low + (way == kTakes128 ? 128 : 0);
-        for (int32_t& each : start) each *= taken;
-        lowest.clear();
+    // To be called once w and its sums are there, for each grid of left operands. `most` is the largest |w|.
+    void begin(Left& of, int low, int most_left, int most) {
+        of.way = way_of(most_left, most);
+        const int taken = low + (of.way == kTakes128 ? 128 : 0);
+        of.start.resize(sums.size());
+        for (size_t j = 0; j < sums.size(); ++j) of.start[j] = sums[j] * taken;
 #if defined(QVIT_AVX2)
-        if (way != kTakes128 || most < 128) return;
+        if (of.way != kTakes128 || most < 128 || !lowest.empty()) return;
         lowest.resize(size_t(round_up(n, kColumns) / kColumns));
         for (size_t i = 0; i < bytes.size(); ++i) {
             if (bytes[i] != -128) continue;
@@ -267,20 +275,21 @@ struct Panels {
     }
 };
 
-inline void fill_panels(Panels& to, int n, int k, const int8_t* w, int64_t row, int low, int most_left) {
+// Returns the largest |w|.
+inline int fill_panels(Panels& to, int n, int k, const int8_t* w, int64_t row) {
     const int columns = round_up(n, kColumns);
     to.n = n, to.k = k, to.groups = (k + 3) / 4;
     to.bytes.assign(size_t(columns) * to.groups * 4, 0);
-    to.start.assign(size_t(columns), 0);
+    to.sums.assign(size_t(columns), 0), to.lowest.clear();
     int most = 0;
     for (int j = 0; j < n; ++j)
         for (int i = 0; i < k; ++i) {
             const int8_t value = w[j * row + i];
             to.bytes[(size_t(j / kColumns) * to.groups + i / 4) * kColumns * 4 + (j % kColumns) * 4 + i % 4] = value;
-            to.start[size_t(j)] += value;
+            to.sums[size_t(j)] += value;
             most = std::max(most, std::abs(int(value)));
         }
-    to.begin(low, most_left, most);
+    return most;
 }
 
 // Even parts of at most `most` of a number of rows.
@@ -290,23 +299,25 @@ inline int even(int rows, int most) {
 }
 
 // The sums of at most kRows rows with the panel of columns that begins at `column`.
-inline void multiply_tile(int rows, const uint8_t* a, int64_t lda, const Panels& w, int column, int32_t* sums) {
+inline void multiply_tile(int rows, const uint8_t* a, int64_t lda, const Panels& w, const Left& left, int column,
+                          int32_t* sums) {
     const int8_t* panel = w.bytes.data() + size_t(column / kColumns) * w.groups * kColumns * 4;
-    tile(rows, a, lda, panel, w.groups, w.way, w.start.data() + column, sums);
+    tile(rows, a, lda, panel, w.groups, left.way, left.start.data() + column, sums);
     if (w.lowest.empty()) return;
+    const int taken = left.way == kTakes128 ? 128 : 0;
     for (const auto& place : w.lowest[size_t(column / kColumns)])
-        for (int r = 0; r < rows; ++r) sums[r * kColumns + place.column] -= a[r * lda + place.row] - 128;
+        for (int r = 0; r < rows; ++r) sums[r * kColumns + place.column] -= a[r * lda + place.row] - taken;
 }
 
 // All products of m rows with panels: `use(row, rows, column, columns, sums)` gets tile after tile.
 template <class Use>
-void multiply(int m, const uint8_t* a, int64_t lda, const Panels& w, Use&& use) {
+void multiply(int m, const uint8_t* a, int64_t lda, const Panels& w, const Left& left, Use&& use) {
     alignas(64) int32_t sums[kRows * kColumns];
     const int step = even(m, kRows);
     for (int column = 0; column < w.n; column += kColumns)
         for (int row = 0; row < m; row += step) {
             const int rows = std::min(step, m - row);
-            multiply_tile(rows, a + row * lda, lda, w, column, sums);
+            multiply_tile(rows, a + row * lda, lda, w, left, column, sums);
             use(row, rows, column, std::min(kColumns, w.n - column), sums);
         }
 }

@@ -283,6 +283,10 @@ struct Linear {
     std::vector<Grid> grid;
     std::vector<Panels> panels;  // one per segment of k
     Buffer<float> scale, bias;   // scale: (segments, padded)
+    // Of rows of prefix tokens, where their grid is another one.
+    bool splits = false;
+    Grid prefix_grid;
+    Buffer<float> prefix_scale, prefix_bias;
 
     Linear() = default;
     explicit Linear(const LayerNumbers& from) : n(from.n), k(from.k), segments(from.segments), grid(from.grid) {
@@ -294,7 +298,40 @@ struct Linear {
         const int part = segments ? k / segments : 0;
         for (int s = 0; s < segments; ++s) {
             std::copy_n(from.scale.data() + size_t(s) * n, n, scale.data() + size_t(s) * padded);
-            fill_panels(panels[s], n, part, from.codes.data() + s * part, k, grid[s].low, grid[s].high - grid[s].low);
+            const int most = fill_panels(panels[s], n, part, from.codes.data() + s * part, k);
+            panels[s].begin(panels[s].left, grid[s].low, grid[s].high - grid[s].low, most);
+            if (from.splits)
+                panels[s].begin(panels[s].prefix, from.prefix_grid.low, from.prefix_grid.high - from.prefix_grid.low,
+                                most);
+        }
+        if (!from.splits) return;
+        splits = true, prefix_grid = from.prefix_grid;
+        prefix_scale.assign(size_t(padded), 0), prefix_bias.assign(size_t(padded), 0);
+        std::copy(from.prefix_scale.begin(), from.prefix_scale.end(), prefix_scale.begin());
+        std::copy(from.prefix_bias.begin(), from.prefix_bias.end(), prefix_bias.begin());
+    }
+    const Grid& grid_of(bool early) const { return early && splits ? prefix_grid : grid[0]; }
+};
+
+// Per column of qkv: how its output becomes codes.
+struct Columns {
+    Buffer<float> inverse, offset, low, high, shift;
+
+    Columns() = default;
+    Columns(const std::vector<HeadNumbers>& heads, int dim, bool early) {
+        const int each = dim / int(heads.size()), columns = round_up(3 * dim, kColumns);
+        for (Buffer<float>* numbers : {&inverse, &offset, &low, &high, &shift}) numbers->assign(size_t(columns), 0);
+        for (int h = 0; h < int(heads.size()); ++h) {
+            const HeadNumbers& head = heads[size_t(h)];
+            const Grid* parts[] = {early ? &head.prefix_query : &head.query, early ? &head.prefix_key : &head.key,
+                                   early ? &head.prefix_value : &head.value};
+            for (int p = 0; p < 3; ++p)
+                for (int t = 0; t < each; ++t) {
+                    const size_t c = size_t(p * dim + h * each + t);
+                    inverse[c] = parts[p]->inverse, offset[c] = parts[p]->offset;
+                    low[c] = float(parts[p]->low), high[c] = float(parts[p]->high);
+                    shift[c] = p == 0 ? float(parts[p]->low) : 0.0f;
+                }
         }
     }
 };
@@ -304,10 +341,10 @@ struct Block {
     Linear qkv, proj, fc1, gate, fc2;
     std::vector<HeadNumbers> heads;
     int log_steps = 0;
-    // Per column of qkv: how its output becomes codes.
-    Buffer<float> inverse, offset, low, high, shift;
-    Buffer<float> position_bias;  // (heads, area, columns of scores); or none
-    Steps steps;                  // from outputs of fc1 to inputs of fc2
+    bool splits_queries, splits_keys, splits_values;
+    Columns columns, prefix_columns;  // of all tokens, or but for prefix tokens; and of these
+    Buffer<float> position_bias;      // (heads, area, columns of scores); or none
+    Steps steps;                      // from outputs of fc1 to inputs of fc2
 
     Block(const BlockNumbers& from, const StageNumbers& stage, Activation activation)
         : norm1(from.norm1),
@@ -321,19 +358,12 @@ struct Block {
           gate(from.gate),
           fc2(from.fc2),
           heads(from.heads),
-          log_steps(from.log_steps) {
-        const int dim = stage.dim, each = dim / stage.heads, columns = round_up(3 * dim, kColumns);
-        for (Buffer<float>* numbers : {&inverse, &offset, &low, &high, &shift}) numbers->assign(size_t(columns), 0);
-        for (int h = 0; h < stage.heads; ++h) {
-            const Grid* parts[] = {&heads[h].query, &heads[h].key, &heads[h].value};
-            for (int p = 0; p < 3; ++p)
-                for (int t = 0; t < each; ++t) {
-                    const int c = p * dim + h * each + t;
-                    inverse[c] = parts[p]->inverse, offset[c] = parts[p]->offset;
-                    low[c] = float(parts[p]->low), high[c] = float(parts[p]->high);
-                    shift[c] = p == 0 ? float(parts[p]->low) : 0.0f;
-                }
-        }
+          log_steps(from.log_steps),
+          splits_queries(from.splits_queries),
+          splits_keys(from.splits_keys),
+          splits_values(from.splits_values),
+          columns(heads, stage.dim, false) {
+        if (splits_queries || splits_keys || splits_values) prefix_columns = Columns(heads, stage.dim, true);
         with_activation(activation, [&](auto kind) { steps = steps_of<decltype(kind)::value>(fc2.grid[0]); });
         if (from.position_bias.empty()) return;
         const int area = stage.window_y * stage.window_x, wide = round_up(area, kColumns);
@@ -396,8 +426,8 @@ struct Stage {
 struct Scratch {
     Buffer<uint8_t> codes, second_codes, hidden, probs, second, queries;
     Buffer<float> rows, scores, exponentials, projected, wide;
-    Panels keys, values;
-    Buffer<float> key_add;
+    Panels keys, values, prefix_values;
+    Buffer<float> key_add, key_scale;
     double seconds[kKinds] = {};
 };
 
@@ -480,7 +510,11 @@ class Model final : public Runner {
     bool watching = false;
 
     template <class Use>
-    static void linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Use&& use);
+    static void linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Use&& use, bool early = false);
+    template <class Use>
+    void linear_of_tokens(const Stage& stage, const Linear& layer, int first, int count, const uint8_t* a, int64_t lda,
+                          Use&& use);
+    bool is_early(const Stage& stage, int row) const { return row % stage.tokens < prefix; }
     void forward(const float* images, int batch, float* logits);
     void embed_patches(const Stage& stage, const float* images, int first, int last, Scratch& own);
     void merge_tokens(const Stage& before, const Stage& stage, const float* from, int first, int last, Scratch& own);
@@ -494,16 +528,21 @@ class Model final : public Runner {
 };
 
 // The outputs of a layer for m rows, tile after tile in float: `use(row, rows, column, columns, values, stride)`.
+// `early`: they are of prefix tokens.
 template <class Use>
-void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Use&& use) {
+void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Use&& use, bool early) {
     alignas(64) float values[kRows * kColumns];
     if (layer.segments == 1) {
-        const float *scale = layer.scale.data(), *bias = layer.bias.data();
-        multiply(m, a, lda, layer.panels[0], [&](int row, int rows, int column, int columns, const int32_t* sums) {
-            for (int i = 0; i < rows; ++i)
-                scale_row(sums + i * kColumns, scale + column, bias + column, values + i * kColumns);
-            use(row, rows, column, columns, values, kColumns);
-        });
+        const bool own = early && layer.splits;
+        const float* scale = (own ? layer.prefix_scale : layer.scale).data();
+        const float* bias = (own ? layer.prefix_bias : layer.bias).data();
+        const Panels& panels = layer.panels[0];
+        multiply(m, a, lda, panels, own ? panels.prefix : panels.left,
+                 [&](int row, int rows, int column, int columns, const int32_t* sums) {
+                     for (int i = 0; i < rows; ++i)
+                         scale_row(sums + i * kColumns, scale + column, bias + column, values + i * kColumns);
+                     use(row, rows, column, columns, values, kColumns);
+                 });
         return;
     }
     // Tile by tile, the segments' sums with their scales.
@@ -515,13 +554,33 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Us
             const int rows = std::min(step, m - row);
             for (int i = 0; i < rows; ++i) std::copy_n(layer.bias.data() + column, kColumns, values + i * kColumns);
             for (int s = 0; s < layer.segments; ++s) {
-                multiply_tile(rows, a + row * lda + s * k, lda, layer.panels[size_t(s)], column, sums);
+                const Panels& panels = layer.panels[size_t(s)];
+                multiply_tile(rows, a + row * lda + s * k, lda, panels, panels.left, column, sums);
                 for (int i = 0; i < rows; ++i)
                     add_scaled_row(sums + i * kColumns, layer.scale.data() + size_t(s) * n + column,
                                    values + i * kColumns);
             }
             use(row, rows, column, std::min(kColumns, layer.n - column), values, kColumns);
         }
+}
+
+// The same for `count` rows of the stream from `first` on: prefix tokens and others are multiplied apart where their
+// grids differ.
+template <class Use>
+void Model::linear_of_tokens(const Stage& stage, const Linear& layer, int first, int count, const uint8_t* a,
+                             int64_t lda, Use&& use) {
+    if (!layer.splits) return linear(layer, count, a, lda, use);
+    for (int begin = 0, end; begin < count; begin = end) {
+        const int token = (first + begin) % stage.tokens;
+        const bool early = token < prefix;
+        end = std::min(count, begin + (early ? prefix : stage.tokens) - token);
+        linear(
+            layer, end - begin, a + size_t(begin) * lda, lda,
+            [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                use(begin + row, rows, column, columns, values, stride);
+            },
+            early);
+    }
 }
 
 void Model::embed_patches(const Stage& stage, const float* images, int first, int last, Scratch& own) {
@@ -596,24 +655,25 @@ void Model::project_qkv(const Stage& stage, const Block& block, int first, int l
         for (int i = 0; i < count; ++i) {
             const float* row = stream.data() + size_t(first + i) * dim;
             if (block.norm1.there) block.norm1(row, own.rows.data(), dim), row = own.rows.data();
-            encode(row, dim, block.qkv.grid[0], own.codes.data() + size_t(i) * lda);
+            encode(row, dim, block.qkv.grid_of(is_early(stage, first + i)), own.codes.data() + size_t(i) * lda);
         }
     }
     Watch watch(watching, own.seconds[kQkv]);
     if (!block.query_norm.there && !block.key_norm.there) {
-        linear(block.qkv, count, own.codes.data(), lda,
-               [&](int row, int rows, int column, int columns, const float* values, int stride) {
-                   for (int i = 0; i < rows; ++i)
-                       store_qkv(stage, block, first + row + i, column, columns, values + i * stride);
-               });
+        linear_of_tokens(stage, block.qkv, first, count, own.codes.data(), lda,
+                         [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                             for (int i = 0; i < rows; ++i)
+                                 store_qkv(stage, block, first + row + i, column, columns, values + i * stride);
+                         });
         return;
     }
     own.projected.resize(size_t(count) * 3 * dim);
-    linear(block.qkv, count, own.codes.data(), lda,
-           [&](int row, int rows, int column, int columns, const float* values, int stride) {
-               for (int i = 0; i < rows; ++i)
-                   std::copy_n(values + i * stride, columns, own.projected.data() + size_t(row + i) * 3 * dim + column);
-           });
+    linear_of_tokens(stage, block.qkv, first, count, own.codes.data(), lda,
+                     [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                         for (int i = 0; i < rows; ++i)
+                             std::copy_n(values + i * stride, columns,
+                                         own.projected.data() + size_t(row + i) * 3 * dim + column);
+                     });
     for (int i = 0; i < count; ++i) {
         float* row = own.projected.data() + size_t(i) * 3 * dim;
         for (const Norm* norm : {&block.query_norm, &block.key_norm}) {
@@ -629,8 +689,10 @@ void Model::project_qkv(const Stage& stage, const Block& block, int first, int l
 
 // Codes of a token's outputs of qkv, from a column on: queries from 0 on, keys and values as they are.
 void Model::store_qkv(const Stage& stage, const Block& block, int token, int column, int columns, const float* values) {
-    encode_columns(values, columns, block.inverse.data() + column, block.offset.data() + column,
-                   block.low.data() + column, block.high.data() + column, block.shift.data() + column,
+    const bool early = !block.prefix_columns.inverse.empty() && is_early(stage, token);
+    const Columns& own = early ? block.prefix_columns : block.columns;
+    encode_columns(values, columns, own.inverse.data() + column, own.offset.data() + column, own.low.data() + column,
+                   own.high.data() + column, own.shift.data() + column,
                    qkv.data() + size_t(token) * 3 * stage.dim + column);
 }
 
@@ -646,7 +708,7 @@ void Model::finish_block(const Stage& stage, const Block& block, int first, int 
     }
     hidden_codes(stage, block, first, count, own);
     Watch watch(watching, own.seconds[kSecond]);
-    linear(block.fc2, count, own.hidden.data(), wide, add_to_stream);
+    linear_of_tokens(stage, block.fc2, first, count, own.hidden.data(), wide, add_to_stream);
 }
 
 // The inputs of fc2 for rows of the stream, from the second norm on.
@@ -662,30 +724,28 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
         for (int i = 0; i < count; ++i) {
             const float* row = stream.data() + size_t(first + i) * dim;
             if (block.norm2.there) block.norm2(row, own.rows.data(), dim), row = own.rows.data();
-            encode(row, dim, block.fc1.grid[0], own.codes.data() + size_t(i) * lda);
-            if (gated) encode(row, dim, block.gate.grid[0], own.second_codes.data() + size_t(i) * lda);
+            const bool early = is_early(stage, first + i);
+            encode(row, dim, block.fc1.grid_of(early), own.codes.data() + size_t(i) * lda);
+            if (gated) encode(row, dim, block.gate.grid_of(early), own.second_codes.data() + size_t(i) * lda);
         }
     }
     Watch watch(watching, own.seconds[kFirst]);
-    const Grid grid = block.fc2.grid[0];
-    const bool plain = mlp == Mlp::plain && !block.mlp_norm.there;
-    if (plain && block.steps.there) {
-        linear(block.fc1, count, own.codes.data(), lda,
-               [&](int row, int rows, int column, int columns, const float* values, int stride) {
-                   for (int i = 0; i < rows; ++i)
-                       encode_steps(values + i * stride, columns, block.steps,
-                                    own.hidden.data() + size_t(row + i) * wide + column);
-               });
-        return;
-    }
+    const bool plain = mlp == Mlp::plain && !block.mlp_norm.there, apart = block.fc2.splits;
     if (plain) {
         with_activation(activation, [&](auto kind) {
-            linear(block.fc1, count, own.codes.data(), lda,
-                   [&](int row, int rows, int column, int columns, const float* values, int stride) {
-                       for (int i = 0; i < rows; ++i)
-                           encode_activated<decltype(kind)::value>(values + i * stride, columns, grid,
-                                                                   own.hidden.data() + size_t(row + i) * wide + column);
-                   });
+            linear_of_tokens(stage, block.fc1, first, count, own.codes.data(), lda,
+                             [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                                 for (int i = 0; i < rows; ++i) {
+                                     const float* from = values + i * stride;
+                                     uint8_t* to = own.hidden.data() + size_t(row + i) * wide + column;
+                                     const bool early = apart && is_early(stage, first + row + i);
+                                     if (block.steps.there && !early)
+                                         encode_steps(from, columns, block.steps, to);
+                                     else
+                                         encode_activated<decltype(kind)::value>(from, columns,
+                                                                                 block.fc2.grid_of(early), to);
+                                 }
+                             });
         });
         return;
     }
@@ -693,10 +753,12 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     const int columns = mlp == Mlp::plain ? hidden : 2 * hidden;
     own.wide.resize(size_t(count) * columns);
     auto keep = [&](const Linear& layer, const uint8_t* codes, int at) {
-        linear(layer, count, codes, lda, [&](int row, int rows, int column, int n, const float* values, int stride) {
-            for (int i = 0; i < rows; ++i)
-                std::copy_n(values + i * stride, n, own.wide.data() + size_t(row + i) * columns + at + column);
-        });
+        linear_of_tokens(stage, layer, first, count, codes, lda,
+                         [&](int row, int rows, int column, int n, const float* values, int stride) {
+                             for (int i = 0; i < rows; ++i)
+                                 std::copy_n(values + i * stride, n,
+                                             own.wide.data() + size_t(row + i) * columns + at + column);
+                         });
     };
     if (gated) keep(block.gate, own.second_codes.data(), 0);
     keep(block.fc1, own.codes.data(), gated ? hidden : 0);
@@ -709,7 +771,8 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
                 own.rows[size_t(j)] = columns > hidden ? value * row[factor + j] : value;
             }
             if (block.mlp_norm.there) block.mlp_norm(own.rows.data(), row, hidden);
-            encode(block.mlp_norm.there ? row : own.rows.data(), hidden, grid, own.hidden.data() + size_t(i) * wide);
+            encode(block.mlp_norm.there ? row : own.rows.data(), hidden, block.fc2.grid_of(is_early(stage, first + i)),
+                   own.hidden.data() + size_t(i) * wide);
         }
     });
 }
@@ -719,8 +782,7 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
                    int last, Scratch& own) {
     Watch watch(watching, own.seconds[kAttention]);
     const HeadNumbers& grids = block.heads[size_t(head)];
-    const int d = stage.each, dim = stage.dim, groups = d / 4, area = stage.area, count = round_up(area, 4),
-              columns = round_up(area, kColumns);
+    const int d = stage.each, dim = stage.dim, groups = d / 4, area = stage.area, columns = round_up(area, kColumns);
     const int64_t row = 3 * int64_t(dim);
     const int* place = stage.place[shifted].empty() ? nullptr : stage.place[shifted].data() + size_t(window) * area;
     auto token = [&](int t) {
@@ -752,78 +814,110 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
     Panels& right = own.keys;
     right.n = area, right.k = d, right.groups = groups;
     right.bytes.resize(size_t(columns) * d);
-    right.start.resize(size_t(columns));
-    own.key_add.resize(size_t(columns));
-    const float score_scale = grids.query.scale * grids.key.scale * stage.factor;
-    const float add_scale = grids.query.offset * grids.key.scale * stage.factor;
+    right.sums.resize(size_t(columns)), right.lowest.clear();
+    own.key_add.resize(size_t(columns)), own.key_scale.assign(size_t(columns), 0);
     for (int j = 0; j < area; ++j) {
         const int8_t* key = keys(j);
         int32_t sum = 0;
         int8_t* to = right.bytes.data() + size_t(j / kColumns) * groups * kColumns * 4 + (j % kColumns) * 4;
         for (int g = 0; g < groups; ++g) std::memcpy(to + size_t(g) * kColumns * 4, key + 4 * g, 4);
         for (int t = 0; t < d; ++t) sum += key[t];
-        right.start[size_t(j)] = sum;
-        own.key_add[size_t(j)] = add_scale * float(sum);
+        right.sums[size_t(j)] = sum;
     }
     // Columns behind the last token have probability 0, so that what follows runs over whole vectors.
     for (int j = area; j < columns; ++j) {
-        right.start[size_t(j)] = 0, own.key_add[size_t(j)] = -1e30f;
+        right.sums[size_t(j)] = 0, own.key_add[size_t(j)] = -1e30f;
         int8_t* to = right.bytes.data() + size_t(j / kColumns) * groups * kColumns * 4 + (j % kColumns) * 4;
         for (int g = 0; g < groups; ++g) std::memset(to + size_t(g) * kColumns * 4, 0, 4);
     }
-    right.begin(grids.query.low, grids.query.high - grids.query.low, largest(keys));
+    const int largest_key = largest(keys);
 
     // Values as the right operand of the weighted sums, (area, d).
     const int value_columns = round_up(d, kColumns);
     Panels& weighted = own.values;
-    weighted.n = d, weighted.k = area, weighted.groups = count / 4;
-    weighted.bytes.assign(size_t(value_columns) * count, 0);
-    weighted.start.assign(size_t(value_columns), 0);
-    alignas(64) int32_t value_sums[256 + kColumns] = {};
     static const int8_t nothing[256] = {};
-    for (int i = 0; i < area; i += 4) {
-        const int8_t* from[4];
-        for (int r = 0; r < 4; ++r) from[r] = i + r < area ? values(i + r) : nothing;
-        for (int begin = 0; begin < d; begin += kColumns) {
-            int8_t* to = weighted.bytes.data() + (size_t(begin / kColumns) * weighted.groups + i / 4) * kColumns * 4;
-            interleave(from[0] + begin, from[1] + begin, from[2] + begin, from[3] + begin,
-                       std::min(kColumns, d - begin), to);
+    const int largest_value = largest(values);
+    // Those of the tokens from `first` to `last`; 0 for all others.
+    auto fill_values = [&](Panels& to, int first, int last) {
+        to.n = d, to.k = last, to.groups = round_up(last, 4) / 4;
+        to.bytes.assign(size_t(value_columns) * to.groups * 4, 0);
+        to.sums.assign(size_t(value_columns), 0), to.lowest.clear();
+        alignas(64) int32_t sums[256] = {};
+        for (int i = first / 4 * 4; i < last; i += 4) {
+            const int8_t* from[4];
+            for (int r = 0; r < 4; ++r) from[r] = i + r >= first && i + r < last ? values(i + r) : nothing;
+            for (int begin = 0; begin < d; begin += kColumns)
+                interleave(from[0] + begin, from[1] + begin, from[2] + begin, from[3] + begin,
+                           std::min(kColumns, d - begin),
+                           to.bytes.data() + (size_t(begin / kColumns) * to.groups + i / 4) * kColumns * 4);
+            for (int r = 0; r < 4; ++r)
+                for (int t = 0; t < d; ++t) sums[t] += from[r][t];
         }
-        for (int r = 0; r < 4; ++r)
-            for (int t = 0; t < d; ++t) value_sums[t] += from[r][t];
-    }
-    std::copy_n(value_sums, d, weighted.start.data());
-    weighted.begin(block.log_steps ? 0 : grids.probs.low, block.log_steps ? 128 : grids.probs.high - grids.probs.low,
-                   largest(values));
+        std::copy_n(sums, d, to.sums.data());
+        to.begin(to.left, block.log_steps ? 0 : grids.probs.low,
+                 block.log_steps ? 128 : grids.probs.high - grids.probs.low, largest_value);
+    };
+    const bool values_apart = block.splits_values && prefix > 0;
+    fill_values(weighted, values_apart ? prefix : 0, area);
+    if (values_apart) fill_values(own.prefix_values, 0, prefix);
 
     const float* bias =
         block.position_bias.empty() ? nullptr : block.position_bias.data() + size_t(head) * area * columns;
     const float* region =
         shifted && stage.mixed[size_t(window)] ? stage.region.data() + size_t(window) * columns : nullptr;
-    const int step = even(last - first, kRows);
     own.scores.resize(size_t(kRows) * columns);
     own.probs.resize(size_t(kRows) * columns), own.second.resize(size_t(kRows) * columns);
     own.queries.resize(size_t(kRows) * d);
     const Grid output = grids.output;
     const float highest = float(grids.probs.high);
-    for (int begin = first; begin < last; begin += step) {
-        const int m = std::min(step, last - begin);
+    // Adds the part of prefix tokens, whose values have another scale, to sums of `rows` weighted values.
+    alignas(64) int32_t prefix_sums[kRows * kColumns];
+    auto add_prefix_values = [&](int rows, const uint8_t* weights, float scale, int column, float* y) {
+        if (!values_apart) return;
+        multiply_tile(rows, weights, columns, own.prefix_values, own.prefix_values.left, column, prefix_sums);
+        for (int i = 0; i < rows; ++i)
+            add_scaled_row(prefix_sums + i * kColumns, scale * grids.prefix_value.scale, y + i * kColumns);
+    };
+    // Queries of prefix tokens go first where their grid is another one.
+    const int border = block.splits_queries ? std::min(std::max(prefix, first), last) : first;
+    const Grid* query = nullptr;
+    float score_scale = 0;
+    for (int begin = first, m; begin < last; begin += m) {
+        const bool early = begin < border;
+        const int end = early ? border : last;
+        m = std::min(even(end - begin, kRows), end - begin);
+        const Grid* next = early ? &grids.prefix_query : &grids.query;
+        if (next != query) {
+            query = next;
+            right.begin(right.left, query->low, query->high - query->low, largest_key);
+            score_scale = query->scale * grids.key.scale * stage.factor;
+            for (int j = 0; j < area; ++j) {
+                const Grid& key = j < prefix ? grids.prefix_key : grids.key;
+                own.key_scale[size_t(j)] = query->scale * key.scale * stage.factor;
+                own.key_add[size_t(j)] = query->offset * key.scale * stage.factor * float(right.sums[size_t(j)]);
+            }
+        }
         for (int i = 0; i < m; ++i) std::copy_n(base + token(begin + i) * row, d, own.queries.data() + size_t(i) * d);
         alignas(64) float greatest[kRows][16];
         std::fill_n(greatest[0], kRows * 16, -1e30f);
-        multiply(m, own.queries.data(), d, right, [&](int r, int rows, int column, int, const int32_t* sums) {
-            const float* add = own.key_add.data() + column;
-            for (int i = 0; i < rows; ++i) {
-                float *to = own.scores.data() + size_t(r + i) * columns + column, *most = greatest[r + i];
-                scale_row(sums + i * kColumns, score_scale, add, to);
-                if (bias) add_row(bias + size_t(begin + r + i) * columns + column, kColumns, to);
-                if (region) {
-                    const float own_region = region[begin + r + i];
-                    for (int j = 0; j < kColumns; ++j) to[j] += region[column + j] != own_region ? -100.0f : 0.0f;
-                }
-                greatest_of(to, most);
-            }
-        });
+        multiply(m, own.queries.data(), d, right, right.left,
+                 [&](int r, int rows, int column, int, const int32_t* sums) {
+                     const float* add = own.key_add.data() + column;
+                     for (int i = 0; i < rows; ++i) {
+                         float *to = own.scores.data() + size_t(r + i) * columns + column, *most = greatest[r + i];
+                         if (block.splits_keys)
+                             scale_row(sums + i * kColumns, own.key_scale.data() + column, add, to);
+                         else
+                             scale_row(sums + i * kColumns, score_scale, add, to);
+                         if (bias) add_row(bias + size_t(begin + r + i) * columns + column, kColumns, to);
+                         if (region) {
+                             const float own_region = region[begin + r + i];
+                             for (int j = 0; j < kColumns; ++j)
+                                 to[j] += region[column + j] != own_region ? -100.0f : 0.0f;
+                         }
+                         greatest_of(to, most);
+                     }
+                 });
         alignas(64) float prob_sums[kRows];
         for (int i = 0; i < m; ++i) {
             float* s = own.scores.data() + size_t(i) * columns;
@@ -857,28 +951,35 @@ void Model::attend(const Stage& stage, const Block& block, bool shifted, int ima
             const float by_probs = grids.probs.scale * grids.value.offset,
                         by_value = grids.probs.offset * grids.value.scale;
             const float constant = float(area) * grids.probs.offset * grids.value.offset;
-            for (int t = 0; t < d; ++t) by_column[t] = by_value * float(value_sums[t]) + constant;
-            multiply(m, own.probs.data(), columns, weighted,
+            for (int t = 0; t < d; ++t) by_column[t] = by_value * float(weighted.sums[size_t(t)]) + constant;
+            for (int t = 0; values_apart && t < d; ++t)
+                by_column[t] +=
+                    grids.probs.offset * grids.prefix_value.scale * float(own.prefix_values.sums[size_t(t)]);
+            multiply(m, own.probs.data(), columns, weighted, weighted.left,
                      [&](int r, int rows, int column, int cols, const int32_t* sums) {
                          for (int i = 0; i < rows; ++i) {
                              scale_row(sums + i * kColumns, scale, by_column + column, y + i * kColumns);
                              if (by_probs != 0) add_number(prob_sums[r + i] * by_probs, y + i * kColumns);
                          }
+                         add_prefix_values(rows, own.probs.data() + size_t(r) * columns, grids.probs.scale, column, y);
                          finish(r, rows, column, cols, y, kColumns);
                      });
             continue;
         }
         // Even and odd codes (log-sqrt2), or large and small levels (log2), are two operands of powers of two.
         const float one = grids.probs.scale * grids.value.scale / 128.0f;
-        const float other_one = block.log_steps == 2 ? one * 0.70710678f : one / 256.0f;
+        const float other = block.log_steps == 2 ? 0.70710678f : 1 / 256.0f, other_one = one * other;
+        const float of_prefix = grids.probs.scale / 128.0f;
         alignas(64) static const float zeros[kColumns] = {};
         alignas(64) int32_t sums[kRows * kColumns];
         alignas(64) float y[kRows * kColumns];
         for (int column = 0; column < d; column += kColumns) {
-            multiply_tile(m, own.probs.data(), columns, weighted, column, sums);
+            multiply_tile(m, own.probs.data(), columns, weighted, weighted.left, column, sums);
             for (int i = 0; i < m; ++i) scale_row(sums + i * kColumns, one, zeros, y + i * kColumns);
-            multiply_tile(m, own.second.data(), columns, weighted, column, sums);
+            multiply_tile(m, own.second.data(), columns, weighted, weighted.left, column, sums);
             for (int i = 0; i < m; ++i) add_scaled_row(sums + i * kColumns, other_one, y + i * kColumns);
+            add_prefix_values(m, own.probs.data(), of_prefix, column, y);
+            add_prefix_values(m, own.second.data(), of_prefix * other, column, y);
             finish(0, m, column, std::min(kColumns, d - column), y, kColumns);
         }
     }

@@ -24,6 +24,10 @@ struct LayerNumbers {
     std::vector<float> scale;        // (segments, n)
     std::vector<float> bias;         // (n)
     std::vector<Grid> grid;          // of the input: one per segment
+    // Where inputs of prefix tokens are on a grid of their own: it, and what their outputs are scaled by and begin at.
+    bool splits = false;
+    Grid prefix_grid;
+    std::vector<float> prefix_scale, prefix_bias;  // (n)
 };
 
 struct NormNumbers {
@@ -34,6 +38,7 @@ struct NormNumbers {
 
 struct HeadNumbers {
     Grid query, key, value, probs, output;
+    Grid prefix_query, prefix_key, prefix_value;  // of prefix tokens; like the others' where nothing else is said
 };
 
 struct BlockNumbers {
@@ -41,6 +46,7 @@ struct BlockNumbers {
     NormNumbers query_norm, key_norm;  // weight and bias for all heads
     LayerNumbers qkv, proj, fc1, gate, fc2;
     std::vector<HeadNumbers> heads;
+    bool splits_queries = false, splits_keys = false, splits_values = false;  // prefix tokens have grids of their own
     int log_steps = 0;                 // of the probabilities: 0 for a uniform grid, else levels per octave
     std::vector<float> position_bias;  // (heads, area, area), added to the scores; or none
 };
@@ -222,6 +228,10 @@ class NetworkReader {
         Grid HeadNumbers::*const parts[] = {&HeadNumbers::query, &HeadNumbers::key, &HeadNumbers::value,
                                             &HeadNumbers::probs, &HeadNumbers::output};
         const char* const names[] = {"query", "key", "value", "probs", "output"};
+        Grid HeadNumbers::*const of_prefixes[] = {&HeadNumbers::prefix_query, &HeadNumbers::prefix_key,
+                                                  &HeadNumbers::prefix_value};
+        bool BlockNumbers::*const splits[] = {&BlockNumbers::splits_queries, &BlockNumbers::splits_keys,
+                                              &BlockNumbers::splits_values};
         for (int part = 0; part < 5; ++part) {
             const std::string name = path + "." + names[part];
             const Site& site = file_.site(name);
@@ -229,6 +239,15 @@ class NetworkReader {
             if (part == 3 && logarithmic) block.log_steps = site.quantizer == "log2" ? 1 : 2;
             const auto grids = grids_of(site, name, heads, part == 3);
             for (int h = 0; h < heads; ++h) block.heads[h].*parts[part] = grids[h];
+            if (part < 3) {
+                if (site.low_width && site.numbers.count("offset"))
+                    throw Problem("'" + name + "' has two groups of tokens with an offset");
+                const auto of_prefix = site.low_width ? prefix_grids_of(site, name, heads) : grids;
+                for (int h = 0; h < heads; ++h) block.heads[h].*of_prefixes[part] = of_prefix[h];
+                block.*splits[part] = site.low_width > 0;
+            } else if (site.low_width) {
+                throw Problem("'" + name + "' has two groups of tokens");
+            }
             if (part < 3 && !site.is_signed) throw Problem("'" + name + "' has an unsigned grid");
             if (part == 3 && site.is_signed) throw Problem("'" + name + "' has a signed grid");
             if (logarithmic)
@@ -289,8 +308,10 @@ class NetworkReader {
         return std::vector<float>(size_t(count), values[0]);
     }
 
+    // The grids of tokens that are no prefix tokens.
     static std::vector<Grid> grids_of(const Site& site, const std::string& name, int count, bool logarithmic = false) {
-        if (site.splits_tokens) throw Problem("'" + name + "' has two groups of tokens");
+        if (site.low_width && site.share > 0)
+            throw Problem("'" + name + "' has two groups of tokens that follow the image");
         static const char* const rounding[] = {"lsq", "dq", "edmips", "irm"};
         const bool uniform = std::find(std::begin(rounding), std::end(rounding), site.quantizer) != std::end(rounding);
         if (!uniform && !(logarithmic && (site.quantizer == "log2" || site.quantizer == "log-sqrt2")))
@@ -298,10 +319,22 @@ class NetworkReader {
                           "', which the native engine does not know");
         if (site.widths.size() != 1 && site.widths.size() != size_t(count))
             throw Problem("'" + name + "' has widths that do not fit its heads");
-        const auto scale = spread(site, name, "scale", count), offset = spread(site, name, "offset", count);
-        std::vector<Grid> grids(static_cast<size_t>(count));
-        for (int i = 0; i < count; ++i) {
-            const int width = site.widths[site.widths.size() > 1 ? i : 0];
+        if (!site.low_width) return prefix_grids_of(site, name, count);
+        const std::vector<int> widths(1, site.low_width);
+        return made(site, name, widths, spread(site, name, "low_scale", count),
+                    spread(site, name, "low_offset", count));
+    }
+
+    // The grids of prefix tokens.
+    static std::vector<Grid> prefix_grids_of(const Site& site, const std::string& name, int count) {
+        return made(site, name, site.widths, spread(site, name, "scale", count), spread(site, name, "offset", count));
+    }
+
+    static std::vector<Grid> made(const Site& site, const std::string& name, const std::vector<int>& widths,
+                                  const std::vector<float>& scale, const std::vector<float>& offset) {
+        std::vector<Grid> grids(scale.size());
+        for (size_t i = 0; i < scale.size(); ++i) {
+            const int width = widths[widths.size() > 1 ? i : 0];
             if (width > 8) throw Problem("'" + name + "' has more than 8 bits");
             grids[i] = {scale[i], 1.0f / scale[i], offset[i], site.low(width), site.high(width)};
         }
@@ -348,18 +381,31 @@ class NetworkReader {
         }
         layer.bias.assign(size_t(n), 0.0f);
         if (file_.has(path + ".bias")) layer.bias = file_.floats(path + ".bias", n);
+        layer.splits = activation.low_width > 0;
+        if (layer.splits && layer.segments > 1) throw Problem("'" + input + "' has two groups of tokens");
+        if (layer.splits) {
+            layer.prefix_grid = prefix_grids_of(activation, input, 1)[0];
+            layer.prefix_scale = layer.scale, layer.prefix_bias = layer.bias;
+        }
         for (int j = 0; j < n; ++j) {
             double bias = layer.bias[j];
             for (int s = 0; s < layer.segments; ++s) {
                 int64_t sum = 0;
                 for (int i = 0; i < part; ++i) sum += layer.codes[size_t(j) * k + s * part + i];
-                bias += double(layer.grid[s].offset) * double(sum) * double(layer.scale[size_t(s) * n + j]);
+                const double by_offset = double(sum) * double(layer.scale[size_t(s) * n + j]);
+                bias += double(layer.grid[s].offset) * by_offset;
+                if (layer.splits)
+                    layer.prefix_bias[j] = float(double(layer.prefix_bias[j]) + layer.prefix_grid.offset * by_offset);
             }
             layer.bias[j] = float(bias);
         }
         const bool multiplied = !factor.empty() && file_.has(factor);
         const std::vector<float> by = multiplied ? file_.floats(factor, n) : std::vector<float>(size_t(n), 1.0f);
         for (int j = 0; j < n; ++j) {
+            if (layer.splits) {
+                layer.prefix_scale[j] = layer.prefix_grid.scale * layer.prefix_scale[j] * by[j];
+                layer.prefix_bias[j] *= by[j];
+            }
             for (int s = 0; s < layer.segments; ++s)
                 layer.scale[size_t(s) * n + j] = layer.grid[s].scale * layer.scale[size_t(s) * n + j] * by[j];
             layer.bias[j] *= by[j];

@@ -55,8 +55,9 @@ from qvit.methods.ptq.residual_rotation import rotate_residual
 from qvit.methods.ptq.token_weights import worth_of
 from qvit.models.block_inputs import attention_blocks
 from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
+from qvit.models.convert import plan_of, quantize
 from qvit.models.families import inspect_model
+from qvit.models.families.tokens import ranks_tokens
 from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
@@ -328,6 +329,11 @@ def ptq(
     worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
     # Without folds of heads both are equal but for last digits, which decide edges of codes.
     reference = model if fine and rotate == "none" and not feedback else original
+    if (feedback or reconstruct is not None) and ranks_tokens(plan_of(quantized).sites):
+        raise UsageError(
+            "blocks whose important tokens follow the image are not rounded with feedback or reconstructed: set "
+            "rounding to nearest, or give the plan's token groups a share of 0"
+        )
     if feedback and attention_blocks(quantized):
         round_layers(quantized, original, few, calibration_images, worth)
         clock.note("round")

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.block_pairs import BlockPair, block_pairs, relative_error
+from qvit.methods.ptq.class_token import step_of, upper_scales_held
 from qvit.methods.ptq.suffix import Suffix, features_of, suffix_of
 from qvit.models.block_inputs import CHUNK, attention_blocks
 from qvit.models.convert import Stage, in_eval_mode, stage_of
@@ -238,6 +239,7 @@ def _fit(
     )
     sizes = [target.x.square().mean()]
     with ExitStack() as stack:
+        stack.enter_context(upper_scales_held(block))
         for site, quantizer in quantizers_of(block):
             if options.float_rows and not site.endswith("weight"):
                 hook = partial(_drop_rows, options.float_rows, generator)
@@ -281,7 +283,7 @@ def _parameter_groups(block: nn.Module, options: ReconstructOptions) -> list[dic
     groups: list[dict[str, Any]] = []
     taken: set[int] = set()
     for site, quantizer in quantizers_of(block):
-        size = float(quantizer.grid()[0].mean())
+        size = step_of(quantizer)
         own = [parameter for name, parameter in quantizer.named_parameters() if name != "bit_width"]
         groups.append({"params": own, "lr": options.scale_lr * size})
         taken |= {id(parameter) for parameter in quantizer.parameters()}

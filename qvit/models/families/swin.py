@@ -43,7 +43,7 @@ from qvit.models.families.tokens import (
     rank_attention,
     rank_mlp,
     rank_tokens,
-    splits_tokens,
+    ranks_tokens,
     with_tokens,
 )
 from qvit.models.layers import AttentionSites, Specs
@@ -137,7 +137,7 @@ class Swin(Family):
 
     def swap(self, model: nn.Module, sites: dict[str, Site], specs: Specs) -> None:
         super().swap(model, sites, specs)
-        if splits_tokens(specs):
+        if ranks_tokens(specs):
             for path, module in list(model.named_modules()):
                 if type(module) is QuantWindowAttention:
                     model.set_submodule(path, rank_attention(module, RankedWindowAttention))

@@ -13,6 +13,7 @@ outside, so interleaved batches cannot mix, `torch.compile` sees one graph, and 
 
 of the block's normalised input. The class token and other prefix tokens rank before all, and whatever the share, they
 are important. Equal scores keep the order of the tokens: a stable sort, on the device, without asking it for a number.
+Where prefix tokens alone have the higher width (a share of 0), nothing is ranked, and modules stay what they are.
 
 The rankings come from what the quantized model computes, as they would in deployment, where the two groups of a tensor
 are gathered and multiplied one after the other. (PMQ has no public code, and its score could not be read: this is our
@@ -171,15 +172,17 @@ class RankedBlocks(nn.Sequential):
         return input
 
 
-def splits_tokens(specs: Specs) -> bool:
-    """Whether any tensor has token groups."""
-    return any(spec is not None and spec.token_bit_width is not None for spec in specs.values())
+def ranks_tokens(specs: Specs) -> bool:
+    """Whether any tensor has token groups that follow the image."""
+    return any(spec is not None and spec.ranks_tokens for spec in specs.values())
 
 
 def with_tokens(sites: list[Site], tokens: int, prefix: int) -> list[Site]:
     """The sites of a part, those in `TOKEN_SITES` with the number of tokens that are ranked together."""
     return [
-        replace(site, tokens=tokens, prefix_tokens=prefix) if site.name.endswith(TOKEN_SITES) else site
+        replace(site, tokens=tokens, layout=replace(site.layout, prefix_tokens=prefix))
+        if site.name.endswith(TOKEN_SITES)
+        else site
         for site in sites
     ]
 

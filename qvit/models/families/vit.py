@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from qvit.models.families.base import register_family
 from qvit.models.families.parts import Family, Part, attention_part, classifiers, mlp_parts, patch_embedding
-from qvit.models.families.tokens import RankedAttention, RankedBlock, RankedMlp, rank_blocks, splits_tokens, with_tokens
+from qvit.models.families.tokens import RankedAttention, RankedBlock, RankedMlp, rank_blocks, ranks_tokens, with_tokens
 from qvit.models.layers import AttentionSites, Specs, additive_mask
 from qvit.plan.spec import Site
 
@@ -76,7 +76,7 @@ class ViT(Family):
 
     def swap(self, model: nn.Module, sites: dict[str, Site], specs: Specs) -> None:
         super().swap(model, sites, specs)
-        if splits_tokens(specs):
+        if ranks_tokens(specs):
             rank_blocks(model)
 
 

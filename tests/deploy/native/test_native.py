@@ -66,7 +66,7 @@ def test_products_of_odd_sizes(name: str, m: int, n: int, k: int) -> None:
     np.testing.assert_array_equal(found, a @ w.T)
 
 
-def frozen(plan: str, images: Tensor, name: str = "vit_tiny_patch16_224", probs: str = "uniform", **kwargs: Any) -> Any:
+def frozen(plan: Any, images: Tensor, name: str = "vit_tiny_patch16_224", probs: str = "uniform", **kwargs: Any) -> Any:
     """A packed small model, quantized after training."""
     torch.manual_seed(5)
     kwargs = (SWIN if name.startswith("swin") else SMALL) | kwargs
@@ -88,6 +88,56 @@ def require_the_reference(artifact: Artifact, images: Tensor, **options: Any) ->
     found = create_engine(artifact, "native", **options)(images)
     error = (found - expected).abs().amax(1) / expected.std()
     assert found.isfinite().all() and float(error.median()) < 1e-4 and float(error.max()) < 0.3
+
+
+def prefix_plan(plan: str, width: int, sites: tuple[str, ...]) -> Any:
+    """A preset with `width` bits for class token and registers at some activations of each block."""
+    low = int(plan[-1])
+    changes = {
+        "bit_width": width,
+        "switchable_scale": True,
+        "token_bit_width": {"share": 0, "low": low},
+    }
+    return qvit.QuantPlan.preset(plan).with_rules(*(qvit.Rule(f"blocks.*.{site}", changes) for site in sites))
+
+
+ROW_SITES = ("attn.qkv.input", "attn.query", "mlp.fc1.input", "mlp.fc2.input")
+TOKEN_SITES = (*ROW_SITES, "attn.key", "attn.value")
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("plan", "width", "probs", "kwargs"),
+    [
+        ("w4a4", 8, "uniform", {}),
+        ("w8a4", 8, "uniform", {}),  # AVX2: weights of -128, patches in 16-bit sums, the class token not
+        ("w3a3", 6, "log2", {"reg_tokens": 3}),
+        ("w4a4", 8, "log-sqrt2", {"reg_tokens": 3, "global_pool": "avg"}),
+        ("w4a2", 4, "uniform", {"qk_norm": True, "init_values": 0.1, "reg_tokens": 1}),
+        ("w4a4", 8, "uniform", {"scale_mlp_norm": True, "img_size": (32, 64)}),
+        ("w4a4", 8, "uniform", {"class_token": False, "global_pool": "avg"}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sites", [ROW_SITES, TOKEN_SITES], ids=["rows", "all"])
+def test_a_width_for_prefix_tokens(
+    name: str, plan: str, width: int, probs: str, kwargs: dict[str, Any], sites: tuple[str, ...]
+) -> None:
+    size = kwargs.get("img_size", (32, 32))
+    images = torch.randn(6, 3, *size, generator=torch.Generator().manual_seed(7))
+    artifact = frozen(prefix_plan(plan, width, sites), images, probs=probs, **kwargs)
+    for threads in (1, 2):
+        require_the_reference(artifact, images, form=form(name), threads=threads)
+
+
+def test_a_prefix_width_is_seen_by_prefix_tokens_alone() -> None:
+    """With the width of all others it is the plain model; with another one it is not."""
+    images = images_for()
+    plain, same, other = (
+        create_engine(frozen(prefix_plan(plan, width, ROW_SITES) if width else plan, images), "native")(images)
+        for plan, width in (("w4a4", 0), ("w4a4", 4), ("w4a4", 8))
+    )
+    assert torch.equal(plain, same) and not torch.equal(plain, other)
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -243,7 +293,7 @@ RULES: dict[str, tuple[str, dict[str, Any], str]] = {
     "groups of tokens": (
         "blocks.0.mlp.fc1.input",
         {"switchable_scale": True, "token_bit_width": {"share": 0.5, "low": 3}},
-        "two groups of tokens",
+        "two groups of tokens that follow the image",
     ),
 }
 
