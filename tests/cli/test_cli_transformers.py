@@ -42,10 +42,10 @@ def images(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_quantized_and_packed_and_then_not_needed(
-    qvit: Qvit,
+    qvit: Qvit,  # noqa: F811
     folder: Path,
     images: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
     with torch.no_grad():
@@ -82,9 +82,9 @@ def test_other_commands_take_it(qvit: Qvit, folder: Path, images: Path, tmp_path
 
 
 def test_more_classes_than_the_data_have_are_not_guessed(
-    qvit: Qvit,
+    qvit: Qvit,  # noqa: F811
     folder: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     three = make_images(tmp_path / "three", {"a": 8, "b": 8, "c": 8})
     failed = qvit("ptq", folder, "--data", three, "--out", tmp_path / "run", *OPTIONS)
@@ -92,10 +92,10 @@ def test_more_classes_than_the_data_have_are_not_guessed(
 
 
 def test_a_run_of_a_stranger_opens_no_folder(
-    qvit: Qvit,
+    qvit: Qvit,  # noqa: F811
     folder: Path,
     images: Path,
-    tmp_path: Path,  # noqa: F811
+    tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
     qvit("ptq", folder, "--data", images, "--out", run, *OPTIONS)

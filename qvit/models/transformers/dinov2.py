@@ -1,10 +1,10 @@
 """DINOv2, with and without registers: timm's VisionTransformer.
 
-Images of another size than the position embedding's are the rule here (a grid for 518 pixels, images of 224): the
-embedding is resampled when the weights are loaded, as `transformers` does it in every pass, bicubic, with registers
-also antialiased. Register tokens have no position: timm adds none to the class token either then, so the class token takes
-in its own. The features are the normalised class token. Its classifier sees that beside the mean of all patches, twice
-the width, which timm's class does not do: it is refused.
+Images are seldom of the size of the position embedding (a grid for 518 pixels, images of 224). It is resampled when the
+weights are loaded, as `transformers` does it in every pass: bicubic, with registers also antialiased. Register tokens
+have no position: timm adds none to the class token either then, so the class token takes in its own. The features are
+the normalised class token. Its classifier sees that beside the mean of all patches, twice the width, which timm's class
+does not do: it is refused.
 """
 
 from __future__ import annotations
