@@ -105,3 +105,23 @@ def test_a_run_of_a_stranger_opens_no_folder(
         (run / "config.json").write_text(json.dumps(record | {"model": model}))
         with pytest.raises(QvitError, match="is no name of timm's registry"):
             read_config(run)
+
+
+def test_a_vision_tower_gives_features_from_its_packed_file(
+    qvit: Qvit,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    photos = make_images(tmp_path / "photos", {"all": 40})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    tower = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**sizes, image_size=32, patch_size=8))
+    shake(tower).eval().save_pretrained(tmp_path / "siglip")
+    run = tmp_path / "run"
+    qvit("ptq", tmp_path / "siglip", "--data", photos, "--unlabelled", "--out", run, *OPTIONS)
+    packed = qvit("pack", run, "--json").json["file"]
+    batch = torch.nn.functional.interpolate(torch.rand(4, 3, 4, 4) * 2 - 1, size=32, mode="bicubic")
+    with torch.no_grad():
+        expected = tower(batch).pooler_output
+    features = load(packed, "reference")(batch)
+    assert features.shape == (4, 32)
+    assert torch.nn.functional.cosine_similarity(features, expected).min() > 0.98
