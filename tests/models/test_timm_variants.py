@@ -137,7 +137,7 @@ def test_plan_round_trip(pair: Pair) -> None:
 
 
 def test_weight_bytes_cover_every_matrix(pair: Pair) -> None:
-    """All matrices and kernels but those that never meet an activation: tables and MLP of positions, tokens, a latent."""
+    """All matrices and kernels but those that never meet an activation: of positions, their MLP, tokens, a latent."""
     layers = [
         (path, module) for path, module in pair.model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))
     ]
