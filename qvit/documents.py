@@ -157,7 +157,7 @@ class RunHead(Document):
 class RunRecord(RunHead):
     """`config.json` beside the options of the run."""
 
-    num_classes: Classes
+    num_classes: Annotated[int, Field(ge=0, le=MOST_CLASSES)]  # 0: the model answers with features
     class_names: ClassNames = []
     data_note: Text | None = None
     labels_digest: Name | None = None

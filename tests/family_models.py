@@ -23,6 +23,11 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "eva02": ("eva02_base_patch14_448", {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 28}),
     "dinov3": ("vit_small_plus_patch16_dinov3_qkvb", {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}),
     "rope_mixed": ("vit_small_patch16_rope_mixed_224", {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}),
+    "siglip": ("vit_base_patch16_siglip_224", {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}),
+    "pe_core": (
+        "vit_pe_core_tiny_patch16_384",
+        {"depth": 1, "embed_dim": 32, "num_heads": 2, "attn_pool_num_heads": 2, "img_size": 32},
+    ),
     "sapiens2": (
         "vit_large_patch16_sapiens2",
         {"depth": 1, "embed_dim": 64, "num_heads": 4, "num_kv_heads": 2, "img_size": 32},

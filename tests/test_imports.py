@@ -56,7 +56,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "onnxruntime": {"deploy"},
     "openvino": {"deploy"},
     "nncf": {"deploy"},
-    "huggingface_hub": {"deploy"},
+    "huggingface_hub": {"deploy", "models"},
 }
 
 # Library code logs; only the command line prints.

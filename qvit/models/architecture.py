@@ -2,9 +2,9 @@
 
 `timm.create_model` takes more than an architecture: `checkpoint_path` and its like load files, some of them by
 unpickling, which runs code; `pretrained_cfg` names files and addresses. Configs, recipes and packed files come from
-strangers, too. So what may be given are the arguments below, which say what is built and nothing else: numbers, yes or
-no, registered names, lists of a few numbers. Weights are read by `models.load_weights` alone, and names are those of
-timm's registry, never of a hub or a folder.
+strangers, too. So what may be given are the arguments below, which say what is built, and how its images are prepared,
+and nothing else: numbers, yes or no, registered names, lists of a few numbers. Weights are read by
+`models.load_weights` alone. In files, names are those of timm's registry, never of a hub or a folder.
 
 Every number has a limit, so that a model without storage is made in a moment (`models.create_model` counts its
 parameters before one with storage is made).
@@ -45,7 +45,7 @@ Real = Annotated[float, Field(ge=-1e6, le=1e6)]
 Registered = Annotated[str, Field(max_length=40, pattern=r"^\w*$")]
 
 
-_A_FEW = Field(min_length=1, max_length=8)
+_A_FEW, _CHANNELS = Field(min_length=1, max_length=8), Field(min_length=1, max_length=64)
 Sizes = Size | Annotated[list[Size], _A_FEW]
 Patches = Patch | Annotated[list[Patch], _A_FEW]
 Windows = Window | Annotated[list[Window], _A_FEW]
@@ -99,7 +99,16 @@ _ARGUMENTS: list[tuple[Any, str]] = [
     (bool, "use_rot_pos_emb rope_rotate_half"),
     (Registered, "global_pool pos_embed weight_init act_layer norm_layer embed_norm_layer attn_layer attn_type"),
     (Registered, "rope_type rope_grid_indexing"),
+    (Annotated[float, Field(gt=0, le=1)], "norm_eps"),
+    (Registered, "interpolation crop_mode"),
+    (Annotated[float, Field(ge=1e-3, le=10)], "crop_pct"),
+    (Annotated[list[Annotated[float, Field(ge=-1e3, le=1e3)]], _CHANNELS], "mean"),
+    (Annotated[list[Annotated[float, Field(ge=1e-6, le=1e3)]], _CHANNELS], "std"),
 ]
+#: Arguments that timm's models do not take, and `models.create_model` applies: the ε of all norms, and how images are
+#: prepared, in timm's words.
+PREPARATION = ("interpolation", "crop_mode", "crop_pct", "mean", "std")
+OWN = ("norm_eps", *PREPARATION)
 _FIELDS: dict[str, Any] = {name: (kind | None, None) for kind, names in _ARGUMENTS for name in names.split()}
 #: The arguments: those of VisionTransformer, Swin, Swin V2, EVA, BEiT and CaiT that plain data can be. Those that take
 #: modules or functions are missing. A name of timm's registry serves for activations and norms.
@@ -109,7 +118,7 @@ Architecture = create_model("Architecture", __base__=_Blocks, **_FIELDS)
 def check_name(name: str) -> None:
     """Raises UsageError for what is no name of timm's registry, such as an address or a path."""
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name[:80]!r} is no name of timm's registry; models of a hub or a folder are not loaded")
+        raise UsageError(f"{name[:80]!r} is no name of timm's registry, and no folder of a model that is read")
 
 
 def check_arguments(kwargs: Mapping[str, Any]) -> None:

@@ -58,9 +58,13 @@ class Inputs:
 
 
 def attention_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules of a quantized model that hold an attention module, by path, in the model's order."""
+    """The modules of a quantized model that hold an attention module, by path, in the model's order.
+
+    The model itself is none of them, where it pools by attention.
+    """
     paths = [path for path, module in model.named_modules() if isinstance(module, AttentionSites)]
-    return {parent: model.get_submodule(parent) for parent in dict.fromkeys(p.rpartition(".")[0] for p in paths)}
+    parents = filter(None, dict.fromkeys(path.rpartition(".")[0] for path in paths))
+    return {parent: model.get_submodule(parent) for parent in parents}
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""From a name to a float model with weights: timm's registry, plus the small model of the demo.
+"""From a name to a float model with weights: timm's registry, models of `transformers`, the demo's small one.
 
 `vit_digits` is a VisionTransformer for 8×8 grey images: patches of 2, width 32, 4 blocks of 4 heads, 16 patches and a
 class token. Registered with timm, so that `timm.create_model("vit_digits")` works once qvit is imported.
@@ -19,13 +19,15 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import RmsNorm
 from timm.models import VisionTransformer, clean_state_dict, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError, first_line, nearest
 from qvit.files import read_bytes
-from qvit.models.architecture import MOST_PARAMETERS, check_arguments, check_name
+from qvit.models.architecture import MOST_PARAMETERS, OWN, PREPARATION, check_arguments, check_name
 from qvit.models.pickles import read_pickled, weights_in
+from qvit.models.transformers import is_checkpoint, open_checkpoint, resolved
 from qvit.tensors import decode, not_finite, total_bytes
 
 _log = logging.getLogger(__name__)
@@ -93,8 +95,10 @@ def create_model(
     """A float timm model.
 
     Args:
-        name: timm's name, with or without a pretrained tag.
-        weights: A `.safetensors`, `.pth` or `.pt` file with timm's keys, or the run directory of a float model.
+        name: timm's name, with or without a pretrained tag; or a folder, or a repository of the Hugging Face hub, with
+            a model of `transformers` (`models/transformers/base.py`), which brings its weights along.
+        weights: A `.safetensors`, `.pth` or `.pt` file with timm's keys, the run directory of a float model, or such a
+            folder.
         pretrained: Takes the weights from timm's hub (needs a network).
         new_classifier: `num_classes` other than that of the weights leaves the classifier untrained, with a warning;
             False makes that an error.
@@ -104,8 +108,15 @@ def create_model(
         UsageError: Unknown model (the nearest names are shown), arguments it does not take, or too large a model.
         QvitError: Weights that cannot be read or do not fit.
     """
+    name, kwargs, folder = resolved(name, kwargs)
+    if folder is not None:
+        pretrained, weights = False, weights or folder
+        kwargs.setdefault("num_classes", open_checkpoint(folder).num_classes)
+    own = {key: kwargs.pop(key) for key in OWN if key in kwargs}
     check_name(name)
-    check_arguments({key: value for key, value in kwargs.items() if not callable(value)})  # no file holds a function
+    check_arguments(
+        own | {key: value for key, value in kwargs.items() if not callable(value)}
+    )  # no file holds a function
     base = name.split(".")[0].removeprefix("timm/")
     if not timm.is_model(base):
         raise UsageError(
@@ -128,9 +139,21 @@ def create_model(
         _log.warning(
             "the weights have %s classes, the model %s: its classifier starts untrained", known, kwargs["num_classes"]
         )
-    if weights is not None:
+    _apply(model, own)
+    if weights is not None and (folder is None or torch.get_default_device().type != "meta"):
         load_weights(model, weights, new_classifier=new_classifier)
     return model
+
+
+def _apply(model: Any, own: Mapping[str, Any]) -> None:
+    """The arguments that timm's models do not take: the ε of all norms, and how images are prepared."""
+    if (eps := own.get("norm_eps")) is not None:
+        for module in model.modules():
+            if isinstance(module, (nn.LayerNorm, RmsNorm)):
+                module.eps = eps
+    found = {key: tuple(own[key]) if isinstance(own[key], list) else own[key] for key in PREPARATION if key in own}
+    if found:
+        model.pretrained_cfg = dict(getattr(model, "pretrained_cfg", None) or {}) | found
 
 
 def without_storage(make: Callable[[], nn.Module]) -> nn.Module:
@@ -193,9 +216,14 @@ def load_weights(model: nn.Module, source: str | Path, *, new_classifier: bool =
     QvitError if they do not fit.
     """
     path = Path(source)
+    checkpoint = open_checkpoint(path) if path.is_dir() and is_checkpoint(path) else None
     if path.is_dir():
         path = path / WEIGHTS_FILE
     state = _read_weights(path, model)
+    if checkpoint is not None:
+        embed: Any = model.get_submodule("patch_embed")
+        head = bool(getattr(model, "num_classes", 0))
+        state = checkpoint.to_timm(state, embed.grid_size, head=head)
     if any(key.endswith("_quantizer.scale") for key in state):
         raise QvitError(f"{path} holds a quantized model; give the weights of the float model")
     own = model.state_dict()

@@ -323,7 +323,7 @@ def attention_sites(name: str, qkv: nn.Linear, proj: nn.Linear, heads: int) -> l
     rows, spec = _rows(heads, dim, inputs), TensorSpec(granularity=PerHead())
     sites = [Site(f"{name}.qkv.input", "activation", Layout(channels=(inputs,)), TensorSpec())]
     sites += [Site(f"{name}.qkv.{part}_weight", "weight", rows, spec, numel=heads * dim * inputs) for part in QKV]
-    return sites + _head_sites(name, proj, {part: heads for part in QKV}, dim)
+    return sites + head_sites(name, proj, {part: heads for part in QKV}, dim)
 
 
 def separate_attention_sites(
@@ -348,7 +348,7 @@ def separate_attention_sites(
             layout = _rows(heads[part], dim, linear.in_features)
             weight = replace(weight, layout=layout, default=TensorSpec(granularity=PerHead()))
         sites += [own, weight]
-    return sites + _head_sites(name, proj, heads, dim)
+    return sites + head_sites(name, proj, heads, dim)
 
 
 def _rows(heads: int, dim: int, inputs: int) -> Layout:
@@ -356,7 +356,7 @@ def _rows(heads: int, dim: int, inputs: int) -> Layout:
     return Layout(view=(heads, dim, inputs), heads=(heads, 1, 1), channels=(heads, dim, 1))
 
 
-def _head_sites(name: str, proj: nn.Linear, heads: Mapping[str, int], dim: int) -> list[Site]:
+def head_sites(name: str, proj: nn.Linear, heads: Mapping[str, int], dim: int) -> list[Site]:
     """What follows the projections: q, k, v, probabilities, outputs, and the blocks of input columns of `proj`."""
     count, outputs = heads["query"], proj.out_features
     spec = TensorSpec(granularity=PerHead())

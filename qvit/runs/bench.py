@@ -203,7 +203,7 @@ def _open_model(request: BenchRequest, folder: Path, notify: Callable[[str], Non
     calibration, judged, images = _images(request, config, bundle)
     facts = {
         "model_name": request.model,
-        "model_kwargs": ({} if classes is None else {"num_classes": classes}) | request.model_kwargs,
+        "model_kwargs": {"num_classes": getattr(model, "num_classes", classes)} | request.model_kwargs,
         "data_config": config,
         "class_names": () if bundle is None else tuple(bundle.class_names),
         "provenance": {"made_by": "qvit bench", "images": images, "float_weights": note},

@@ -32,6 +32,7 @@ from qvit.files import MissingFile
 from qvit.locks import BeingWritten, is_leftover, writer_of, writing
 from qvit.methods.ptq.gate import GATE
 from qvit.methods.ptq.method import BLOCKS, SENSITIVITY
+from qvit.models.architecture import check_name
 from qvit.models.create import WEIGHTS_FILE
 from qvit.training.checkpoint import FOLDER, last_checkpoint
 from qvit.training.config import TrainConfig
@@ -109,6 +110,7 @@ def read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
     except MissingFile:
         raise QvitError(f"{run} is not a run directory: it has no {CONFIG}") from None
     try:
+        check_name(str(record.get("model")))  # a stranger's run opens no folder and no repository of its choice
         config = TrainConfig.create(**{key: value for key, value in record.items() if key in TrainConfig.model_fields})
     except UsageError as error:
         raise QvitError(f"the config {file}: {error}") from None

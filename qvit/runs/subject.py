@@ -34,6 +34,7 @@ from qvit.data.open import (
 )
 from qvit.errors import QvitError, UsageError
 from qvit.models.create import create_model
+from qvit.models.transformers import is_checkpoint, open_checkpoint
 from qvit.runs.requests import Request
 from qvit.training.checkpoint import seed_everything
 from qvit.training.config import ImageOptions, SubjectOptions
@@ -163,6 +164,8 @@ def float_model(
     kwargs = ({} if num_classes is None else {"num_classes": num_classes}) | options.model_kwargs
     if num_classes is not None and kwargs["num_classes"] < num_classes:
         raise UsageError(f"the data have {num_classes} classes, the model is asked for {kwargs['num_classes']}")
+    if "num_classes" not in kwargs and options.weights and is_checkpoint(options.weights):
+        kwargs["num_classes"] = open_checkpoint(options.weights).num_classes
     weights = options.weights if load else None
     pretrained = options.pretrained and load
     return create_model(options.model, weights=weights, pretrained=pretrained, new_classifier=new_classifier, **kwargs)

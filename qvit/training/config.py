@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from qvit.documents import Name, mistakes
 from qvit.errors import UsageError
 from qvit.models.architecture import check_arguments
+from qvit.models.transformers import resolved
 
 T = TypeVar("T", bound=BaseModel)
 Location = Annotated[str, Field(max_length=4096)]
@@ -23,7 +24,13 @@ Times = Annotated[int, Field(ge=1, le=10**6)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 
 # Options that several requests have. A description is Markdown, seen from docs/cli.md.
-Model = Annotated[Name, Field(description="timm's name of a Vision Transformer, or `vit_digits`")]
+Model = Annotated[
+    Name,
+    Field(
+        description="timm's name of a Vision Transformer, or `vit_digits`; or a folder or hub repository with a model "
+        "of `transformers`, see [Models of transformers](models.md#models-of-transformers)"
+    ),
+]
 ModelArguments = Annotated[
     dict[str, Any],
     Field(
@@ -288,7 +295,17 @@ class TrainConfig(SubjectOptions):
 
 
 def validated(cls: type[T], values: dict[str, Any]) -> T:
-    """A `cls` of `values`; pydantic's report as one line, unknown keys with the nearest name. Raises UsageError."""
+    """A `cls` of `values`; pydantic's report as one line, unknown keys with the nearest name. Raises UsageError.
+
+    A model of `transformers` is named by its folder or repository here, and by timm's name, arguments and the folder as
+    its weights in what is returned: runs need nothing else to make it again.
+    """
+    name, kwargs = values.get("model"), values.get("model_kwargs") or {}
+    if issubclass(cls, SubjectOptions) and isinstance(name, str) and isinstance(kwargs, dict):
+        name, kwargs, folder = resolved(name, kwargs)
+        if folder is not None:
+            weights = values.get("weights") or str(folder)
+            values = {**values, "model": name, "model_kwargs": kwargs, "weights": weights, "pretrained": False}
     try:
         return cls(**values)
     except ValidationError as error:

@@ -192,7 +192,9 @@ def test_small_containers_hold_the_same_weights() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["swin_v2", "eva02", "dinov3", "rope_mixed", "sapiens2", "beit", "cait"])
+@pytest.mark.parametrize(
+    "name", ["swin_v2", "eva02", "dinov3", "rope_mixed", "sapiens2", "beit", "cait", "siglip", "pe_core"]
+)
 def test_all_families_in_both_runtimes(name: str, tmp_path: Path) -> None:
     images, expected = source(name)[1], reference(name)
     model = graph(name, OnnxRuntimeArithmetic)

@@ -340,7 +340,7 @@ def with_own_classifier() -> nn.Module:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "hybrid": (lambda: timm.create_model("vit_tiny_r_s16_p8_224", depth=1), "patch_embed.backbone"),
-    "attention pooling": (lambda: VisionTransformer(**SIZE, global_pool="map"), "attn_pool.q"),
+    "pooling with averages": (lambda: VisionTransformer(**SIZE, global_pool="prr"), "attn_pool"),
     "parallel scaling": (lambda: VisionTransformer(**SIZE, block_fn=ParallelScalingBlock), "blocks.0.in_proj"),
     "differential": (lambda: VisionTransformer(**SIZE, attn_layer="diff"), "blocks.0.attn.qkv"),
     "differential, parallel": (lambda: VisionTransformer(**SIZE, block_fn=DiffParallelScalingBlock), "blocks.0."),

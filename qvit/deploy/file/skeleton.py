@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qvit.deploy.file.grids import grid_values
 from qvit.errors import QvitError, UsageError, nearest
+from qvit.models.architecture import OWN
 from qvit.models.convert import quantize
 from qvit.models.create import create_model
 from qvit.models.families import constructor_arguments, inspect_model
@@ -66,7 +67,7 @@ def check_model(name: str, kwargs: Mapping[str, Any], tensors: int) -> None:
     """Raises QvitError for names and arguments that are not made into a model, not even one without storage."""
     if not _NAME.fullmatch(name):
         raise QvitError(f"{name!r} is no name of a timm model")
-    known = constructor_arguments() - _NOT_IN_FILES
+    known = (constructor_arguments() - _NOT_IN_FILES).union(OWN)
     for key, value in kwargs.items():
         if key not in known:
             raise QvitError(f"a packed model takes no argument '{key}'{nearest(key, known)}")

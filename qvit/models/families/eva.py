@@ -11,12 +11,12 @@ Sites and MACs are those of a ViT (`vit.py`), except:
     SwiGLU              `mlp.fc1_g`, `mlp.fc1_x`, `mlp.fc2`, or `mlp.fc1` with both in one; the gate is an element-wise
                         product and computed in float, and the input of fc2 has both signs and no offset
 
-Refused: attention pooling (`vit_pe_core_*`) and gated attention.
+Attention pooling (`vit_pe_core_*`) is in `attention_pool.py`. Refused: gated attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from timm.layers import AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention
 from torch import Tensor, nn
 
+from qvit.models.families.attention_pool import constant_projections, pooling_parts
 from qvit.models.families.base import register_family
 from qvit.models.families.parts import (
     MLPS,
@@ -90,7 +91,7 @@ class EvaFamily(Family):
 
     supported = (
         "patch embedding by one convolution, blocks with timm's EvaAttention or AttentionRope without a gate and an "
-        "MLP of linear layers, pooling without weights, and a linear classifier"
+        "MLP of linear layers, pooling without weights or by AttentionPoolLatent, and a linear classifier"
     )
 
     def parts(self, model: nn.Module) -> Iterator[Part]:
@@ -108,4 +109,8 @@ class EvaFamily(Family):
                     yield separate_attention_part(path, block.attn, quantized, PROJECTIONS, tokens, tokens, shared)
             if type(block.mlp) in MLPS:
                 yield from mlp_parts(f"blocks.{index}.mlp", block.mlp, tokens)
+        yield from pooling_parts(model, tokens)
         yield from classifiers(model, tokens, "head")
+
+    def float_modules(self, model: nn.Module) -> Collection[nn.Module]:
+        return constant_projections(model)

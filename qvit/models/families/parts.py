@@ -210,7 +210,7 @@ def attention_part(path: str, attention: nn.Module, cls: type[nn.Module], tokens
     return Part(
         attention_sites(path, module.qkv, module.proj, module.num_heads),
         [Matmul(projection, f"{path}.qkv.input", f"{path}.qkv.{part}_weight") for part in QKV]
-        + _head_matmuls(path, module.proj, width, tokens, tokens if keys is None else keys),
+        + head_matmuls(path, module.proj, width, tokens, tokens if keys is None else keys),
         [(f"{path}.qkv", QuantQKV), (f"{path}.proj", QuantLinear), (path, cls)],
     )
 
@@ -247,12 +247,12 @@ def separate_attention_part(
     width = layers[projections[0]].out_features
     return Part(
         separate_attention_sites(path, layers, module.proj, heads),
-        products + _head_matmuls(path, module.proj, width, queries, keys),
+        products + head_matmuls(path, module.proj, width, queries, keys),
         [(f"{path}.{name}", QuantLinear) for name in (*projections, "proj")] + [(path, cls)],
     )
 
 
-def _head_matmuls(path: str, proj: nn.Linear, width: int, queries: int, keys: int) -> list[Matmul]:
+def head_matmuls(path: str, proj: nn.Linear, width: int, queries: int, keys: int) -> list[Matmul]:
     """The products that follow the projections."""
     return [
         Matmul(queries * keys * width, f"{path}.query", f"{path}.key"),

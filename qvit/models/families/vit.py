@@ -20,7 +20,7 @@ blocks can give two groups of tokens different widths (`models/families/tokens.p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from qvit.models.families.attention_pool import constant_projections, pooling_parts
 from qvit.models.families.base import register_family
 from qvit.models.families.parts import Family, Part, attention_part, classifiers, mlp_parts, patch_embedding
 from qvit.models.families.tokens import RankedAttention, RankedBlock, RankedMlp, rank_blocks, ranks_tokens, with_tokens
@@ -56,7 +57,7 @@ class ViT(Family):
 
     supported = (
         "patch embedding by one convolution, blocks with timm's Attention and an MLP of linear layers, "
-        "and a linear classifier"
+        "pooling without weights or by AttentionPoolLatent, and a linear classifier"
     )
 
     def parts(self, model: nn.Module) -> Iterator[Part]:
@@ -72,7 +73,12 @@ class ViT(Family):
             elif not isinstance(module, Attention) and path.rpartition(".")[2] == "mlp":
                 own = list(mlp_parts(path, module, tokens))
             yield from (replace(part, sites=with_tokens(part.sites, ranked, prefix)) for part in own)
+        pooled = tokens if getattr(model, "pool_include_prefix", False) else embed.num_patches
+        yield from pooling_parts(model, pooled)
         yield from classifiers(model, tokens, "head", "head_dist")
+
+    def float_modules(self, model: nn.Module) -> Collection[nn.Module]:
+        return constant_projections(model)
 
     def swap(self, model: nn.Module, sites: dict[str, Site], specs: Specs) -> None:
         super().swap(model, sites, specs)
