@@ -110,11 +110,18 @@ def read_config(run: Path) -> tuple[TrainConfig, dict[str, Any]]:
     except MissingFile:
         raise QvitError(f"{run} is not a run directory: it has no {CONFIG}") from None
     try:
-        check_name(str(record.get("model")))  # a stranger's run opens no folder and no repository of its choice
+        # A stranger's run fetches no repository of its choice; a teacher may be the directory of a run.
+        for name in (record.get("model"), None if _is_run(record.get("teacher")) else record.get("teacher")):
+            if name is not None:
+                check_name(str(name))
         config = TrainConfig.create(**{key: value for key, value in record.items() if key in TrainConfig.model_fields})
     except UsageError as error:
         raise QvitError(f"the config {file}: {error}") from None
     return config, record
+
+
+def _is_run(name: str | None) -> bool:
+    return name is not None and (Path(name) / RESULT).is_file()
 
 
 def require_finished(run: Path) -> None:

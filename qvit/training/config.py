@@ -235,7 +235,9 @@ class TrainConfig(SubjectOptions):
     distill_kind: Literal["soft", "hard"] = Field("soft", description="`hard`: the teacher's top class is the label")
     distill_temperature: Rate = Field(1.0, description="temperature of student and teacher, where labels are soft")
     teacher: Location | None = Field(
-        None, description="another model to learn from: timm's name, or a run; by default the float model"
+        None,
+        description="another model to learn from: timm's name, a run, or a model of `transformers`; by default the "
+        "float model",
     )
     teacher_weights: Location | None = Field(None, description="weights of the teacher; by default from timm's hub")
     teacher_kwargs: dict[str, Any] = Field(
@@ -294,18 +296,29 @@ class TrainConfig(SubjectOptions):
                 )
 
 
+def _named_for_timm(cls: type[BaseModel], values: dict[str, Any], field: str, weights: str) -> dict[str, Any]:
+    """The values, with a model of `transformers` named by timm's name, its arguments and the folder of its weights."""
+    arguments = f"{field}_kwargs"
+    name, kwargs = values.get(field), values.get(arguments) or {}
+    if field not in cls.model_fields or not isinstance(name, str) or not isinstance(kwargs, dict):
+        return values
+    name, kwargs, folder = resolved(name, kwargs)
+    if folder is None:
+        return values
+    found = {field: name, arguments: kwargs, weights: values.get(weights) or str(folder)}
+    found |= {"pretrained": False} if field == "model" else {}
+    return values | {key: value for key, value in found.items() if key in cls.model_fields}
+
+
 def validated(cls: type[T], values: dict[str, Any]) -> T:
     """A `cls` of `values`; pydantic's report as one line, unknown keys with the nearest name. Raises UsageError.
 
-    A model of `transformers` is named by its folder or repository here, and by timm's name, arguments and the folder as
-    its weights in what is returned: runs need nothing else to make it again.
+    A model or teacher of `transformers` is named by its folder or repository here, and by timm's name, arguments and
+    the folder as its weights in what is returned: runs need nothing else to make it again.
     """
-    name, kwargs = values.get("model"), values.get("model_kwargs") or {}
-    if issubclass(cls, SubjectOptions) and isinstance(name, str) and isinstance(kwargs, dict):
-        name, kwargs, folder = resolved(name, kwargs)
-        if folder is not None:
-            weights = values.get("weights") or str(folder)
-            values = {**values, "model": name, "model_kwargs": kwargs, "weights": weights, "pretrained": False}
+    if issubclass(cls, ImageOptions):
+        for field, weights in (("model", "weights"), ("teacher", "teacher_weights")):
+            values = _named_for_timm(cls, values, field, weights)
     try:
         return cls(**values)
     except ValidationError as error:

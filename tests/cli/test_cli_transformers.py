@@ -125,3 +125,23 @@ def test_a_vision_tower_gives_features_from_its_packed_file(
     features = load(packed, "reference")(batch)
     assert features.shape == (4, 32)
     assert torch.nn.functional.cosine_similarity(features, expected).min() > 0.98
+
+
+def test_a_teacher_may_be_a_folder(
+    qvit: Qvit,  # noqa: F811
+    folder: Path,
+    images: Path,
+    tmp_path: Path,
+) -> None:
+    """Named by timm's name from then on; another's run names neither a folder of a model nor a repository."""
+    run = tmp_path / "run"
+    small = [word for pair in ("img_size=32", "depth=1", "embed_dim=24") for word in ("-m", pair)]
+    student = ["train", "vit_tiny_patch16_224", *small, "--method", "float", "--epochs", "1", "--device", "cpu"]
+    assert not qvit(*student, "--data", images, "--out", run, "--distill", "1", "--teacher", folder).code
+    record = json.loads((run / "config.json").read_text())
+    assert record["teacher"] == "vit_base_patch16_224" and record["teacher_weights"] == str(folder.resolve())
+    assert record["teacher_kwargs"]["embed_dim"] == 32
+    for teacher in (str(folder), "someone/model"):
+        (run / "config.json").write_text(json.dumps(record | {"teacher": teacher}))
+        with pytest.raises(QvitError, match="is no name of timm's registry"):
+            read_config(run)
