@@ -42,6 +42,7 @@ from qvit.measure import Sensitivity, measure_sensitivity
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
+from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, record_of
 from qvit.methods.ptq.gate import UNITS, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
 from qvit.methods.ptq.layer_rounding import round_layers
@@ -82,6 +83,8 @@ class PTQMethod(Method):
     calibration_batch: ClassVar[int] = 32
     #: The metric behind mixed widths, once they are chosen.
     metric: str | None = None
+    #: What was decided about a width of the class token.
+    class_token: ClassToken | None = None
     #: What an accuracy gate found.
     gate: dict[str, Any] | None = None
 
@@ -142,7 +145,30 @@ class PTQMethod(Method):
         if self.mixed:
             plan = self._allocated(model, plan, given)
             self.plan_name = plan.name
-        return self._made(model, plan, given)
+        return self._made(model, self._with_class_token(model, plan, given), given)
+
+    def _with_class_token(self, model: nn.Module, plan: QuantPlan, given: Preparation) -> QuantPlan:
+        """The plan, with a width of its own for the class token where that pays; plans of a file stay as they are."""
+        options, cost, budget = self.options, inspect_model(model), (self.config.budget or "").strip()
+        if self.config.plan is not None and options.class_token == "auto":
+            return plan
+        few = FirstImages(given.images, min(IMAGES, self.config.calibration_images))
+
+        def measure(wider: QuantPlan) -> tuple[float, float]:
+            source = copy.deepcopy(model).eval()
+            with given.watch("calibrate"):
+                if options.reparameterize:
+                    _reparameterize(source, few, heads=True, rotate=options.rotate)
+                grids = ptq_plan(source, wider, weights=options.weights, probs=options.probs, heads=options.heads)
+                return divergences(model, source, grids, few)
+
+        limit = None if self.config.plan is not None or _PRESET.fullmatch(budget) else bit_operations_of(budget, cost)
+        chosen, self.class_token = choose(plan, cost, options.class_token, limit, measure)
+        if self.class_token is not None:
+            own = self.class_token
+            given.notify(f"{own.width} bits for the class token: {'yes' if own.used else 'no'}; {own.reason}")
+        self.plan_name = chosen.name
+        return chosen
 
     def _made(self, model: nn.Module, plan: QuantPlan, given: Preparation, *, final: bool = True) -> nn.Module:
         """The model of a plan; one that a search tries is not `final`, and goes without reconstruction."""
@@ -248,6 +274,7 @@ class PTQMethod(Method):
             "metric": self.metric,
             "calibration_images": self.config.calibration_images,
             "reconstruction": self.options.reconstruction_record(),
+            **record_of(self.class_token),
             **({} if self.gate is None else {"gate": self.gate}),
         }
 
