@@ -155,6 +155,10 @@ def size(value: float) -> str:
     return f"{value / 1e6:.2f} MB" if value >= 1e6 else f"{value / 1e3:.1f} kB"
 
 
-def bits(value: int | list[int]) -> str:
-    """One width, or one per head."""
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+def bits(value: int | list[int], tokens: Mapping[str, Any] | None = None) -> str:
+    """One width, or one per head; with the lower one of other tokens, where `token_bit_width` says so."""
+    own = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if tokens is None:
+        return own
+    which = f"tokens: {100 * tokens['share']:g} %" if tokens["share"] else "prefix tokens"
+    return f"{own} | {tokens['low']} ({which} | rest)"

@@ -72,7 +72,7 @@ def _cells(row: dict[str, Any]) -> list[Any]:
     quantized = row["quantizer"] is not None
     kind = row["granularity"] if row["quantizer"] in (None, "lsq") else f"{row['granularity']}, {row['quantizer']}"
     stored = [row["numel"], row["bytes"]] if row["numel"] else ["", ""]
-    width = bits(row["bit_width"]) if quantized else "float"
+    width = bits(row["bit_width"], row.get("token_bit_width")) if quantized else "float"
     return [row["site"], width, kind or "", *stored, row["scale_bytes"] if quantized else ""]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,7 +51,7 @@ def cost(
             (
                 row["site"],
                 f"{row['macs'] / 1e6:.3f} M" if row["macs"] else "",
-                bits(row["bit_width"]),
+                bits(row["bit_width"], row.get("token_bit_width")),
                 bops(row["bit_operations"]) if row["macs"] else "",
                 size(row["weight_bytes"]) if row["weight_bytes"] else "",
             )
@@ -92,8 +93,7 @@ def _decision(spec: TensorSpec | None) -> tuple[str, str, str]:
         return "float", "", ""
     grid = "signed" if spec.signed else "unsigned" if spec.symmetric else "unsigned + offset"
     split = spec.token_bit_width
-    groups = f" | {split.low} (tokens: {100 * split.share:g} % | rest)" if split else ""
-    return bits(list(spec.widths)) + groups, grid, spec.to_json()["granularity"]
+    return bits(list(spec.widths), None if split is None else asdict(split)), grid, spec.to_json()["granularity"]
 
 
 @command("plan diff", order=11)

@@ -16,11 +16,15 @@ from qvit.data.open import open_source
 from qvit.errors import QvitError, UsageError
 from qvit.methods import create_method
 from qvit.methods.ptq.bias_correction import MOST_IMAGES, correct_biases, corrected_layers
+from qvit.methods.ptq.class_token import ROWS, choose, with_class_token, without_class_token
 from qvit.methods.ptq.method import FirstImages, ptq, ptq_plan
 from qvit.methods.ptq.reconstruction import ReconstructOptions
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import Stage, plan_of, quantize, quantizers_disabled, stage_of
+from qvit.models.create import create_model
+from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.runs.run import train
 from qvit.training.config import TrainConfig
 from qvit.training.evaluate import evaluate
 
@@ -297,3 +301,76 @@ def test_tokens_that_are_ranked_are_not_rounded_by_blocks(further: dict[str, Any
     with pytest.raises(UsageError, match="set rounding to nearest, or give the plan's token groups a share of 0"):
         ptq(digits_model(depth=2), plan, digit_batches(2, 16), **further)
     ptq(digits_model(depth=2), plan, digit_batches(2, 16), rounding="nearest")
+
+
+def run_record(tmp_path: Path, **options: Any) -> dict[str, Any]:
+    budget = options.pop("budget", "w4a4")
+    config = TrainConfig.create(
+        model="vit_digits", data="digits", method="ptq", budget=budget, calibration_images=32, device="cpu", threads=1,
+        method_options={"class_token": "auto", **options},
+    )  # fmt: skip
+    lines: list[str] = []
+    result = train(config, tmp_path / "run", quiet=True, notify=lines.append)
+    return result | {"lines": lines, "sites": QuantPlan.load(tmp_path / "run" / "plan.json").sites}
+
+
+def test_the_class_token_gets_its_width_where_that_pays(tmp_path: Path) -> None:
+    """What a run decided agrees with what it measured, is said, written, and costed."""
+    result = run_record(tmp_path)
+    decision, cost = result["class_token"], inspect_model(create_model("vit_digits"))
+    without, with_it = decision["divergence"]
+    assert decision["width"] == 8 and decision["used"] is (with_it < without)
+    assert any(decision["reason"] in line for line in result["lines"])
+    wider = with_class_token(QuantPlan.preset("w4a4"), cost, 8)
+    assert (
+        wider is not None
+        and without_class_token(wider, cost).widths() == QuantPlan.preset("w4a4").resolve(cost.sites).widths()
+    )
+    plain, more = (cost.bit_operations(plan.resolve(cost.sites).widths()) for plan in (QuantPlan.preset("w4a4"), wider))
+    assert decision["extra_bit_operations"] == more - plain > 0
+    assert result["bit_operations"] == (more if decision["used"] else plain)
+    split = {site for site, spec in result["sites"].items() if spec is not None and spec.token_bit_width is not None}
+    expected = {f"blocks.{i}{row}" for i in range(4) for row in ROWS} if decision["used"] else set()
+    assert split == expected & set(result["sites"])
+
+
+@pytest.mark.parametrize(("without", "with_it"), [(1.0, 0.5), (0.5, 1.0), (1.0, 1.0)])
+def test_the_smaller_divergence_decides(without: float, with_it: float) -> None:
+    cost, plan = inspect_model(create_model("vit_digits")), QuantPlan.preset("w4a4")
+    chosen, decision = choose(plan, cost, "auto", None, lambda _: (without, with_it))
+    assert decision is not None and decision.used is (with_it < without) is (chosen.name == "w4a4-class8")
+
+
+@pytest.mark.parametrize("budget", ["4bit", "w8a8"])
+def test_a_budget_in_bits_is_kept_and_eight_bits_have_nothing_to_gain(tmp_path: Path, budget: str) -> None:
+    result = run_record(tmp_path, budget=budget)
+    assert all(spec is None or spec.token_bit_width is None for spec in result["sites"].values())
+    if budget == "4bit":
+        assert not result["class_token"]["used"] and "exceed the budget" in result["class_token"]["reason"]
+    else:
+        assert "class_token" not in result
+
+
+def test_a_width_that_is_asked_for_is_not_measured_but_must_be_possible(tmp_path: Path) -> None:
+    assert run_record(tmp_path, class_token=6)["class_token"] | {"reason": ""} == {
+        "width": 6,
+        "used": True,
+        "extra_bit_operations": cost_of_class_token(6),
+        "divergence": None,
+        "reason": "",
+    }
+    cost = inspect_model(digits_model(class_token=False, global_pool="avg"))
+    never = lambda _: (0.0, 0.0)  # noqa: E731
+    assert choose(QuantPlan.preset("w4a4"), cost, "auto", None, never)[1] is None
+    with pytest.raises(UsageError, match="no activation of this model can have 8 bits for the class token"):
+        choose(QuantPlan.preset("w4a4"), cost, 8, None, never)
+    cost = inspect_model(digits_model())
+    with pytest.raises(UsageError, match="exceeds the budget: leave out --class-token"):
+        choose(QuantPlan.preset("w4a4"), cost, 8, cost.bit_operations(cost.uniform(4)), never)
+
+
+def cost_of_class_token(width: int) -> int:
+    cost, plan = inspect_model(create_model("vit_digits")), QuantPlan.preset("w4a4")
+    wider = with_class_token(plan, cost, width)
+    assert wider is not None
+    return cost.bit_operations(wider.widths()) - cost.bit_operations(plan.resolve(cost.sites).widths())

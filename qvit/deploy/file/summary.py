@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,8 @@ def site_rows(artifact: Artifact) -> list[dict[str, Any]]:
     """One row per site, in the order of the computation.
 
     Keys: site, role, quantizer, bit_width (a number or one per head; 32 for float), granularity, numel (elements of a
-    weight; 0 for activations), bytes (packed integers), scale_bytes (all numbers of its grid).
+    weight; 0 for activations), bytes (packed integers), scale_bytes (all numbers of its grid); token_bit_width where
+    tokens differ in width.
     """
     numbers: dict[str, int] = {}
     own = [*artifact.scales.items(), *artifact.offsets.items()]
@@ -123,7 +125,7 @@ def _row(site: str, spec: TensorSpec | None, elements: int, numbers: int) -> dic
         "numel": elements,
         "bytes": math.ceil(_bits(elements, widths) / 8),
         "scale_bytes": numbers * _FLOAT32,
-    }
+    } | ({} if spec is None or spec.token_bit_width is None else {"token_bit_width": asdict(spec.token_bit_width)})
 
 
 def _bits(elements: int, widths: tuple[int, ...]) -> int:

@@ -44,6 +44,7 @@ from qvit.measure import Sensitivity, measure_sensitivity
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
+from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, record_of
 from qvit.methods.ptq.gate import UNITS, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
 from qvit.methods.ptq.layer_rounding import round_layers
@@ -87,6 +88,8 @@ class PTQMethod(Method):
     calibration_batch: ClassVar[int] = 32
     #: The metric behind mixed widths, once they are chosen.
     metric: str | None = None
+    #: What was decided about a width of the class token.
+    class_token: ClassToken | None = None
     #: What an accuracy gate found.
     gate: dict[str, Any] | None = None
 
@@ -147,7 +150,28 @@ class PTQMethod(Method):
         if self.mixed:
             plan = self._allocated(model, plan, given)
             self.plan_name = plan.name
-        return self._made(model, plan, given)
+        return self._made(model, self._with_class_token(model, plan, given), given)
+
+    def _with_class_token(self, model: nn.Module, plan: QuantPlan, given: Preparation) -> QuantPlan:
+        """The plan, with a width of its own for the class token where that pays; plans of a file stay as they are."""
+        options, cost, budget = self.options, inspect_model(model), (self.config.budget or "").strip()
+        if self.config.plan is not None and options.class_token == "auto":
+            return plan
+        few = FirstImages(given.images, min(IMAGES, self.config.calibration_images))
+
+        def measure(wider: QuantPlan) -> tuple[float, float]:
+            with given.watch("calibrate"):
+                source = self._reparameterized(model, wider, few)
+                grids = ptq_plan(source, wider, weights=options.weights, probs=options.probs, heads=options.heads)
+                return divergences(model, source, grids, few)
+
+        limit = None if self.config.plan is not None or _PRESET.fullmatch(budget) else bit_operations_of(budget, cost)
+        chosen, self.class_token = choose(plan, cost, options.class_token, limit, measure)
+        if self.class_token is not None:
+            own = self.class_token
+            given.notify(f"{own.width} bits for the class token: {'yes' if own.used else 'no'}; {own.reason}")
+        self.plan_name = chosen.name
+        return chosen
 
     def _made(self, model: nn.Module, plan: QuantPlan, given: Preparation, *, final: bool = True) -> nn.Module:
         """The model of a plan; one that a search tries is not `final`, and goes without reconstruction."""
@@ -242,18 +266,24 @@ class PTQMethod(Method):
         metric, calibration = options.metric or "fisher", self.config.calibration_images
         few = FirstImages(given.images, min(calibration, options.sensitivity_images or calibration))
         given.notify(f"measuring sensitivities ({metric}) on {few.images} images")
-        source = copy.deepcopy(model)
-        if options.reparameterize:
-            rotate = rotation_for(grids) if options.rotate == "auto" else options.rotate
-            _reparameterize(source, FirstImages(given.images, calibration), rotate, fine=False)
+        source = self._reparameterized(model, grids, FirstImages(given.images, calibration))
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
         return measure_sensitivity(source, few, metric=metric, plan=plan, seed=self.config.seed)
+
+    def _reparameterized(self, model: nn.Module, plan: QuantPlan, batches: Iterable[Tensor]) -> nn.Module:
+        """A copy of the float model as it is before quantization by a plan that is not of 8 bits throughout."""
+        source, options = copy.deepcopy(model).eval(), self.options
+        if options.reparameterize:
+            rotate = rotation_for(plan) if options.rotate == "auto" else options.rotate
+            _reparameterize(source, batches, rotate, fine=False)
+        return source
 
     def record(self) -> dict[str, Any]:
         return {
             "metric": self.metric,
             "calibration_images": self.config.calibration_images,
             "reconstruction": self.options.reconstruction_record(),
+            **record_of(self.class_token),
             **({} if self.gate is None else {"gate": self.gate}),
         }
 

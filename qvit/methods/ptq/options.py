@@ -40,6 +40,12 @@ class PTQOptions(MethodOptions):
         "within each head (`heads`), the residual stream of plain ViTs, too (`all`); `auto`: `none` where the whole "
         "plan has 8 bits, `all` where some width is at most 5, else `heads`",
     )
+    class_token: Annotated[int, Field(ge=3, le=8)] | Literal["auto", "off"] = Field(
+        "auto",
+        description="width of the class token and of registers where other tokens have fewer bits; `auto`: 8 where "
+        "those have at most 6, if it brings the model nearer to the float one on calibration images. Costs under 1 % "
+        "more bit operations: a budget that is no name of a plan, such as `w4a4`, is kept",
+    )
     bias_correction: bool = Field(True, description="take the mean errors back in the biases")
     rounding: Literal["auto", "feedback", "nearest"] = Field(
         "auto",
