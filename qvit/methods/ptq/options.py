@@ -67,7 +67,9 @@ class PTQOptions(MethodOptions):
     recon_batch: int | None = Field(
         None, ge=1, description="images per step of the reconstruction; by default likewise"
     )
-    fisher: bool = Field(False, description="weight the reconstruction error by Fisher information")
+    fisher: bool = Field(
+        True, description="weight the reconstruction error by Fisher information: by what an answer depends on"
+    )
     suffix: bool = Field(
         False,
         description="add to the reconstruction error that of the feature which the float blocks behind make of a "

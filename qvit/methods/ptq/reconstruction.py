@@ -89,7 +89,7 @@ class ReconstructOptions:
     lr: float = 2e-4
     float_inputs: float = 0.5
     float_rows: float = 0.25
-    fisher: bool = False
+    fisher: bool = True
     suffix: bool = False
     seed: int = 0
 
@@ -164,18 +164,18 @@ def reconstruct(
                 clock.skip(options.steps)
             else:
                 generator = torch.Generator().manual_seed(options.seed * len(blocks) + index)
-                start = copy.deepcopy(pair.block.state_dict())
+                start, weight = copy.deepcopy(pair.block.state_dict()), fisher.get(pair.path)
                 with ExitStack() as stack:
                     further = None
                     if features is not None:
                         one = next(iter(batches))[:1]
                         further = stack.enter_context(suffix_of(reference, list(blocks), pair.path, one)), features
-                    error = _held_out_error(pair, further, outputs[0])
-                    for step, loss in enumerate(_fit(pair, fisher.get(pair.path), further, options, generator)):
+                    error = _held_out_error(pair, weight, further, outputs[0])
+                    for step, loss in enumerate(_fit(pair, weight, further, options, generator)):
                         clock.step()
                         if progress is not None:
                             progress(pair.path, index * options.steps + step + 1, total, loss)
-                    if not _held_out_error(pair, further, pair.quantized.through(pair.block).x) < error:
+                    if not _held_out_error(pair, weight, further, pair.quantized.through(pair.block).x) < error:
                         _log.info("block '%s' did not get better on images held out: it is put back", pair.path)
                         pair.block.load_state_dict(start)
                 if file is not None:
@@ -212,13 +212,14 @@ def _fitted_to(count: int) -> int:
 
 
 @torch.no_grad()
-def _held_out_error(pair: BlockPair, further: tuple[Suffix, Tensor] | None, x: Tensor) -> float:
-    """The relative error of a block's outputs `x` on images that are not trained on; with a suffix, of the feature."""
+def _held_out_error(pair: BlockPair, weight: Tensor | None, further: tuple[Suffix, Tensor] | None, x: Tensor) -> float:
+    """What a block is trained on, of its outputs `x` for images that are not: a weighted error, or a feature's."""
     first = _fitted_to(len(x)) % len(x)
-    if further is None:
-        return relative_error(x[first:], pair.target.x[first:])
-    found = torch.cat([further[0](part) for part in x[first:].split(CHUNK)])
-    return relative_error(found, further[1][first:])
+    if further is not None:
+        found = torch.cat([further[0](part) for part in x[first:].split(CHUNK)])
+        return relative_error(found, further[1][first:])
+    error = (x[first:] - pair.target.x[first:]).square()
+    return float((error if weight is None else error * weight).mean())
 
 
 def _fit(
