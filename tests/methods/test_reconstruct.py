@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def test_the_seed_decides(options: ReconstructOptions) -> None:
     for seed in (options.seed, options.seed, 5):
         torch.manual_seed(seed + 100)  # the global generator plays no part
         model, reference = pair()
-        reconstruct(model, reference, digit_batches(4, 16), ReconstructOptions(**(vars(options) | {"seed": seed})))
+        reconstruct(model, reference, digit_batches(4, 16), replace(options, seed=seed))
         models.append(model.state_dict())
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
     assert any(not torch.equal(models[0][key], models[2][key]) for key in models[0])
@@ -127,7 +128,7 @@ def test_fisher_weights_against_autograd() -> None:
     model, images = digits_model(depth=2), digit_batches(1, 6)[0]
     weights = fisher_weights(model, ["blocks.0", "blocks.1"], [images[:4], images[4:]], 6)
     kept: list[Tensor] = []
-    model.get_submodule("blocks.1").register_forward_hook(lambda _m, _i, y: kept.append(y))
+    model.get_submodule("blocks.1").register_forward_hook(partial(keep, kept))
     squares = []
     for image in images.split(1):
         logits = model(image)

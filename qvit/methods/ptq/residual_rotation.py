@@ -78,28 +78,28 @@ def is_plain(model: nn.Module) -> bool:
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
         return False
     own: Any = model
-    last = own.norm if not isinstance(own.norm, nn.Identity) else getattr(own, "fc_norm", None)
     between = [own.norm_pre, own.patch_embed.norm, own.patch_drop, own.pos_drop]
     return (
         all(type(block) is Block and _plain_block(block) for block in own.blocks)
-        and type(last) in _NORMS
-        and (isinstance(own.norm, nn.Identity) or isinstance(getattr(own, "fc_norm", nn.Identity()), nn.Identity))
         and all(not list(module.parameters()) for module in between)
         and isinstance(own.patch_embed.proj, nn.Conv2d)
         and getattr(own, "attn_pool", None) is None
-        and all(type(head) is nn.Linear and head.bias is not None for head in _heads(own))
+        and isinstance(own.norm, nn.Identity) is not isinstance(getattr(own, "fc_norm", nn.Identity()), nn.Identity)
+        and all(_can_fold(norm, layers) for norm, layers in _readers(own))
     )
 
 
 def _plain_block(block: Any) -> bool:
-    layers = [*_mlp_inputs(block.mlp), block.attn.qkv, block.attn.proj]
-    return (
-        type(block.attn) is Attention
-        and getattr(block.attn, "gate", None) is None
-        and type(block.mlp) in (Mlp, SwiGLU, GluMlp)
-        and all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
-        and all(type(norm) in _NORMS and norm.weight is not None for norm in (block.norm1, block.norm2))
-    )
+    plain_attention = type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
+    writers = (block.attn.proj, getattr(block.mlp, "fc2", None))
+    return plain_attention and type(block.mlp) in (Mlp, SwiGLU, GluMlp) and all(type(x) is nn.Linear for x in writers)
+
+
+def _can_fold(norm: Any, layers: list[nn.Linear]) -> bool:
+    """Whether the norm's parameters can move into the layers behind it."""
+    if type(norm) not in _NORMS or norm.weight is None or not all(type(layer) is nn.Linear for layer in layers):
+        return False
+    return getattr(norm, "bias", None) is None or all(layer.bias is not None for layer in layers)
 
 
 def _mlp_inputs(mlp: Any) -> list[nn.Linear]:
