@@ -17,21 +17,15 @@ DCT of m), P the reflection that takes 1·D·H to 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.layers import GluMlp, LayerNorm, Mlp, RmsNorm, SwiGLU
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import Tensor, nn
 
 from qvit.errors import UsageError
 from qvit.methods.ptq.head_folds import hadamard
 from qvit.models.convert import Stage, stage_of
-
-_NORMS = (nn.LayerNorm, LayerNorm, RmsNorm, nn.RMSNorm)
-_TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
+from qvit.models.residual_stream import residual_stream
 
 
 @torch.no_grad()
@@ -43,86 +37,29 @@ def rotate_residual(model: nn.Module, seed: int = 0) -> bool:
         seed: Draws the signs.
 
     Returns:
-        Whether it was rotated: models that are not plain ViTs (other families, norms between blocks or in front of
-        them, a pooling with attention, no classifier behind the last norm) stay as they are.
+        Whether it was rotated: models that are not plain ViTs (`models/residual_stream.py`) stay as they are.
 
     Raises:
         UsageError: If the model is quantized.
     """
     if stage_of(model) is not Stage.FLOAT:
         raise UsageError("rotate before quantization: give the float model")
-    if not is_plain(model):
+    stream = residual_stream(model)
+    if stream is None:
         return False
-    own: Any = model
-    first = own.patch_embed.proj
-    rotation = rotation_of(first.out_channels, seed).to(first.weight)
-    for norm, layers in _readers(own):
+    rotation = rotation_of(stream.embedding.out_channels, seed).to(stream.embedding.weight)
+    for norm, layers in stream.readers:
         _fold_norm(norm, layers)
         for layer in layers:
             layer.weight.copy_(layer.weight @ rotation)
-    for layer, scale in _writers(own):
-        if isinstance(scale, LayerScale):
-            _rotate_rows(layer, rotation, scale.gamma)
-            scale.gamma.fill_(1)
-        else:
-            _rotate_rows(layer, rotation)
-    _rotate_rows(first, rotation)
-    for name in _TOKENS:
-        if (tokens := getattr(own, name, None)) is not None:
-            tokens.copy_(tokens @ rotation)
+    for layer, factors in stream.writers:
+        _rotate_rows(layer, rotation if factors is None else factors.unsqueeze(1) * rotation)
+        if factors is not None:
+            factors.fill_(1)
+    _rotate_rows(stream.embedding, rotation)
+    for tokens in stream.tokens:
+        tokens.copy_(tokens @ rotation)
     return True
-
-
-def is_plain(model: nn.Module) -> bool:
-    """Whether nothing but norms, linear layers and sums touches the residual stream of a model."""
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        return False
-    own: Any = model
-    between = [own.norm_pre, own.patch_embed.norm, own.patch_drop, own.pos_drop]
-    return (
-        all(type(block) is Block and _plain_block(block) for block in own.blocks)
-        and all(not list(module.parameters()) for module in between)
-        and isinstance(own.patch_embed.proj, nn.Conv2d)
-        and getattr(own, "attn_pool", None) is None
-        and isinstance(own.norm, nn.Identity) is not isinstance(getattr(own, "fc_norm", nn.Identity()), nn.Identity)
-        and all(_can_fold(norm, layers) for norm, layers in _readers(own))
-    )
-
-
-def _plain_block(block: Any) -> bool:
-    plain_attention = type(block.attn) is Attention and getattr(block.attn, "gate", None) is None
-    writers = (block.attn.proj, getattr(block.mlp, "fc2", None))
-    return plain_attention and type(block.mlp) in (Mlp, SwiGLU, GluMlp) and all(type(x) is nn.Linear for x in writers)
-
-
-def _can_fold(norm: Any, layers: list[nn.Linear]) -> bool:
-    """Whether the norm's parameters can move into the layers behind it."""
-    if type(norm) not in _NORMS or norm.weight is None or not all(type(layer) is nn.Linear for layer in layers):
-        return False
-    return getattr(norm, "bias", None) is None or all(layer.bias is not None for layer in layers)
-
-
-def _mlp_inputs(mlp: Any) -> list[nn.Linear]:
-    return [mlp.fc1] if hasattr(mlp, "fc1") else [mlp.fc1_g, mlp.fc1_x]
-
-
-def _heads(own: Any) -> list[Any]:
-    return [own.head] if getattr(own, "head_dist", None) is None else [own.head, own.head_dist]
-
-
-def _readers(own: Any) -> Iterator[tuple[Any, list[nn.Linear]]]:
-    """Each norm with the layers that see its output."""
-    for block in own.blocks:
-        yield block.norm1, [block.attn.qkv]
-        yield block.norm2, _mlp_inputs(block.mlp)
-    yield own.norm if not isinstance(own.norm, nn.Identity) else own.fc_norm, _heads(own)
-
-
-def _writers(own: Any) -> Iterator[tuple[nn.Linear, nn.Module]]:
-    """Each layer whose output is added to the stream, with the scaling of the branch."""
-    for block in own.blocks:
-        yield block.attn.proj, block.ls1
-        yield block.mlp.fc2, block.ls2
 
 
 def _fold_norm(norm: Any, layers: list[nn.Linear]) -> None:
@@ -136,12 +73,11 @@ def _fold_norm(norm: Any, layers: list[nn.Linear]) -> None:
         shift.zero_()
 
 
-def _rotate_rows(layer: Any, rotation: Tensor, factor: Tensor | None = None) -> None:
-    """The outputs of a layer, times `factor` channel by channel, times the rotation."""
-    own = rotation if factor is None else factor.unsqueeze(1) * rotation
-    layer.weight.copy_((own.t() @ layer.weight.flatten(1)).view_as(layer.weight))
+def _rotate_rows(layer: Any, rotation: Tensor) -> None:
+    """The outputs of a layer, times a matrix (C, C)."""
+    layer.weight.copy_((rotation.t() @ layer.weight.flatten(1)).view_as(layer.weight))
     if layer.bias is not None:
-        layer.bias.copy_(layer.bias @ own)
+        layer.bias.copy_(layer.bias @ rotation)
 
 
 def rotation_of(size: int, seed: int = 0) -> Tensor:
