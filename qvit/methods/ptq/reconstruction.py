@@ -157,10 +157,11 @@ def reconstruct(
     with in_eval_mode(model):
         for index, pair in enumerate(block_pairs(model, reference, batches, options.images)):
             file = None if keep is None else keep / f"{pair.path}.safetensors"
-            outputs = [pair.quantized.through(pair.block).x]
+            first = last = pair.quantized.through(pair.block).x
             if file is not None and file.is_file():
                 limit = total_bytes(pair.block.state_dict().values())
                 load_state(pair.block, read_tensors(file, "reconstructed block", limit=limit), pair.path)
+                last = pair.quantized.through(pair.block).x
                 clock.skip(options.steps)
             else:
                 generator = torch.Generator().manual_seed(options.seed * len(blocks) + index)
@@ -170,18 +171,19 @@ def reconstruct(
                     if features is not None:
                         one = next(iter(batches))[:1]
                         further = stack.enter_context(suffix_of(reference, list(blocks), pair.path, one)), features
-                    error = _held_out_error(pair, weight, further, outputs[0])
+                    error = _held_out_error(pair, weight, further, first)
                     for step, loss in enumerate(_fit(pair, weight, further, options, generator)):
                         clock.step()
                         if progress is not None:
                             progress(pair.path, index * options.steps + step + 1, total, loss)
-                    if not _held_out_error(pair, weight, further, pair.quantized.through(pair.block).x) < error:
+                    last = pair.quantized.through(pair.block).x
+                    if not _held_out_error(pair, weight, further, last) < error:
                         _log.info("block '%s' did not get better on images held out: it is put back", pair.path)
                         pair.block.load_state_dict(start)
+                        last = first
                 if file is not None:
                     save_weights(file, pair.block)
-            outputs.append(pair.quantized.through(pair.block).x)
-            before, after = (relative_error(x, pair.target.x) for x in outputs)
+            before, after = (relative_error(x, pair.target.x) for x in (first, last))
             errors.append(BlockError(pair.path, before, after))
     return errors
 
