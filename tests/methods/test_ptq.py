@@ -121,7 +121,8 @@ def test_all_switches_go_together(
     assert stage_of(model) is Stage.FROZEN and not model.training
     assert bool(torch.isfinite(model(batches[0])).all())
     assert all(torch.equal(value, before[key]) for key, value in float_model.state_dict().items())
-    expected = ["reparameterize"] * reparameterize + ["calibrate", "round"]
+    expected = ["reparameterize"] * reparameterize + ["calibrate"]
+    expected += ["fit probabilities"] * (observer == "mse") + ["round"]
     expected += ["reconstruct"] * (reconstruct is not None) + ["correct biases"] * bias_correction
     assert list(stages) == expected and all(seconds >= 0 for seconds in stages.values())
     specs = plan_of(model).sites
@@ -179,7 +180,7 @@ def test_the_grid_of_probabilities_follows_the_width() -> None:
         sites = ptq_plan(model, plan, **options).sites
         return {spec.quantizer for name, spec in sites.items() if spec is not None and name.endswith(".probs")}
 
-    assert grids("w8a8") == {"lsq"} and grids("w4a4") == {"log-sqrt2"} == grids("w8a3")
+    assert grids("w8a8") == {"lsq"} and grids("w4a4") == {"log-sqrt2"} and grids("w8a3") == {"log2"}
     assert grids("w4a4", probs="uniform") == {"lsq"} and grids("w8a8", probs="log2") == {"log2"}
     kept = QuantPlan.preset("w4a4").with_rules(Rule("*.probs", None))
     assert ptq_plan(model, kept).sites["blocks.0.attn.probs"] is None
@@ -349,6 +350,17 @@ def test_a_budget_in_bits_is_kept_and_eight_bits_have_nothing_to_gain(tmp_path: 
         assert not result["class_token"]["used"] and "exceed the budget" in result["class_token"]["reason"]
     else:
         assert "class_token" not in result
+
+
+@pytest.mark.parametrize("option", ["auto", 8])
+def test_mixed_widths_leave_room_for_the_class_token(tmp_path: Path, option: str | int) -> None:
+    result = run_record(tmp_path, budget="4bit", metric="fisher", class_token=option)
+    cost, decision = inspect_model(create_model("vit_digits")), result["class_token"]
+    limit = cost.bit_operations(cost.uniform(4))
+    assert 0.95 * limit < result["bit_operations"] <= limit
+    assert "exceed" not in decision["reason"]
+    split = {site for site, spec in result["sites"].items() if spec is not None and spec.token_bit_width is not None}
+    assert bool(split) is decision["used"] and (option == "auto" or decision["used"])
 
 
 def test_a_width_that_is_asked_for_is_not_measured_but_must_be_possible(tmp_path: Path) -> None:

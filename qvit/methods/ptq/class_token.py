@@ -34,6 +34,8 @@ ROWS = (".attn.qkv.input", ".attn.query", ".mlp.fc1.input", ".mlp.fc2.input")
 TRIED, UP_TO = 8, 6
 #: How many of the calibration images decide, at most.
 IMAGES = 64
+#: How often an allocation is repeated, at most, to make room for it.
+_ROUNDS = 4
 
 
 def with_class_token(plan: QuantPlan, cost: CostModel, width: int, *, up_to: int = 8) -> QuantPlan | None:
@@ -111,7 +113,7 @@ def choose(
         return plan, None
     asked = isinstance(option, int)
     width = option if isinstance(option, int) else TRIED
-    wider = with_class_token(plan, cost, width, up_to=8 if asked else UP_TO)
+    wider = _wider(plan, cost, option)
     if wider is None:
         if asked:
             raise UsageError(
@@ -135,6 +137,33 @@ def choose(
     pays = with_it < without
     reason = f"divergence from the float model {without:.4f} without, {with_it:.4f} with it, for {price}"
     return (wider if pays else plan), ClassToken(width, pays, extra, (without, with_it), reason)
+
+
+def leaving_room(
+    plan: QuantPlan, cost: CostModel, option: int | str, limit: int, allocated: Callable[[int], QuantPlan]
+) -> QuantPlan:
+    """A plan of mixed widths that has room within the limit for the class token's bits, as `choose` will add them.
+
+    Args:
+        plan: What was allocated within the limit.
+        cost, option, limit: As for `choose`.
+        allocated: The plan for a smaller limit.
+    """
+    within = limit
+    for _ in range(_ROUNDS):
+        wider = None if option == "off" else _wider(plan, cost, option)
+        over = 0 if wider is None else cost.bit_operations(wider.resolve(cost.sites).widths()) - limit
+        if over <= 0:
+            break
+        within -= over
+        plan = allocated(within)
+    return plan
+
+
+def _wider(plan: QuantPlan, cost: CostModel, option: int | str) -> QuantPlan | None:
+    """The plan with the width that was asked for, or the one that is tried."""
+    asked = isinstance(option, int)
+    return with_class_token(plan, cost, option if isinstance(option, int) else TRIED, up_to=8 if asked else UP_TO)
 
 
 @torch.no_grad()

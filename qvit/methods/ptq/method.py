@@ -4,22 +4,24 @@
                                                                                             `head_folds.py`)
     reparameterize    LayerNorm outputs, q, k, v, heads' outputs: the channels  RepQ-ViT   (`reparameterization.py`,
                       are centred and share one range                                       `head_folds.py`)
-    quantize          weights per channel, probabilities on a logarithmic grid below 5 bits
+    quantize          weights per channel, probabilities on a logarithmic grid up to 4 bits
     calibrate         scales and offsets of least squared error                            (`models/calibrate.py`)
+    fit probabilities their scales, by the error of the values' weighted sums              (`probability_scales.py`)
     round             weights, so that outputs change least                     GPTQ       (`layer_rounding.py`)
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
-In a plan of 8 bits throughout nothing is rotated, heads are not folded, weights are rounded to nearest, and all tokens
-count alike: there the errors are too small for any of it to help, on images that were not calibrated on.
+In a plan of 8 bits throughout nothing is rotated, heads are not folded, probabilities keep their scales, weights are
+rounded to nearest, and all tokens count alike: there the errors are too small for any of it to help, on images that
+were not calibrated on.
 
 Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
 starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer
 sees other features then, and takes no part in the reconstruction.
 
 What the plan says about widths is kept; `ptq_plan` changes what shares a scale and the grid of the probabilities:
-most are far below the largest, and with 16 levels a uniform grid rounds them to zero (RepQ-ViT). Bit operations do not
-depend on either.
+most are far below the largest, and with 16 levels a uniform grid rounds them to zero (RepQ-ViT); with 8 levels one of
+powers of √2 does, too, and powers of 2 do not. Bit operations do not depend on either.
 
 A budget is a preset such as `w8a8`: that plan; or `6bit`, `21.455G`, `0.25`: bit operations. Without a metric only a
 uniform plan can be made; with one, widths are allocated to sites within the budget, by sensitivities that are measured
@@ -44,11 +46,12 @@ from qvit.measure import Sensitivity, measure_sensitivity
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
-from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, record_of
+from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, leaving_room, record_of
 from qvit.methods.ptq.gate import UNITS, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
 from qvit.methods.ptq.layer_rounding import round_layers
 from qvit.methods.ptq.options import PTQOptions
+from qvit.methods.ptq.probability_scales import fit_probability_scales
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
@@ -64,9 +67,8 @@ from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
 from qvit.training.config import validated
 
-#: The largest width at which probabilities get a logarithmic grid unless another is asked for.
-LOG_PROBS_UP_TO = 4
-LOG_PROBS = "log-sqrt2"
+#: The largest width at which probabilities get a logarithmic grid unless another is asked for, and which.
+LOG_PROBS = {3: "log2", 4: "log-sqrt2"}
 #: The largest width at which the residual stream is rotated by default; wider grids gain from the heads alone.
 ROTATED_UP_TO = 5
 #: The table that mixed widths were chosen by, in the run's directory.
@@ -148,8 +150,7 @@ class PTQMethod(Method):
         if self.options.max_drop is not None:
             return self._gated(model, given)
         if self.mixed:
-            plan = self._allocated(model, plan, given)
-            self.plan_name = plan.name
+            return self._made(model, self._allocated(model, plan, given), given)
         return self._made(model, self._with_class_token(model, plan, given), given)
 
     def _with_class_token(self, model: nn.Module, plan: QuantPlan, given: Preparation) -> QuantPlan:
@@ -241,19 +242,33 @@ class PTQMethod(Method):
         return quantized
 
     def _allocated(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> QuantPlan:
-        """The plan of mixed widths within the budget; the sensitivity behind it is kept with the run."""
+        """The plan of mixed widths within the budget, with a width of its own for the class token where that pays.
+
+        The sensitivity behind it is kept with the run.
+        """
         options, cost = self.options, inspect_model(model)
         with given.watch("sensitivity"):
             sensitivity = self._sensitivity(model, grids, given)
         sensitivity.save(given.run / SENSITIVITY)
         self.metric = sensitivity.metric
-        with given.watch("allocate"):
-            budget = (self.config.budget or "").strip()
-            limit = bit_operations_of(budget, cost)
-            narrowest = options.min_width or (3 if cost.bit_operations(cost.uniform(3)) <= limit else 2)
-            allowed = sensitivity.at_widths(width for width in sensitivity.widths if width >= narrowest)
-            boundary = None if options.boundary == "free" else options.boundary
-            return allocate_plan(cost, allowed, limit, boundary=boundary, name=f"{sensitivity.metric}-{budget}")
+        budget = (self.config.budget or "").strip()
+        limit = bit_operations_of(budget, cost)
+        narrowest = options.min_width or (3 if cost.bit_operations(cost.uniform(3)) <= limit else 2)
+        allowed = sensitivity.at_widths(width for width in sensitivity.widths if width >= narrowest)
+        boundary = None if options.boundary == "free" else options.boundary
+
+        def allocated(within: int) -> QuantPlan:
+            with given.watch("allocate"):
+                name = f"{sensitivity.metric}-{budget}"
+                return allocate_plan(cost, allowed, within, boundary=boundary, name=name)
+
+        plan = allocated(limit)
+        self.plan_name = plan.name
+        chosen = self._with_class_token(model, leaving_room(plan, cost, options.class_token, limit, allocated), given)
+        if self.class_token is not None and not self.class_token.used:
+            self.plan_name = plan.name
+            return plan
+        return chosen
 
     def _sensitivity(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> Sensitivity:
         """That of a file, or one measured on the reparameterized model and the grids that it will have."""
@@ -357,6 +372,9 @@ def ptq(
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
     worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
+    if observer == "mse" and not fine:
+        fit_probability_scales(quantized, few, worth)
+        clock.note("fit probabilities")
     # Without folds of heads both are equal but for last digits, which decide edges of codes.
     reference = model if fine and rotate == "none" and not feedback else original
     if (feedback or reconstruct is not None) and ranks_tokens(plan_of(quantized).sites):
@@ -426,7 +444,7 @@ def ptq_plan(
             continue
         grid = probs
         if probs == "auto":
-            grid = LOG_PROBS if max(spec.widths) <= LOG_PROBS_UP_TO else "uniform"
+            grid = next((name for most, name in LOG_PROBS.items() if max(spec.widths) <= most), "uniform")
         if grid != "uniform":
             rules.append(Rule(site.name, {"quantizer": grid}))
     return resolved.with_rules(*rules).resolve(sites)

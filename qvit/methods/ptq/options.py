@@ -24,7 +24,9 @@ class PTQOptions(MethodOptions):
         "per-channel", description="what shares a scale in a weight; `per-head` where it has heads"
     )
     probs: Literal["auto", "uniform", "log2", "log-sqrt2"] = Field(
-        "auto", description="grid of the attention probabilities; `auto`: `log-sqrt2` up to 4 bits, else `uniform`"
+        "auto",
+        description="grid of the attention probabilities; `auto`: `log2` up to 3 bits, `log-sqrt2` with 4, else "
+        "`uniform`",
     )
     heads: Literal["auto", "per-head", "per-tensor"] = Field(
         "auto",
