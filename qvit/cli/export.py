@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, Quiet, print_json, say, size
+from qvit.cli.console import Json, Quiet, notifier, print_json, say, size
 from qvit.cli.options import command
 from qvit.errors import UsageError
 
@@ -62,7 +62,7 @@ def export(
         raise UsageError(f"{source} has no packed.safetensors: pack the run first, then export that file")
     result = write(
         source / "packed.safetensors" if source.is_dir() else source, to, target, containers=containers, batch=batch,
-        vnni=not no_vnni, overwrite=overwrite, check=not no_check,
+        vnni=not no_vnni, overwrite=overwrite, check=not no_check, notify=notifier(quiet or as_json),
     )  # fmt: skip
     if as_json:
         return print_json(result)

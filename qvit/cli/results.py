@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, Quiet, bops, err, notifier, print_json, print_table, say, size, spread
+from qvit.cli.console import Json, Quiet, bops, notifier, print_json, print_table, progress_bar, say, size, spread
 from qvit.cli.options import ClassMap, Device, Workers, command
 from qvit.errors import UsageError
 
@@ -82,14 +82,17 @@ def evaluate(
     Examples:  [cyan]qvit evaluate runs/deit --data imagenet/val --class-map classes.txt --json[/]
     [cyan]qvit evaluate runs/deit/packed.safetensors --data imagenet/val --engine onnxruntime[/]
     """
-    from rich.progress import Progress
-
     if engine is not None and model.is_dir():
         raise UsageError(f"--engine is for packed models: `qvit pack {model}` makes one")
     common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
-    with Progress(console=err, transient=True, disable=as_json or not err.is_terminal) as bar:
-        task = bar.add_task("images", total=None)
-        common["progress"] = lambda n: bar.update(task, completed=n)
+    images = 0
+
+    def begin(count: int) -> None:
+        nonlocal images
+        images = count
+
+    with progress_bar(hidden=as_json) as show:
+        common |= {"start": begin, "progress": lambda done: show("images", done, images)}
         if model.is_file():
             from qvit.runs.packed import evaluate_packed
 

@@ -7,6 +7,7 @@ over the edge between two integers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from qvit.deploy.packages import missing, onnxruntime_session, openvino_core
 from qvit.errors import UsageError, nearest
 from qvit.locks import writing_file
 
+_log = logging.getLogger(__name__)
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "executorch": ".pte"}
 CONTAINERS = ("small", "8bit")
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch", "executorch": "executorch"}
@@ -38,6 +40,7 @@ def export(
     vnni: bool = True,
     overwrite: bool = False,
     check: bool = True,
+    notify: Callable[[str], None] = _log.info,
 ) -> dict[str, Any]:
     """Exports a packed file.
 
@@ -50,6 +53,7 @@ def export(
         vnni: False: an OpenVINO model that is exact on x86 processors without VNNI, too.
         overwrite: Replaces a file that is there.
         check: Runs what was written, if its runtime is installed.
+        notify: Is told what is done.
 
     Returns:
         `file`, `to`, `bytes`, `containers`, `batch`, `vnni`, and `check`: `images`, `largest_difference` of logits,
@@ -85,6 +89,7 @@ def export(
     if there and not overwrite:
         raise UsageError(f"{there[0]} is there: choose another --out, or --overwrite")
     artifact = Artifact.load(source)
+    notify(f"writing {target}")
     with writing_file(target):
         if to == "onnx":
             export_onnx(artifact, target, small=containers != "8bit", batch=batch)
