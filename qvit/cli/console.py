@@ -20,6 +20,7 @@ from rich.table import Table
 
 from qvit.errors import UsageError
 from qvit.files import parse_json
+from qvit.training.progress import PlainLines
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no messages.")]
@@ -85,7 +86,10 @@ def notifier(quiet: bool) -> Callable[[str], None]:
 
 @contextmanager
 def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the seconds spent and left, on stderr; hidden where stderr is not a terminal."""
+    """A bar with the seconds spent and left, on stderr; lines now and then where that is not a terminal."""
+    if not hidden and not err.is_terminal:
+        yield PlainLines(err).tell
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -93,7 +97,7 @@ def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
     )
     with Progress(
         *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        console=err, transient=True, disable=hidden or not err.is_terminal,
+        console=err, transient=True, disable=hidden,
     ) as bar:  # fmt: skip
         task = bar.add_task("opening", total=1)
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)

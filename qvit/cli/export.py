@@ -1,4 +1,4 @@
-"""`qvit export`: a packed model as a file of ONNX Runtime or OpenVINO."""
+"""`qvit export`: a packed model as a file of ONNX Runtime, OpenVINO, torch.export or ExecuTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, Quiet, print_json, say, size
+from qvit.cli.console import Json, Quiet, notifier, print_json, say, size
 from qvit.cli.options import command
 from qvit.errors import UsageError
 
@@ -17,9 +17,10 @@ def export(
     source: Annotated[
         Path, typer.Argument(metavar="FILE|RUN", help="A packed file, or the directory of a run that has one.")
     ],
-    to: Annotated[str, typer.Option(help="onnx or openvino.")] = "onnx",
+    to: Annotated[str, typer.Option(help="onnx, openvino, torch (a program of torch.export) or executorch.")] = "onnx",
     target: Annotated[
-        Path | None, typer.Option("--out", help="The file. Default: beside FILE, as .onnx or .xml with its .bin.")
+        Path | None,
+        typer.Option("--out", help="The file. Default: beside FILE, as .onnx, .xml with its .bin, .pt2 or .pte."),
     ] = None,
     containers: Annotated[
         str | None,
@@ -28,7 +29,7 @@ def export(
             "multiplies in float. 8bit: products in integers. Default: small."
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Images in a call. Default: any number.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images in a call. Default: any number; of executorch 1.")] = None,
     no_vnni: Annotated[
         bool,
         typer.Option(
@@ -44,7 +45,7 @@ def export(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a packed model as an ONNX graph or an OpenVINO model whose products run on integers.
+    """Write a packed model for another runtime: ONNX Runtime, OpenVINO, PyTorch without qvit, ExecuTorch.
 
     The written file is compared with the reference engine on random images, if its runtime is installed.
 
@@ -52,6 +53,8 @@ def export(
     [cyan]qvit export model.safetensors --to onnx --containers 8bit[/]
 
     [cyan]qvit export model.safetensors --to openvino --out model.xml --batch 1[/]
+
+    [cyan]qvit export model.safetensors --to torch[/]
     """
     from qvit.deploy.export.write import export as write
 
@@ -59,7 +62,7 @@ def export(
         raise UsageError(f"{source} has no packed.safetensors: pack the run first, then export that file")
     result = write(
         source / "packed.safetensors" if source.is_dir() else source, to, target, containers=containers, batch=batch,
-        vnni=not no_vnni, overwrite=overwrite, check=not no_check,
+        vnni=not no_vnni, overwrite=overwrite, check=not no_check, notify=notifier(quiet or as_json),
     )  # fmt: skip
     if as_json:
         return print_json(result)

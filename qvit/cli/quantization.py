@@ -13,6 +13,7 @@ from qvit.cli.console import Json, Quiet, bops, boundary_width, err, notifier, p
 from qvit.cli.options import Fields, Given, command
 from qvit.methods.ptq.options import PTQOptions
 from qvit.training.config import TrainConfig, validated
+from qvit.training.progress import PlainLines
 
 
 @command("ptq", order=4)
@@ -98,6 +99,10 @@ def _bar(silent: bool) -> Iterator[Any]:
     """A progress bar over the steps of all blocks, with the block's name, the loss and the time left."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    if not silent and not err.is_terminal:
+        lines = PlainLines(err)
+        yield lambda block, step, steps, loss: lines.tell(block, step, steps, f"error {loss:.4f}")
+        return
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
     loss = TextColumn("error {task.fields[loss]:.4f}")
     with Progress(*columns, loss, TimeRemainingColumn(), console=err, transient=True, disable=silent) as bar:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, bops, err, print_json, print_table, say, size, spread
+from qvit.cli.console import Json, Quiet, bops, notifier, print_json, print_table, progress_bar, say, size, spread
 from qvit.cli.options import ClassMap, Device, Workers, command
 from qvit.errors import UsageError
 
@@ -23,6 +23,10 @@ def demo(
     short: Annotated[
         bool, typer.Option("--short", help="Two epochs per run: tries the machinery, the numbers mean nothing.")
     ] = False,
+    try_it: Annotated[
+        bool,
+        typer.Option(help="Also put the models of Q-ViT into the page, to try them there; needs npm the first time."),
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Train a small ViT on real handwritten digits and compare LSQ+ with Q-ViT at equal bit operations.
@@ -33,7 +37,7 @@ def demo(
     """
     from qvit.runs.demo import REPORT, packed_in_words, run_demo, verdict
 
-    results = run_demo(out_dir, seeds=seeds, workers=processes, overwrite=overwrite, short=short)
+    results = run_demo(out_dir, seeds=seeds, workers=processes, overwrite=overwrite, short=short, try_it=try_it)
     if as_json:
         return print_json(results)
     of_float = spread(results["float_accuracy_mean"], results["float_accuracy_std"])
@@ -78,14 +82,17 @@ def evaluate(
     Examples:  [cyan]qvit evaluate runs/deit --data imagenet/val --class-map classes.txt --json[/]
     [cyan]qvit evaluate runs/deit/packed.safetensors --data imagenet/val --engine onnxruntime[/]
     """
-    from rich.progress import Progress
-
     if engine is not None and model.is_dir():
         raise UsageError(f"--engine is for packed models: `qvit pack {model}` makes one")
     common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
-    with Progress(console=err, transient=True, disable=as_json or not err.is_terminal) as bar:
-        task = bar.add_task("images", total=None)
-        common["progress"] = lambda n: bar.update(task, completed=n)
+    images = 0
+
+    def begin(count: int) -> None:
+        nonlocal images
+        images = count
+
+    with progress_bar(hidden=as_json) as show:
+        common |= {"start": begin, "progress": lambda done: show("images", done, images)}
         if model.is_file():
             from qvit.runs.packed import evaluate_packed
 
@@ -109,17 +116,38 @@ def report(
         typer.Option("--out", help="The HTML page. Default: report.html in the run, or in this directory for several."),
     ] = None,
     title: Annotated[str | None, typer.Option()] = None,
+    try_it: Annotated[
+        bool,
+        typer.Option(
+            "--try-it",
+            help="Also put the packed models into the page, beside the float one: they answer to an image or a drawing "
+            "in the browser, by ONNX Runtime Web, which npm fetches once. For models of 32 MB in all.",
+        ),
+    ] = False,
+    runtime: Annotated[
+        Path | None,
+        typer.Option(help="Folder that has ONNX Runtime Web for --try-it (`dist` of its package); nothing is fetched."),
+    ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write one self-contained HTML page about a run, or a comparison of several.
 
     Examples:  [cyan]qvit report runs/qvit[/]    [cyan]qvit report runs/* --out comparison.html[/]
+    [cyan]qvit report runs/qvit --try-it[/]
     """
     from qvit.report import display_table, load_runs, results_table, write_page
 
+    if runtime is not None and not try_it:
+        raise UsageError("--runtime is for --try-it: give both")
     loaded = load_runs(runs)
     target = page or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    write_page(loaded, target, title=title)
+    trial = None
+    if try_it:
+        from qvit.runs.trial import trial_of
+
+        trial = trial_of(loaded, runtime, notifier(quiet or as_json))
+    write_page(loaded, target, title=title, trial=trial)
     rows = results_table(loaded)
     if as_json:
         return print_json({"page": str(target.absolute()), "rows": rows})

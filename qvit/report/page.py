@@ -1,7 +1,8 @@
 """The report as one HTML file that needs nothing else.
 
 The page is a heading (what the results say, what was run) and the registered sections (`qvit.report.sections`), in the
-shell that all pages share (`qvit.report.shell`). The size is that of plotly.js, about 5 MB, plus some 50 kB per run.
+shell that all pages share (`qvit.report.shell`). The size is that of plotly.js, about 5 MB, plus some 50 kB per run; a
+panel to try models in (`qvit.report.trial`) takes another 5 MB and the models.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from qvit.report.runs import Run
 from qvit.report.sections.base import SECTIONS
 from qvit.report.shell import document, write_html
 from qvit.report.tables import verdict
+from qvit.report.trial import Trial, trial_data, trial_program, trial_section
 
 MAX_SENTENCES = 4
 
 
 def write_page(
-    runs: Sequence[Run], out: str | Path, *, title: str | None = None, summary: Mapping[str, Any] | None = None
+    runs: Sequence[Run],
+    out: str | Path,
+    *,
+    title: str | None = None,
+    summary: Mapping[str, Any] | None = None,
+    trial: Trial | str | None = None,
 ) -> Path:
     """Writes the report of one run, or the comparison of several.
 
@@ -33,6 +40,7 @@ def write_page(
         out: The HTML file; its folder is created. It appears at once or not at all.
         title: Heading of the page; made from model and data if not given.
         summary: Further facts to show on top, such as the `results.json` of a demo; nested values are left out.
+        trial: Models to try out in the page, or a sentence that says why there are none; None for nothing.
 
     Returns:
         The path of the page.
@@ -42,17 +50,26 @@ def write_page(
     """
     if not runs:
         raise QvitError("no run to report on: give at least one run directory")
-    return write_html(render_page(runs, title=title, summary=summary), out)
+    return write_html(render_page(runs, title=title, summary=summary, trial=trial), out)
 
 
-def render_page(runs: Sequence[Run], *, title: str | None = None, summary: Mapping[str, Any] | None = None) -> str:
+def render_page(
+    runs: Sequence[Run],
+    *,
+    title: str | None = None,
+    summary: Mapping[str, Any] | None = None,
+    trial: Trial | str | None = None,
+) -> str:
     """The page as text; see `write_page`."""
     groups, canvas = group_runs(runs), Canvas()
     ordered = sorted(SECTIONS.values(), key=lambda section: section.order)
     parts = [(section.name, section.heading, section.render(groups, canvas)) for section in ordered]
+    if trial is not None:
+        parts.insert(1, trial_section(trial))
     said = verdict_box(verdict(runs), most=MAX_SENTENCES)
     header = f"{said}{_unfinished(groups)}{_facts(runs, summary or {})}{_options(runs)}"
-    return document(title or _title(runs), header, parts, canvas)
+    given = {"data": trial_data(trial), "program": trial_program(trial)} if isinstance(trial, Trial) else {}
+    return document(title or _title(runs), header, parts, canvas, **given)
 
 
 def _title(runs: Sequence[Run]) -> str:

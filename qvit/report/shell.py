@@ -2,16 +2,18 @@
 
 plotly.js, style and data are inside, and no address is ever asked for anything. As a second wall behind the escaping of
 `qvit.report.markup`, the content security policy allows exactly the scripts of the page, by their hashes, and no
-connection at all.
+connection at all; WebAssembly is allowed where a page brings some (`Program`).
 """
 
 from __future__ import annotations
 
 import base64
 import functools
+import gzip
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -30,6 +32,19 @@ COSTS_NOTE = (
 WIDTHS_NOTE = "The widths follow Q-ViT (Li et al. 2022, arXiv 2201.07703)."
 
 
+@dataclass(frozen=True)
+class Program:
+    """What a page computes with beside its figures.
+
+    Attributes:
+        modules: Texts of JavaScript modules, run one after the other behind the common script.
+        blobs: Bytes by name: each is in the element `#blob-NAME`, gzip in base64.
+    """
+
+    modules: Sequence[str]
+    blobs: Mapping[str, bytes]
+
+
 @functools.cache
 def asset(name: str) -> str:
     """A file of `qvit/report/assets`: style, a script or the frame of all pages, as text."""
@@ -46,6 +61,7 @@ def document(
     footer: str = f"{COSTS_NOTE} {WIDTHS_NOTE}",
     data: object = None,
     script: str = "",
+    program: Program | None = None,
 ) -> str:
     """The whole page.
 
@@ -58,6 +74,7 @@ def document(
         footer: HTML.
         data: Plain data for `script`, as JSON in the element `#data`.
         script: The asset that is run after the common script.
+        program: Modules that run last, and their bytes.
     """
     parts = [(name, escape(text), body) for name, text, body in parts if body]
     links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text, _ in parts)
@@ -65,15 +82,19 @@ def document(
         f'<section id="{name}" aria-labelledby="{name}-h"><h2 id="{name}-h">{text}</h2>{body}</section>'
         for name, text, body in parts
     )
-    library = re.sub(r"</(script)", r"<\\/\1", get_plotlyjs(), flags=re.IGNORECASE)
-    scripts = [library, asset("page.js"), *([asset(script)] if script else [])]
-    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts]
+    scripts = [get_plotlyjs(), asset("page.js"), *([asset(script)] if script else [])]
     own = "" if data is None else f'<script type="application/json" id="data">{embedded(data)}</script>\n'
-    code = "\n".join(f"<script>{text}</script>" for text in scripts)
+    for name, content in (program.blobs if program else {}).items():
+        packed = base64.b64encode(gzip.compress(content, mtime=0)).decode()
+        own += f'<script type="application/octet-stream" id="blob-{name}">{packed}</script>\n'
+    kinds = [("", scripts), (' type="module"', program.modules if program else ())]
+    inside = [(kind, re.sub(r"</(script)", r"<\\/\1", text, flags=re.I)) for kind, texts in kinds for text in texts]
+    code = "\n".join(f"<script{kind}>{text}</script>" for kind, text in inside)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for _, text in inside]
+    allowed = [*(f"'sha256-{digest}'" for digest in digests), *(["'wasm-unsafe-eval'"] if program else [])]
     return Template(asset("page.html")).substitute(
         heading=escape(heading), header=header, skip=escape(skip), links=links, main=main, footer=footer,
-        hashes=" ".join(f"'sha256-{digest}'" for digest in digests), style=asset("page.css"),
-        figures=canvas.to_json(), own=own, code=code,
+        scripts=" ".join(allowed), style=asset("page.css"), figures=canvas.to_json(), own=own, code=code,
     )  # fmt: skip
 
 

@@ -6,9 +6,10 @@ A small ViT is trained in float first; both methods start from its weights.
 
 The images are real scans (scikit-learn's digits, 8×8): 1,200 to train and calibrate, 597 to test, which no run sees
 before its last line. At the end every quantized model is packed, and its integers are scored beside the simulated
-model. Runs are ordinary run directories under DIR/runs, made by as many processes as there are cores, one thread each.
-A demo that was stopped goes on where it was; one that is complete is only shown again. Nothing here knows who wins: the
-table and the sentences below it are computed from the runs.
+model; those of Q-ViT are put into the page, to be tried out. Runs are ordinary run directories under DIR/runs, made by
+as many processes as there are cores, one thread each. A demo that was stopped goes on where it was; one that is
+complete is only shown again. Nothing here knows who wins: the table and the sentences below it are computed from the
+runs.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def run_demo(
     workers: int | None = None,
     overwrite: bool = False,
     short: bool = False,
+    try_it: bool = False,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Runs what is missing of the demo, writes `results.json` and `report.html`.
@@ -96,6 +98,7 @@ def run_demo(
         workers: Processes; None: one per core.
         overwrite: Runs everything again.
         short: Two epochs per run, to try the machinery; the numbers mean nothing.
+        try_it: Puts the models of Q-ViT into the page, to try them there, or the reason why that is not possible.
         console: Where progress goes.
 
     Returns:
@@ -107,11 +110,11 @@ def run_demo(
     if workers is not None and workers < 1:
         raise UsageError(f"a demo needs at least one process, not {workers}")
     with writing(Path(out)):
-        return _run(Path(out), seeds, workers, overwrite, short, console or Console(stderr=True))
+        return _run(Path(out), seeds, workers, overwrite, short, try_it, console or Console(stderr=True))
 
 
 def _run(
-    folder: Path, seeds: int, workers: int | None, overwrite: bool, short: bool, console: Console
+    folder: Path, seeds: int, workers: int | None, overwrite: bool, short: bool, try_it: bool, console: Console
 ) -> dict[str, Any]:
     started = time.perf_counter()
     listed = jobs(folder, list(range(seeds)), short=short)
@@ -124,10 +127,31 @@ def _run(
         results["packed"] = pack(folder, listed)
     results["seconds"] = round(time.perf_counter() - started, 1) if ran else before.get("seconds")
     write_json(folder / RESULTS, results)
-    from qvit.report import load_runs, write_page
-
-    write_page(load_runs([folder]), folder / REPORT, title="Q-ViT beside LSQ+ on handwritten digits", summary=results)
+    if ran or not (try_it and _has_panel(folder / REPORT)):
+        _write_page(folder, results, try_it, console)
     return results
+
+
+def _write_page(folder: Path, results: dict[str, Any], try_it: bool, console: Console) -> None:
+    """The report, with the models of Q-ViT in it if that is asked for and possible."""
+    from qvit.report import load_runs, write_page
+    from qvit.runs.trial import trial_of
+
+    runs, trial = load_runs([folder]), None
+    if try_it:
+        try:
+            ours = [run for run in runs if run.method == "qvit"]
+            trial = trial_of(ours, notify=lambda text: console.print(text, markup=False, highlight=False))
+        except QvitError as error:
+            trial = f"The models cannot be tried out in this page: {error}."
+            console.print(trial, markup=False, highlight=False)
+    title = "Q-ViT beside LSQ+ on handwritten digits"
+    write_page(runs, folder / REPORT, title=title, summary=results, trial=trial)
+
+
+def _has_panel(page: Path) -> bool:
+    """Whether a page has models to try out: making them takes longer than all the rest of it."""
+    return page.is_file() and b'id="trial-panel"' in page.read_bytes()
 
 
 def summarize(folder: Path, listed: list[Job]) -> dict[str, Any]:

@@ -112,8 +112,11 @@ def evaluate_packed(
     workers: int = 0,
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
+    start: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores a packed model on images, by an engine of `qvit.load`.
+
+    `start` is told how many there are, `progress` how many are done.
 
     Returns:
         `{"top1", "top5", "images", "engine", "arithmetic"}`, in percent.
@@ -126,6 +129,8 @@ def evaluate_packed(
     if class_map is None and names is None and "num_classes" in artifact.model_kwargs:
         require_all_classes(source, artifact.model_kwargs["num_classes"])
     loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers)
+    if start is not None:
+        start(len(source))
     scores = evaluate(Running(running), loader, progress=progress)
     return scores | {"engine": running.name, "arithmetic": running.arithmetic}
 

@@ -70,6 +70,7 @@ from qvit.training.evaluate import evaluate
 from qvit.training.log import RunLog, Stopwatch
 from qvit.training.loop import Trainer, micro_batch
 from qvit.training.processes import Processes
+from qvit.training.progress import TrainingProgress
 from qvit.version import __version__
 
 TO_SCORE_BY = "to score by; `qvit ptq` judges without labels, by the agreement with the float model"
@@ -181,8 +182,12 @@ def evaluate_run(
     workers: int = 0,
     device: str = "auto",
     progress: Callable[[int], None] | None = None,
+    start: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores a run's model on other images: `{"top1", "top5", "images"}` in percent."""
+    """Scores a run's model on other images: `{"top1", "top5", "images"}` in percent.
+
+    `start` is told how many there are, `progress` how many are done.
+    """
     run = Path(out)
     config, record = read_config(run)
     place = Processes(device).device
@@ -191,6 +196,8 @@ def evaluate_run(
     require_labels(source, TO_SCORE_BY)
     if class_map is None and not record.get("class_names"):
         require_all_classes(source, int(record["num_classes"]))
+    if start is not None:
+        start(len(source))
     return evaluate(
         model,
         eval_loader(source, data_config_of(model), Reading(batch_size, workers, place)),
@@ -245,7 +252,7 @@ def _execute(
         require_apart(subject.bundle.train, subject.bundle.test)
     elif config.labels is None:
         require_labels(subject.bundle.train, TO_TRAIN_BY)
-    run = _Run(config, folder, method, subject, inspect_model(subject.model), watch, notify)
+    run = _Run(config, folder, method, subject, inspect_model(subject.model), watch, notify, quiet)
     plan = method.plan(run.cost)
     if plan is not None and config.weights is None and not config.pretrained:
         notify("no --weights and no --pretrained: the float model is untrained, and so will be what is made of it")
@@ -273,6 +280,7 @@ class _Run:
     cost: CostModel
     watch: Stopwatch
     notify: Notify
+    quiet: bool
 
     @property
     def processes(self) -> Processes:
@@ -390,8 +398,9 @@ class _Run:
         """Scores a model on some images, beside the reference if one is given; each image in one process."""
         loader = self.subject.loader(source, max(64 if self.method.trains else 1, self.micro_batch))
 
-        def score(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Any]:
-            return evaluate(model, loader, reference=reference, labelled=source.labelled, reduce=self.processes.sum)
+        def score(model: nn.Module, reference: nn.Module | None = None, **options: Any) -> dict[str, Any]:
+            common = {"labelled": source.labelled, "reduce": self.processes.sum}
+            return evaluate(model, loader, reference=reference, **common, **options)
 
         return score
 
@@ -424,8 +433,11 @@ class _Run:
             save_weights(self.folder / WEIGHTS_FILE, model)
         test = self.subject.bundle.test
         self.notify(f"evaluating on {len(test)} test images")
-        with self.watch("evaluate"):
-            scores = self.evaluator(test)(model, self.subject.model if method.quantizes else None)
+        own = -(-len(test) // self.processes.world_size)
+        bar = TrainingProgress("evaluating", own, enabled=self.processes.is_main and not self.quiet)
+        reference = self.subject.model if method.quantizes else None
+        with self.watch("evaluate"), bar:
+            scores = self.evaluator(test)(model, reference, progress=lambda images: bar.update(images, {}))
         result = {
             "version": RESULT_VERSION,
             "model": config.model,

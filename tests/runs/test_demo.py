@@ -171,6 +171,32 @@ def test_what_is_missing_or_made_with_other_options_is_run(tmp_path: Path, monke
     assert sorted(asked) == ["lsq+-3bit-seed0", "qvit-2bit-seed1"]
 
 
+def test_the_page_has_a_panel_or_says_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made once: with the models in it a page takes longer than everything else that a complete demo does."""
+    write_results(tmp_path, ACCURACIES)
+    fake_page(monkeypatch)
+    runs = [SimpleNamespace(method=method, log=SimpleNamespace(epochs=())) for method in ("float", "lsq+", "qvit")]
+    written: list[Any] = []
+
+    def write(_: Any, path: Path, *, trial: Any, **__: Any) -> None:
+        written.append(trial)
+        path.write_text(f'<div id="trial-panel">{trial}</div>' if trial == "the panel" else str(trial))
+
+    def without_npm(given: list[Any], **_: Any) -> Any:
+        raise QvitError("npm is not installed")
+
+    monkeypatch.setattr("qvit.report.load_runs", lambda paths: runs)
+    monkeypatch.setattr("qvit.report.write_page", write)
+    monkeypatch.setattr("qvit.runs.trial.trial_of", without_npm)
+    run_demo(tmp_path, seeds=3, console=silent())
+    run_demo(tmp_path, seeds=3, try_it=True, console=silent())
+    assert written == [None, "The models cannot be tried out in this page: npm is not installed."]
+    monkeypatch.setattr("qvit.runs.trial.trial_of", lambda given, **_: "the panel" if given == runs[2:] else None)
+    for _ in range(2):
+        run_demo(tmp_path, seeds=3, try_it=True, console=silent())
+    assert written[2:] == ["the panel"]
+
+
 class InThisProcess:
     """Stands for the pool of processes."""
 

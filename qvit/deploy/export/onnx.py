@@ -277,8 +277,7 @@ def onnx_model(
                 dynamic_shapes=dynamic, verbose=False,
             )  # fmt: skip
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise QvitError(f"torch cannot export this {type(model).__name__}: {reason}") from error
+        raise cannot_export(model, error) from error
     if batch is None and isinstance(program.model.graph.inputs[0].shape[0], int):
         raise QvitError(f"an exported {type(model).__name__} takes one number of images only: give it as `batch`")
     if small:
@@ -288,6 +287,32 @@ def onnx_model(
     program.model.metadata_props.update({ARITHMETIC: arithmetic_in_words(form), **(metadata or {})})
     program.model.producer_name = "qvit"
     return program.model_proto
+
+
+def float_graph(model: nn.Module, images: Tensor) -> Any:
+    """The graph of a float model for any number of images, as an `onnx.ModelProto`; `images` are an example.
+
+    Raises:
+        UsageError: A package is missing.
+        QvitError: What torch cannot export, with its reason.
+    """
+    require("onnx", "onnxscript")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program: Any = torch.onnx.export(
+                model, (images,), dynamo=True, input_names=["images"], output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False,
+            )  # fmt: skip
+    except Exception as error:
+        raise cannot_export(model, error) from error
+    return program.model_proto
+
+
+def cannot_export(model: nn.Module, error: Exception) -> QvitError:
+    """What torch said about a model that it cannot trace, in one sentence."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    return QvitError(f"torch cannot export this {type(model).__name__}: {reason}")
 
 
 def _use_small_containers(graph_model: Any) -> None:
@@ -326,16 +351,20 @@ def artifact_graph(
     artifact: Artifact, arithmetic: GraphArithmetic, *, small: bool = False, batch: int | None = None
 ) -> Any:
     """The graph of a packed model, which says where it comes from; see `onnx_model`."""
-    origin = {
+    return onnx_model(
+        artifact.model(), arithmetic, image_size(artifact),
+        integers=artifact.integers, small=small, batch=batch, metadata=origin_of(artifact),
+    )  # fmt: skip
+
+
+def origin_of(artifact: Artifact) -> dict[str, str]:
+    """What an exported file says of its model: name, preprocessing, classes, plan."""
+    return {
         "qvit.model": artifact.model_name,
         "qvit.data_config": json.dumps(artifact.data_config),
         "qvit.class_names": json.dumps(list(artifact.class_names)),
         "qvit.plan.quant_plan": artifact.plan.name,
     }
-    return onnx_model(
-        artifact.model(), arithmetic, image_size(artifact),
-        integers=artifact.integers, small=small, batch=batch, metadata=origin,
-    )  # fmt: skip
 
 
 def metadata_of(graph: Any) -> dict[str, str]:

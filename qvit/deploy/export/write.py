@@ -7,6 +7,7 @@ over the edge between two integers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from torch import Tensor
 from qvit.deploy.engines.openvino import int8_is_exact as openvino_int8_is_exact
 from qvit.deploy.engines.reference import ReferenceEngine
 from qvit.deploy.export.onnx import export_onnx, export_openvino, image_size
+from qvit.deploy.export.program import export_executorch, export_program
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.packages import missing, onnxruntime_session, openvino_core
 from qvit.errors import UsageError, nearest
 from qvit.locks import writing_file
 
-SUFFIXES = {"onnx": ".onnx", "openvino": ".xml"}
+_log = logging.getLogger(__name__)
+SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "executorch": ".pte"}
 CONTAINERS = ("small", "8bit")
-RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino"}
+RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch", "executorch": "executorch"}
 
 
 def export(
@@ -37,18 +40,20 @@ def export(
     vnni: bool = True,
     overwrite: bool = False,
     check: bool = True,
+    notify: Callable[[str], None] = _log.info,
 ) -> dict[str, Any]:
     """Exports a packed file.
 
     Args:
         source: The packed file.
-        to: `onnx` or `openvino`.
-        out: The file; None: beside the packed file, with the suffix `.onnx` or `.xml`.
+        to: One of `SUFFIXES`.
+        out: The file; None: beside the packed file, with the suffix of its format.
         containers: Of an ONNX file's weights: `small` (None) or `8bit`, see `export_onnx`.
-        batch: Images in a call; None for any number.
+        batch: Images in a call; None for any number, of ExecuTorch 1.
         vnni: False: an OpenVINO model that is exact on x86 processors without VNNI, too.
         overwrite: Replaces a file that is there.
         check: Runs what was written, if its runtime is installed.
+        notify: Is told what is done.
 
     Returns:
         `file`, `to`, `bytes`, `containers`, `batch`, `vnni`, and `check`: `images`, `largest_difference` of logits,
@@ -65,23 +70,33 @@ def export(
         raise UsageError(
             f"unknown containers '{containers}'{nearest(containers, CONTAINERS)} ({', '.join(CONTAINERS)})"
         )
-    if to == "openvino" and containers is not None:
-        raise UsageError("containers are chosen for ONNX files: OpenVINO's hold 8 bits")
+    if to != "onnx" and containers is not None:
+        raise UsageError("containers are chosen for ONNX files: others hold 8 bits")
     if to == "onnx" and not vnni:
         raise UsageError("ONNX files multiply uint8 by uint8, which is exact without VNNI: leave that option out")
     if batch is not None and batch < 1:
         raise UsageError(f"a batch has at least 1 image, not {batch}")
+    if to in ("torch", "executorch") and not vnni:
+        raise UsageError(
+            "programs of torch multiply in float units, which is exact without VNNI: leave that option out"
+        )
+    batch = 1 if to == "executorch" and batch is None else batch
     target = Path(source).with_suffix(SUFFIXES[to]) if out is None else Path(out)
-    written = [target] if to == "onnx" else [target, target.with_suffix(".bin")]
+    written = [target, target.with_suffix(".bin")] if to == "openvino" else [target]
     if target.is_dir() or Path(source).resolve() in [file.resolve() for file in written]:
         raise UsageError(f"{target} is {'a folder' if target.is_dir() else 'the packed file'}: name a file with --out")
     there = [file for file in written if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{there[0]} is there: choose another --out, or --overwrite")
     artifact = Artifact.load(source)
+    notify(f"writing {target}")
     with writing_file(target):
         if to == "onnx":
             export_onnx(artifact, target, small=containers != "8bit", batch=batch)
+        elif to == "torch":
+            export_program(artifact, target, batch=batch)
+        elif to == "executorch":
+            export_executorch(artifact, target, batch=batch or 1)
         else:
             export_openvino(artifact, target, batch=batch, exact_pairs=vnni)
     return {
@@ -100,6 +115,14 @@ def exported_runner(path: Path, to: str) -> Callable[[Tensor], Tensor]:
     if to == "onnx":
         session = onnxruntime_session(path)
         return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    if to == "torch":
+        program = torch.export.load(path).module()
+        return lambda images: program(images).detach()
+    if to == "executorch":
+        from executorch.runtime import Runtime  # type: ignore[import-not-found]
+
+        method = Runtime.get().load_program(path).load_method("forward")
+        return lambda images: method.execute([images])[0].clone()
     compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0].copy())
 
