@@ -52,9 +52,11 @@ from qvit.methods.ptq.reconstruction import Progress
 from qvit.models.convert import plan_of, quantize
 from qvit.models.create import WEIGHTS_FILE, create_model, without_storage
 from qvit.models.families import inspect_model
+from qvit.models.features import answers_with_features
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear, read_config, require_finished, written
+from qvit.runs.features import compare_features
 from qvit.runs.subject import Subject, float_model, open_images, open_subject
 from qvit.tensors import total_bytes
 from qvit.training.checkpoint import (
@@ -63,6 +65,7 @@ from qvit.training.checkpoint import (
     load_state,
     read_tensors,
     save_weights,
+    seed_everything,
 )
 from qvit.training.config import TrainConfig
 from qvit.training.distill import Teacher
@@ -176,17 +179,38 @@ def evaluate_run(
     out: str | Path,
     data: str,
     *,
+    features: bool = False,
+    weights: str | None = None,
     class_map: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
     device: str = "auto",
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores a run's model on other images: `{"top1", "top5", "images"}` in percent."""
+    """Scores a run's model on other images: `{"top1", "top5", "images"}` in percent.
+
+    Args:
+        out: The run.
+        data: Images, as for training.
+        features: Judges features beside those of the float model instead, see `measure.features`; a model that answers
+            with features is always judged so.
+        weights: With features: where the float model's weights are, if no longer where the run took them from.
+        class_map, batch_size, workers, device, progress: See the command.
+    """
     run = Path(out)
     config, record = read_config(run)
     place = Processes(device).device
     model = load_run(run, place)
+    if features or answers_with_features(model):
+        if not create_method(config).quantizes:
+            raise UsageError(f"{run} holds a float model: its features are what those of quantized ones are judged by")
+        source = _images_to_score(config, {"class_names": []}, data, class_map)  # folders of any classes
+        seed_everything(config.seed)  # a model that was never trained has the weights of the seed
+        classes = int(record["num_classes"])
+        float_config = config if weights is None else config.model_copy(update={"weights": weights})
+        reference = float_model(float_config, classes).to(place).eval()
+        loader = eval_loader(source, data_config_of(model), Reading(batch_size, workers, place))
+        return compare_features(model, reference, loader, labelled=source.labelled, by_token=True, progress=progress)
     source = _images_to_score(config, record, data, class_map)
     require_labels(source, TO_SCORE_BY)
     if class_map is None and not record.get("class_names"):
@@ -388,10 +412,26 @@ class _Run:
 
     def evaluator(self, source: Source) -> Callable[..., dict[str, Any]]:
         """Scores a model on some images, beside the reference if one is given; each image in one process."""
-        loader = self.subject.loader(source, max(64 if self.method.trains else 1, self.micro_batch))
+        size = max(64 if self.method.trains else 1, self.micro_batch)
+        if answers_with_features(self.subject.model):
+            return self._feature_evaluator(source, size)
+        loader = self.subject.loader(source, size)
 
         def score(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Any]:
             return evaluate(model, loader, reference=reference, labelled=source.labelled, reduce=self.processes.sum)
+
+        return score
+
+    def _feature_evaluator(self, source: Source, size: int) -> Callable[..., dict[str, Any]]:
+        """Judges features beside those of the reference; every process has all images, which are neighbours."""
+        reading = replace(self.subject.reading(size), rank=0, world_size=1)
+        loader = eval_loader(source, self.subject.data_config, reading)
+
+        def score(model: nn.Module, reference: nn.Module | None = None) -> dict[str, Any]:
+            if reference is None:
+                return {"images": len(source)}
+            found = compare_features(model, reference, loader, labelled=source.labelled)
+            return {"images": found.pop("images"), "features": found}
 
         return score
 
@@ -435,6 +475,7 @@ class _Run:
             "top5": scores.get("top5"),
             "agreement": scores.get("agreement"),
             "divergence": scores.get("divergence"),
+            **({"features": scores["features"]} if "features" in scores else {}),
             "images": scores["images"],
             "budget": config.budget,
             "bit_operations": cost["bit_operations"],
@@ -488,7 +529,7 @@ def run_record(config: TrainConfig, subject: Subject, processes: Processes) -> d
     """The content of `config.json`: every option, and what is needed to understand the run later."""
     bundle = subject.bundle
     return config.model_dump() | {
-        "num_classes": bundle.num_classes or getattr(subject.model, "num_classes", None),
+        "num_classes": _classes_of(subject),
         "class_names": list(bundle.class_names),
         "data_note": bundle.note,
         "labels_digest": None if config.labels is None else SoftLabelStore(config.labels).digest,
@@ -503,6 +544,12 @@ def run_record(config: TrainConfig, subject: Subject, processes: Processes) -> d
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _classes_of(subject: Subject) -> int | None:
+    """Classes of a run's model: those of the data, or its own where it has none or the data have no labels."""
+    own = getattr(subject.model, "num_classes", None)
+    return own if own == 0 else subject.bundle.num_classes or own
 
 
 def _hardware(device: str) -> str:

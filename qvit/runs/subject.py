@@ -162,7 +162,8 @@ def float_model(
         QvitError: Weights that cannot be read, or a classifier that they do not fit.
     """
     kwargs = ({} if num_classes is None else {"num_classes": num_classes}) | options.model_kwargs
-    if num_classes is not None and kwargs["num_classes"] < num_classes:
+    features_alone = kwargs.get("num_classes") == 0  # whatever the images show
+    if num_classes is not None and not features_alone and kwargs["num_classes"] < num_classes:
         raise UsageError(f"the data have {num_classes} classes, the model is asked for {kwargs['num_classes']}")
     if "num_classes" not in kwargs and options.weights and is_checkpoint(options.weights):
         kwargs["num_classes"] = open_checkpoint(options.weights).num_classes

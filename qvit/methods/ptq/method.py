@@ -41,6 +41,7 @@ from qvit.allocate import allocate_plan
 from qvit.allocate.units import Unit
 from qvit.errors import UsageError
 from qvit.measure import Sensitivity, measure_sensitivity
+from qvit.measure.distance import distance_of
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
@@ -166,7 +167,7 @@ class PTQMethod(Method):
                 return divergences(model, source, grids, few)
 
         limit = None if self.config.plan is not None or _PRESET.fullmatch(budget) else bit_operations_of(budget, cost)
-        chosen, self.class_token = choose(plan, cost, options.class_token, limit, measure)
+        chosen, self.class_token = choose(plan, cost, options.class_token, limit, measure, distance_of(model).name)
         if self.class_token is not None:
             own = self.class_token
             given.notify(f"{own.width} bits for the class token: {'yes' if own.used else 'no'}; {own.reason}")
