@@ -243,6 +243,7 @@ class GateTrial(Document):
     images: Annotated[int, Field(ge=1, le=1 << 62)]
     lost: Count
     gained: Count
+    deviation: Positive | None = None  # of the loss between images, in points; of features alone
 
 
 class GateTrials(Document):
@@ -256,7 +257,7 @@ class Gate(GateTrials):
 
     max_drop: Positive
     objective: Name
-    measure: Literal["accuracy", "agreement"]
+    measure: Literal["accuracy", "agreement", "features"]
     drop: Number
     images: Count
     confidence: Annotated[float, Field(ge=0, le=1)]

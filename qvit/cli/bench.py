@@ -106,9 +106,7 @@ def _show(result: dict[str, Any], *, profile: bool) -> None:
     if judged:
         images = f"{result['compared_images']} images; wrong: one with"
         if has_features(result):
-            least = (
-                f"a mean cosine of at least {result['right_cosine']:g} with the float model's features of {images} less"
-            )
+            least = f"a mean cosine of at least {result['right_cosine']:g} with the float features of {images} less"
         else:
             least = f"at least {result['right_percent']:g} % of the float model's answers to {images} fewer"
         say(f"right: a peer with {least}")

@@ -34,6 +34,7 @@ from qvit.data.open import (
 )
 from qvit.errors import QvitError, UsageError
 from qvit.models.create import create_model
+from qvit.models.features import answers_with_features
 from qvit.models.transformers import is_checkpoint, open_checkpoint
 from qvit.runs.requests import Request
 from qvit.training.checkpoint import seed_everything
@@ -198,6 +199,11 @@ def open_subject(
     if isinstance(options, Request):
         require_labels(bundle.test, "to judge by")
     model = float_model(options, bundle.num_classes, new_classifier=new_classifier).to(processes.device).eval()
+    if isinstance(options, Request) and answers_with_features(model):
+        raise UsageError(
+            f"{options.model} answers with features, not with classes: `qvit ptq` and `qvit evaluate` judge those, "
+            "this measures accuracy"
+        )
     judged = _drawn(bundle.test, options.images, options.seed) if isinstance(options, Request) else bundle.test
     return Subject(options, model, bundle, judged, data_config_of(model), processes)
 

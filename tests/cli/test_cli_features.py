@@ -123,7 +123,7 @@ def test_bench_judges_features_by_cosine(qvit: Qvit, photos: Path, tmp_path: Pat
     assert 0.99 < ours["cosine_to_float"] < 1 and ours["cosine_to_simulated"] > 0.999
     peers = [row for row in result["rows"] if not row["ours"]]
     assert peers and all(row["right"] is (row["cosine_to_float"] >= 0.99) for row in peers)
-    assert "a mean cosine of at least 0.99 with the float model's features" in answer.out
+    assert "a mean cosine of at least 0.99 with the float features" in answer.out
     assert "as float %" not in answer.out and f"{ours['cosine_to_float']:.4f}" in answer.out
     text = page.read_text()
     assert f"{ours['cosine_to_float']:.4f}" in text and "same first class" not in text
@@ -140,3 +140,38 @@ def test_weights_of_a_classifier_serve_a_model_without(
         "w8a8", "--out", tmp_path / "run", *OPTIONS, "--json",
     ).json  # fmt: skip
     assert result["features"]["cosine"] > 0.999
+
+
+def test_widths_are_chosen_by_the_features(qvit: Qvit, photos: Path, tmp_path: Path) -> None:  # noqa: F811
+    weights, table = weights_of(tmp_path / "w.safetensors", **HEADLESS), tmp_path / "s.json"
+    given = ["vit_small_patch16_224", *arguments(**HEADLESS), "--weights", weights, "--data", photos]
+    measure = ["sensitivity", *given, "--images", "8", "--widths", "3,8", "--device", "cpu", "--out", table]
+    assert qvit(*measure, "--json").json["metric"] == "features"
+    assert "take the metric 'features' or 'cosine'" in qvit(*measure, "--metric", "fisher").failed(2)
+    plan = ["allocate", table, "--budget", "4bit", "--out", tmp_path / "plan.json", *arguments(**HEADLESS)]
+    assert qvit(*plan).code == 0
+    mixed = ["ptq", *given, "--budget", "5bit", "--metric", "cosine", "--sensitivity-images", "4", *OPTIONS]
+    assert qvit(*mixed, "--out", tmp_path / "mixed", "--json").json["metric"] == "cosine"
+    other = ["--weights", weights_of(tmp_path / "c.safetensors", num_classes=3), "-m", "num_classes=3"]
+    refused = [*given[:1], *arguments(), *other, "--data", photos, "--images", "8", "--metric", "features"]
+    answer = qvit("sensitivity", *refused, "--device", "cpu", "--out", tmp_path / "t.json")
+    assert "take the metric 'fisher', 'hessian' or 'kl'" in answer.failed(2)
+    analyzed = qvit("analyze", *given, "--eval-data", make_images(tmp_path / "e", {"a": 4, "b": 4}), "--out",
+                    tmp_path / "analysis")  # fmt: skip
+    assert "answers with features, not with classes" in analyzed.failed(2)
+
+
+def test_a_gate_of_features(qvit: Qvit, tmp_path: Path) -> None:  # noqa: F811
+    photos = make_images(tmp_path / "set", {"photos": 120}) / "photos"
+    weights, run = weights_of(tmp_path / "w.safetensors", num_classes=0), tmp_path / "run"
+    command = ["ptq", "vit_small_patch16_224", *arguments(num_classes=0), "--weights", weights, "--data", photos]
+    command += ["--deciding-images", "64", "--out", run, *OPTIONS]
+    answer = qvit(*command, "--max-drop", "1")
+    assert answer.code == 0, answer.err
+    gate = json.loads((run / "result.json").read_text())["gate"]
+    assert gate["measure"] == "features" and 0 < gate["drop"] <= 1 and 0.5 < gate["confidence"] <= 1
+    assert gate["drop"] < gate["drop_at_most"] and all(trial["deviation"] > 0 for trial in gate["trials"])
+    assert "moves features by" in answer.out and "points of top-1" not in answer.out + answer.err
+    assert qvit("report", run, "--out", tmp_path / "page.html").code == 0
+    assert "moves features by" in (tmp_path / "page.html").read_text()
+    assert "even w8a8 moves features by" in qvit(*command, "--max-drop", "0", "--overwrite").failed(1)

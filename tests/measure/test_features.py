@@ -14,6 +14,7 @@ from tiny_models import digit_batches, digits_model
 from torch import Tensor
 
 from qvit.errors import QvitError
+from qvit.measure import agreement_of, measure_sensitivity
 from qvit.measure.distance import COSINE, DIVERGENCE, distance_of
 from qvit.measure.features import (
     FeatureScores,
@@ -174,3 +175,14 @@ def test_features_in_front_of_the_classifier(family: str) -> None:
         torch.testing.assert_close(
             features(images), model.forward_head(model.forward_features(images), pre_logits=True)
         )
+
+
+def test_the_estimate_predicts_what_is_measured() -> None:
+    """Where errors are small, second order is all there is: `features` against `cosine`, over many signs."""
+    model, images = digits_model(num_classes=0, global_pool=""), digit_batches(12, 4)
+    measured = measure_sensitivity(model, images[:1], metric="cosine", widths=(6, 8))
+    estimated = measure_sensitivity(model, images[:1] * 12, metric="features", widths=(6, 8))
+    found = agreement_of(estimated, measured)
+    assert found["spearman"] > 0.9
+    assert 0.7 < found["median_ratio_by_width"]["6"] < 1.4
+    assert measure_sensitivity(model, images[:1], widths=(8,)).metric == "features"
