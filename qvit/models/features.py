@@ -24,19 +24,26 @@ def answers_with_features(model: nn.Module) -> bool:
 
 
 @contextmanager
-def feature_function(model: Any) -> Iterator[Features]:
-    """Within the block, a function from images to the features of a timm model: see the first lines of this file."""
+def classifier_inputs(model: Any) -> Iterator[list[Tensor]]:
+    """Within the block, what the (first) classifier of a timm model gets in every call; nothing where there is none."""
     heads = model.get_classifier()
     first = heads[0] if isinstance(heads, tuple) else heads
     seen: list[Tensor] = []
-
-    def run(images: Tensor) -> Tensor:
-        answer = model(images)
-        return seen.pop() if seen else answer
-
     with ExitStack() as stack:
         if isinstance(first, nn.Linear):
             stack.enter_context(first.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])))
+        yield seen
+
+
+@contextmanager
+def feature_function(model: nn.Module) -> Iterator[Features]:
+    """Within the block, a function from images to the features of a timm model: see the first lines of this file."""
+    with classifier_inputs(model) as seen:
+
+        def run(images: Tensor) -> Tensor:
+            answer = model(images)
+            return seen.pop() if seen else answer
+
         yield run
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvit.data.labels import SoftLabelStore
 from qvit.data.labels.loading import StoredLabels
@@ -52,7 +52,7 @@ from qvit.methods.ptq.reconstruction import Progress
 from qvit.models.convert import plan_of, quantize
 from qvit.models.create import WEIGHTS_FILE, create_model, without_storage
 from qvit.models.families import inspect_model
-from qvit.models.features import answers_with_features
+from qvit.models.features import answers_with_features, feature_function
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear, read_config, require_finished, written
@@ -267,8 +267,8 @@ def _execute(
     subject = open_subject(config, processes, notify, new_classifier=method.trains)
     if not method.trains:
         require_apart(subject.bundle.train, subject.bundle.test)
-    elif config.labels is None:
-        require_labels(subject.bundle.train, TO_TRAIN_BY)
+    else:
+        require_what_teaches(config, subject.model, subject.bundle.train)
     run = _Run(config, folder, method, subject, inspect_model(subject.model), watch, notify)
     plan = method.plan(run.cost)
     if plan is not None and config.weights is None and not config.pretrained:
@@ -371,6 +371,7 @@ class _Run:
             hooks=method,
             width_lr=method.width_lr,
             teacher=self.teacher(),
+            hints=self.hints(),
             monitor=self.monitor(),
             plan=lambda: self.plan_of(model).to_json() if method.quantizes else None,
             label=" ".join(filter(None, (config.method, config.budget))),
@@ -409,6 +410,23 @@ class _Run:
             num_classes=getattr(subject.model, "num_classes", None),
         )
         return teacher.to(subject.device)
+
+    def hints(self) -> Callable[[Tensor], Tensor] | None:
+        """The features that are distilled, those of the float model; None where none are."""
+        if not self.config.distill_features:
+            return None
+        if not self.method.quantizes:
+            raise UsageError(
+                f"method '{self.config.method}' makes a float model: there are no features of another to learn"
+            )
+        model = self.subject.model.eval().requires_grad_(False)
+
+        @torch.no_grad()
+        def features(images: Tensor) -> Tensor:
+            with feature_function(model) as run:
+                return run(images).float()
+
+        return features
 
     def evaluator(self, source: Source) -> Callable[..., dict[str, Any]]:
         """Scores a model on some images, beside the reference if one is given; each image in one process."""
@@ -498,6 +516,24 @@ def _plan_of_checkpoint(run: Path, state: dict[str, Any]) -> Any:
         return parse_json(state["plan"])
     except ValueError as error:
         raise QvitError(f"the checkpoint of {run} does not fit this run: its plan cannot be read: {error}") from None
+
+
+def require_what_teaches(config: TrainConfig, model: nn.Module, train: Source) -> None:
+    """Raises UsageError unless there is something to train by: labels, or the float model's features."""
+    if not answers_with_features(model):
+        if config.labels is None and not (config.distill_features and config.distill == 1):
+            require_labels(train, TO_TRAIN_BY)
+        if config.labels is None and not train.labelled and (config.mixup or config.cutmix):
+            raise UsageError(f"{train.name} has no labels to mix: leave out mixup and cutmix")
+        return
+    if not config.distill_features:
+        raise UsageError(
+            f"{config.model} answers with features, not with classes, so that labels teach it nothing: "
+            "--distill-features learns those of the float model"
+        )
+    for name in ("labels", "mixup", "cutmix", "label_smoothing", "distill", "monitor_share"):
+        if value := getattr(config, name):
+            raise UsageError(f"{config.model} answers with features: leave out {name}={value!r}, which needs classes")
 
 
 def require_same_labels(run: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import Qvit, qvit  # noqa: F401  (a fixture)
 from image_sets import make_images
-from tiny_models import shake
+from tiny_models import events, shake
 
 from qvit.models.create import create_model
 from qvit.tensors import encode
@@ -175,3 +175,58 @@ def test_a_gate_of_features(qvit: Qvit, tmp_path: Path) -> None:  # noqa: F811
     assert qvit("report", run, "--out", tmp_path / "page.html").code == 0
     assert "moves features by" in (tmp_path / "page.html").read_text()
     assert "even w8a8 moves features by" in qvit(*command, "--max-drop", "0", "--overwrite").failed(1)
+
+
+def test_training_learns_the_float_models_features(
+    qvit: Qvit,  # noqa: F811
+    photos: Path,
+    tmp_path: Path,
+) -> None:
+    """Without labels; what is learned is the features, so that they come nearer than calibration brought them."""
+    weights = weights_of(tmp_path / "w.safetensors", **HEADLESS)
+    command = ["train", "vit_small_patch16_224", *arguments(**HEADLESS), "--weights", weights, "--data", photos]
+    command += ["--method", "lsq", "--plan", "w3a3", "--batch-size", "8", "--device", "cpu", "--augment", "none"]
+    command += ["--set", "threads=1", "--set", "calibration_images=16"]
+    assert "--distill-features learns those" in qvit(*command, "--out", tmp_path / "a").failed(2)
+    learn = [*command, "--distill-features", "--lr", "1e-3"]
+    assert "leave out mixup=0.2" in qvit(*learn, "--set", "mixup=0.2", "--out", tmp_path / "a").failed(2)
+    assert qvit(*learn, "--dry-run", "--json").json["classes"] == 0
+    few, many = (
+        qvit(*learn, "--epochs", epochs, "--out", tmp_path / f"run{epochs}", "--json").json["features"]
+        for epochs in (1, 12)
+    )
+    assert many["cosine"] > few["cosine"] and many["relative_error"] < few["relative_error"]
+    assert events(tmp_path / "run1", "epoch")[0]["train_accuracy"] is None
+    losses = [event["train_loss"] for event in events(tmp_path / "run12", "epoch")]
+    assert losses[-1] < 0.7 * losses[0]
+    assert qvit("report", tmp_path / "run1", tmp_path / "run12", "--out", tmp_path / "page.html").code == 0
+    assert qvit("pack", tmp_path / "run12").code == 0
+
+
+def test_features_are_learned_beside_classes(qvit: Qvit, photos: Path, tmp_path: Path) -> None:  # noqa: F811
+    weights = weights_of(tmp_path / "w.safetensors", num_classes=3)
+    data = make_images(tmp_path / "set", {"a": 20, "b": 20, "c": 20})
+    command = [
+        "train",
+        "vit_small_patch16_224",
+        *arguments(),
+        "--weights",
+        weights,
+        "--method",
+        "lsq",
+        "--plan",
+        "w3a3",
+    ]
+    command += ["--batch-size", "16", "--device", "cpu", "--epochs", "1", "--set", "threads=1", "--set", "log_every=1"]
+    command += ["--set", "calibration_images=16", "--augment", "none"]
+    first: dict[str, float] = {}
+    for name, more in {"usual": [], "both": ["--distill-features"]}.items():
+        result = qvit(*command, "--data", data, *more, "--out", tmp_path / name, "--json").json
+        assert result["accuracy"] is not None and "features" not in result
+        first[name] = events(tmp_path / name, "step")[0]["task_loss"]
+    assert first["both"] > first["usual"]
+    unlabelled = [*command, "-m", "num_classes=3", "--data", photos, "--distill-features", "--out", tmp_path / "u"]
+    assert "no labels to train by" in qvit(*unlabelled).failed(2)
+    assert qvit(*unlabelled, "--distill", "1", "--json").json["agreement"] >= 0
+    compiled = qvit(*command, "--data", data, "--distill-features", "--set", "compile=true", "--out", tmp_path / "c")
+    assert "leave out compile, or distill_features" in compiled.failed(2)
