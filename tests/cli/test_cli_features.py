@@ -228,5 +228,6 @@ def test_features_are_learned_beside_classes(qvit: Qvit, photos: Path, tmp_path:
     unlabelled = [*command, "-m", "num_classes=3", "--data", photos, "--distill-features", "--out", tmp_path / "u"]
     assert "no labels to train by" in qvit(*unlabelled).failed(2)
     assert qvit(*unlabelled, "--distill", "1", "--json").json["agreement"] >= 0
+    assert "no labels to mix" in qvit(*unlabelled, "--distill", "1", "--set", "mixup=0.8", "--overwrite").failed(2)
     compiled = qvit(*command, "--data", data, "--distill-features", "--set", "compile=true", "--out", tmp_path / "c")
     assert "leave out compile, or distill_features" in compiled.failed(2)
