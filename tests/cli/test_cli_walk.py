@@ -90,6 +90,9 @@ def test_deit_of_transformers_is_as_accurate_as_that_of_timm(
     assert scores["transformers"]["top1"] == scores["timm"]["top1"] > 65
     features = qvit("evaluate", files["transformers"], *where, "--features", "--weights", folder).json
     assert features["cosine"] > 0.98 and features["tokens"] == 1
-    timed = qvit("bench", files["transformers"], "--engine", "qvit", "--no-peers", "--rounds", "1", "--seconds", "0.1",
-                 "--weights", folder, "--data", tmp_path / "photographs", "--class-map", classes, "--json")  # fmt: skip
-    assert all(row["error_to_simulated"] < 0.1 for row in timed.json["rows"])
+    timed = qvit(
+        "bench", files["transformers"], "--engine", "qvit-reference", "--engine", "qvit-native", "--rounds", "1",
+        "--seconds", "0.1", "--weights", folder, *data, "--eval-data", tmp_path / "photographs", "--images", "8",
+        "--json",
+    ).json  # fmt: skip
+    assert timed["rows"] and all(row["error_to_simulated"] < 0.1 for row in timed["rows"])
