@@ -57,7 +57,7 @@ def test_what_is_refused_says_why(title: str, why: str) -> None:
 
 @pytest.mark.parametrize(
     ("title", "outcome", "why"),
-    [("Dinov2Model", "yes", ""), ("Dinov2ForImageClassification", "refused", "class token beside the mean")],
+    [("Dinov2Model", "yes", ""), ("Dinov2ForImageClassification", "refused", "its classifier sees the class token")],
 )
 def test_models_of_transformers(title: str, outcome: str, why: str) -> None:
     pytest.importorskip("transformers")
