@@ -166,6 +166,30 @@ class RunRecord(RunHead):
 
 
 RESULT_VERSION = 2
+Cosine = Annotated[float, Field(ge=-1, le=1)]
+
+
+class TokenFeatures(Document):
+    """Features of one token beside the float model's."""
+
+    index: Count
+    name: Name
+    cosine: Cosine
+    relative_error: Positive
+
+
+class FeatureResult(Document):
+    """Features beside those of the float model, see `measure/features.py`; shares in percent."""
+
+    cosine: Cosine
+    cosine_least: Cosine
+    relative_error: Positive
+    tokens: Count
+    worst_token: TokenFeatures | None = None
+    neighbours: Percent | None = None
+    neighbour_images: Count
+    knn: Percent | None = None
+    knn_reference: Percent | None = None
 
 
 class _Scores(Document):
@@ -176,6 +200,7 @@ class _Scores(Document):
         accuracy: Of test images with labels, as `top5`; None without.
         agreement: Share of test images with the same first answer as the float model's.
         divergence: Mean of KL(p_float || p) over test images, in nats.
+        features: In place of these two, of a model that answers with features.
         seconds: By stage (`calibrate`, `sensitivity`, `allocate`, `reconstruct`, `train`, `evaluate`), and `total`.
     """
 
@@ -186,6 +211,7 @@ class _Scores(Document):
     top5: Percent | None = None
     agreement: Percent | None = None
     divergence: Positive | None = None
+    features: FeatureResult | None = None
     images: Count | None = None
     seconds: Annotated[dict[Name, Positive], Field(max_length=100)] = {}
     model: Name | None = None
@@ -217,6 +243,7 @@ class GateTrial(Document):
     images: Annotated[int, Field(ge=1, le=1 << 62)]
     lost: Count
     gained: Count
+    deviation: Positive | None = None  # of the loss between images, in points; of features alone
 
 
 class GateTrials(Document):
@@ -230,7 +257,7 @@ class Gate(GateTrials):
 
     max_drop: Positive
     objective: Name
-    measure: Literal["accuracy", "agreement"]
+    measure: Literal["accuracy", "agreement", "features"]
     drop: Number
     images: Count
     confidence: Annotated[float, Field(ge=0, le=1)]
@@ -454,6 +481,7 @@ class BenchRow(Document):
     Attributes:
         plan: Of rows of ours; files of one plan may leave it out.
         right: Whether a peer answers as the float model does; None where nothing tells.
+        cosine_to_float, cosine_to_simulated: Of features; the agreements are None then.
         kernels: Milliseconds by kind of kernel.
     """
 
@@ -471,7 +499,9 @@ class BenchRow(Document):
     ratio_to_right_peer: Positive | None = None
     right: bool | None = None
     kernels: Annotated[dict[Name, Positive], Field(max_length=1000)] | None = None
-    top1_agreement: Percent
+    top1_agreement: Percent | None
+    cosine_to_float: Cosine | None = None
+    cosine_to_simulated: Cosine | None = None
     error_to_float: Positive
     error_to_simulated: Positive | None
     agreement_with_simulated: Percent | None
@@ -499,6 +529,7 @@ class Bench(Document):
     images: Text
     speed_only: bool
     right_percent: Percent | None = None
+    right_cosine: Cosine | None = None
     calibration_images: Count
     compared_images: Count
     float_weights: Text
@@ -510,8 +541,10 @@ class Bench(Document):
 
     @model_validator(mode="after")
     def _says_what_is_right(self) -> Bench:
-        if self.right_percent is None and any(row.right is not None for row in self.rows):
-            raise ValueError("has rows that are right or wrong, but no 'right_percent'")
+        if self.right_percent is self.right_cosine is None and any(row.right is not None for row in self.rows):
+            raise ValueError("has rows that are right or wrong, but no 'right_percent' or 'right_cosine'")
+        if any(row.top1_agreement is row.cosine_to_float is None for row in self.rows):
+            raise ValueError("has rows without 'top1_agreement' or 'cosine_to_float'")
         return self
 
 

@@ -43,6 +43,7 @@ DOCUMENTS = (
     "docs/soft-labels.md",
     "docs/deployment.md",
     "docs/cli.md",
+    "docs/models.md",
 )
 _BLOCK = re.compile(r"<!-- results:(\w+):begin -->\n(.*?)<!-- results:(\w+):end -->", re.DOTALL)
 _PLACE = re.compile(r'data-figure="figures/([^"]+)"')

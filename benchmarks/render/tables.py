@@ -12,6 +12,7 @@
     labels        labels.json         what `benchmarks/measure/labels.py` measured
     deploy        deploy.json         what `benchmarks/measure/deploy.py` measured: a table per model and batch size
     packed        packed.json         what `benchmarks/measure/packed.py` measured: sizes, and agreement of every engine
+    model_table   model_table.json    what `benchmarks/measure/model_table.py` tried: every step, every kind of model
 
 Those of bits_ms*.json, evidence_*.json and fragile.json are in `bits.py`, `evidence_tables.py` and
 `evidence_fragile.py`. Where a file is missing, "Not measured yet" and the command to measure it stand in the table's
@@ -20,6 +21,7 @@ place.
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Any
 
@@ -460,3 +462,33 @@ def packed_tables(data: dict[str, Any]) -> str:
             "quantization in float32. Movement: median over images of the largest change of a logit. " + origin(data),
         ]
     )
+
+
+@table_of("model_table.json", "`python benchmarks/measure/model_table.py`")
+def model_table_tables(data: dict[str, Any]) -> str:
+    """What works with which model, step by step, and why what is refused is refused."""
+    steps = list(data["rows"][0]["steps"])
+    parts = []
+    for source, what in (("timm", "model of timm"), ("transformers", "class of transformers")):
+        own = [row for row in data["rows"] if row["source"] == source]
+        cells = [[_named(row), *(row["steps"][step]["outcome"] for step in steps), _why(row["steps"])] for row in own]
+        parts.append(table([what, *steps, "why not"], cells, left=len(steps) + 2))
+    return "\n\n".join([*parts, origin(data)])
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"`{row['name']}`" if row["title"] == row["name"] else f"{row['title']}: `{row['name']}`"
+
+
+def _why(steps: dict[str, dict[str, str]]) -> str:
+    """Each reason once, without what it says of other models; with the steps that it holds for, unless for all."""
+    reasons: dict[str, list[str]] = {}
+    for step, own in steps.items():
+        if "why" in own:
+            reason = re.split(r"\. Supported| \((?:supported|types that are):", own["why"])[0]
+            reasons.setdefault(reason, []).append(step)
+    told = []
+    for reason, where in reasons.items():
+        short = re.sub(r"^engine '\w+' does not run this model: ", "", reason).replace("|", "\\|")
+        told.append(short if len(where) == len(steps) else f"{', '.join(where)}: {short}")
+    return "; ".join(told)

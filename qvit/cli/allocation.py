@@ -37,7 +37,13 @@ def sensitivity(
         ),
     ],
     target: Annotated[Path, typer.Option("--out", help="The JSON file.")],
-    metric: Annotated[str, typer.Option(help="fisher, hessian, kl (slow) or learned (from a run).")] = "fisher",
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="fisher (the default), hessian, kl (slow) or learned (from a run); of models without classes features "
+            "(their default) or cosine (slow)."
+        ),
+    ] = None,
     widths: Annotated[str, typer.Option(help="Candidate widths: 2-8, or a list such as 2,3,4,6,8.")] = "2-8",
     plan: Annotated[
         str | None, typer.Option(help="Grids and granularity to measure with: preset or plan file.")
@@ -91,12 +97,12 @@ def sensitivity(
 
 def _measured(request: Request, target: Path, options: dict[str, Any]) -> Any:
     from qvit.data.open import calibration_batches, data_config_of
-    from qvit.measure import measure_sensitivity
+    from qvit.measure import default_metric, measure_sensitivity
     from qvit.models.create import create_model
     from qvit.training.processes import Processes
 
     if not request.data:
-        raise UsageError(f"metric '{options['metric']}' needs training images: give --data")
+        raise UsageError(f"metric '{options['metric'] or 'fisher'}' needs training images: give --data")
     if request.weights is None and not request.pretrained:
         raise UsageError(
             "give the float model's weights with --weights FILE or --pretrained: an untrained model says nothing"
@@ -119,7 +125,7 @@ def _measured(request: Request, target: Path, options: dict[str, Any]) -> Any:
         return measure_sensitivity(
             float_model,
             batches,
-            progress=partial(show, options["metric"]),
+            progress=partial(show, options["metric"] or default_metric(float_model)),
             partial=f"{target}{PARTIAL}",
             name=request.model,
             **options,

@@ -82,12 +82,14 @@ def bench(
 
 
 def _show(result: dict[str, Any], *, profile: bool) -> None:
-    from qvit.report.bench import doubts, name_of, right_peer
+    from qvit.report.bench import as_float, as_simulated, doubts, has_features, name_of, right_peer
 
     judged = any(row["right"] is not None for row in result["rows"])
     for batch in dict.fromkeys(row["batch"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["batch"] == batch]
+        percent = "" if has_features(result) else " %"
         columns = {name: cell for name, cell in _COLUMNS.items() if judged or name != _RIGHT}
+        columns |= {f"as float{percent}": as_float, "error": _error, f"as simulated{percent}": as_simulated}
         print_table(
             ("engine", *columns),
             [[name_of(row), *(cell(row) for cell in columns.values())] for row in rows],
@@ -102,10 +104,12 @@ def _show(result: dict[str, Any], *, profile: bool) -> None:
             say(f"fastest right peer at batch {batch}: {found}")
     say("×: time over that of the other, so below 1 is faster. Medians of calls; engines took turns in rounds.")
     if judged:
-        say(
-            f"right: a peer with at least {result['right_percent']:g} % of the float model's answers to "
-            f"{result['compared_images']} images; wrong: one with fewer"
-        )
+        images = f"{result['compared_images']} images; wrong: one with"
+        if has_features(result):
+            least = f"a mean cosine of at least {result['right_cosine']:g} with the float features of {images} less"
+        else:
+            least = f"at least {result['right_percent']:g} % of the float model's answers to {images} fewer"
+        say(f"right: a peer with {least}")
     for sentence in doubts(result):
         say(sentence)
     if profile:
@@ -190,12 +194,8 @@ def _ratio(key: str) -> Callable[[dict[str, Any]], str]:
     return lambda row: "" if row[key] is None else f"{row[key]:.2f}"
 
 
-def _as_float(row: dict[str, Any]) -> str:
-    return f"{row['top1_agreement']:.1f}" + (" wrong" if row["right"] is False else "")
-
-
-def _as_simulated(row: dict[str, Any]) -> str:
-    return "" if row["agreement_with_simulated"] is None else f"{row['agreement_with_simulated']:.1f}"
+def _error(row: dict[str, Any]) -> str:
+    return f"{row['error_to_float']:.2g}"
 
 
 _RIGHT = "× right peer"
@@ -205,7 +205,4 @@ _COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     _RIGHT: _ratio("ratio_to_right_peer"),
     "× openvino int8": _ratio("ratio_to_openvino_int8"),
     "× pytorch fp32": _ratio("ratio_to_pytorch_fp32"),
-    "as float %": _as_float,
-    "error": lambda row: f"{row['error_to_float']:.2g}",
-    "as simulated %": _as_simulated,
 }

@@ -34,13 +34,28 @@ def say(text: str) -> None:
 
 
 def without_labels(result: Mapping[str, Any]) -> str:
-    """How near a run's answers are to the float model's, where images have no labels; for the middle of a line."""
+    """How near a run's answers or features are to the float model's, where no label counts; within a line."""
+    if features := result.get("features"):
+        return f"features beside the float model's on {result['images']} images: {features_in_words(features)}"
     if result["agreement"] is None:
         return f"{result['images']} images without labels"
     return (
         f"same answer as the float model on {result['agreement']:.2f} % of {result['images']} images without labels, "
         f"divergence {result['divergence']:.3g} nats"
     )
+
+
+def features_in_words(scores: Mapping[str, Any]) -> str:
+    """How near features are to the float model's (`measure/features.py`); for the middle of a line."""
+    text = f"cosine {scores['cosine']:.4f} (least {scores['cosine_least']:.4f}"
+    if worst := scores["worst_token"]:
+        text += f"; worst token: {worst['name']}, {worst['cosine']:.4f}"
+    text += f"), relative error {scores['relative_error']:.3g}"
+    if scores["neighbours"] is not None:
+        text += f", same nearest neighbour for {scores['neighbours']:.2f} % of {scores['neighbour_images']} images"
+    if "knn" in scores:
+        text += f", 1-NN accuracy {scores['knn']:.2f} % (float {scores['knn_reference']:.2f} %)"
+    return text
 
 
 def print_table(

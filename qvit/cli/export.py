@@ -76,9 +76,12 @@ def export(
 def _words(check: dict[str, Any]) -> list[str]:
     if "skipped" in check:
         return [f"not run: {check['skipped']}"]
+    largest, difference = (f"{check[key]:.2g}" for key in ("largest_logit", "largest_difference"))
+    near = f"the features have a cosine of {check['cosine']:.4f} and" if "cosine" in check else ""
+    near = near or f"the same class in {check['agreement']:.0f} %, logits"
     lines = [
-        f"beside the reference on {check['images']} random images: the same class in {check['agreement']:.0f} %, "
-        f"logits differ by {check['largest_difference']:.2g} at most (largest logit {check['largest_logit']:.2g})"
+        f"beside the reference on {check['images']} random images: {near} differ by {difference} at most (largest "
+        f"{'value' if 'cosine' in check else 'logit'} {largest})"
     ]
     if check["saturates"]:
         lines.append(

@@ -87,6 +87,8 @@ def _of_gate(gate: dict[str, Any]) -> str:
     lost = f"loses {gate['drop']:.2f} points of top-1"
     if gate["measure"] == "agreement":
         lost = f"changes {gate['drop']:.2f} % of the answers"
+    if gate["measure"] == "features":
+        lost = f"moves features by {gate['drop']:.2f} points (100 · (1 - cosine))"
     return (
         f"gate: {plan} {lost} on {gate['images']} images that neither calibrated nor chose it; on more images of their "
         f"kind at most {gate['max_drop']:g} with {100 * gate['confidence']:.0f} % confidence, at most "

@@ -7,9 +7,24 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, Quiet, bops, notifier, print_json, print_table, progress_bar, say, size, spread
+from qvit.cli.console import (
+    Json,
+    Quiet,
+    bops,
+    features_in_words,
+    notifier,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+    size,
+    spread,
+)
 from qvit.cli.options import ClassMap, Device, Workers, command
 from qvit.errors import UsageError
+
+#: Tokens that a table of features shows; JSON has all.
+_WORST_TOKENS = 5
 
 
 @command("demo", order=1)
@@ -75,16 +90,37 @@ def evaluate(
         str | None, typer.Option(help="What runs a packed model: openvino, onnxruntime, torch, reference, native.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images that the model sees at a time.")] = 64,
+    features: Annotated[
+        bool,
+        typer.Option(
+            "--features",
+            help="Judge features beside the float model's, without labels: cosine, relative error, nearest neighbours. "
+            "Always so for a model without classes.",
+        ),
+    ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="With features: weights of the float model; a run knows where its own were."),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="With features of a packed model: take them from timm's hub.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Score a model on images: top-1 and top-5. A run is simulated in float, a packed model runs on integers.
 
+    With --features, or where a model has no classes, its features are judged beside those of the float model.
+
     Examples:  [cyan]qvit evaluate runs/deit --data imagenet/val --class-map classes.txt --json[/]
     [cyan]qvit evaluate runs/deit/packed.safetensors --data imagenet/val --engine onnxruntime[/]
+    [cyan]qvit evaluate runs/dino/packed.safetensors --data photos --weights dinov2-small --features[/]
     """
     if engine is not None and model.is_dir():
         raise UsageError(f"--engine is for packed models: `qvit pack {model}` makes one")
+    if pretrained and model.is_dir():
+        raise UsageError("--pretrained is for packed models: a run knows its float model")
     common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
+    common |= {"features": features, "weights": weights}
     images = 0
 
     def begin(count: int) -> None:
@@ -96,16 +132,31 @@ def evaluate(
         if model.is_file():
             from qvit.runs.packed import evaluate_packed
 
-            scores = evaluate_packed(model, data, engine=engine, **common)
+            scores = evaluate_packed(model, data, engine=engine, pretrained=pretrained, **common)
         else:
             from qvit.runs.run import evaluate_run
 
             scores = evaluate_run(model, data, device=device, **common)
     if as_json:
         return print_json(scores)
-    say(f"top-1 {scores['top1']:.2f} %   top-5 {scores['top5']:.2f} %   ({scores['images']} images)")
+    if "cosine" in scores:
+        _show_features(scores)
+    else:
+        say(f"top-1 {scores['top1']:.2f} %   top-5 {scores['top5']:.2f} %   ({scores['images']} images)")
     if "engine" in scores:
         say(f"engine {scores['engine']}: {scores['arithmetic']}")
+
+
+def _show_features(scores: dict[str, Any]) -> None:
+    """The scores of features, and the tokens that are furthest from the float model's."""
+    if scores["tokens"] > 1:
+        worst = sorted(scores["by_token"], key=lambda row: row["cosine"])[:_WORST_TOKENS]
+        print_table(
+            ("token", "index", "cosine", "relative error"),
+            [(row["name"], row["index"], f"{row['cosine']:.4f}", f"{row['relative_error']:.3g}") for row in worst],
+            title=f"the worst of {scores['tokens']} tokens, means over {scores['images']} images",
+        )
+    say(f"features: {features_in_words(scores)}   ({scores['images']} images)")
 
 
 @command("report", order=16)

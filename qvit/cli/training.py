@@ -31,8 +31,8 @@ def train(
         Given,
         Fields(
             TrainConfig,
-            "eval_data class_map unlabelled on_bad_image accumulate distill teacher augment precision integer_forward "
-            "workers tensorboard",
+            "eval_data class_map unlabelled on_bad_image accumulate distill distill_features teacher augment precision "
+            "integer_forward workers tensorboard",
             panel="Settings that --set takes, too",
         ),
     ],

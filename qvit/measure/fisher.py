@@ -23,7 +23,7 @@ a copy of the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -44,10 +44,22 @@ def signed_answer(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class Sums:
-    """What a metric adds up over the images, by name; kept in the task's file, and taken up from there."""
+    """What a metric adds up over the images, by name; kept in the task's file, and taken up from there.
 
-    def __init__(self, task: Task) -> None:
+    Args:
+        task: What the metric is given.
+        answer: The probe's `logits` (None), or its `features`.
+        start: From the answer to one image to the random vector that its backward pass starts from, such as u above.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        answer: Callable[[Tensor], Tensor] | None = None,
+        start: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    ) -> None:
         self.task, self.probe, self.partial = task, task.probe, task.partial()
+        self.answer, self.start = answer or task.probe.logits, start or signed_answer
         self.images = [image for batch in task.batches for image in batch.split(1)]
         self.images_done, self._sums = self.partial.load()
         #: The quantized weights, as the model passed them last.
@@ -92,9 +104,9 @@ class Sums:
             for image in self.images[self.images_done :]:
                 if self.images_done:
                     self.partial.save(self.images_done, lambda: self._sums | {_GENERATOR: generator.get_state()})
-                logits = self.probe.logits(image.detach().requires_grad_())
+                answer = self.answer(image.detach().requires_grad_())
                 tensors = [tensor for _, tensor in seen]
-                grads = torch.autograd.grad(logits, tensors, signed_answer(logits, generator), allow_unused=True)
+                grads = torch.autograd.grad(answer, tensors, self.start(answer, generator), allow_unused=True)
                 for (site, tensor), grad in zip(seen, grads, strict=True):
                     if self.probe.sites[site].role == "weight":
                         self.weights[site] = tensor.detach()
@@ -108,7 +120,12 @@ class Sums:
 @register_metric("fisher")
 def fisher(task: Task) -> Table:
     """Ω by site: (heads, widths)."""
-    sums = Sums(task)
+    return table_of(Sums(task))
+
+
+def table_of(sums: Sums) -> Table:
+    """Ω by site from the gradients of all images."""
+    task = sums.task
     for site, tensor, grad in sums.gradients():
         if task.probe.sites[site].role == "weight":
             sums.add_square(f"squares:{site}", grad)

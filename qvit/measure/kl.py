@@ -9,14 +9,14 @@ for DeiT-T with widths 2 to 8. It is the yardstick for the estimates, and slow: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from qvit.measure.metric import Task, register_metric
 from qvit.measure.prefix import Prefix
-from qvit.measure.probe import divergence_terms, require_finite
+from qvit.measure.probe import require_finite
 from qvit.measure.table import Table
 
 
@@ -24,9 +24,14 @@ from qvit.measure.table import Table
 @torch.no_grad()
 def kl(task: Task) -> Table:
     """Ω by site: (heads, widths)."""
+    return measured(task, task.probe.logits)
+
+
+def measured(task: Task, answer: Callable[[Tensor], Tensor]) -> Table:
+    """The mean distance from the float model's answers by site: (heads, widths). `answer` is one of the probe's."""
     probe, partial = task.probe, task.partial()
     _, done = partial.load()
-    prefix = Prefix(probe, task.batches)
+    prefix = Prefix(probe, task.batches, answer)
     reference = [prefix.log_answers(index) for index in range(len(task.batches))]
     images = sum(len(batch) for batch in task.batches)
     for count, site in enumerate(probe.quantizers, 1):
@@ -44,17 +49,17 @@ def kl(task: Task) -> Table:
 
 @torch.no_grad()
 def divergence(prefix: Prefix, site: str, head: int, width: int, reference: Sequence[Tensor]) -> float:
-    """The sum over images of KL(p || p̂) with one head of one site at `width` bits.
+    """The sum over images of KL(p || p̂), or the cosine distance of features, with one head of a site at `width` bits.
 
     Args:
         prefix: Model and images; it leaves out no more than what runs before the site.
         site, head, width: What is quantized; see `Probe.only`.
-        reference: log p of each batch.
+        reference: The answers to each batch, as `Prefix.log_answers` returns them.
     """
     total = 0.0
     with prefix.probe.only(site, head, width):
         for index, before in enumerate(reference):
             after = prefix.log_answers(index)
             require_finite(site, after, "answers once it is quantized")
-            total += float(divergence_terms(before, after).sum())
+            total += float(prefix.distance.total(before, after))
     return total

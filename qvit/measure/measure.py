@@ -25,6 +25,7 @@ from qvit.measure.metric import METRICS, Task
 from qvit.measure.table import Sensitivity, check_widths
 from qvit.models.convert import Stage, plan_of, stage_of
 from qvit.models.families import inspect_model
+from qvit.models.features import answers_with_features
 from qvit.plan.quant_plan import QuantPlan, plan_from
 
 MINIMUM_IMAGES = 4
@@ -34,7 +35,7 @@ def measure_sensitivity(
     model: nn.Module,
     batches: Iterable[Tensor] = (),
     *,
-    metric: str = "fisher",
+    metric: str | None = None,
     widths: Iterable[int] = range(2, 9),
     seed: int = 0,
     type_normalised: bool = False,
@@ -50,7 +51,8 @@ def measure_sensitivity(
             trained with switchable scales.
         batches: Image batches (B, channels, height, width) from training data, on the model's device; at least 4
             images. All are kept in memory.
-        metric: `fisher`, `hessian`, `kl` or `learned`.
+        metric: `fisher`, `hessian`, `kl` or `learned`; `features` or `cosine` of a model that answers with features. By
+            default `fisher` or `features`.
         widths: Candidate widths, 2 to 16.
         seed: Of the random signs of `fisher` and `hessian`.
         type_normalised: Whether each kind of tensor gets the same mean (see `Sensitivity`).
@@ -64,6 +66,7 @@ def measure_sensitivity(
         UsageError: Unknown metric, quantized or unsupported model, wrong widths.
         QvitError: Too few images, or NaN among images, activations or gradients.
     """
+    metric = metric or default_metric(model)
     chosen = METRICS[metric]
     task = Task(metric, model, check_widths(widths), seed=seed, file=None if partial is None else Path(partial))
     started = time.monotonic()
@@ -96,6 +99,11 @@ def measure_sensitivity(
         widths=task.widths,
         plan=grids,
     )
+
+
+def default_metric(model: nn.Module) -> str:
+    """The estimate that suits what a model answers with."""
+    return "features" if answers_with_features(model) else "fisher"
 
 
 def _checked(batches: Iterable[Tensor]) -> list[Tensor]:

@@ -8,13 +8,14 @@ watched, and the answers without them have to be those with them, to the last bi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qvit.measure.distance import distance_of
 from qvit.measure.probe import Probe
 from qvit.models.block_inputs import attention_blocks
 
@@ -25,10 +26,14 @@ class Prefix:
     Args:
         probe: The model.
         batches: Images, (B, channels, height, width) each.
+        answer: The probe's `logits` (None), or its `features`.
     """
 
-    def __init__(self, probe: Probe, batches: Sequence[Tensor]) -> None:
-        self.probe, self.batches = probe, batches
+    def __init__(
+        self, probe: Probe, batches: Sequence[Tensor], answer: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.probe, self.batches, self.answer = probe, batches, answer or probe.logits
+        self.distance = distance_of(probe.model)
         self.blocks = self._in_order()
         self.asked = self.left_out = 0
         self.outputs: list[Any] = []
@@ -42,7 +47,7 @@ class Prefix:
             for path, block in found.items()
         ]
         try:
-            self.probe.logits(self.batches[0][:1])
+            self.answer(self.batches[0][:1])
         finally:
             for hook in hooks:
                 hook.remove()
@@ -71,7 +76,7 @@ class Prefix:
             hook = last.register_forward_hook(lambda _module, _inputs, output: self.outputs.append(output))
             try:
                 for batch in self.batches:
-                    self.probe.logits(batch)
+                    self.answer(batch)
             finally:
                 hook.remove()
             self.left_out = count
@@ -80,14 +85,14 @@ class Prefix:
                 self.left_out, self.outputs = 0, []
 
     def log_answers(self, index: int) -> Tensor:
-        """log p of a batch, (B, classes)."""
+        """log p of a batch, (B, classes); of features, these."""
         skipped = list(self.blocks.values())[: self.left_out]
         try:
             for block in skipped[:-1]:
                 block.forward = _what_it_is_given
             if skipped:
                 skipped[-1].forward = partial(_known, self.outputs[index])
-            return self.probe.logits(self.batches[index]).float().log_softmax(-1)
+            return self.distance.prepared(self.answer(self.batches[index]).float())
         finally:
             for block in skipped:
                 del block.forward

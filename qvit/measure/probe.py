@@ -25,6 +25,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
 from qvit.models.families import inspect_model
+from qvit.models.features import answers_with_features
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import Quantizer, quantizers_of
 
@@ -139,10 +140,22 @@ class Probe:
     def logits(self, images: Tensor) -> Tensor:
         """The copy's answer, (B, classes). Raises UsageError for a model without a classifier."""
         answer = self.model(images)
-        classes = getattr(self.model, "num_classes", None)
-        if not isinstance(answer, Tensor) or answer.dim() != 2 or answer.shape[1] < 2 or classes == 0:
+        if answers_with_features(self.model):
+            raise UsageError(
+                "this metric needs classes, and the model answers with features: take the metric 'features' or 'cosine'"
+            )
+        if not isinstance(answer, Tensor) or answer.dim() != 2 or answer.shape[1] < 2:
             raise UsageError("sensitivity needs a classifier: the model must answer with (images, classes) numbers")
         return answer
+
+    def features(self, images: Tensor) -> Tensor:
+        """The copy's answer, (B, ..., C). Raises UsageError for a model with a classifier."""
+        if not answers_with_features(self.model):
+            raise UsageError(
+                "this metric is for models that answer with features, and this one has classes: take the metric "
+                "'fisher', 'hessian' or 'kl'"
+            )
+        return self.model(images)
 
 
 def divergence_terms(reference: Tensor, answers: Tensor) -> Tensor:

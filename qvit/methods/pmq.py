@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from qvit.allocate import Problem, solve
 from qvit.errors import QvitError, UsageError
-from qvit.measure.probe import Probe, divergence_terms
+from qvit.measure.distance import distance_of
+from qvit.measure.probe import Probe
 from qvit.plan.budget import format_bops
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
@@ -219,7 +220,7 @@ def measure_splits(
     """
     probe = Probe(model, calibration, split_plan(plan, cost, {}, key=key))
     with torch.no_grad():
-        reference = [model.eval()(batch).log_softmax(-1) for batch in batches]
+        reference = [distance_of(model).prepared(model.eval()(batch)) for batch in batches]
     plain_widths, measured, done = block_widths(plan, cost, key=key), {}, 0
     damages: dict[str, list[float]] = {block: [] for block in candidates}
     total = sum(len(own) for own in candidates.values())
@@ -239,10 +240,10 @@ def measure_splits(
 
 @torch.no_grad()
 def divergence(model: nn.Module, batches: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
-    """Mean KL(reference ‖ model) over images, in nats; `reference` are log-probabilities."""
-    total = 0.0
-    for batch, logs in zip(batches, reference, strict=True):
-        total += float(divergence_terms(logs, model(batch).log_softmax(-1)).sum())
+    """Mean distance of a model's answers from the prepared `reference` (see `measure/distance.py`) over images."""
+    distance, total = distance_of(model), 0.0
+    for batch, answers in zip(batches, reference, strict=True):
+        total += float(distance.total(answers, distance.prepared(model(batch))))
     return total / sum(map(len, batches))
 
 

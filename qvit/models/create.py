@@ -212,8 +212,8 @@ def load_weights(model: nn.Module, source: str | Path, *, new_classifier: bool =
     """Loads weights into a float model, in place.
 
     Weights of a model for images or patches of another size are resampled as timm does it for its own, with a notice; a
-    classifier of another size is left as it is, with a warning, or is an error without `new_classifier`. Raises
-    QvitError if they do not fit.
+    classifier of another size is left as it is, with a warning, or is an error without `new_classifier`; one that the
+    model does not have is left out. Raises QvitError if they do not fit.
     """
     path = Path(source)
     checkpoint = open_checkpoint(path) if path.is_dir() and is_checkpoint(path) else None
@@ -242,6 +242,8 @@ def load_weights(model: nn.Module, source: str | Path, *, new_classifier: bool =
         )
     for key in heads:
         state[key] = own[key]
+    if getattr(model, "num_classes", None) == 0:  # the weights may be those of a model with classes
+        state = {key: value for key, value in state.items() if key.rpartition(".")[0] not in classifiers}
     if _wrong_shapes(state, own):
         state = _resampled(state, model)
     wrong = _wrong_shapes(state, own)

@@ -178,9 +178,9 @@ def _figure(record: Mapping[str, Any]) -> go.Figure:
                 "array": [end - median for end, median in zip(high, medians, strict=True)],
                 "arrayminus": [median - end for end, median in zip(low, medians, strict=True)],
             },
-            customdata=[[row["images_per_second"], row["top1_agreement"], label(row["arithmetic"])] for row in own],
+            customdata=[[row["images_per_second"], _in_words(row), label(row["arithmetic"])] for row in own],
             hovertemplate="%{y}<br>%{x:.4~g} ms, %{customdata[0]:.4~g} images per second<br>"
-            "same first class as float: %{customdata[1]:.1f} %<br>%{customdata[2]}<extra></extra>",
+            "%{customdata[1]}<br>%{customdata[2]}<extra></extra>",
         )  # fmt: skip
         ends = [max(end, median) for end, median in zip(high, medians, strict=True)]
         ratios = [significant(row.get(reference), 3) for row in own]
@@ -190,6 +190,30 @@ def _figure(record: Mapping[str, Any]) -> go.Figure:
             textfont={"size": 11}, cliponaxis=False,
         )  # fmt: skip
     return figure
+
+
+def has_features(record: Mapping[str, Any]) -> bool:
+    """Whether the engines answer with features."""
+    return any(row.get("cosine_to_float") is not None for row in record["rows"])
+
+
+def as_float(row: Mapping[str, Any]) -> str:
+    """How a row's answers agree with the float model's: percent of the first classes, or the cosine of features."""
+    cosine = row.get("cosine_to_float")
+    number = fixed(row["top1_agreement"], 1) if cosine is None else fixed(cosine, 4)
+    return number + (" wrong" if row.get("right") is False else "")
+
+
+def as_simulated(row: Mapping[str, Any]) -> str:
+    """Likewise with those of the simulated model."""
+    cosine = row.get("cosine_to_simulated")
+    return fixed(row["agreement_with_simulated"], 1) if cosine is None else fixed(cosine, 4)
+
+
+def _in_words(row: Mapping[str, Any]) -> str:
+    if row.get("cosine_to_float") is not None:
+        return f"cosine with float: {row['cosine_to_float']:.4f}"
+    return f"same first class as float: {row['top1_agreement']:.1f} %"
 
 
 #: The columns of the table of all numbers.
@@ -202,9 +226,9 @@ NUMBERS: dict[str, Callable[[Any], str]] = {
     "× right peer": lambda row: significant(row.get("ratio_to_right_peer"), 3),
     "× OpenVINO int8": lambda row: significant(row["ratio_to_openvino_int8"], 3),
     "× PyTorch fp32": lambda row: significant(row["ratio_to_pytorch_fp32"], 3),
-    "as float (%)": lambda row: fixed(row["top1_agreement"], 1) + (" wrong" if row.get("right") is False else ""),
+    "as float (%)": as_float,
     "error": lambda row: significant(row["error_to_float"], 2),
-    "as simulated (%)": lambda row: fixed(row["agreement_with_simulated"], 1),
+    "as simulated (%)": as_simulated,
     "file": lambda row: bytes_text(row["file_bytes"]),
     "calls": lambda row: str(row["calls"]),
 }
@@ -216,13 +240,25 @@ def _numbers(record: Mapping[str, Any]) -> str:
         "fake-quantized model in PyTorch. Error: root mean square of the difference of the logits to those of the "
         "float model, over that of the float logits around their mean.</p>"
     )
+    if has_features(record):
+        note = (
+            "<p>As float, as simulated: mean cosine of the features with those of the float model, or of the "
+            "fake-quantized model in PyTorch. Error: root mean square of the difference to the float model's features, "
+            "over that of these.</p>"
+        )
     judged = any(row.get("right") is not None for row in record["rows"])
     if judged:
-        note += (
-            f"<p>A peer with fewer than {record['right_percent']:g} % of the float model's answers is marked as wrong; "
-            "right peer: the fastest of the others.</p>"
+        least = (
+            f"a mean cosine below {record['right_cosine']:g} with the float model's features"
+            if has_features(record)
+            else f"fewer than {record['right_percent']:g} % of the float model's answers"
         )
-    columns = {name: cell for name, cell in NUMBERS.items() if judged or name != "× right peer"}
+        note += f"<p>A peer with {least} is marked as wrong; right peer: the fastest of the others.</p>"
+    columns = {
+        name.removesuffix(" (%)") if has_features(record) else name: cell
+        for name, cell in NUMBERS.items()
+        if judged or name != "× right peer"
+    }
     return note + table_of(columns, record["rows"], bold=[row["ours"] for row in record["rows"]])
 
 

@@ -28,9 +28,9 @@ def results_table(runs: Sequence[Run]) -> list[dict[str, Any]]:
     Returns:
         Rows with `model`, `variant` (the model with its options), `data`, `method`, `budget`, `plan`, `label`,
         `seeds` and `n_seeds` (finished runs), `unfinished` (a count), `accuracy_mean`, `accuracy_std`,
-        `float_accuracy`, `agreement` (percent), `divergence` (nats), `bit_operations`, `bit_operations_g`,
-        `float_bit_operations`, `weight_bytes` and `seconds` (means). What no finished run tells is None; so are
-        accuracies where images have no labels.
+        `float_accuracy`, `agreement` (percent), `divergence` (nats), `cosine` (of features), `bit_operations`,
+        `bit_operations_g`, `float_bit_operations`, `weight_bytes` and `seconds` (means). What no finished run
+        tells is None; so are accuracies where images have no labels.
     """
     groups = group_runs(runs)
     return [_row(group, groups) for group in groups]
@@ -48,6 +48,7 @@ def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
         "points vs float": [_gap(row) for row in rows],
         "as float (%)": [fixed(row["agreement"]) for row in rows],
         "divergence": ["" if row["divergence"] is None else significant(row["divergence"], 3) for row in rows],
+        "cosine": [fixed(row["cosine"], 4) for row in rows],
         titled("BOPs", bops_unit): bops,
         "BOPs vs float": [f"÷ {ratio}" if (ratio := _times_fewer(row)) else "" for row in rows],
         titled("weights", byte_unit): sizes,
@@ -59,8 +60,10 @@ def display_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[li
     }
     if len(set(columns["model"])) <= 1:
         del columns["model"]
-    if not any(map(_without_labels, rows)):
+    if not any(_without_labels(row) and row["cosine"] is None for row in rows):
         del columns["as float (%)"], columns["divergence"]
+    if all(row["cosine"] is None for row in rows):
+        del columns["cosine"]
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
 
@@ -71,7 +74,7 @@ def _without_labels(row: Mapping[str, Any]) -> bool:
 
 def _accuracy(row: Mapping[str, Any]) -> str:
     if _without_labels(row):
-        return "no labels"
+        return "no labels" if row["cosine"] is None else "features"
     if row["n_seeds"] > 1:
         return plus_minus(row["accuracy_mean"], row["accuracy_std"])
     return fixed(row["accuracy_mean"]) or "no finished run"
@@ -145,6 +148,7 @@ def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
     macs = _mean([member.cost.macs for g in (group, *floats) for member in g.runs if member.cost is not None])
     keys = ("bit_operations", "weight_bytes", "agreement", "divergence")
     cost, size, agreement, divergence = (_mean([getattr(result, key) for result in results]) for key in keys)
+    cosine = _mean([result.features and result.features.cosine for result in results])
     return {
         "model": run.model,
         "variant": group.peers[1],
@@ -162,6 +166,7 @@ def _row(group: Group, groups: Sequence[Group]) -> dict[str, Any]:
         "float_accuracy": reference,
         "agreement": agreement,
         "divergence": divergence,
+        "cosine": cosine,
         "bit_operations": None if cost is None else round(cost),
         "bit_operations_g": None if cost is None else cost / 1e9,
         "float_bit_operations": None if macs is None else round(macs * FLOAT_BITS * FLOAT_BITS),
@@ -186,6 +191,8 @@ def _alone(where: str, row: Mapping[str, Any]) -> str:
 
 
 def _as_float(where: str, row: Mapping[str, Any]) -> str:
+    if row["cosine"] is not None:
+        return f"{where} {row['method']} has a cosine of {row['cosine']:.4f} with the float model's features."
     if row["agreement"] is None:
         return f"{where} {row['method']} was judged on images without labels, beside no float model."
     text = f"{where} {row['method']} answers as the float model on {row['agreement']:.2f} % of images without labels"

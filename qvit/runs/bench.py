@@ -33,13 +33,14 @@ from qvit.data.open import Reading, calibration_batches, data_config_of
 from qvit.deploy.bench.hardware import cpu_instructions, hardware
 from qvit.deploy.bench.lineup import Lineup, Packed, chosen
 from qvit.deploy.bench.peers import Material
-from qvit.deploy.bench.timing import RIGHT, Progress, answers, batch_of, measure, profiles, rows_of
+from qvit.deploy.bench.timing import RIGHT, RIGHT_COSINE, Progress, answers, batch_of, measure, profiles, rows_of
 from qvit.deploy.packages import missing
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.method import ptq
 from qvit.models.convert import plan_of
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
+from qvit.models.features import answers_with_features
 from qvit.runs.requests import BenchRequest
 from qvit.runs.subject import float_model, open_images
 from qvit.training.checkpoint import seed_everything
@@ -115,7 +116,7 @@ def bench(
         "skipped": lineup.skipped,
         "images": subject.note,
         "speed_only": _speed_only(request, subject),
-        "right_percent": RIGHT,
+        **({"right_cosine": RIGHT_COSINE} if answers_with_features(subject.model) else {"right_percent": RIGHT}),
         "calibration_images": sum(map(len, subject.calibration)),
         "compared_images": len(subject.judged),
         "float_weights": subject.float_note,
@@ -300,7 +301,10 @@ def _measure_all(
         )
         kernels = profiles(started, images, rounds=request.rounds) if request.profile else {}
         judged = not _speed_only(request, subject)
-        rows += rows_of(started, times, batch, logits, floats, simulated, judged=judged, kernels=kernels)
+        rows += rows_of(
+            started, times, batch, logits, floats, simulated, judged=judged, kernels=kernels,
+            features=answers_with_features(subject.model),
+        )  # fmt: skip
         torch.compiler.reset()  # compiled code is for one batch size, and PyTorch keeps only so much for one model
     return rows
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from qvit.data.open import data_config_of, require_labels
+from qvit.data.open import DataBundle, data_config_of
 from qvit.errors import UsageError
 from qvit.methods import create_method
 from qvit.models.convert import quantize
@@ -34,7 +34,7 @@ from qvit.models.families import inspect_model
 from qvit.plan.cost import FLOAT_BITS
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
-from qvit.runs.run import TO_TRAIN_BY
+from qvit.runs.run import require_what_teaches
 from qvit.runs.subject import float_model, open_images
 from qvit.training.config import TrainConfig
 from qvit.training.loop import micro_batch
@@ -61,9 +61,12 @@ def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro = micro_batch(config, processes)
     config.require_labels_alone()
-    images, classes = _count_images(config) if with_data else (None, None)
+    bundle = open_images(config) if with_data else None
+    images, classes = (None, None) if bundle is None else (_count_images(bundle), bundle.num_classes)
     with torch.device("meta"):
         model = float_model(config, classes, load=False)
+        if bundle is not None:
+            require_what_teaches(config, model, bundle.train)
         cost = inspect_model(model)
         plan = method.plan(cost)
         if plan is not None:
@@ -92,12 +95,9 @@ def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
     }
 
 
-def _count_images(config: TrainConfig) -> tuple[dict[str, int], int | None]:
-    bundle = open_images(config)
-    if config.labels is None:
-        require_labels(bundle.train, TO_TRAIN_BY)
+def _count_images(bundle: DataBundle) -> dict[str, int]:
     sources = {"train": bundle.train, "held out": bundle.held_out, "test": bundle.test}
-    return {name: len(source) for name, source in sources.items() if source is not None}, bundle.num_classes
+    return {name: len(source) for name, source in sources.items() if source is not None}
 
 
 def _source_of_weights(config: TrainConfig) -> str:
@@ -200,5 +200,5 @@ def saved_for_backward(
         targets = torch.zeros(batch, dtype=torch.int64, device=place)
         with hooks, torch.autocast(place, torch.bfloat16, enabled=bf16):
             logits = model(torch.empty(batch, *shape, device=place)).float()
-            F.cross_entropy(logits, targets) if logits.shape[-1] else logits.sum()
+            F.cross_entropy(logits, targets) if logits.dim() == 2 and logits.shape[-1] else logits.sum()
     return sum(storage.nbytes() for storage in saved.values())

@@ -14,15 +14,18 @@ from torch import Tensor, nn
 
 from qvit.data.loading import Source
 from qvit.data.open import data_config_of, eval_loader, open_source, require_labels
-from qvit.deploy.engines import Engine, load
+from qvit.deploy.engines import Engine, create_engine, load
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.container import is_packed
 from qvit.documents import Result, read_document
 from qvit.errors import UsageError
 from qvit.locks import writing_file
 from qvit.methods import create_method
+from qvit.models.create import create_model, create_shapes
+from qvit.models.features import answers_with_features
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished, written
+from qvit.runs.features import compare_features
 from qvit.runs.run import TO_SCORE_BY, load_run, require_all_classes
 from qvit.training.config import TrainConfig
 from qvit.training.evaluate import evaluate
@@ -33,7 +36,9 @@ _OPTIONS = (
     "method_options", "opt", "weight_decay", "augment", "mixup", "cutmix", "distill", "distill_kind",
     "calibration_images", "precision",
 )  # fmt: skip
-_RESULTS = ("accuracy", "top5", "float_accuracy", "agreement", "divergence", "images", "bit_operations")
+_RESULTS = (
+    "accuracy", "top5", "float_accuracy", "agreement", "divergence", "features", "images", "bit_operations",
+)  # fmt: skip
 
 
 def pack_run(run: str | Path) -> Artifact:
@@ -107,6 +112,9 @@ def evaluate_packed(
     data: str,
     *,
     engine: str | None = None,
+    features: bool = False,
+    weights: str | None = None,
+    pretrained: bool = False,
     class_map: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -116,13 +124,37 @@ def evaluate_packed(
 ) -> dict[str, Any]:
     """Scores a packed model on images, by an engine of `qvit.load`.
 
-    `start` is told how many there are, `progress` how many are done.
+    Args:
+        file: The packed model.
+        data: Images, as for training.
+        engine: Which engine; by default the first that runs it.
+        features: Judges features beside those of the float model instead, see `measure.features`; a model that answers
+            with features is always judged so. Engines answer with classes where there is a classifier: then it is the
+            simulated model whose features are judged.
+        weights, pretrained: With features: of the float model, see `create_model`.
+        class_map, batch_size, workers, threads: See the command.
+        start, progress: Told how many images there are, and how many are done.
 
     Returns:
-        `{"top1", "top5", "images", "engine", "arithmetic"}`, in percent.
+        `{"top1", "top5", "images", "engine", "arithmetic"}`, in percent; or those of features.
     """
-    running = load(file, engine, threads=threads)
-    artifact = running.artifact
+    artifact = Artifact.load(file)
+    shapes = create_shapes(artifact.model_name, **artifact.model_kwargs)
+    if features or answers_with_features(shapes):
+        if weights is None and not pretrained:
+            raise UsageError(
+                "features are judged beside those of the float model: give its weights with --weights, or --pretrained"
+            )
+        own = {"weights": weights, "pretrained": pretrained, **artifact.model_kwargs}
+        reference = create_model(artifact.model_name, **own).eval()
+        source = open_source(data, class_map=class_map, split="test")
+        loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers)
+        model, how = _with_features(artifact, shapes, engine, threads)
+        if start is not None:
+            start(len(source))
+        how_judged: dict[str, Any] = {"labelled": source.labelled, "by_token": True, "progress": progress}
+        return compare_features(model, reference, loader, **how_judged) | how
+    running = create_engine(artifact, engine, threads=threads)
     names = None if class_map else list(artifact.class_names) or None
     source = open_source(data, class_map=class_map, class_names=names, split="test")
     require_labels(source, TO_SCORE_BY)
@@ -133,6 +165,21 @@ def evaluate_packed(
         start(len(source))
     scores = evaluate(Running(running), loader, progress=progress)
     return scores | {"engine": running.name, "arithmetic": running.arithmetic}
+
+
+def _with_features(
+    artifact: Artifact, shapes: nn.Module, engine: str | None, threads: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """What has a packed model's features, in eval mode, and how it computes: an engine, where it answers with them."""
+    if getattr(shapes, "num_classes", None) == 0:
+        running = create_engine(artifact, engine, threads=threads)
+        return Running(running), {"engine": running.name, "arithmetic": running.arithmetic}
+    if engine is not None:
+        raise UsageError(
+            f"engine '{engine}' answers with classes: leave out --engine, features in front of a classifier are those "
+            "of the simulated model"
+        )
+    return artifact.model().eval(), {}
 
 
 def compare_packed(

@@ -25,7 +25,7 @@ from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qvit.data.labels import SoftLabelStore
 from qvit.data.labels.loading import StoredLabels
@@ -52,9 +52,11 @@ from qvit.methods.ptq.reconstruction import Progress
 from qvit.models.convert import plan_of, quantize
 from qvit.models.create import WEIGHTS_FILE, create_model, without_storage
 from qvit.models.families import inspect_model
+from qvit.models.features import answers_with_features, feature_function
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear, read_config, require_finished, written
+from qvit.runs.features import compare_features
 from qvit.runs.subject import Subject, float_model, open_images, open_subject
 from qvit.tensors import total_bytes
 from qvit.training.checkpoint import (
@@ -63,6 +65,7 @@ from qvit.training.checkpoint import (
     load_state,
     read_tensors,
     save_weights,
+    seed_everything,
 )
 from qvit.training.config import TrainConfig
 from qvit.training.distill import Teacher
@@ -177,6 +180,8 @@ def evaluate_run(
     out: str | Path,
     data: str,
     *,
+    features: bool = False,
+    weights: str | None = None,
     class_map: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -186,12 +191,31 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Scores a run's model on other images: `{"top1", "top5", "images"}` in percent.
 
-    `start` is told how many there are, `progress` how many are done.
+    Args:
+        out: The run.
+        data: Images, as for training.
+        features: Judges features beside those of the float model instead, see `measure.features`; a model that answers
+            with features is always judged so.
+        weights: With features: where the float model's weights are, if no longer where the run took them from.
+        class_map, batch_size, workers, device: See the command.
+        start, progress: Told how many images there are, and how many are done.
     """
     run = Path(out)
     config, record = read_config(run)
     place = Processes(device).device
     model = load_run(run, place)
+    if features or answers_with_features(model):
+        if not create_method(config).quantizes:
+            raise UsageError(f"{run} holds a float model: its features are what those of quantized ones are judged by")
+        source = _images_to_score(config, {"class_names": []}, data, class_map)  # folders of any classes
+        seed_everything(config.seed)  # a model that was never trained has the weights of the seed
+        classes = int(record["num_classes"])
+        float_config = config if weights is None else config.model_copy(update={"weights": weights})
+        reference = float_model(float_config, classes).to(place).eval()
+        if start is not None:
+            start(len(source))
+        loader = eval_loader(source, data_config_of(model), Reading(batch_size, workers, place))
+        return compare_features(model, reference, loader, labelled=source.labelled, by_token=True, progress=progress)
     source = _images_to_score(config, record, data, class_map)
     require_labels(source, TO_SCORE_BY)
     if class_map is None and not record.get("class_names"):
@@ -250,8 +274,8 @@ def _execute(
     subject = open_subject(config, processes, notify, new_classifier=method.trains)
     if not method.trains:
         require_apart(subject.bundle.train, subject.bundle.test)
-    elif config.labels is None:
-        require_labels(subject.bundle.train, TO_TRAIN_BY)
+    else:
+        require_what_teaches(config, subject.model, subject.bundle.train)
     run = _Run(config, folder, method, subject, inspect_model(subject.model), watch, notify, quiet)
     plan = method.plan(run.cost)
     if plan is not None and config.weights is None and not config.pretrained:
@@ -355,6 +379,7 @@ class _Run:
             hooks=method,
             width_lr=method.width_lr,
             teacher=self.teacher(),
+            hints=self.hints(),
             monitor=self.monitor(),
             plan=lambda: self.plan_of(model).to_json() if method.quantizes else None,
             label=" ".join(filter(None, (config.method, config.budget))),
@@ -394,13 +419,46 @@ class _Run:
         )
         return teacher.to(subject.device)
 
+    def hints(self) -> Callable[[Tensor], Tensor] | None:
+        """The features that are distilled, those of the float model; None where none are."""
+        if not self.config.distill_features:
+            return None
+        if not self.method.quantizes:
+            raise UsageError(
+                f"method '{self.config.method}' makes a float model: there are no features of another to learn"
+            )
+        model = self.subject.model.eval().requires_grad_(False)
+
+        @torch.no_grad()
+        def features(images: Tensor) -> Tensor:
+            with feature_function(model) as run:
+                return run(images).float()
+
+        return features
+
     def evaluator(self, source: Source) -> Callable[..., dict[str, Any]]:
         """Scores a model on some images, beside the reference if one is given; each image in one process."""
-        loader = self.subject.loader(source, max(64 if self.method.trains else 1, self.micro_batch))
+        size = max(64 if self.method.trains else 1, self.micro_batch)
+        if answers_with_features(self.subject.model):
+            return self._feature_evaluator(source, size)
+        loader = self.subject.loader(source, size)
 
         def score(model: nn.Module, reference: nn.Module | None = None, **options: Any) -> dict[str, Any]:
             common = {"labelled": source.labelled, "reduce": self.processes.sum}
             return evaluate(model, loader, reference=reference, **common, **options)
+
+        return score
+
+    def _feature_evaluator(self, source: Source, size: int) -> Callable[..., dict[str, Any]]:
+        """Judges features beside those of the reference; every process has all images, which are neighbours."""
+        reading = replace(self.subject.reading(size), rank=0, world_size=1)
+        loader = eval_loader(source, self.subject.data_config, reading)
+
+        def score(model: nn.Module, reference: nn.Module | None = None, **options: Any) -> dict[str, Any]:
+            if reference is None:
+                return {"images": len(source)}
+            found = compare_features(model, reference, loader, labelled=source.labelled, **options)
+            return {"images": found.pop("images"), "features": found}
 
         return score
 
@@ -447,6 +505,7 @@ class _Run:
             "top5": scores.get("top5"),
             "agreement": scores.get("agreement"),
             "divergence": scores.get("divergence"),
+            **({"features": scores["features"]} if "features" in scores else {}),
             "images": scores["images"],
             "budget": config.budget,
             "bit_operations": cost["bit_operations"],
@@ -469,6 +528,24 @@ def _plan_of_checkpoint(run: Path, state: dict[str, Any]) -> Any:
         return parse_json(state["plan"])
     except ValueError as error:
         raise QvitError(f"the checkpoint of {run} does not fit this run: its plan cannot be read: {error}") from None
+
+
+def require_what_teaches(config: TrainConfig, model: nn.Module, train: Source) -> None:
+    """Raises UsageError unless there is something to train by: labels, or the float model's features."""
+    if not answers_with_features(model):
+        if config.labels is None and not (config.distill_features and config.distill == 1):
+            require_labels(train, TO_TRAIN_BY)
+        if config.labels is None and not train.labelled and (config.mixup or config.cutmix):
+            raise UsageError(f"{train.name} has no labels to mix: leave out mixup and cutmix")
+        return
+    if not config.distill_features:
+        raise UsageError(
+            f"{config.model} answers with features, not with classes, so that labels teach it nothing: "
+            "--distill-features learns those of the float model"
+        )
+    for name in ("labels", "mixup", "cutmix", "label_smoothing", "distill", "monitor_share"):
+        if value := getattr(config, name):
+            raise UsageError(f"{config.model} answers with features: leave out {name}={value!r}, which needs classes")
 
 
 def require_same_labels(run: Path) -> None:
@@ -500,7 +577,7 @@ def run_record(config: TrainConfig, subject: Subject, processes: Processes) -> d
     """The content of `config.json`: every option, and what is needed to understand the run later."""
     bundle = subject.bundle
     return config.model_dump() | {
-        "num_classes": bundle.num_classes or getattr(subject.model, "num_classes", None),
+        "num_classes": _classes_of(subject),
         "class_names": list(bundle.class_names),
         "data_note": bundle.note,
         "labels_digest": None if config.labels is None else SoftLabelStore(config.labels).digest,
@@ -515,6 +592,12 @@ def run_record(config: TrainConfig, subject: Subject, processes: Processes) -> d
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _classes_of(subject: Subject) -> int | None:
+    """Classes of a run's model: those of the data, or its own where it has none or the data have no labels."""
+    own = getattr(subject.model, "num_classes", None)
+    return own if own == 0 else subject.bundle.num_classes or own
 
 
 def _hardware(device: str) -> str:

@@ -34,6 +34,7 @@ from qvit.data.open import (
 )
 from qvit.errors import QvitError, UsageError
 from qvit.models.create import create_model
+from qvit.models.features import answers_with_features
 from qvit.models.transformers import is_checkpoint, open_checkpoint
 from qvit.runs.requests import Request
 from qvit.training.checkpoint import seed_everything
@@ -162,7 +163,8 @@ def float_model(
         QvitError: Weights that cannot be read, or a classifier that they do not fit.
     """
     kwargs = ({} if num_classes is None else {"num_classes": num_classes}) | options.model_kwargs
-    if num_classes is not None and kwargs["num_classes"] < num_classes:
+    features_alone = kwargs.get("num_classes") == 0  # whatever the images show
+    if num_classes is not None and not features_alone and kwargs["num_classes"] < num_classes:
         raise UsageError(f"the data have {num_classes} classes, the model is asked for {kwargs['num_classes']}")
     if "num_classes" not in kwargs and options.weights and is_checkpoint(options.weights):
         kwargs["num_classes"] = open_checkpoint(options.weights).num_classes
@@ -197,6 +199,11 @@ def open_subject(
     if isinstance(options, Request):
         require_labels(bundle.test, "to judge by")
     model = float_model(options, bundle.num_classes, new_classifier=new_classifier).to(processes.device).eval()
+    if isinstance(options, Request) and answers_with_features(model):
+        raise UsageError(
+            f"{options.model} answers with features, not with classes: `qvit ptq` and `qvit evaluate` judge those, "
+            "this measures accuracy"
+        )
     judged = _drawn(bundle.test, options.images, options.seed) if isinstance(options, Request) else bundle.test
     return Subject(options, model, bundle, judged, data_config_of(model), processes)
 

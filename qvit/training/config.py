@@ -232,6 +232,12 @@ class TrainConfig(SubjectOptions):
     distill: float = Field(
         0.0, ge=0, le=1, description="share of the loss that learns from the soft labels of the float model"
     )
+    distill_features: bool = Field(
+        False,
+        description="learn the float model's features, in front of the classifier or as the answer of a model without "
+        "classes: see [Distilling features](models.md#distilling-features). Without classes no labels are needed",
+    )
+    distill_features_weight: Rate = Field(1.0, description="with `distill_features`: weight of their loss")
     distill_kind: Literal["soft", "hard"] = Field("soft", description="`hard`: the teacher's top class is the label")
     distill_temperature: Rate = Field(1.0, description="temperature of student and teacher, where labels are soft")
     teacher: Location | None = Field(

@@ -5,6 +5,13 @@
 
     loss = (1 - w)·CE(labels) + w·(one of the two)        w = `distill`
 
+    features    ‖q - f‖² / ‖f‖², mean over images and tokens      Romero et al., ICLR 2015 (FitNets), eq. 3: hints
+
+The last one is added where features are learned, with a weight of its own (`feature_loss`): q of the student, f of the
+float model, in front of the classifier or as the answer of a model that has none. There it is the whole loss, and no
+labels are needed. FitNets' squared error is divided by the squared length of each f, so that tokens and models of other
+sizes count alike; for small errors it is twice the cosine distance beside f, and it keeps the length, too.
+
 The teacher sees the student's batch, mixed and augmented as it is. By default it is the float model that quantization
 started from. Another one may be any timm model: its own mean and deviation are put in place of the student's, and
 images are resized where it takes another size. It stays in float and in eval mode, and costs a forward pass per step.
@@ -81,6 +88,12 @@ def require_same_channels(student_data: Mapping[str, Any], own_data: Mapping[str
     student, teacher = student_data["input_size"][0], own_data["input_size"][0]
     if student != teacher:
         raise UsageError(f"the teacher takes images of {teacher} channel(s), the student of {student}")
+
+
+def feature_loss(features: Tensor, taught: Tensor) -> Tensor:
+    """The loss of a student with `features` (B, ..., C) where the float model has `taught`; a scalar."""
+    squares = (features - taught).square().sum(-1)
+    return (squares / taught.square().sum(-1).clamp_min(1e-12)).mean()
 
 
 def distillation_loss(logits: Tensor, taught: Tensor, kind: str = "soft", temperature: float = 1.0) -> Tensor:

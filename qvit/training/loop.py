@@ -1,6 +1,6 @@
 """The training loop: one for float models, baselines and every method, so that runs differ in the method alone.
 
-    loss = (1 - w)·CE(targets) + w·(what the teacher says, see `distill.py`) + penalty
+    loss = (1 - w)·CE(targets) + w·(what the teacher says, see `distill.py`) + features + penalty
 
 With stored soft labels (`qvit.data.labels`) their cross-entropy takes the place of both, and the accuracy that is
 logged is the agreement with the teacher's first class.
@@ -42,11 +42,12 @@ from qvit.data.loading import LoaderLike
 from qvit.errors import QvitError, UsageError, first_line
 from qvit.kernels import cpu
 from qvit.models.families import inspect_model
+from qvit.models.features import answers_with_features, classifier_inputs
 from qvit.models.layers import QuantLinear
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, load_state, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
-from qvit.training.distill import distillation_loss
+from qvit.training.distill import distillation_loss, feature_loss
 from qvit.training.graphs import GraphedModel, can_be_graphed
 from qvit.training.held_weights import HeldWeights
 from qvit.training.hooks import ComposedHooks
@@ -72,6 +73,7 @@ class Trainer:
         hooks: The method's part.
         width_lr: Learning rate of learned widths.
         teacher: Returns logits for a batch, for distillation; None without.
+        hints: Returns the features of the float model for a batch, where these are distilled; None without.
         monitor: Measures accuracy on images held out from training, in percent; None without.
         plan: Called for the checkpoint: the current plan as JSON, or None for a float model.
         label: For the progress bar.
@@ -92,6 +94,7 @@ class Trainer:
         hooks: ComposedHooks,
         width_lr: float,
         teacher: Callable[[Tensor], Tensor] | None = None,
+        hints: Callable[[Tensor], Tensor] | None = None,
         monitor: Callable[[nn.Module], float] | None = None,
         plan: Callable[[], Any] = lambda: None,
         label: str = "train",
@@ -99,6 +102,9 @@ class Trainer:
     ) -> None:
         self.model, self.config, self.loader, self.run, self.hooks = model, config, loader, run, hooks
         self.teacher, self.monitor, self.plan, self.label = teacher, monitor, plan, label
+        self.hints, self.has_classes = hints, not answers_with_features(model)
+        if hints is not None and self.has_classes and config.compile:
+            raise UsageError("compile hides what the classifier sees: leave out compile, or distill_features")
         self.processes = processes or Processes(config.device)
         self.log = RunLog(run / "log.jsonl", enabled=self.processes.is_main, tensorboard=config.tensorboard)
         micro = micro_batch(config, self.processes.world_size)
@@ -287,7 +293,7 @@ class Trainer:
             epoch=epoch,
             step=self.step,
             train_loss=means[0],
-            train_accuracy=100 * correct / self.seen,
+            train_accuracy=100 * correct / self.seen if self.has_classes else None,
             accuracy=accuracy,
             seconds=seconds,
             **self.hooks.figures(every_width=True),
@@ -347,19 +353,31 @@ class Trainer:
         with self.wrapped.no_sync() if waits else nullcontext():  # type: ignore[union-attr]
             mixed = self.config.precision == "bf16"  # a cast that is kept for later would be outside of a graph
             with torch.autocast(batch.device.type, torch.bfloat16, enabled=mixed, cache_enabled=not self.graphs):
-                logits = self.compiled(batch)
+                logits, features = self._answers(batch)
                 task = self._task_loss(logits.float(), labels, batch)
+                if features is not None and self.hints is not None:
+                    task = task + self.config.distill_features_weight * feature_loss(features, self.hints(batch))
             task = task if share == 1 else task * share
             penalty = self.hooks.penalty(self.step) if last else None
             loss = task if penalty is None else task + penalty.to(task.dtype)
             loss.backward()
         with torch.no_grad():
             classes = first_classes(targets) if self.config.labels else targets
-            correct = (logits.argmax(-1) == classes).sum()
+            correct = (logits.argmax(-1) == classes).sum() if self.has_classes else torch.zeros_like(task)
             parts = [loss, task, torch.zeros_like(task) if penalty is None else penalty]
             return torch.stack([part.detach().to(torch.float32) for part in (*parts, correct)])
 
+    def _answers(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the model answers, and where features are distilled these, in float32."""
+        if self.hints is None:
+            return self.compiled(batch), None
+        with classifier_inputs(self.model) as seen:
+            answer = self.compiled(batch)
+        return answer, (seen[-1] if seen else answer).float()
+
     def _task_loss(self, logits: Tensor, labels: Tensor, batch: Tensor) -> Tensor:
+        if not self.has_classes:
+            return logits.new_zeros(())
         share = self.config.distill
         if not share or self.teacher is None:
             return self.criterion(logits, labels)
@@ -393,7 +411,7 @@ class Trainer:
             lr=lr,
             images_per_second=speed,
         )
-        shown = {"loss": f"{loss:.3f}", "accuracy": f"{100 * correct / size:.1f}%"}
+        shown = {"loss": f"{loss:.3f}"} | ({"accuracy": f"{100 * correct / size:.1f}%"} if self.has_classes else {})
         shown |= {"BOPs": f"{bops / 1e9:.3g}G"} if bops else {}
         progress.update(self.step, shown | {"lr": f"{lr:.1e}"})
         return any(row[5] for row in rows)

@@ -354,10 +354,12 @@ def test_requests_that_cannot_be_meant() -> None:
     with pytest.raises(UsageError, match="every site in float"):
         rule = {"format": "qvit-plan", "version": 1, "rules": [{"pattern": "*", "float": True}]}
         measure_sensitivity(model, batches, plan=QuantPlan.from_json(rule))
-    with pytest.raises(UsageError, match="needs a classifier"):
-        measure_sensitivity(digits_model(num_classes=0), batches)
+    with pytest.raises(UsageError, match="needs classes"):
+        measure_sensitivity(digits_model(num_classes=0), batches, metric="fisher")
+    with pytest.raises(UsageError, match="for models that answer with features"):
+        measure_sensitivity(model, batches, metric="cosine")
     with torch.no_grad():
         model.get_parameter("head.weight").fill_(float("nan"))
     with pytest.raises(QvitError, match="NaN or infinite"):
         measure_sensitivity(model, batches)
-    assert set(METRICS) == {"fisher", "hessian", "kl", "learned"}
+    assert set(METRICS) == {"fisher", "hessian", "kl", "learned", "features", "cosine"}

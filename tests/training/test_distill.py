@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from qvit.errors import UsageError
 from qvit.runs.run import train
-from qvit.training.distill import Teacher, distillation_loss
+from qvit.training.distill import Teacher, distillation_loss, feature_loss
 
 
 def data_config(mean: float = 0.3, std: float = 0.4, size: int = 8, channels: int = 1) -> dict[str, Any]:
@@ -101,3 +101,14 @@ def test_runs_learn_from_a_run_or_from_a_timm_model_with_weights(tmp_path: Path,
     weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in ways}
     assert weights["run"] == weights["file"] != weights["other"]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["teacher"] == str(tmp_path / "teacher")
+
+
+def test_features_by_hand() -> None:
+    """The squared error of every token over the squared length of the float model's."""
+    taught = torch.tensor([[[3.0, 4.0], [1.0, 0.0]]])
+    student = torch.tensor([[[3.0, 5.0], [0.0, 1.0]]], requires_grad=True)
+    loss = feature_loss(student, taught)
+    assert loss.item() == pytest.approx((1 / 25 + 2 / 1) / 2)
+    loss.backward()
+    assert student.grad is not None
+    torch.testing.assert_close(student.grad, (2 * (student - taught) / torch.tensor([[[25.0], [1.0]]]) / 2).detach())

@@ -8,8 +8,9 @@ longer than a turn is left without it.
 
 Reported are the median and the quartiles of all counted calls, and ratios of medians. Since a fast engine may be wrong,
 every row also says how its answers agree with those of the float model. A peer is *right* where at least `RIGHT`
-percent of them are the same; the fastest right peer is what an engine of ours has to be compared with. Of answers to
-noise, or of untrained weights, nothing like that is said.
+percent of them are the same, or where features have a mean cosine of at least `RIGHT_COSINE` with the float model's;
+the fastest right peer is what an engine of ours has to be compared with. Of answers to noise, or of untrained weights,
+nothing like that is said.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ from torch import Tensor
 
 from qvit.deploy.bench.peers.base import Runner
 from qvit.errors import UsageError
+from qvit.measure.features import cosine_distances
 
 #: What ratios are relative to: key of the row → name of the engine.
 REFERENCES = {"ratio_to_openvino_int8": "openvino-int8", "ratio_to_pytorch_fp32": "pytorch-fp32"}
 #: From this share of first classes that are the float model's, in percent, a peer counts as right.
 RIGHT = 95.0
+#: From this mean cosine with the float model's features on, for models that answer with features.
+RIGHT_COSINE = 0.99
 Progress = Callable[[str, int, int], None]
 
 
@@ -41,7 +45,7 @@ class Contender:
         engine: `openvino`, `qvit-torch`.
         precision: `int8`, `w8a8`.
         arithmetic: What is computed in which format, in words.
-        run: Answers a batch of images (B, channels, height, width) with logits (B, classes).
+        run: Answers a batch of images (B, channels, height, width) with logits (B, classes), or with features.
         file_bytes: Size of its model's files; None if unknown.
         ours: Whether it runs the quantized model of qvit.
         plan: Name of that model's plan.
@@ -135,7 +139,7 @@ def _take_turn(
 
 
 def answers(run: Runner, images: Tensor, batch: int) -> Tensor:
-    """Logits (N, classes), fp32, of N images that are passed in batches of exactly `batch`; the last one is padded."""
+    """Logits (N, classes) or features, fp32, of N images in batches of exactly `batch`; the last one is padded."""
     found = []
     for part in images.split(batch):
         padded = part if len(part) == batch else _filled(part, batch)
@@ -165,6 +169,17 @@ def compare(found: Tensor, reference: Tensor) -> dict[str, float]:
     return {"top1": 100.0 * float(same.double().mean()), "error": float(error)}
 
 
+def compare_features(found: Tensor, reference: Tensor) -> dict[str, float]:
+    """How two sets of features (N, ..., C) agree: the mean `cosine` over images and tokens, and the relative `error`.
+
+    Infinite or undefined features count as cosine -1 and error 1e9.
+    """
+    if not bool(torch.isfinite(found).all()):
+        return {"cosine": -1.0, "error": 1e9}
+    error = (found - reference).double().norm() / reference.double().norm().clamp_min(1e-12)
+    return {"cosine": 1 - float(cosine_distances(reference, found).mean()), "error": float(error)}
+
+
 def profiles(contenders: Sequence[Contender], images: Tensor, *, rounds: int) -> dict[str, dict[str, float]]:
     """Milliseconds by kind of kernel, medians over rounds, of those who can tell, by name.
 
@@ -185,6 +200,7 @@ def profiles(contenders: Sequence[Contender], images: Tensor, *, rounds: int) ->
 def rows_of(
     contenders: Sequence[Contender], times: Times, batch: int, logits: Mapping[str, Tensor], floats: Tensor,
     simulated: Mapping[str, Tensor], *, judged: bool, kernels: Mapping[str, Mapping[str, float]],
+    features: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one batch size, as plain data.
 
@@ -192,22 +208,24 @@ def rows_of(
         contenders: In the order of the rows.
         times: What `measure` found for them.
         batch: The batch size.
-        logits: What each answered to the same images, by name (N, classes).
+        logits: What each answered to the same images, by name (N, classes), or features (N, ..., C).
         floats: What the float model answered.
         simulated: What the fake-quantized model of each plan answered, by the plan's name.
         judged: Whether answers tell which peer is right: images and weights are real.
         kernels: Milliseconds by kind of kernel, by name, see `profiles`.
+        features: Whether answers are features.
     """
+    compared, key, least = (compare_features, "cosine", RIGHT_COSINE) if features else (compare, "top1", RIGHT)
     medians = {one.name: statistics.median(times.seconds[one.name]) for one in contenders}
-    agreements = {one.name: compare(logits[one.name], floats) for one in contenders}
-    right = {one.name: agreements[one.name]["top1"] >= RIGHT for one in contenders if judged and not one.ours}
+    agreements = {one.name: compared(logits[one.name], floats) for one in contenders}
+    right = {one.name: agreements[one.name][key] >= least for one in contenders if judged and not one.ours}
     fastest = min((medians[name] for name, is_right in right.items() if is_right), default=None)
     rows = []
     for one in contenders:
         seconds, median = times.seconds[one.name], medians[one.name]
         to_float = agreements[one.name]
         fake = simulated.get(one.plan) if one.plan is not None else None
-        to_ours = None if fake is None else compare(logits[one.name], fake)
+        to_ours = None if fake is None else compared(logits[one.name], fake)
         ratios = {
             key: digits(median / medians[reference]) if reference in medians else None
             for key, reference in REFERENCES.items()
@@ -225,15 +243,17 @@ def rows_of(
                 "images_per_second": digits(batch / median),
                 "calls": len(seconds),
                 "rounds": times.rounds,
-                "top1_agreement": round(to_float["top1"], 2),
+                "top1_agreement": None if features else round(to_float["top1"], 2),
                 "right": right.get(one.name),
                 "error_to_float": digits(to_float["error"]),
-                "agreement_with_simulated": None if to_ours is None else round(to_ours["top1"], 2),
+                "agreement_with_simulated": None if features or to_ours is None else round(to_ours["top1"], 2),
                 "error_to_simulated": None if to_ours is None else digits(to_ours["error"]),
                 "arithmetic": one.arithmetic,
                 "file_bytes": one.file_bytes,
                 "ours": one.ours,
                 "kernels": kernels.get(one.name),
+                **({"cosine_to_float": digits(to_float["cosine"])} if features else {}),
+                **({"cosine_to_simulated": digits(to_ours["cosine"])} if features and to_ours else {}),
             }
         )
     return rows

@@ -23,6 +23,9 @@ from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.packages import missing, onnxruntime_session, openvino_core
 from qvit.errors import UsageError, nearest
 from qvit.locks import writing_file
+from qvit.measure.features import cosine_distances
+from qvit.models.create import create_shapes
+from qvit.models.features import answers_with_features
 
 _log = logging.getLogger(__name__)
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "executorch": ".pte"}
@@ -57,8 +60,8 @@ def export(
 
     Returns:
         `file`, `to`, `bytes`, `containers`, `batch`, `vnni`, and `check`: `images`, `largest_difference` of logits,
-        `largest_logit`, `agreement` of the first class in percent, `saturates` (whether int8 products do on this
-        processor), or `skipped` with the reason.
+        `largest_logit`, `agreement` of the first class in percent or the mean `cosine` of features, `saturates`
+        (whether int8 products do on this processor), or `skipped` with the reason.
 
     Raises:
         UsageError: Options that cannot be meant, a file that is there, a missing package.
@@ -136,10 +139,13 @@ def _checked(artifact: Artifact, path: Path, to: str, count: int, vnni: bool) ->
         found = exported_runner(path, to)(images)
     except Exception as error:
         return {"skipped": f"{RUNTIMES[to]} does not take it: {' '.join(str(error).split())}"}
+    how_near: dict[str, float] = {"agreement": 100.0 * float((found.argmax(1) == expected.argmax(1)).double().mean())}
+    if answers_with_features(create_shapes(artifact.model_name, **artifact.model_kwargs)):
+        how_near = {"cosine": 1 - float(cosine_distances(expected, found).mean())}
     return {
         "images": count,
         "largest_difference": float((found - expected).abs().max()),
         "largest_logit": float(expected.abs().max()),
-        "agreement": 100.0 * float((found.argmax(1) == expected.argmax(1)).double().mean()),
+        **how_near,
         "saturates": to == "openvino" and vnni and not openvino_int8_is_exact(),
     }

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import UsageError
+from qvit.measure.distance import distance_of
 from qvit.measure.probe import Probe
 from qvit.methods.pmq import divergence
 from qvit.plan.budget import format_bops
@@ -79,7 +80,8 @@ class ClassToken:
         width: Bits.
         used: Whether the plan has it.
         extra_bit_operations: What it costs beside the plan without it.
-        divergence: KL(float ‖ model) on calibration images without it and with it; None where nothing was measured.
+        divergence: KL(float ‖ model) on calibration images without it and with it, or the cosine distance of features;
+            None where nothing was measured.
         reason: Why, in words.
     """
 
@@ -96,6 +98,7 @@ def choose(
     option: int | str,
     limit: int | None,
     measure: Callable[[QuantPlan], tuple[float, float]],
+    measured: str = "divergence",
 ) -> tuple[QuantPlan, ClassToken | None]:
     """The plan, with a width for the class token if it pays.
 
@@ -104,7 +107,8 @@ def choose(
         cost: The model's costs.
         option: `PTQOptions.class_token`.
         limit: Bit operations that are not to be exceeded; None for any.
-        measure: The divergences without and with it, of the plan that has it.
+        measure: The distances without and with it, of the plan that has it.
+        measured: What they are, in words.
 
     Raises:
         UsageError: A width was asked for that the model cannot have, or that exceeds the budget.
@@ -135,7 +139,7 @@ def choose(
         return wider, ClassToken(width, True, extra, None, f"asked for, for {price}")
     without, with_it = measure(wider)
     pays = with_it < without
-    reason = f"divergence from the float model {without:.4f} without, {with_it:.4f} with it, for {price}"
+    reason = f"{measured} from the float model {without:.4f} without, {with_it:.4f} with it, for {price}"
     return (wider if pays else plan), ClassToken(width, pays, extra, (without, with_it), reason)
 
 
@@ -168,7 +172,7 @@ def _wider(plan: QuantPlan, cost: CostModel, option: int | str) -> QuantPlan | N
 
 @torch.no_grad()
 def divergences(model: nn.Module, source: nn.Module, plan: QuantPlan, batches: Iterable[Tensor]) -> tuple[float, float]:
-    """Mean KL(float ‖ model) in nats without and with a width for the class token, each after plain calibration.
+    """Mean distance from the float model without and with a width for the class token, each after plain calibration.
 
     Args:
         model: The float model that is right.
@@ -178,7 +182,7 @@ def divergences(model: nn.Module, source: nn.Module, plan: QuantPlan, batches: I
     """
     images = list(batches)
     probe = Probe(source, images, plan)
-    reference = [model.eval()(batch).log_softmax(-1) for batch in images]
+    reference = [distance_of(model).prepared(model.eval()(batch)) for batch in images]
     found = [divergence(probe.under(own), images, reference) for own in (without_class_token(plan, probe.cost), plan)]
     return found[0], found[1]
 

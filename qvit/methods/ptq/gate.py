@@ -11,11 +11,13 @@ The test images of the result stay out of it. The loss is, in points,
 
     with labels      top-1 of the float model minus that of the quantized one, on the same images
     without labels   the share of images whose first answer changed
+    features         100 · (1 - cosine) beside the float model's, mean over images and tokens: labels play no part
 
 A search that tries a dozen plans on the same images favours those that were lucky on them; the confirmation was not
 chosen by, so its number is the one to quote. How much n images can say is said beside it: the confidence that the loss
 on any number of such images is within the drop, from the binomial distribution without labels (Clopper and Pearson,
-1934), with labels from the difference of paired proportions, half an image added to each cell (Agresti and Min, 2005).
+1934), with labels from the difference of paired proportions, half an image added to each cell (Agresti and Min, 2005),
+of features from the normal distribution of a mean.
 
 A trial costs a whole quantization without reconstruction, so that what passes is what will be returned. Trials are kept
 in the run's directory; an interrupted run that is resumed does not repeat them.
@@ -41,6 +43,7 @@ from qvit.documents import GateTrials, read_document
 from qvit.errors import QvitError
 from qvit.files import write_json
 from qvit.measure import Sensitivity
+from qvit.measure.features import cosine_distances
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 
@@ -107,6 +110,70 @@ class Loss:
         return mean, math.sqrt(self.lost + self.gained + 1 - difference * mean) / images
 
 
+@dataclass(frozen=True)
+class FeatureLoss:
+    """What quantizing a model did to its features on some images.
+
+    Attributes:
+        images: How many.
+        drop: The mean of 100 · (1 - cosine), in points.
+        deviation: Its standard deviation between images.
+    """
+
+    images: int
+    drop: float
+    deviation: float
+    lost: int = 0
+    gained: int = 0
+
+    def confidence(self, limit: float) -> float:
+        """The confidence, 0 to 1, that the loss on further images of this kind is at most `limit` points."""
+        return NormalDist().cdf((limit - self.drop) / self._error)
+
+    def at_most(self, level: float = LEVEL) -> float:
+        """The loss in points that is not exceeded on further images of this kind, with the confidence `level`."""
+        return self.drop + NormalDist().inv_cdf(level) * self._error
+
+    @property
+    def _error(self) -> float:
+        """The standard error of the mean; of one image there is none, and so next to no confidence."""
+        return max(self.deviation / math.sqrt(self.images), 1e-9)
+
+
+class FeatureJudge:
+    """How far the features of quantized models are from those of a float model on some images.
+
+    Those of the float model are computed anew for every loss: with a row per token they would fill the memory.
+
+    Args:
+        model: The float model.
+        batches: As for `Judge`.
+    """
+
+    labelled = False
+    measure = "features"
+    what = "100 · (1 - cosine) of features beside the float model's"
+
+    def __init__(self, model: nn.Module, batches: Batches) -> None:
+        self.model, self.batches = model, batches
+        self.images = sum(len(images) for images, _ in batches)
+
+    @torch.no_grad()
+    def loss(self, quantized: nn.Module) -> FeatureLoss:
+        """Raises QvitError for features that are not finite."""
+        found = torch.cat([100 * cosine_distances(self.model(x), quantized(x)).cpu() for x, _ in self.batches])
+        if not bool(torch.isfinite(found).all()):
+            raise QvitError("the model returned NaN or infinite features for images that decide")
+        return FeatureLoss(len(found), float(found.mean()), float(found.std(correction=0)))
+
+    def known(self, trial: dict[str, Any]) -> FeatureLoss:
+        """The loss of an earlier trial."""
+        return FeatureLoss(trial["images"], trial["drop"], trial["deviation"])
+
+    def in_words(self, drop: float) -> str:
+        return f"moves features by {drop:.2f} points (100 · (1 - cosine))"
+
+
 class Judge:
     """What a float model answers on some images, and what a quantized one loses against it.
 
@@ -120,6 +187,9 @@ class Judge:
         self.answers, truth = _answers(model, batches)
         self.labelled = bool((truth >= 0).all())
         self.truth = truth if self.labelled else self.answers
+        self.images = len(truth)
+        self.measure = "accuracy" if self.labelled else "agreement"
+        self.what = "top-1 lost" if self.labelled else "answers that differ from the float model's (no labels)"
 
     def loss(self, quantized: nn.Module) -> Loss:
         """Raises QvitError for logits that are not finite."""
@@ -127,6 +197,13 @@ class Judge:
         before, after = self.answers == self.truth, answers == self.truth
         lost, gained = int((before & ~after).sum()), int((~before & after).sum())
         return Loss(len(self.truth), lost, gained, self.labelled)
+
+    def known(self, trial: dict[str, Any]) -> Loss:
+        """The loss of an earlier trial."""
+        return Loss(trial["images"], trial["lost"], trial["gained"], self.labelled)
+
+    def in_words(self, drop: float) -> str:
+        return f"loses {drop:.2f} points of top-1" if self.labelled else f"changes {drop:.2f} % of the answers"
 
 
 @torch.no_grad()
@@ -167,8 +244,8 @@ class Gate:
     boundary: int | None
     quantize: Callable[[QuantPlan, bool], nn.Module]
     sensitivity: Callable[[QuantPlan], Sensitivity]
-    searching: Judge
-    confirming: Judge
+    searching: Judge | FeatureJudge
+    confirming: Judge | FeatureJudge
     run: Path
     notify: Callable[[str], None]
 
@@ -211,12 +288,12 @@ class _Search:
                 return model, plan, self.record(loss, searched)
         raise self.missed(widest, worst)
 
-    def record(self, loss: Loss, searched: Loss) -> dict[str, Any]:
+    def record(self, loss: Loss | FeatureLoss, searched: Loss | FeatureLoss) -> dict[str, Any]:
         gate = self.gate
         return {
             "max_drop": gate.max_drop,
             "objective": gate.objective,
-            "measure": self.measure,
+            "measure": gate.searching.measure,
             "drop": loss.drop,
             "images": loss.images,
             "confidence": loss.confidence(gate.max_drop),
@@ -226,16 +303,14 @@ class _Search:
             "trials": self.trials,
         }
 
-    @property
-    def measure(self) -> str:
-        return "accuracy" if self.gate.searching.labelled else "agreement"
-
     def say_what_decides(self) -> None:
-        gate, images = self.gate, [len(judge.truth) for judge in (self.gate.searching, self.gate.confirming)]
-        what = "top-1 lost" if gate.searching.labelled else "answers that differ from the float model's (no labels)"
+        gate, images = self.gate, [judge.images for judge in (self.gate.searching, self.gate.confirming)]
+        steps = isinstance(gate.searching, Judge)  # features move by less than an image
         gate.notify(
-            f"searching the cheapest plan by {gate.objective} that loses at most {gate.max_drop:g} points: {what}, "
-            f"{images[0]} images search, {images[1]} others confirm; one image is {100 / min(images):.2g} points"
+            f"searching the cheapest plan by {gate.objective} that loses at most {gate.max_drop:g} points: "
+            f"{gate.searching.what}, {images[0]} images search, {images[1]} others confirm"
+            + f"; one image is {100 / min(images):.2g} points"
+            * steps
         )
 
     def uniform(self, bits: int) -> QuantPlan:
@@ -282,10 +357,10 @@ class _Search:
     def passes(self, plan: QuantPlan) -> bool:
         """Whether a plan stays within the drop on the images that search; tried, or known from before a kill."""
         judge = self.gate.searching
-        asked = {"plan": plan.name, "step": "search", "images": len(judge.truth)}
+        asked = {"plan": plan.name, "step": "search", "images": judge.images}
         known = next((one for one in self.kept if asked.items() <= one.items()), None)
         if known is not None:
-            loss = Loss(known["images"], known["lost"], known["gained"], judge.labelled)
+            loss = judge.known(known)
         else:
             loss = judge.loss(self.gate.quantize(plan, False))
         within = loss.drop <= self.gate.max_drop
@@ -294,7 +369,7 @@ class _Search:
             self.passed.append(plan)
         return within
 
-    def note(self, plan: QuantPlan, step: str, loss: Loss, *, within: bool, new: bool = True) -> None:
+    def note(self, plan: QuantPlan, step: str, loss: Loss | FeatureLoss, *, within: bool, new: bool = True) -> None:
         """Records a trial, and says what it found; a `new` one is kept for a call that continues."""
         cost, widths = self.gate.cost, plan.widths()
         trial = {
@@ -307,6 +382,7 @@ class _Search:
             "images": loss.images,
             "lost": loss.lost,
             "gained": loss.gained,
+            **({"deviation": loss.deviation} if isinstance(loss, FeatureLoss) else {}),
         }
         self.trials.append(trial)
         if new:
@@ -318,9 +394,7 @@ class _Search:
         )
 
     def missed(self, widest: QuantPlan, drop: float) -> QvitError:
-        lost = f"loses {drop:.2f} points of top-1"
-        if not self.gate.searching.labelled:
-            lost = f"changes {drop:.2f} % of the answers"
+        lost = self.gate.searching.in_words(drop)
         return QvitError(
             f"no plan loses at most {self.gate.max_drop:g} points: even {widest.name} {lost} on "
             "images that did not calibrate; allow a larger --max-drop, or calibrate on more images"

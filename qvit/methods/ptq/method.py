@@ -42,12 +42,13 @@ from torch import Tensor, nn
 from qvit.allocate import allocate_plan
 from qvit.allocate.units import Unit
 from qvit.errors import UsageError
-from qvit.measure import Sensitivity, measure_sensitivity
+from qvit.measure import Sensitivity, default_metric, measure_sensitivity
+from qvit.measure.distance import distance_of
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, leaving_room, record_of
-from qvit.methods.ptq.gate import UNITS, Gate, Judge
+from qvit.methods.ptq.gate import UNITS, FeatureJudge, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
 from qvit.methods.ptq.layer_rounding import round_layers
 from qvit.methods.ptq.options import PTQOptions
@@ -62,6 +63,7 @@ from qvit.models.calibrate import calibrate
 from qvit.models.convert import plan_of, quantize
 from qvit.models.families import inspect_model
 from qvit.models.families.tokens import ranks_tokens
+from qvit.models.features import answers_with_features
 from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
@@ -167,7 +169,7 @@ class PTQMethod(Method):
                 return divergences(model, source, grids, few)
 
         limit = None if self.config.plan is not None or _PRESET.fullmatch(budget) else bit_operations_of(budget, cost)
-        chosen, self.class_token = choose(plan, cost, options.class_token, limit, measure)
+        chosen, self.class_token = choose(plan, cost, options.class_token, limit, measure, distance_of(model).name)
         if self.class_token is not None:
             own = self.class_token
             given.notify(f"{own.width} bits for the class token: {'yes' if own.used else 'no'}; {own.reason}")
@@ -222,7 +224,8 @@ class PTQMethod(Method):
             self.metric = found.metric
             return found
 
-        searching, confirming = (Judge(model, batches) for batches in given.deciding)
+        judge = FeatureJudge if answers_with_features(model) else Judge
+        searching, confirming = (judge(model, batches) for batches in given.deciding)
         gate = Gate(
             inspect_model(model),
             options.max_drop,
@@ -278,7 +281,7 @@ class PTQMethod(Method):
             if options.metric not in (None, found.metric):
                 raise UsageError(f"{options.sensitivity} was measured by '{found.metric}', not by '{options.metric}'")
             return found
-        metric, calibration = options.metric or "fisher", self.config.calibration_images
+        metric, calibration = options.metric or default_metric(model), self.config.calibration_images
         few = FirstImages(given.images, min(calibration, options.sensitivity_images or calibration))
         given.notify(f"measuring sensitivities ({metric}) on {few.images} images")
         source = self._reparameterized(model, grids, FirstImages(given.images, calibration))

@@ -78,7 +78,9 @@ class PTQOptions(MethodOptions):
         "block's output; a step takes about four times as long",
     )
     metric: str | None = Field(
-        None, description="choose mixed widths by sensitivities, measured by `fisher`, `kl` or `hessian`"
+        None,
+        description="choose mixed widths by sensitivities, measured by `fisher`, `kl` or `hessian`; of models "
+        "that answer with features by `features` or `cosine`",
     )
     sensitivity: str | None = Field(
         None, description="choose mixed widths by a measured sensitivity, such as another run's `sensitivity.json`"
@@ -101,7 +103,8 @@ class PTQOptions(MethodOptions):
         ge=0,
         le=100,
         description="in place of a budget: find the cheapest plan that loses at most so many points on training images "
-        "that do not calibrate, of top-1, or without labels of answers; see [An accuracy "
+        "that do not calibrate, of top-1, or without labels of answers; of models without classes of 100 · (1 - "
+        "cosine) of features; see [An accuracy "
         "gate](post-training.md#an-accuracy-gate)",
     )
     objective: Literal["bops", "bytes", "latency"] = Field(

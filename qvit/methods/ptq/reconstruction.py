@@ -40,11 +40,13 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
+from qvit.measure.features import signed_features
 from qvit.methods.ptq.block_pairs import BlockPair, block_pairs, relative_error
 from qvit.methods.ptq.class_token import step_of, upper_scales_held
 from qvit.methods.ptq.suffix import Suffix, features_of, suffix_of
 from qvit.models.block_inputs import CHUNK, attention_blocks
 from qvit.models.convert import Stage, in_eval_mode, stage_of
+from qvit.models.features import answers_with_features
 from qvit.quantizers import Quantizer, quantizers_of
 from qvit.tensors import total_bytes
 from qvit.training.checkpoint import load_state, read_tensors, save_weights
@@ -315,10 +317,12 @@ def _rows(count: int, options: ReconstructOptions, generator: torch.Generator) -
 def fisher_weights(model: nn.Module, paths: list[str], batches: Iterable[Tensor], images: int) -> dict[str, Tensor]:
     """For each block E[(∂L/∂y)²] of its output y without the batch axis, divided by its mean.
 
-    L is the cross-entropy with the model's own answer. The mean over images is kept and not a gradient per image.
+    L is the cross-entropy with the model's own answer, or for features their product with the random vectors of
+    `measure.features.signed_features`. The mean over images is kept and not a gradient per image.
     """
     sums: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
 
     def keep(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         outputs[path] = output
@@ -328,12 +332,15 @@ def fisher_weights(model: nn.Module, paths: list[str], batches: Iterable[Tensor]
         for path in paths:
             stack.enter_context(model.get_submodule(path).register_forward_hook(partial(keep, path)))
         for batch in batches:
-            logits = model(batch[: images - seen])
-            loss = nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum")
+            answer = model(batch[: images - seen])
+            if answers_with_features(model):
+                loss = (answer * signed_features(answer, generator)).sum()
+            else:
+                loss = nn.functional.cross_entropy(answer, answer.argmax(-1), reduction="sum")
             for path, grad in zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True):
                 sums[path] = sums.get(path, torch.zeros_like(grad[0])) + grad.square().sum(0)
             outputs.clear()
-            seen += len(logits)
+            seen += len(answer)
             if seen >= images:
                 break
     return {path: total / total.mean().clamp_min(1e-30) for path, total in sums.items()}

@@ -17,7 +17,8 @@ DCT of m), P the reflection that takes 1·D·H to 1.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,29 @@ def rotate_residual(model: nn.Module, seed: int = 0) -> bool:
     for tokens in stream.tokens:
         tokens.copy_(tokens @ rotation)
     return True
+
+
+def unrotated(reference: Any, model: Any, seed: int = 0) -> Callable[[Tensor], Tensor]:
+    """The way back from what a model's classifier sees to what the float model's does.
+
+    Args:
+        reference: The float model.
+        model: What was made of it. That its stream was rotated is seen in the classifier: whose weights are nearer?
+        seed: As for `rotate_residual`.
+
+    Returns:
+        A function of features (..., C): x → x·Rᵀ·diag(γ) + β after a rotation, else x.
+    """
+    stream = residual_stream(reference)
+    if stream is None:
+        return lambda features: features
+    norm, (layer, *_) = stream.readers[-1]
+    rotation = rotation_of(layer.in_features, seed).to(layer.weight)
+    own, factors = model.head.weight.detach().to(layer.weight), cast(Tensor, norm.weight).detach()
+    if (own - layer.weight * factors @ rotation).norm() >= (own - layer.weight).norm():
+        return lambda features: features
+    shift: Any = getattr(norm, "bias", None)
+    return lambda features: features @ rotation.t() * factors + (0 if shift is None else shift.detach())
 
 
 def _fold_norm(norm: Any, layers: list[nn.Linear]) -> None:

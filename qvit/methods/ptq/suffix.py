@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.models.block_inputs import CHUNK
+from qvit.models.features import feature_function
 
 Suffix = Callable[[Tensor], Tensor]
 
@@ -50,7 +51,7 @@ def suffix_of(model: nn.Module, blocks: list[str], path: str, images: Tensor) ->
         for each in blocks[: blocks.index(path) + 1]:
             stack.callback(model.set_submodule, each, model.get_submodule(each))
             model.set_submodule(each, own if each == path else _Given())
-        feature = stack.enter_context(_feature(model))
+        feature = stack.enter_context(feature_function(model))
 
         def run(outputs: Tensor) -> Tensor:
             own.output = outputs
@@ -63,24 +64,7 @@ def suffix_of(model: nn.Module, blocks: list[str], path: str, images: Tensor) ->
 def features_of(model: nn.Module, batches: Iterable[Tensor], images: int) -> Tensor:
     """What the classifier of a float model sees of the first `images` images: (images, channels)."""
     found: list[Tensor] = []
-    with _feature(model) as feature:
+    with feature_function(model) as feature:
         for batch in batches:
             found += [feature(part) for part in batch[: images - sum(map(len, found))].split(CHUNK) if len(part)]
     return torch.cat(found)
-
-
-@contextmanager
-def _feature(model: Any) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within the block, a function of images: the input of a timm model's classifier, or its output if it has none."""
-    heads = model.get_classifier()
-    first = heads[0] if isinstance(heads, tuple) else heads
-    seen: list[Tensor] = []
-
-    def run(images: Tensor) -> Tensor:
-        answer = model(images)
-        return seen.pop() if seen else answer
-
-    with ExitStack() as stack:
-        if isinstance(first, nn.Linear):
-            stack.enter_context(first.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0])))
-        yield run

@@ -4,7 +4,8 @@ For a layer's output z (positions, channels) and L = -log p of an answer drawn f
 E[(∂L/∂z)²] is the diagonal of the Fisher information: half of Σ F·δ² is what an error δ adds to the divergence. The
 mean over channels says what a token is worth, the mean over tokens what a channel is. In the last block the class
 token is worth everything at `fc1` and nothing at `attn.qkv` but its query; an error that is averaged over tokens knows
-nothing of that.
+nothing of that. Of a model that answers with features the divergence is the cosine distance, and its gradients start
+from the vectors of `measure.features.signed_features`.
 
 `FLOOR` of every mean is shared out evenly: where one token counts alone, there is one row per image, and moments of so
 few would be singular.
@@ -20,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from qvit.measure.features import signed_features
+from qvit.models.features import answers_with_features
 
 FLOOR = 0.1
 #: No more images than this take part: a mean over them and their tokens has settled.
@@ -66,19 +70,22 @@ def worth_of(model: nn.Module, paths: Iterable[str], batches: Iterable[Tensor], 
         for path in paths:
             stack.enter_context(model.get_submodule(path).register_forward_hook(partial(keep, path)))
         for images in (chunk for batch in batches for chunk in batch.split(CHUNK)):
-            logits = model(images[: MOST_IMAGES - seen])
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
-            loss = nn.functional.cross_entropy(logits, drawn.flatten().to(logits.device), reduction="sum")
+            answer = model(images[: MOST_IMAGES - seen])
+            if answers_with_features(model):
+                loss = (answer * signed_features(answer, generator)).sum()
+            else:
+                drawn = torch.multinomial(answer.detach().softmax(-1).cpu(), 1, generator=generator)
+                loss = nn.functional.cross_entropy(answer, drawn.flatten().to(answer.device), reduction="sum")
             grads = torch.autograd.grad(loss, list(outputs.values()), allow_unused=True)
             for path, grad in zip(outputs, grads, strict=True):
                 if grad is None:
                     continue
-                own = grad.square().reshape(len(logits), -1, grad.shape[-1])
+                own = grad.square().reshape(len(answer), -1, grad.shape[-1])
                 tokens, channels = own.sum((0, 2)), own.sum((0, 1))
                 before = sums.get(path)
                 sums[path] = (tokens, channels) if before is None else (before[0] + tokens, before[1] + channels)
             outputs.clear()
-            seen += len(logits)
+            seen += len(answer)
             if seen >= MOST_IMAGES:
                 break
     return {path: Worth(*map(_weights, own)) for path, own in sums.items()}

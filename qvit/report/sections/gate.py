@@ -36,6 +36,8 @@ def _of_run(name: str, gate: Gate) -> str:
     lost = f"loses {fixed(gate.drop)} points of top-1"
     if gate.measure == "agreement":
         lost = f"changes {fixed(gate.drop)} % of the answers"
+    if gate.measure == "features":
+        lost = f"moves features by {fixed(gate.drop)} points, 100 · (1 - cosine)"
     sentence = (
         f"The cheapest plan by {escape(gate.objective)} within {gate.max_drop:g} points. It {lost} on {gate.images} "
         f"training images that neither calibrated nor chose it: at most {gate.max_drop:g} with a confidence of "
