@@ -163,14 +163,13 @@ class Attention {
     template <class Use>
     QVIT_INLINE float exponentials(int i, Use&& use) {
         const Lanes most(greatest(most_[i]));
+        most_[i] = most;
         const float* x = own_.scores.data() + size_t(i) * columns_;
-        Lanes sum[2];
-        for (int j = 0, turn = 0; j < area_; j += kLanes, turn ^= 1) {
+        return total_of(area_, [&](int j) {
             const Lanes e = power_of_two(Lanes(x + j) - most);
             use(j, e);
-            sum[turn] = sum[turn] + e;
-        }
-        return total(sum[0] + sum[1]);
+            return e;
+        });
     }
 
     void probabilities(int m) {
@@ -203,15 +202,16 @@ class Attention {
 
     void log_probabilities(int m) {
         float of_one[kRows];
-        for (int i = 0; i < m; ++i)
-            of_one[i] = std::log2(exponentials(i, [](int, const Lanes&) {}) * grids_.probs.scale);
+        for (int i = 0; i < kRows; ++i) of_one[i] = 1.0f;
+        for (int i = 0; i < m; ++i) of_one[i] = exponentials(i, [](int, const Lanes&) {}) * grids_.probs.scale;
+        for (int i = 0; i < kRows; ++i) of_one[i] = logarithm(of_one[i]);
         const float steps = float(block_.log_steps);
         const Lanes by(-steps), highest(float(grids_.probs.high)), zero;
         for (int i = 0; i < m; ++i) {
             const float* x = own_.scores.data() + size_t(i) * columns_;
             uint8_t *first = own_.probs.data() + size_t(i) * columns_,
                     *second = own_.second.data() + size_t(i) * columns_;
-            const Lanes most(greatest(most_[i])), from(steps * of_one[i]);
+            const Lanes most = most_[i], from(steps * of_one[i]);
             for (int j = 0; j < area_; j += kLanes) {
                 const Lanes q = mad(Lanes(x + j) - most, by, from);
                 const Bytes codes = bytes_of(lesser_of(greater_of(q, zero), highest), 0);
@@ -295,7 +295,7 @@ class Attention {
     uint8_t* const merged_;
     bool values_apart_ = false;
     int largest_key_ = 0;
-    Lanes most_[kRows];  // of each row of scores, lane by lane
+    Lanes most_[kRows];  // of each row of scores: lane by lane, then in all lanes
     float prob_sums_[kRows];
     uint8_t levels_[32];  // of codes: first operand, second operand
 };

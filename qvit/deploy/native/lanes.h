@@ -233,6 +233,21 @@ QVIT_INLINE T power_of_two(T x) {  // relative error below 2e-7 for x <= 0; next
 }
 constexpr float kLog2E = 1.44269504f;
 
+inline float logarithm(float x) {  // log2 of normal numbers above 0, absolute error below 5e-7
+    int32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const int32_t n = (bits - 0x3f3504f3) >> 23;  // the number is 2^n times one from sqrt(1/2) to sqrt(2)
+    bits -= int32_t(uint32_t(n) << 23);
+    float m;
+    std::memcpy(&m, &bits, 4);
+    const float s = (m - 1.0f) / (m + 1.0f), u = s * s;
+    float p = mad(0.32059890f, u, 0.41219858f);
+    p = mad(p, u, 0.57707802f);
+    p = mad(p, u, 0.96179669f);
+    p = mad(p, u, 2.88539008f);
+    return mad(p, s, float(n));
+}
+
 template <class T>
 QVIT_INLINE T gelu(T x) {  // x * Phi(x); Phi by a rational approximation of erf, absolute error below 4e-7
     const T z = lesser_of(greater_of(x * T(0.70710678f), T(-4.0f)), T(4.0f)), u = z * z;
@@ -310,7 +325,7 @@ struct Steps {
 #endif
     static constexpr int kFalls = 2;
     bool there = false;
-    int base = 0, levels = 0, falls = 0;
+    int base = 0, levels = 3, falls = 0;   // levels of the heap: 3 or 4
     float heap[kRises + 1], fall[kFalls];  // at most 2^levels - 1; those that are not there are no numbers
 };
 
@@ -338,7 +353,7 @@ Steps steps_of(const Grid& grid) {
     steps.base = code(bottom);
     const int count = code(kFar) - steps.base;
     for (int i = 0; i < count; ++i) rises[i] = first(bottom, kFar, steps.base + 1 + i);
-    while ((1 << steps.levels) <= count) ++steps.levels;
+    steps.levels = count > 7 ? 4 : 3;
     for (int level = 0; level < steps.levels; ++level)
         for (int i = 0; i < 1 << level; ++i)
             steps.heap[(1 << level) + i] = rises[((2 * i + 1) << (steps.levels - 1 - level)) - 1];
@@ -358,21 +373,24 @@ class StepCoder {
         for (int i = 0; i < Steps::kFalls; ++i) fall_[i] = _mm512_set1_ps(steps.fall[i]);
         begin_ = _mm512_set1_epi32(steps.base - (1 << steps.levels));
     }
-    QVIT_INLINE Bytes bytes(Lanes x) const {
+    QVIT_INLINE Bytes bytes(Lanes x) const { return levels_ > 3 ? found<4>(x) : found<3>(x); }
+
+  private:
+    template <int levels>
+    QVIT_INLINE Bytes found(Lanes x) const {
         const __m512i one = _mm512_set1_epi32(1);
         __m512i at = one;
-        for (int level = 0; level < levels_; ++level) {
+#pragma GCC unroll 4
+        for (int level = 0; level < levels; ++level) {
             const __mmask16 above = _mm512_cmp_ps_mask(x.v, _mm512_permutexvar_ps(at, heap_), _CMP_GE_OQ);
             at = _mm512_add_epi32(at, at);
             at = _mm512_mask_add_epi32(at, above, at, one);
         }
-        at = _mm512_add_epi32(at, begin_);
-        for (int i = 0; i < falls_; ++i)
-            at = _mm512_mask_add_epi32(at, _mm512_cmp_ps_mask(x.v, fall_[i], _CMP_LE_OQ), at, one);
-        return _mm512_cvtepi32_epi8(at);
+        if (falls_ > 0) at = _mm512_mask_add_epi32(at, _mm512_cmp_ps_mask(x.v, fall_[0], _CMP_LE_OQ), at, one);
+        if (falls_ > 1) at = _mm512_mask_add_epi32(at, _mm512_cmp_ps_mask(x.v, fall_[1], _CMP_LE_OQ), at, one);
+        return _mm512_cvtepi32_epi8(_mm512_add_epi32(at, begin_));
     }
 
-  private:
     __m512 heap_, fall_[Steps::kFalls];
     __m512i begin_;
     int levels_, falls_;

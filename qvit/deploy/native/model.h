@@ -20,6 +20,19 @@ QVIT_INLINE Lanes kept(const Lanes& x, int count) {
     return load(part, count);
 }
 
+// The sum of f(j) for each sixteen of n numbers, over four partial sums.
+template <class F>
+QVIT_INLINE float total_of(int n, F&& f) {
+    Lanes a, b, c, d;
+    int j = 0;
+    for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+        a = a + f(j), b = b + f(j + kLanes);
+        c = c + f(j + 2 * kLanes), d = d + f(j + 3 * kLanes);
+    }
+    for (; j < n; j += kLanes) a = a + f(j);
+    return total((a + b) + (c + d));
+}
+
 struct Norm {
     bool there = false, centred = true;
     float epsilon = 0;
@@ -36,17 +49,12 @@ struct Norm {
     template <class Use>
     QVIT_INLINE void each(const float* x, int n, int first, Use&& use) const {
         Lanes mean;
-        if (centred) {
-            Lanes sum;
-            for (int j = 0; j < n; j += kLanes) sum = sum + load(x + j, n - j);
-            mean = Lanes(total(sum) / float(n));
-        }
-        Lanes squares;
-        for (int j = 0; j < n; j += kLanes) {
-            const Lanes d = kept(load(x + j, n - j) - mean, n - j);
-            squares = mad(d, d, squares);
-        }
-        const Lanes factor(1.0f / std::sqrt(total(squares) / float(n) + epsilon));
+        if (centred) mean = Lanes(total_of(n, [&](int j) { return load(x + j, n - j); }) / float(n));
+        const float squares = total_of(n, [&](int j) {
+            const Lanes apart = kept(load(x + j, n - j) - mean, n - j);
+            return apart * apart;
+        });
+        const Lanes factor(1.0f / std::sqrt(squares / float(n) + epsilon));
         const float *by = weight.data() + first, *add = bias.data() + first;
         for (int j = 0; j < n; j += kLanes)
             use(j, mad((load(x + j, n - j) - mean) * factor, Lanes(by + j), Lanes(add + j)));
