@@ -233,7 +233,7 @@ inline void tile(int m, const uint8_t* a, int64_t lda, const int8_t* w, int grou
         QVIT_ROWS(5)
         QVIT_ROWS(6)
 #if defined(QVIT_AVX512_VNNI)
-            QVIT_ROWS(7) QVIT_ROWS(8) QVIT_ROWS(9) QVIT_ROWS(10) QVIT_ROWS(11) QVIT_ROWS(12)
+        QVIT_ROWS(7) QVIT_ROWS(8) QVIT_ROWS(9) QVIT_ROWS(10) QVIT_ROWS(11) QVIT_ROWS(12)
 #endif
 #undef QVIT_ROWS
     }

@@ -327,6 +327,25 @@ struct Steps {
     bool there = false;
     int base = 0, levels = 3, falls = 0;   // levels of the heap: 3 or 4
     float heap[kRises + 1], fall[kFalls];  // at most 2^levels - 1; those that are not there are no numbers
+    // Where AVX-512 looks 32 numbers up at once and steps are far enough apart: the cell of x is x * by + from,
+    // rounded, and has one step at most: the last byte of its codes before it, the next byte from it on.
+    static constexpr int kCells = 32;
+    bool in_cells = false;
+    float by = 0, from = 0, step[kCells];
+    int32_t codes[kCells];
+
+    int cell(float x) const { return int(nearest(lesser_of(greater_of(mad(x, by, from), 0.0f), kCells - 1.0f))); }
+    // For `count` steps in order, and the codes before the first and from each on.
+    void fill_cells(const float* steps, const int* code, int count) {
+        by = (kCells - 1.0f) / (steps[count - 1] - steps[0]), from = -steps[0] * by;
+        for (int c = 0, done = 0; c < kCells; ++c) {
+            const bool has = done < count && cell(steps[done]) == c;
+            step[c] = has ? steps[done] : std::numeric_limits<float>::quiet_NaN();
+            codes[c] = code[done] | code[done + has] << 8;
+            done += has;
+            in_cells = done == count;
+        }
+    }
 };
 
 template <Activation kind>
@@ -361,6 +380,14 @@ Steps steps_of(const Grid& grid) {
     if (steps.falls > Steps::kFalls) return steps;
     for (int i = 0; i < steps.falls; ++i) steps.fall[i] = first(bottom, -100.0f, steps.base + 1 + i);
     steps.there = true;
+#if defined(QVIT_AVX512_VNNI)
+    float all[Steps::kFalls + Steps::kRises];
+    int codes[Steps::kFalls + Steps::kRises + 1], at = 0;
+    for (int i = steps.falls; i--;) codes[at] = steps.base + 1 + i, all[at++] = std::nextafter(steps.fall[i], kFar);
+    codes[at] = steps.base;
+    for (int i = 0; i < count; ++i) all[at++] = rises[i], codes[at] = steps.base + 1 + i;
+    if (at > 1) steps.fill_cells(all, codes, at);
+#endif
     return steps;
 }
 
@@ -372,6 +399,19 @@ class StepCoder {
         : heap_(_mm512_loadu_ps(steps.heap)), levels_(steps.levels), falls_(steps.falls) {
         for (int i = 0; i < Steps::kFalls; ++i) fall_[i] = _mm512_set1_ps(steps.fall[i]);
         begin_ = _mm512_set1_epi32(steps.base - (1 << steps.levels));
+        in_cells_ = steps.in_cells, by_ = Lanes(steps.by), from_ = Lanes(steps.from);
+        for (int i = 0; i < 2; ++i) {
+            step_[i] = _mm512_loadu_ps(steps.step + 16 * i);
+            codes_[i] = _mm512_loadu_si512(steps.codes + 16 * i);
+        }
+    }
+    QVIT_INLINE bool in_cells() const { return in_cells_; }
+    QVIT_INLINE Bytes bytes_by_cell(Lanes x) const {
+        const Lanes place = lesser_of(greater_of(mad(x, by_, from_), Lanes(0.0f)), Lanes(Steps::kCells - 1.0f));
+        const __m512i cell = _mm512_cvtps_epi32(place.v);
+        const __mmask16 from = _mm512_cmp_ps_mask(x.v, _mm512_permutex2var_ps(step_[0], cell, step_[1]), _CMP_GE_OQ);
+        const __m512i codes = _mm512_permutex2var_epi32(codes_[0], cell, codes_[1]);
+        return _mm512_cvtepi32_epi8(_mm512_mask_srli_epi32(codes, from, codes, 8));
     }
     QVIT_INLINE Bytes bytes(Lanes x) const { return levels_ > 3 ? found<4>(x) : found<3>(x); }
 
@@ -391,9 +431,11 @@ class StepCoder {
         return _mm512_cvtepi32_epi8(_mm512_add_epi32(at, begin_));
     }
 
-    __m512 heap_, fall_[Steps::kFalls];
-    __m512i begin_;
+    __m512 heap_, fall_[Steps::kFalls], step_[2];
+    __m512i begin_, codes_[2];
+    Lanes by_, from_;
     int levels_, falls_;
+    bool in_cells_;
 };
 
 #elif defined(QVIT_SHUFFLES)

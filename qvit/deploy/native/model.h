@@ -543,6 +543,10 @@ void Model::activate_tile(const Stage& stage, const Block& block, int first, int
     if (block.fc2.splits) {
         for (int i = 0; i < rows; ++i)
             store(to + i * wide, is_early(stage, first + i) ? early.bytes(activate<kind>(y(i))) : code(y(i)), columns);
+#if defined(QVIT_AVX512_VNNI)
+    } else if (steps.in_cells()) {
+        for (int i = 0; i < rows; ++i) store(to + i * wide, steps.bytes_by_cell(y(i)), columns);
+#endif
     } else if (block.steps.there) {
         for (int i = 0; i < rows; ++i) store(to + i * wide, steps.bytes(y(i)), columns);
     } else {
