@@ -124,11 +124,12 @@ class Attention {
         Panels& keys = own_.keys;
         keys.begin(keys.left, query.low, query.high - query.low, largest_key_);
         own_.key_scale.resize(size_t(columns_)), own_.key_add.resize(size_t(columns_));
+        constexpr double log2_e = 1.4426950408889634;
         for (int j = 0; j < columns_; ++j) {
-            const float scale = (j < prefix_ ? grids_.prefix_key : grids_.key).scale * stage_.factor * kLog2E;
-            own_.key_scale[size_t(j)] = query.scale * scale;
+            const double scale = double((j < prefix_ ? grids_.prefix_key : grids_.key).scale) * stage_.factor * log2_e;
+            own_.key_scale[size_t(j)] = float(query.scale * scale);
             // Columns behind the last token have probability 0, so that what follows runs over whole vectors.
-            own_.key_add[size_t(j)] = j < area_ ? query.offset * scale * float(keys.sums[size_t(j)]) : -1e30f;
+            own_.key_add[size_t(j)] = j < area_ ? float(query.offset * scale * keys.sums[size_t(j)]) : -1e30f;
         }
     }
 
@@ -227,7 +228,7 @@ class Attention {
         alignas(64) int32_t sums[kRows * kColumns];
         multiply_tile(m, weights, columns_, own_.prefix_values, own_.prefix_values.left, column, sums);
         const Lanes by(scale * grids_.prefix_value.scale);
-        for (int t = 0; t < m * kColumns; t += kLanes) mad(of_integers(sums + t), by, Lanes(y + t)).store(y + t);
+        for (int t = 0; t < m * kColumns; t += kLanes) (Lanes(y + t) + of_integers(sums + t) * by).store(y + t);
     }
 
     // Codes of the head's outputs for the queries from `begin`, of a tile that begins at `column`.
@@ -255,7 +256,7 @@ class Attention {
                      for (int j = 0; j < kColumns; j += kLanes) {
                          const Lanes by(scale), add(by_column + column + j);
                          for (int i = 0; i < rows; ++i)
-                             (mad(of_integers(sums + i * kColumns + j), by, add) + Lanes(prob_sums_[i] * by_probs))
+                             (of_integers(sums + i * kColumns + j) * by + add + Lanes(prob_sums_[i] * by_probs))
                                  .store(y + i * kColumns + j);
                      }
                      add_prefix_values(rows, own_.probs.data(), grids_.probs.scale, column, y);
@@ -275,7 +276,7 @@ class Attention {
             multiply_tile(m, own_.second.data(), columns_, values, values.left, column, second);
             const Lanes by(one), other_by(one * other);
             for (int t = 0; t < m * kColumns; t += kLanes)
-                mad(of_integers(second + t), other_by, of_integers(sums + t) * by).store(y + t);
+                (of_integers(sums + t) * by + of_integers(second + t) * other_by).store(y + t);
             add_prefix_values(m, own_.probs.data(), of_prefix, column, y);
             add_prefix_values(m, own_.second.data(), of_prefix * other, column, y);
             encode_outputs(begin, m, column, y);

@@ -57,7 +57,7 @@ struct Norm {
         const Lanes factor(1.0f / std::sqrt(squares / float(n) + epsilon));
         const float *by = weight.data() + first, *add = bias.data() + first;
         for (int j = 0; j < n; j += kLanes)
-            use(j, mad((load(x + j, n - j) - mean) * factor, Lanes(by + j), Lanes(add + j)));
+            use(j, (load(x + j, n - j) - mean) * factor * Lanes(by + j) + Lanes(add + j));
     }
     void operator()(const float* x, float* to, int n, int first = 0) const {
         each(x, n, first, [&](int j, const Lanes& y) { store(to + j, y, n - j); });
@@ -352,7 +352,7 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Us
                      for (int j = 0; j < columns; j += kLanes) {
                          const Lanes by(scale + column + j), add(bias + column + j);
                          use(row, rows, column + j, columns - j,
-                             [=](int i) { return mad(of_integers(sums + i * kColumns + j), by, add); });
+                             [=](int i) { return of_integers(sums + i * kColumns + j) * by + add; });
                      }
                  });
         return;
@@ -372,7 +372,7 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Us
                         add(layer.bias.data() + column + j);
                     for (int i = 0; i < rows; ++i) {
                         float* to = values + i * kColumns + j;
-                        mad(of_integers(sums + i * kColumns + j), by, s ? Lanes(to) : add).store(to);
+                        ((s ? Lanes(to) : add) + of_integers(sums + i * kColumns + j) * by).store(to);
                     }
                 }
             }
