@@ -2,10 +2,11 @@
 //
 //   file.h      bytes -> tensors, sites, texts          json.h     JSON from strangers
 //   network.h   a file -> layers, norms, heads          memory.h   buffers and threads
-//   kernels.h   products of integers                    model.h    images -> logits
+//   kernels.h   products of integers                    lanes.h    floats, sixteen at a time
+//   model.h     images -> logits                        attention.h  of it, what the heads do
 //
-// kernels.h and model.h are compiled once for each instruction set, in a namespace of its own; which one runs is
-// decided when a model is loaded. Code of the standard library stays outside: it is the same for all processors.
+// The last four are compiled once for each instruction set, in a namespace of its own; which one runs is decided when
+// a model is loaded. Code of the standard library stays outside: it is the same for all processors.
 #include "qvit.h"
 
 #include <algorithm>
@@ -88,9 +89,13 @@ QVIT_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma",
 namespace qvit::avx512_vnni {
 #define QVIT_AVX512_VNNI
 #define QVIT_FMA
+#define QVIT_SHUFFLES
 #include "kernels.h"
+#include "lanes.h"
 #include "model.h"
+#include "attention.h"
 #include "form.h"
+#undef QVIT_SHUFFLES
 #undef QVIT_FMA
 #undef QVIT_AVX512_VNNI
 }  // namespace qvit::avx512_vnni
@@ -105,9 +110,13 @@ QVIT_TARGET_BEGIN("avx2,fma", "avx2,fma")
 namespace qvit::avx_vnni {
 #define QVIT_AVX_VNNI
 #define QVIT_FMA
+#define QVIT_SHUFFLES
 #include "kernels.h"
+#include "lanes.h"
 #include "model.h"
+#include "attention.h"
 #include "form.h"
+#undef QVIT_SHUFFLES
 #undef QVIT_FMA
 #undef QVIT_AVX_VNNI
 }  // namespace qvit::avx_vnni
@@ -117,9 +126,13 @@ QVIT_TARGET_BEGIN("avx2,fma", "avx2,fma")
 namespace qvit::avx2 {
 #define QVIT_AVX2
 #define QVIT_FMA
+#define QVIT_SHUFFLES
 #include "kernels.h"
+#include "lanes.h"
 #include "model.h"
+#include "attention.h"
 #include "form.h"
+#undef QVIT_SHUFFLES
 #undef QVIT_FMA
 #undef QVIT_AVX2
 }  // namespace qvit::avx2
@@ -132,7 +145,9 @@ namespace qvit::dot {
 #define QVIT_DOT
 #define QVIT_FMA
 #include "kernels.h"
+#include "lanes.h"
 #include "model.h"
+#include "attention.h"
 #include "form.h"
 #undef QVIT_FMA
 #undef QVIT_DOT
@@ -143,7 +158,9 @@ QVIT_TARGET_END
 
 namespace qvit::portable {
 #include "kernels.h"
+#include "lanes.h"
 #include "model.h"
+#include "attention.h"
 #include "form.h"
 }  // namespace qvit::portable
 

@@ -230,9 +230,10 @@ inline void tile(int m, const uint8_t* a, int64_t lda, const int8_t* w, int grou
         QVIT_ROWS(2)
         QVIT_ROWS(3)
         QVIT_ROWS(4)
-        QVIT_ROWS(5) QVIT_ROWS(6)
+        QVIT_ROWS(5)
+        QVIT_ROWS(6)
 #if defined(QVIT_AVX512_VNNI)
-            QVIT_ROWS(7) QVIT_ROWS(8) QVIT_ROWS(9) QVIT_ROWS(10) QVIT_ROWS(11) QVIT_ROWS(12)
+        QVIT_ROWS(7) QVIT_ROWS(8) QVIT_ROWS(9) QVIT_ROWS(10) QVIT_ROWS(11) QVIT_ROWS(12)
 #endif
 #undef QVIT_ROWS
     }
@@ -290,6 +291,28 @@ inline int fill_panels(Panels& to, int n, int k, const int8_t* w, int64_t row) {
             most = std::max(most, std::abs(int(value)));
         }
     return most;
+}
+
+// Of a right operand whose bytes are there: the sums of w by column, which are its product with ones.
+inline void sum_columns(Panels& to) {
+    const int way = way_of(1, 128);
+    const Buffer<uint8_t> ones(size_t(to.groups) * 4, way == kTakes128 ? 129 : 1);
+    alignas(64) static const int32_t zeros[kColumns] = {};
+    const int columns = round_up(to.n, kColumns);
+    to.sums.resize(size_t(columns));
+    for (int column = 0; column < columns; column += kColumns)
+        tile(1, ones.data(), 0, to.bytes.data() + size_t(column) * to.groups * 4, to.groups, way, zeros,
+             to.sums.data() + column);
+}
+
+// Four rows of bytes, a byte of each in turn.
+inline void interleave(const int8_t* __restrict a, const int8_t* __restrict b, const int8_t* __restrict c,
+                       const int8_t* __restrict d, int n, int8_t* __restrict to) {
+    using Word = uint32_t __attribute__((may_alias));
+    auto* words = reinterpret_cast<Word*>(to);
+    for (int t = 0; t < n; ++t)
+        words[t] = uint32_t(uint8_t(a[t])) | uint32_t(uint8_t(b[t])) << 8 | uint32_t(uint8_t(c[t])) << 16 |
+                   uint32_t(uint8_t(d[t])) << 24;
 }
 
 // Even parts of at most `most` of a number of rows.

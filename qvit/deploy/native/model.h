@@ -12,235 +12,25 @@
 // Codes are stored from 0: a left operand has the byte q - low, and the sums start at low * sum(w), which makes them
 // exact sums of q * w. The results do not depend on the number of threads.
 
-// ------------------------------------------------------------------------------------------------------ float
-// functions Written as plain loops over these, which compilers turn into vector instructions.
-
-#if defined(QVIT_FMA)
-inline float mad(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-inline float nearest(float x) { return __builtin_rintf(x); }
-#else
-inline float mad(float a, float b, float c) { return a * b + c; }
-inline float nearest(float x) { return x + 12582912.0f - 12582912.0f; }  // halves to even, for |x| < 2^22
-#endif
-
-inline float exponential(float x) {  // relative error below 2e-7 for x <= 0; 0 far below and for NaN
-    const float kept = x > -87.0f ? x : -87.0f;
-    const float n = nearest(kept * 1.44269504f);
-    const float r = mad(n, 2.12194440e-4f, mad(n, -0.693359375f, kept));
-    float p = mad(1.9875691500e-4f, r, 1.3981999507e-3f);
-    p = mad(p, r, 8.3334519073e-3f);
-    p = mad(p, r, 4.1665795894e-2f);
-    p = mad(p, r, 1.6666665459e-1f);
-    p = mad(p, r, 5.0000001201e-1f);
-    p = mad(p * r, r, r) + 1.0f;
-    const int32_t bits = (int32_t(n) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, 4);
-    return p * power;
+// Numbers of a row that may end within sixteen lanes: from `count` on they are 0.
+QVIT_INLINE Lanes kept(const Lanes& x, int count) {
+    if (count >= kLanes) return x;
+    float part[kLanes];
+    x.store(part);
+    return load(part, count);
 }
 
-inline float gelu(float x) {  // x * Phi(x); Phi by a rational approximation of erf, absolute error below 4e-7
-    float z = x * 0.70710678f;
-    z = z < -4.0f ? -4.0f : z > 4.0f ? 4.0f : z;
-    const float u = z * z;
-    float p = mad(1.9213761248693118e-08f, u, -1.9899146082025254e-06f);
-    p = mad(p, u, 0.00015549451927654445f);
-    p = mad(p, u, 0.004291824996471405f);
-    p = mad(p, u, 0.05243011564016342f);
-    p = mad(p, u, 0.21391980350017548f);
-    p = mad(p, u, 1.1283786296844482f);
-    float q = mad(0.0010976949706673622f, u, 0.015548829920589924f);
-    q = mad(q, u, 0.12078924477100372f);
-    q = mad(q, u, 0.5229091644287109f);
-    q = mad(q, u, 1.0f);
-    return 0.5f * x * (1.0f + z * p / q);
-}
-
-inline float sigmoid(float x) {
-    const float e = exponential(x > 0 ? -x : x);
-    return (x > 0 ? 1.0f : e) / (1.0f + e);
-}
-
-template <Activation kind>
-inline float activate(float x) {
-    switch (kind) {
-        case Activation::gelu: return gelu(x);
-        case Activation::gelu_tanh: return x * sigmoid(1.5957691f * (x + 0.044715f * x * x * x));
-        case Activation::quick_gelu: return x * sigmoid(1.702f * x);
-        case Activation::silu: return x * sigmoid(x);
-        case Activation::relu: return x > 0 ? x : 0;
+// The sum of f(j) for each sixteen of n numbers, over four partial sums.
+template <class F>
+QVIT_INLINE float total_of(int n, F&& f) {
+    Lanes a, b, c, d;
+    int j = 0;
+    for (; j + 4 * kLanes <= n; j += 4 * kLanes) {
+        a = a + f(j), b = b + f(j + kLanes);
+        c = c + f(j + 2 * kLanes), d = d + f(j + 3 * kLanes);
     }
-    return x;
-}
-
-// Calls `use` with the activation function as a compile-time constant.
-template <class Use>
-void with_activation(Activation kind, Use&& use) {
-    switch (kind) {
-        case Activation::gelu: return use(std::integral_constant<Activation, Activation::gelu>());
-        case Activation::gelu_tanh: return use(std::integral_constant<Activation, Activation::gelu_tanh>());
-        case Activation::quick_gelu: return use(std::integral_constant<Activation, Activation::quick_gelu>());
-        case Activation::silu: return use(std::integral_constant<Activation, Activation::silu>());
-        case Activation::relu: return use(std::integral_constant<Activation, Activation::relu>());
-    }
-}
-
-inline int32_t code_of(const Grid& grid, float x) {  // from 0; NaN becomes 0
-    float u = (x - grid.offset) * grid.inverse;
-    u = u > float(grid.low) ? u : float(grid.low);
-    u = u < float(grid.high) ? u : float(grid.high);
-    return int32_t(nearest(u)) - grid.low;
-}
-
-// Loops over rows and tiles. They are functions of their own, with numbers as values and pointers that do not overlap:
-// inside a lambda that captures by reference, a byte that is stored might be part of any number, and compilers would
-// read those again for each element.
-
-inline void encode(const float* __restrict x, int n, const Grid of, uint8_t* __restrict to) {
-    for (int j = 0; j < n; ++j) to[j] = uint8_t(code_of(of, x[j]));
-}
-
-template <Activation kind>
-void encode_activated(const float* __restrict x, int n, const Grid of, uint8_t* __restrict to) {
-    for (int j = 0; j < n; ++j) to[j] = uint8_t(code_of(of, activate<kind>(x[j])));
-}
-
-// An activation and its grid as a sum of steps, for grids of few levels: fewer operations than the function, and the
-// fewer the narrower. The functions fall to one lowest point and rise behind it; code = base + how many `rises` are at
-// or below x + how many `falls` are at or above it.
-struct Steps {
-    static constexpr int kRises = 8, kFalls = 2;
-    bool there = false;
-    int base = 0, rises = 0;
-    float rise[kRises], fall[kFalls];
-};
-
-template <Activation kind>
-Steps steps_of(const Grid& grid) {
-    Steps steps;
-    if (grid.high - grid.low >= Steps::kRises) return steps;
-    auto code = [&](float x) {
-        return code_of(grid, activate<kind>(x));
-    };
-    float bottom = 0;
-    for (int i = -12000; i < 0; ++i)
-        if (activate<kind>(float(i) / 1000) < activate<kind>(bottom)) bottom = float(i) / 1000;
-    // The first x from `from`, whose code is lower, towards `to` that has a code of at least `wanted`.
-    auto first = [&](float from, float to, int wanted) {
-        for (float middle; middle = from + (to - from) / 2, middle != from && middle != to;)
-            (code(middle) >= wanted ? to : from) = middle;
-        return to;
-    };
-    std::fill_n(steps.rise, Steps::kRises, std::numeric_limits<float>::infinity());
-    std::fill_n(steps.fall, Steps::kFalls, -std::numeric_limits<float>::infinity());
-    constexpr float kFar = 1e30f;
-    steps.base = code(bottom);
-    for (int wanted = steps.base + 1; wanted <= code(kFar); ++wanted)
-        steps.rise[steps.rises++] = first(bottom, kFar, wanted);
-    const int falls = code(-100.0f) - steps.base;
-    if (falls > Steps::kFalls) return steps;
-    for (int i = 0; i < falls; ++i) steps.fall[i] = first(bottom, -100.0f, steps.base + 1 + i);
-    steps.there = true;
-    return steps;
-}
-
-template <int rises>
-void encode_steps(const float* __restrict x, int n, const Steps steps, uint8_t* __restrict to) {
-    for (int j = 0; j < n; ++j) {
-        const float value = x[j];
-        int32_t code = steps.base;
-#pragma GCC unroll 8
-        for (int k = 0; k < rises; ++k) code += value >= steps.rise[k];
-#pragma GCC unroll 2
-        for (int k = 0; k < Steps::kFalls; ++k) code += value <= steps.fall[k];
-        to[j] = uint8_t(code);
-    }
-}
-
-inline void encode_steps(const float* x, int n, const Steps& steps, uint8_t* to) {
-    if (steps.rises <= 4) return encode_steps<4>(x, n, steps, to);
-    encode_steps<Steps::kRises>(x, n, steps, to);
-}
-
-// Codes by column, each with a grid of its own; `shift` is taken off.
-inline void encode_columns(const float* __restrict x, int n, const float* __restrict inverse,
-                           const float* __restrict offset, const float* __restrict low, const float* __restrict high,
-                           const float* __restrict shift, uint8_t* __restrict to) {
-    for (int j = 0; j < n; ++j) {
-        float u = (x[j] - offset[j]) * inverse[j];
-        u = u > low[j] ? u : low[j];
-        u = u < high[j] ? u : high[j];
-        to[j] = uint8_t(int32_t(nearest(u) - shift[j]));
-    }
-}
-
-// A row of a tile of sums, with a scale and an addend by column.
-inline void scale_row(const int32_t* __restrict sums, const float* __restrict scale, const float* __restrict add,
-                      float* __restrict to) {
-    for (int j = 0; j < kColumns; ++j) to[j] = float(sums[j]) * scale[j] + add[j];
-}
-inline void add_scaled_row(const int32_t* __restrict sums, const float* __restrict scale, float* __restrict to) {
-    for (int j = 0; j < kColumns; ++j) to[j] += float(sums[j]) * scale[j];
-}
-// With one scale for all columns.
-inline void add_scaled_row(const int32_t* __restrict sums, float scale, float* __restrict to) {
-    for (int j = 0; j < kColumns; ++j) to[j] += float(sums[j]) * scale;
-}
-inline void scale_row(const int32_t* __restrict sums, float scale, const float* __restrict add, float* __restrict to) {
-    for (int j = 0; j < kColumns; ++j) to[j] = float(sums[j]) * scale + add[j];
-}
-inline void add_number(float number, float* to) {
-    for (int j = 0; j < kColumns; ++j) to[j] += number;
-}
-inline void add_row(const float* __restrict x, int n, float* __restrict to) {
-    for (int j = 0; j < n; ++j) to[j] += x[j];
-}
-
-// Sixteen maxima, each of every sixteenth number of a row of a tile.
-inline void greatest_of(const float* __restrict x, float* __restrict most) {
-    static_assert(kColumns == 16 || kColumns == 32);
-    for (int t = 0; t < 16; ++t) {
-        const float a = x[t], b = x[t + kColumns - 16], greater = a > b ? a : b;
-        most[t] = greater > most[t] ? greater : most[t];
-    }
-}
-
-// Four rows of bytes, a byte of each in turn.
-inline void interleave(const int8_t* __restrict a, const int8_t* __restrict b, const int8_t* __restrict c,
-                       const int8_t* __restrict d, int n, int8_t* __restrict to) {
-    using Word = uint32_t __attribute__((may_alias));
-    auto* words = reinterpret_cast<Word*>(to);
-    for (int t = 0; t < n; ++t)
-        words[t] = uint32_t(uint8_t(a[t])) | uint32_t(uint8_t(b[t])) << 8 | uint32_t(uint8_t(c[t])) << 16 |
-                   uint32_t(uint8_t(d[t])) << 24;
-}
-
-// exp(x - most) in place, and sums of multiples of 16 numbers. Not inlined: inside `attend` GCC 12 leaves loops scalar.
-__attribute__((noinline)) inline void exponentials(float* __restrict x, int n, float most) {
-    for (int j = 0; j < n; ++j) x[j] = exponential(x[j] - most);
-}
-inline float sum_of(const float* __restrict x, int n) {
-    float lane[16] = {}, total = 0;
-    for (int j = 0; j < n; j += 16)
-        for (int t = 0; t < 16; ++t) lane[t] += x[j + t];
-    for (float value : lane) total += value;
-    return total;
-}
-
-// Levels 2^(-q / steps), the last of them 0, as two operands of powers of two: even and odd codes (log-sqrt2), or the
-// eight largest levels and the others (log2). q comes from the exponent x - most, not from the exponential.
-inline void log_levels(const float* __restrict x, int n, float most, float level_of_one, int log_steps, float highest,
-                       uint8_t* __restrict first, uint8_t* __restrict second) {
-    const int half = log_steps == 2 ? 1 : 8, shift = log_steps == 2 ? 1 : 0;
-    const float steps = float(log_steps);
-    for (int j = 0; j < n; ++j) {
-        float q = steps * (level_of_one - (x[j] - most) * 1.44269504f);
-        q = q > 0 ? q : 0;
-        q = nearest(q < highest ? q : highest);
-        const int32_t code = int32_t(q), level = q < highest ? 128 >> ((code >> shift) & 7) : 0;
-        first[j] = uint8_t(code & half ? 0 : level);
-        second[j] = uint8_t(code & half ? level : 0);
-    }
+    for (; j < n; j += kLanes) a = a + f(j);
+    return total((a + b) + (c + d));
 }
 
 struct Norm {
@@ -250,31 +40,33 @@ struct Norm {
 
     Norm() = default;
     explicit Norm(const NormNumbers& from) : there(from.there), centred(from.centred), epsilon(from.epsilon) {
-        weight.assign(from.weight.begin(), from.weight.end());
-        bias.assign(from.bias.begin(), from.bias.end());
+        const size_t size = size_t(round_up(int(from.weight.size()), kLanes) + kLanes);
+        weight.assign(size, 0), bias.assign(size, 0);
+        std::copy(from.weight.begin(), from.weight.end(), weight.begin());
+        std::copy(from.bias.begin(), from.bias.end(), bias.begin());
     }
-    // `first`: where in weight and bias the n channels begin.
-    void operator()(const float* x, float* to, int n, int first = 0) const {
-        // Sums by lane: the order does not depend on how wide a vector is.
-        float lane[16] = {}, mean = 0, variance = 0;
-        int j = 0;
-        if (centred) {
-            for (; j + 16 <= n; j += 16)
-                for (int t = 0; t < 16; ++t) lane[t] += x[j + t];
-            for (; j < n; ++j) mean += x[j];
-            for (int t = 0; t < 16; ++t) mean += lane[t], lane[t] = 0;
-            mean /= float(n);
-        }
-        for (j = 0; j + 16 <= n; j += 16)
-            for (int t = 0; t < 16; ++t) {
-                const float d = x[j + t] - mean;
-                lane[t] += d * d;
-            }
-        for (; j < n; ++j) variance += (x[j] - mean) * (x[j] - mean);
-        for (int t = 0; t < 16; ++t) variance += lane[t];
-        const float factor = 1.0f / std::sqrt(variance / float(n) + epsilon);
+    // `use(j, values)` for sixteen of the n channels after the other. `first`: where in weight and bias they begin.
+    template <class Use>
+    QVIT_INLINE void each(const float* x, int n, int first, Use&& use) const {
+        Lanes mean;
+        if (centred) mean = Lanes(total_of(n, [&](int j) { return load(x + j, n - j); }) / float(n));
+        const float squares = total_of(n, [&](int j) {
+            const Lanes apart = kept(load(x + j, n - j) - mean, n - j);
+            return apart * apart;
+        });
+        const Lanes factor(1.0f / std::sqrt(squares / float(n) + epsilon));
         const float *by = weight.data() + first, *add = bias.data() + first;
-        for (j = 0; j < n; ++j) to[j] = (x[j] - mean) * factor * by[j] + add[j];
+        for (int j = 0; j < n; j += kLanes)
+            use(j, (load(x + j, n - j) - mean) * factor * Lanes(by + j) + Lanes(add + j));
+    }
+    void operator()(const float* x, float* to, int n, int first = 0) const {
+        each(x, n, first, [&](int j, const Lanes& y) { store(to + j, y, n - j); });
+    }
+    // Codes of the normed row; of the row as it is where there is no norm.
+    void encode_row(const float* x, int n, const Grid& grid, uint8_t* to) const {
+        if (!there) return encode(x, n, grid, to);
+        const Coder<Lanes> coder(grid);
+        each(x, n, 0, [&](int j, const Lanes& y) { store(to + j, coder.bytes(y), n - j); });
     }
 };
 
@@ -336,6 +128,21 @@ struct Columns {
     }
 };
 
+// Sixteen of them in registers.
+struct ColumnCoder {
+    Lanes inverse, offset, low, high, shift;
+
+    QVIT_INLINE ColumnCoder(const Columns& from, int column)
+        : inverse(from.inverse.data() + column),
+          offset(from.offset.data() + column),
+          low(from.low.data() + column),
+          high(from.high.data() + column),
+          shift(from.shift.data() + column) {}
+    QVIT_INLINE Bytes bytes(const Lanes& x) const {
+        return bytes_of(nearest(lesser_of(greater_of((x - offset) * inverse, low), high)) - shift, 0);
+    }
+};
+
 struct Block {
     Norm norm1, norm2, mlp_norm, query_norm, key_norm;
     Linear qkv, proj, fc1, gate, fc2;
@@ -343,7 +150,7 @@ struct Block {
     int log_steps = 0;
     bool splits_queries, splits_keys, splits_values;
     Columns columns, prefix_columns;  // of all tokens, or but for prefix tokens; and of these
-    Buffer<float> position_bias;      // (heads, area, columns of scores); or none
+    Buffer<float> position_bias;      // (heads, area, columns of scores), in units of log2(e); or none
     Steps steps;                      // from outputs of fc1 to inputs of fc2
 
     Block(const BlockNumbers& from, const StageNumbers& stage, Activation activation)
@@ -369,7 +176,8 @@ struct Block {
         const int area = stage.window_y * stage.window_x, wide = round_up(area, kColumns);
         position_bias.assign(size_t(stage.heads) * area * wide, 0);
         for (int i = 0; i < stage.heads * area; ++i)
-            std::copy_n(from.position_bias.data() + size_t(i) * area, area, position_bias.data() + size_t(i) * wide);
+            for (int j = 0; j < area; ++j)
+                position_bias[size_t(i) * wide + j] = from.position_bias[size_t(i) * area + j] * kLog2E;
     }
 };
 
@@ -425,7 +233,7 @@ struct Stage {
 
 struct Scratch {
     Buffer<uint8_t> codes, second_codes, hidden, probs, second, queries;
-    Buffer<float> rows, scores, exponentials, projected, wide;
+    Buffer<float> rows, scores, projected, wide;
     Panels keys, values, prefix_values;
     Buffer<float> key_add, key_scale;
     double seconds[kKinds] = {};
@@ -519,19 +327,21 @@ class Model final : public Runner {
     void embed_patches(const Stage& stage, const float* images, int first, int last, Scratch& own);
     void merge_tokens(const Stage& before, const Stage& stage, const float* from, int first, int last, Scratch& own);
     void project_qkv(const Stage& stage, const Block& block, int first, int last, Scratch& own);
-    void store_qkv(const Stage& stage, const Block& block, int token, int column, int columns, const float* values);
     void finish_block(const Stage& stage, const Block& block, int first, int last, Scratch& own);
     void hidden_codes(const Stage& stage, const Block& block, int first, int count, Scratch& own);
+    template <Activation kind, class Outputs>
+    void activate_tile(const Stage& stage, const Block& block, int first, int rows, uint8_t* to, int64_t wide,
+                       int columns, Outputs&& y) const;
     void attend(const Stage& stage, const Block& block, bool shifted, int image, int window, int head, int first,
                 int last, Scratch& own);
     void classify(const Stage& stage, int image, float* logits, Scratch& own);
 };
 
-// The outputs of a layer for m rows, tile after tile in float: `use(row, rows, column, columns, values, stride)`.
-// `early`: they are of prefix tokens.
+// The outputs of a layer for m rows, tile after tile and sixteen columns after the other: `use(row, rows, column,
+// count, y)`, where y(i) are those of the tile's row i, of which `count` or all are there. `early`: they are of prefix
+// tokens.
 template <class Use>
 void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Use&& use, bool early) {
-    alignas(64) float values[kRows * kColumns];
     if (layer.segments == 1) {
         const bool own = early && layer.splits;
         const float* scale = (own ? layer.prefix_scale : layer.scale).data();
@@ -539,28 +349,35 @@ void Model::linear(const Linear& layer, int m, const uint8_t* a, int64_t lda, Us
         const Panels& panels = layer.panels[0];
         multiply(m, a, lda, panels, own ? panels.prefix : panels.left,
                  [&](int row, int rows, int column, int columns, const int32_t* sums) {
-                     for (int i = 0; i < rows; ++i)
-                         scale_row(sums + i * kColumns, scale + column, bias + column, values + i * kColumns);
-                     use(row, rows, column, columns, values, kColumns);
+                     for (int j = 0; j < columns; j += kLanes) {
+                         const Lanes by(scale + column + j), add(bias + column + j);
+                         use(row, rows, column + j, columns - j,
+                             [=](int i) { return of_integers(sums + i * kColumns + j) * by + add; });
+                     }
                  });
         return;
     }
     // Tile by tile, the segments' sums with their scales.
-    const int n = layer.padded, k = layer.k / layer.segments;
+    const int k = layer.k / layer.segments, step = even(m, kRows);
     alignas(64) int32_t sums[kRows * kColumns];
-    const int step = even(m, kRows);
+    alignas(64) float values[kRows * kColumns];
     for (int column = 0; column < layer.n; column += kColumns)
         for (int row = 0; row < m; row += step) {
-            const int rows = std::min(step, m - row);
-            for (int i = 0; i < rows; ++i) std::copy_n(layer.bias.data() + column, kColumns, values + i * kColumns);
+            const int rows = std::min(step, m - row), columns = std::min(kColumns, layer.n - column);
             for (int s = 0; s < layer.segments; ++s) {
                 const Panels& panels = layer.panels[size_t(s)];
                 multiply_tile(rows, a + row * lda + s * k, lda, panels, panels.left, column, sums);
-                for (int i = 0; i < rows; ++i)
-                    add_scaled_row(sums + i * kColumns, layer.scale.data() + size_t(s) * n + column,
-                                   values + i * kColumns);
+                for (int j = 0; j < columns; j += kLanes) {
+                    const Lanes by(layer.scale.data() + size_t(s) * layer.padded + column + j),
+                        add(layer.bias.data() + column + j);
+                    for (int i = 0; i < rows; ++i) {
+                        float* to = values + i * kColumns + j;
+                        ((s ? Lanes(to) : add) + of_integers(sums + i * kColumns + j) * by).store(to);
+                    }
+                }
             }
-            use(row, rows, column, std::min(kColumns, layer.n - column), values, kColumns);
+            for (int j = 0; j < columns; j += kLanes)
+                use(row, rows, column + j, columns - j, [&](int i) { return Lanes(values + i * kColumns + j); });
         }
 }
 
@@ -576,9 +393,7 @@ void Model::linear_of_tokens(const Stage& stage, const Linear& layer, int first,
         end = std::min(count, begin + (early ? prefix : stage.tokens) - token);
         linear(
             layer, end - begin, a + size_t(begin) * lda, lda,
-            [&](int row, int rows, int column, int columns, const float* values, int stride) {
-                use(begin + row, rows, column, columns, values, stride);
-            },
+            [&](int row, int rows, int column, int count, auto&& y) { use(begin + row, rows, column, count, y); },
             early);
     }
 }
@@ -586,34 +401,40 @@ void Model::linear_of_tokens(const Stage& stage, const Linear& layer, int first,
 void Model::embed_patches(const Stage& stage, const float* images, int first, int last, Scratch& own) {
     Watch watch(watching, own.seconds[kEmbedding]);
     const int across = stage.columns, patches = stage.rows * stage.columns, dim = stage.dim, lda = round_up(embed.k, 4);
-    const Grid grid = embed.grid[0];
+    const Coder<Lanes> coder(embed.grid[0]);
     for (int begin = first; begin < last; begin += kChunk) {
         const int end = std::min(last, begin + kChunk);
-        own.hidden.assign(size_t(kChunk) * lda, 0);
+        own.hidden.resize(size_t(kChunk) * lda);
         for (int p = begin; p < end; ++p) {
             const float* image = images + size_t(p / patches) * channels * side_y * side_x;
             const int place = p % patches, top = place / across * patch_y, left = place % across * patch_x;
             uint8_t* to = own.hidden.data() + size_t(p - begin) * lda;
+            std::fill_n(to + embed.k, lda - embed.k, uint8_t(0));
             for (int c = 0; c < channels; ++c)
-                for (int y = 0; y < patch_y; ++y, to += patch_x)
-                    encode(image + (size_t(c) * side_y + top + y) * side_x + left, patch_x, grid, to);
+                for (int y = 0; y < patch_y; ++y, to += patch_x) {
+                    const float* from = image + (size_t(c) * side_y + top + y) * side_x + left;
+                    for (int x = 0; x < patch_x; x += kLanes)
+                        store(to + x, coder.bytes(load(from + x, patch_x - x)), patch_x - x);
+                }
         }
         auto row_of = [&](int p) {
             return stream.data() + (size_t(p / patches) * stage.tokens + prefix + p % patches) * dim;
         };
-        linear(embed, end - begin, own.hidden.data(), lda,
-               [&](int row, int rows, int column, int columns, const float* values, int stride) {
-                   for (int i = 0; i < rows; ++i)
-                       std::copy_n(values + i * stride, columns, row_of(begin + row + i) + column);
-               });
-        own.rows.resize(size_t(most_channels));
-        for (int p = begin; p < end; ++p) {
-            float* row = row_of(p);
-            if (patch_norm.there) {
-                patch_norm(row, own.rows.data(), dim);
-                std::copy_n(own.rows.data(), dim, row);
+        linear(embed, end - begin, own.hidden.data(), lda, [&](int row, int rows, int column, int count, auto&& y) {
+            for (int i = 0; i < rows; ++i) {
+                const int p = begin + row + i;
+                Lanes value = y(i);
+                if (!added.empty() && !patch_norm.there)
+                    value = value + load(added.data() + size_t(prefix + p % patches) * dim + column, count);
+                store(row_of(p) + column, value, count);
             }
-            if (!added.empty()) add_row(added.data() + size_t(prefix + p % patches) * dim, dim, row);
+        });
+        for (int p = begin; p < end && patch_norm.there; ++p) {
+            float* row = row_of(p);
+            const float* add = added.empty() ? nullptr : added.data() + size_t(prefix + p % patches) * dim;
+            patch_norm.each(row, dim, 0, [&](int j, const Lanes& y) {
+                store(row + j, add ? y + load(add + j, dim - j) : y, dim - j);
+            });
         }
     }
 }
@@ -626,22 +447,20 @@ void Model::merge_tokens(const Stage& before, const Stage& stage, const float* f
     for (int begin = first; begin < last; begin += kChunk) {
         const int end = std::min(last, begin + kChunk);
         own.hidden.resize(size_t(kChunk) * lda);
-        own.rows.resize(size_t(k)), own.wide.resize(size_t(k));
+        own.wide.resize(size_t(k));
         for (int p = begin; p < end; ++p) {
             const int place = p % stage.tokens, y = place / stage.columns * 2, x = place % stage.columns * 2;
             const float* image = from + size_t(p / stage.tokens) * before.tokens * dim;
             for (int part = 0; part < 4; ++part)  // down, then right
                 std::copy_n(image + size_t((y + part % 2) * before.columns + x + part / 2) * dim, dim,
                             own.wide.data() + part * dim);
-            const float* row = own.wide.data();
-            if (stage.merge_norm.there) stage.merge_norm(row, own.rows.data(), k), row = own.rows.data();
-            encode(row, k, stage.merge.grid[0], own.hidden.data() + size_t(p - begin) * lda);
+            stage.merge_norm.encode_row(own.wide.data(), k, stage.merge.grid[0],
+                                        own.hidden.data() + size_t(p - begin) * lda);
         }
         linear(stage.merge, end - begin, own.hidden.data(), lda,
-               [&](int row, int rows, int column, int columns, const float* values, int stride) {
+               [&](int row, int rows, int column, int count, auto&& y) {
                    for (int i = 0; i < rows; ++i)
-                       std::copy_n(values + i * stride, columns,
-                                   stream.data() + size_t(begin + row + i) * stage.dim + column);
+                       store(stream.data() + size_t(begin + row + i) * stage.dim + column, y(i), count);
                });
     }
 }
@@ -649,58 +468,59 @@ void Model::merge_tokens(const Stage& before, const Stage& stage, const float* f
 void Model::project_qkv(const Stage& stage, const Block& block, int first, int last, Scratch& own) {
     const int dim = stage.dim, lda = round_up(dim, 4), count = last - first;
     own.codes.resize(size_t(count) * lda);
-    own.rows.resize(size_t(most_channels));
     {
         Watch watch(watching, own.seconds[kNorm]);
         for (int i = 0; i < count; ++i) {
-            const float* row = stream.data() + size_t(first + i) * dim;
-            if (block.norm1.there) block.norm1(row, own.rows.data(), dim), row = own.rows.data();
-            encode(row, dim, block.qkv.grid_of(is_early(stage, first + i)), own.codes.data() + size_t(i) * lda);
+            const Grid& grid = block.qkv.grid_of(is_early(stage, first + i));
+            block.norm1.encode_row(stream.data() + size_t(first + i) * dim, dim, grid,
+                                   own.codes.data() + size_t(i) * lda);
         }
     }
     Watch watch(watching, own.seconds[kQkv]);
     if (!block.query_norm.there && !block.key_norm.there) {
         linear_of_tokens(stage, block.qkv, first, count, own.codes.data(), lda,
-                         [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                         [&](int row, int rows, int column, int columns, auto&& y) {
+                             uint8_t* to = qkv.data() + size_t(first + row) * 3 * dim + column;
+                             const ColumnCoder plain(block.columns, column);
+                             if (block.prefix_columns.inverse.empty()) {
+                                 for (int i = 0; i < rows; ++i) store(to + i * 3 * dim, plain.bytes(y(i)), columns);
+                                 return;
+                             }
+                             const ColumnCoder early(block.prefix_columns, column);
                              for (int i = 0; i < rows; ++i)
-                                 store_qkv(stage, block, first + row + i, column, columns, values + i * stride);
+                                 store(to + i * 3 * dim, (is_early(stage, first + row + i) ? early : plain).bytes(y(i)),
+                                       columns);
                          });
         return;
     }
     own.projected.resize(size_t(count) * 3 * dim);
     linear_of_tokens(stage, block.qkv, first, count, own.codes.data(), lda,
-                     [&](int row, int rows, int column, int columns, const float* values, int stride) {
+                     [&](int row, int rows, int column, int columns, auto&& y) {
                          for (int i = 0; i < rows; ++i)
-                             std::copy_n(values + i * stride, columns,
-                                         own.projected.data() + size_t(row + i) * 3 * dim + column);
+                             store(own.projected.data() + size_t(row + i) * 3 * dim + column, y(i), columns);
                      });
     for (int i = 0; i < count; ++i) {
         float* row = own.projected.data() + size_t(i) * 3 * dim;
         for (const Norm* norm : {&block.query_norm, &block.key_norm}) {
             float* part = row + (norm == &block.key_norm ? dim : 0);
-            for (int h = 0; norm->there && h < stage.heads; ++h) {
-                (*norm)(part + h * stage.each, own.rows.data(), stage.each, h * stage.each);
-                std::copy_n(own.rows.data(), stage.each, part + h * stage.each);
-            }
+            for (int h = 0; norm->there && h < stage.heads; ++h)
+                (*norm)(part + h * stage.each, part + h * stage.each, stage.each, h * stage.each);
         }
-        store_qkv(stage, block, first + i, 0, 3 * dim, row);
+        const bool early = !block.prefix_columns.inverse.empty() && is_early(stage, first + i);
+        for (int j = 0; j < 3 * dim; j += kLanes)
+            store(qkv.data() + size_t(first + i) * 3 * dim + j,
+                  ColumnCoder(early ? block.prefix_columns : block.columns, j).bytes(load(row + j, 3 * dim - j)),
+                  3 * dim - j);
     }
-}
-
-// Codes of a token's outputs of qkv, from a column on: queries from 0 on, keys and values as they are.
-void Model::store_qkv(const Stage& stage, const Block& block, int token, int column, int columns, const float* values) {
-    const bool early = !block.prefix_columns.inverse.empty() && is_early(stage, token);
-    const Columns& own = early ? block.prefix_columns : block.columns;
-    encode_columns(values, columns, own.inverse.data() + column, own.offset.data() + column, own.low.data() + column,
-                   own.high.data() + column, own.shift.data() + column,
-                   qkv.data() + size_t(token) * 3 * stage.dim + column);
 }
 
 void Model::finish_block(const Stage& stage, const Block& block, int first, int last, Scratch& own) {
     const int dim = stage.dim, wide = round_up(stage.hidden, 4), count = last - first;
-    auto add_to_stream = [&](int row, int rows, int column, int columns, const float* values, int stride) {
-        for (int i = 0; i < rows; ++i)
-            add_row(values + i * stride, columns, stream.data() + size_t(first + row + i) * dim + column);
+    auto add_to_stream = [&](int row, int rows, int column, int columns, auto&& y) {
+        for (int i = 0; i < rows; ++i) {
+            float* to = stream.data() + size_t(first + row + i) * dim + column;
+            store(to, load(to, columns) + y(i), columns);
+        }
     };
     {
         Watch watch(watching, own.seconds[kProj]);
@@ -709,6 +529,29 @@ void Model::finish_block(const Stage& stage, const Block& block, int first, int 
     hidden_codes(stage, block, first, count, own);
     Watch watch(watching, own.seconds[kSecond]);
     linear_of_tokens(stage, block.fc2, first, count, own.hidden.data(), wide, add_to_stream);
+}
+
+// Codes of activated outputs of fc1: sixteen columns of some rows of the stream.
+template <Activation kind, class Outputs>
+void Model::activate_tile(const Stage& stage, const Block& block, int first, int rows, uint8_t* to, int64_t wide,
+                          int columns, Outputs&& y) const {
+    const Coder<Lanes> plain(block.fc2.grid[0]), early(block.fc2.prefix_grid);
+    const StepCoder steps(block.steps);
+    auto code = [&](const Lanes& x) {
+        return block.steps.there ? steps.bytes(x) : plain.bytes(activate<kind>(x));
+    };
+    if (block.fc2.splits) {
+        for (int i = 0; i < rows; ++i)
+            store(to + i * wide, is_early(stage, first + i) ? early.bytes(activate<kind>(y(i))) : code(y(i)), columns);
+#if defined(QVIT_AVX512_VNNI)
+    } else if (steps.in_cells()) {
+        for (int i = 0; i < rows; ++i) store(to + i * wide, steps.bytes_by_cell(y(i)), columns);
+#endif
+    } else if (block.steps.there) {
+        for (int i = 0; i < rows; ++i) store(to + i * wide, steps.bytes(y(i)), columns);
+    } else {
+        for (int i = 0; i < rows; ++i) store(to + i * wide, plain.bytes(activate<kind>(y(i))), columns);
+    }
 }
 
 // The inputs of fc2 for rows of the stream, from the second norm on.
@@ -723,28 +566,20 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
         Watch watch(watching, own.seconds[kNorm]);
         for (int i = 0; i < count; ++i) {
             const float* row = stream.data() + size_t(first + i) * dim;
-            if (block.norm2.there) block.norm2(row, own.rows.data(), dim), row = own.rows.data();
             const bool early = is_early(stage, first + i);
-            encode(row, dim, block.fc1.grid_of(early), own.codes.data() + size_t(i) * lda);
-            if (gated) encode(row, dim, block.gate.grid_of(early), own.second_codes.data() + size_t(i) * lda);
+            block.norm2.encode_row(row, dim, block.fc1.grid_of(early), own.codes.data() + size_t(i) * lda);
+            if (gated)
+                block.norm2.encode_row(row, dim, block.gate.grid_of(early), own.second_codes.data() + size_t(i) * lda);
         }
     }
     Watch watch(watching, own.seconds[kFirst]);
-    const bool plain = mlp == Mlp::plain && !block.mlp_norm.there, apart = block.fc2.splits;
-    if (plain) {
+    if (mlp == Mlp::plain && !block.mlp_norm.there) {
         with_activation(activation, [&](auto kind) {
             linear_of_tokens(stage, block.fc1, first, count, own.codes.data(), lda,
-                             [&](int row, int rows, int column, int columns, const float* values, int stride) {
-                                 for (int i = 0; i < rows; ++i) {
-                                     const float* from = values + i * stride;
-                                     uint8_t* to = own.hidden.data() + size_t(row + i) * wide + column;
-                                     const bool early = apart && is_early(stage, first + row + i);
-                                     if (block.steps.there && !early)
-                                         encode_steps(from, columns, block.steps, to);
-                                     else
-                                         encode_activated<decltype(kind)::value>(from, columns,
-                                                                                 block.fc2.grid_of(early), to);
-                                 }
+                             [&](int row, int rows, int column, int columns, auto&& y) {
+                                 activate_tile<decltype(kind)::value>(stage, block, first + row, rows,
+                                                                      own.hidden.data() + size_t(row) * wide + column,
+                                                                      wide, columns, y);
                              });
         });
         return;
@@ -753,12 +588,9 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     const int columns = mlp == Mlp::plain ? hidden : 2 * hidden;
     own.wide.resize(size_t(count) * columns);
     auto keep = [&](const Linear& layer, const uint8_t* codes, int at) {
-        linear_of_tokens(stage, layer, first, count, codes, lda,
-                         [&](int row, int rows, int column, int n, const float* values, int stride) {
-                             for (int i = 0; i < rows; ++i)
-                                 std::copy_n(values + i * stride, n,
-                                             own.wide.data() + size_t(row + i) * columns + at + column);
-                         });
+        linear_of_tokens(stage, layer, first, count, codes, lda, [&](int row, int rows, int column, int n, auto&& y) {
+            for (int i = 0; i < rows; ++i) store(own.wide.data() + size_t(row + i) * columns + at + column, y(i), n);
+        });
     };
     if (gated) keep(block.gate, own.second_codes.data(), 0);
     keep(block.fc1, own.codes.data(), gated ? hidden : 0);
@@ -766,223 +598,15 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     with_activation(activation, [&](auto kind) {
         for (int i = 0; i < count; ++i) {
             float* row = own.wide.data() + size_t(i) * columns;
-            for (int j = 0; j < hidden; ++j) {
-                const float value = activate<decltype(kind)::value>(row[active + j]);
-                own.rows[size_t(j)] = columns > hidden ? value * row[factor + j] : value;
+            for (int j = 0; j < hidden; j += kLanes) {
+                const Lanes value = activate<decltype(kind)::value>(load(row + active + j, hidden - j));
+                store(own.rows.data() + j, columns > hidden ? value * load(row + factor + j, hidden - j) : value,
+                      hidden - j);
             }
-            if (block.mlp_norm.there) block.mlp_norm(own.rows.data(), row, hidden);
-            encode(block.mlp_norm.there ? row : own.rows.data(), hidden, block.fc2.grid_of(is_early(stage, first + i)),
-                   own.hidden.data() + size_t(i) * wide);
+            block.mlp_norm.encode_row(own.rows.data(), hidden, block.fc2.grid_of(is_early(stage, first + i)),
+                                      own.hidden.data() + size_t(i) * wide);
         }
     });
-}
-
-// One head of one window, for the queries from `first` to `last`.
-void Model::attend(const Stage& stage, const Block& block, bool shifted, int image, int window, int head, int first,
-                   int last, Scratch& own) {
-    Watch watch(watching, own.seconds[kAttention]);
-    const HeadNumbers& grids = block.heads[size_t(head)];
-    const int d = stage.each, dim = stage.dim, groups = d / 4, area = stage.area, columns = round_up(area, kColumns);
-    const int64_t row = 3 * int64_t(dim);
-    const int* place = stage.place[shifted].empty() ? nullptr : stage.place[shifted].data() + size_t(window) * area;
-    auto token = [&](int t) {
-        return size_t(image) * stage.tokens + size_t(place ? place[t] : t);
-    };
-    const uint8_t* base = qkv.data() + size_t(head) * d;
-    auto keys = [&](int t) {
-        return (const int8_t*)(base + token(t) * row + dim);
-    };
-    auto values = [&](int t) {
-        return (const int8_t*)(base + token(t) * row + 2 * dim);
-    };
-
-    // The largest of some integers of both signs, as far as the form of the products asks for it.
-    auto largest = [&](auto&& of) {
-        int least = 0, most = 0;
-#if defined(QVIT_AVX2)
-        for (int i = 0; i < area; ++i) {
-            const int8_t* x = of(i);
-            for (int t = 0; t < d; ++t) least = x[t] < least ? x[t] : least, most = x[t] > most ? x[t] : most;
-        }
-#else
-        (void)of;
-#endif
-        return std::max(most, -least);
-    };
-
-    // Keys as the right operand of the scores, (d, area); those of β_q are all that offsets add within a row.
-    Panels& right = own.keys;
-    right.n = area, right.k = d, right.groups = groups;
-    right.bytes.resize(size_t(columns) * d);
-    right.sums.resize(size_t(columns)), right.lowest.clear();
-    own.key_add.resize(size_t(columns)), own.key_scale.assign(size_t(columns), 0);
-    for (int j = 0; j < area; ++j) {
-        const int8_t* key = keys(j);
-        int32_t sum = 0;
-        int8_t* to = right.bytes.data() + size_t(j / kColumns) * groups * kColumns * 4 + (j % kColumns) * 4;
-        for (int g = 0; g < groups; ++g) std::memcpy(to + size_t(g) * kColumns * 4, key + 4 * g, 4);
-        for (int t = 0; t < d; ++t) sum += key[t];
-        right.sums[size_t(j)] = sum;
-    }
-    // Columns behind the last token have probability 0, so that what follows runs over whole vectors.
-    for (int j = area; j < columns; ++j) {
-        right.sums[size_t(j)] = 0, own.key_add[size_t(j)] = -1e30f;
-        int8_t* to = right.bytes.data() + size_t(j / kColumns) * groups * kColumns * 4 + (j % kColumns) * 4;
-        for (int g = 0; g < groups; ++g) std::memset(to + size_t(g) * kColumns * 4, 0, 4);
-    }
-    const int largest_key = largest(keys);
-
-    // Values as the right operand of the weighted sums, (area, d).
-    const int value_columns = round_up(d, kColumns);
-    Panels& weighted = own.values;
-    static const int8_t nothing[256] = {};
-    const int largest_value = largest(values);
-    // Those of the tokens from `first` to `last`; 0 for all others.
-    auto fill_values = [&](Panels& to, int first, int last) {
-        to.n = d, to.k = last, to.groups = round_up(last, 4) / 4;
-        to.bytes.assign(size_t(value_columns) * to.groups * 4, 0);
-        to.sums.assign(size_t(value_columns), 0), to.lowest.clear();
-        alignas(64) int32_t sums[256] = {};
-        for (int i = first / 4 * 4; i < last; i += 4) {
-            const int8_t* from[4];
-            for (int r = 0; r < 4; ++r) from[r] = i + r >= first && i + r < last ? values(i + r) : nothing;
-            for (int begin = 0; begin < d; begin += kColumns)
-                interleave(from[0] + begin, from[1] + begin, from[2] + begin, from[3] + begin,
-                           std::min(kColumns, d - begin),
-                           to.bytes.data() + (size_t(begin / kColumns) * to.groups + i / 4) * kColumns * 4);
-            for (int r = 0; r < 4; ++r)
-                for (int t = 0; t < d; ++t) sums[t] += from[r][t];
-        }
-        std::copy_n(sums, d, to.sums.data());
-        to.begin(to.left, block.log_steps ? 0 : grids.probs.low,
-                 block.log_steps ? 128 : grids.probs.high - grids.probs.low, largest_value);
-    };
-    const bool values_apart = block.splits_values && prefix > 0;
-    fill_values(weighted, values_apart ? prefix : 0, area);
-    if (values_apart) fill_values(own.prefix_values, 0, prefix);
-
-    const float* bias =
-        block.position_bias.empty() ? nullptr : block.position_bias.data() + size_t(head) * area * columns;
-    const float* region =
-        shifted && stage.mixed[size_t(window)] ? stage.region.data() + size_t(window) * columns : nullptr;
-    own.scores.resize(size_t(kRows) * columns);
-    own.probs.resize(size_t(kRows) * columns), own.second.resize(size_t(kRows) * columns);
-    own.queries.resize(size_t(kRows) * d);
-    const Grid output = grids.output;
-    const float highest = float(grids.probs.high);
-    // Adds the part of prefix tokens, whose values have another scale, to sums of `rows` weighted values.
-    alignas(64) int32_t prefix_sums[kRows * kColumns];
-    auto add_prefix_values = [&](int rows, const uint8_t* weights, float scale, int column, float* y) {
-        if (!values_apart) return;
-        multiply_tile(rows, weights, columns, own.prefix_values, own.prefix_values.left, column, prefix_sums);
-        for (int i = 0; i < rows; ++i)
-            add_scaled_row(prefix_sums + i * kColumns, scale * grids.prefix_value.scale, y + i * kColumns);
-    };
-    // Queries of prefix tokens go first where their grid is another one.
-    const int border = block.splits_queries ? std::min(std::max(prefix, first), last) : first;
-    const Grid* query = nullptr;
-    float score_scale = 0;
-    for (int begin = first, m; begin < last; begin += m) {
-        const bool early = begin < border;
-        const int end = early ? border : last;
-        m = std::min(even(end - begin, kRows), end - begin);
-        const Grid* next = early ? &grids.prefix_query : &grids.query;
-        if (next != query) {
-            query = next;
-            right.begin(right.left, query->low, query->high - query->low, largest_key);
-            score_scale = query->scale * grids.key.scale * stage.factor;
-            for (int j = 0; j < area; ++j) {
-                const Grid& key = j < prefix ? grids.prefix_key : grids.key;
-                own.key_scale[size_t(j)] = query->scale * key.scale * stage.factor;
-                own.key_add[size_t(j)] = query->offset * key.scale * stage.factor * float(right.sums[size_t(j)]);
-            }
-        }
-        for (int i = 0; i < m; ++i) std::copy_n(base + token(begin + i) * row, d, own.queries.data() + size_t(i) * d);
-        alignas(64) float greatest[kRows][16];
-        std::fill_n(greatest[0], kRows * 16, -1e30f);
-        multiply(m, own.queries.data(), d, right, right.left,
-                 [&](int r, int rows, int column, int, const int32_t* sums) {
-                     const float* add = own.key_add.data() + column;
-                     for (int i = 0; i < rows; ++i) {
-                         float *to = own.scores.data() + size_t(r + i) * columns + column, *most = greatest[r + i];
-                         if (block.splits_keys)
-                             scale_row(sums + i * kColumns, own.key_scale.data() + column, add, to);
-                         else
-                             scale_row(sums + i * kColumns, score_scale, add, to);
-                         if (bias) add_row(bias + size_t(begin + r + i) * columns + column, kColumns, to);
-                         if (region) {
-                             const float own_region = region[begin + r + i];
-                             for (int j = 0; j < kColumns; ++j)
-                                 to[j] += region[column + j] != own_region ? -100.0f : 0.0f;
-                         }
-                         greatest_of(to, most);
-                     }
-                 });
-        alignas(64) float prob_sums[kRows];
-        for (int i = 0; i < m; ++i) {
-            float* s = own.scores.data() + size_t(i) * columns;
-            uint8_t *p = own.probs.data() + size_t(i) * columns, *second = own.second.data() + size_t(i) * columns;
-            float most = s[0];
-            for (float value : greatest[i]) most = value > most ? value : most;
-            if (block.log_steps) {
-                own.exponentials.assign(s, s + columns);
-                exponentials(own.exponentials.data(), columns, most);
-                const float level_of_one = std::log2(sum_of(own.exponentials.data(), columns) * grids.probs.scale);
-                log_levels(s, columns, most, level_of_one, block.log_steps, highest, p, second);
-                continue;
-            }
-            exponentials(s, columns, most);
-            const float total = sum_of(s, columns);
-            Grid grid = grids.probs;
-            grid.offset *= total, grid.inverse /= total;
-            encode(s, columns, grid, p);
-            int32_t codes = 0;
-            for (int j = 0; grids.value.offset != 0 && j < area; ++j) codes += p[j];
-            prob_sums[i] = float(codes + area * grid.low);
-        }
-        auto finish = [&](int r, int rows, int column, int cols, const float* y, int stride) {
-            for (int i = 0; i < rows; ++i)
-                encode(y + i * stride, cols, output,
-                       merged.data() + token(begin + r + i) * dim + size_t(head) * d + column);
-        };
-        if (!block.log_steps) {
-            alignas(64) float y[kRows * kColumns], by_column[256 + kColumns];
-            const float scale = grids.probs.scale * grids.value.scale;
-            const float by_probs = grids.probs.scale * grids.value.offset,
-                        by_value = grids.probs.offset * grids.value.scale;
-            const float constant = float(area) * grids.probs.offset * grids.value.offset;
-            for (int t = 0; t < d; ++t) by_column[t] = by_value * float(weighted.sums[size_t(t)]) + constant;
-            for (int t = 0; values_apart && t < d; ++t)
-                by_column[t] +=
-                    grids.probs.offset * grids.prefix_value.scale * float(own.prefix_values.sums[size_t(t)]);
-            multiply(m, own.probs.data(), columns, weighted, weighted.left,
-                     [&](int r, int rows, int column, int cols, const int32_t* sums) {
-                         for (int i = 0; i < rows; ++i) {
-                             scale_row(sums + i * kColumns, scale, by_column + column, y + i * kColumns);
-                             if (by_probs != 0) add_number(prob_sums[r + i] * by_probs, y + i * kColumns);
-                         }
-                         add_prefix_values(rows, own.probs.data() + size_t(r) * columns, grids.probs.scale, column, y);
-                         finish(r, rows, column, cols, y, kColumns);
-                     });
-            continue;
-        }
-        // Even and odd codes (log-sqrt2), or large and small levels (log2), are two operands of powers of two.
-        const float one = grids.probs.scale * grids.value.scale / 128.0f;
-        const float other = block.log_steps == 2 ? 0.70710678f : 1 / 256.0f, other_one = one * other;
-        const float of_prefix = grids.probs.scale / 128.0f;
-        alignas(64) static const float zeros[kColumns] = {};
-        alignas(64) int32_t sums[kRows * kColumns];
-        alignas(64) float y[kRows * kColumns];
-        for (int column = 0; column < d; column += kColumns) {
-            multiply_tile(m, own.probs.data(), columns, weighted, weighted.left, column, sums);
-            for (int i = 0; i < m; ++i) scale_row(sums + i * kColumns, one, zeros, y + i * kColumns);
-            multiply_tile(m, own.second.data(), columns, weighted, weighted.left, column, sums);
-            for (int i = 0; i < m; ++i) add_scaled_row(sums + i * kColumns, other_one, y + i * kColumns);
-            add_prefix_values(m, own.probs.data(), of_prefix, column, y);
-            add_prefix_values(m, own.second.data(), of_prefix * other, column, y);
-            finish(0, m, column, std::min(kColumns, d - column), y, kColumns);
-        }
-    }
 }
 
 void Model::classify(const Stage& stage, int image, float* logits, Scratch& own) {
@@ -1013,8 +637,8 @@ void Model::classify(const Stage& stage, int image, float* logits, Scratch& own)
     }
     own.codes.resize(size_t(round_up(dim, 4)));
     encode(pooled, dim, head.grid[0], own.codes.data());
-    linear(head, 1, own.codes.data(), dim, [&](int, int, int column, int columns, const float* values, int) {
-        std::copy_n(values, columns, logits + size_t(image) * classes + column);
+    linear(head, 1, own.codes.data(), dim, [&](int, int, int column, int columns, auto&& y) {
+        store(logits + size_t(image) * classes + column, y(0), columns);
     });
 }
 
