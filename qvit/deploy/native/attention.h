@@ -8,7 +8,7 @@
 //   uniform   2^(x - most) and their sum; codes of these on the grid of probabilities times the sum; one product
 //   log       their sum alone: q = steps * (log2(sum * scale) - (x - most)) is linear in x. Levels 2^(-q / steps), the
 //             last of them 0, are two operands of powers of two: even and odd codes (log-sqrt2), or the eight largest
-//             levels and the others (log2); two products
+//             levels and the others (log2); two products, or one where there are no others
 
 class Attention {
   public:
@@ -194,6 +194,7 @@ class Attention {
 
     void tabulate_levels() {
         const int high = grids_.probs.high, steps = block_.log_steps;
+        two_operands_ = steps == 2 || high > 8;
         for (int q = 0; q < 16; ++q) {
             const bool other = steps == 2 ? q & 1 : q & 8;
             const int level = q < high ? 128 >> ((q >> (steps - 1)) & 7) : 0;
@@ -217,7 +218,7 @@ class Attention {
                 const Lanes q = mad(Lanes(x + j) - most, by, from);
                 const Bytes codes = bytes_of(lesser_of(greater_of(q, zero), highest), 0);
                 store(first + j, looked_up(levels_, codes));
-                store(second + j, looked_up(levels_ + 16, codes));
+                if (two_operands_) store(second + j, looked_up(levels_ + 16, codes));
             }
         }
     }
@@ -273,12 +274,15 @@ class Attention {
         alignas(64) float y[kRows * kColumns];
         for (int column = 0; column < d_; column += kColumns) {
             multiply_tile(m, own_.probs.data(), columns_, values, values.left, column, sums);
-            multiply_tile(m, own_.second.data(), columns_, values, values.left, column, second);
             const Lanes by(one), other_by(one * other);
-            for (int t = 0; t < m * kColumns; t += kLanes)
-                (of_integers(sums + t) * by + of_integers(second + t) * other_by).store(y + t);
+            for (int t = 0; t < m * kColumns; t += kLanes) (of_integers(sums + t) * by).store(y + t);
             add_prefix_values(m, own_.probs.data(), of_prefix, column, y);
-            add_prefix_values(m, own_.second.data(), of_prefix * other, column, y);
+            if (two_operands_) {
+                multiply_tile(m, own_.second.data(), columns_, values, values.left, column, second);
+                for (int t = 0; t < m * kColumns; t += kLanes)
+                    (Lanes(y + t) + of_integers(second + t) * other_by).store(y + t);
+                add_prefix_values(m, own_.second.data(), of_prefix * other, column, y);
+            }
             encode_outputs(begin, m, column, y);
         }
     }
@@ -294,7 +298,7 @@ class Attention {
     const float *const bias_, *const region_;
     const uint8_t* const qkv_;
     uint8_t* const merged_;
-    bool values_apart_ = false;
+    bool values_apart_ = false, two_operands_ = false;
     int largest_key_ = 0;
     Lanes most_[kRows];  // of each row of scores: lane by lane, then in all lanes
     float prob_sums_[kRows];

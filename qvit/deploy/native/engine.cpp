@@ -32,6 +32,10 @@
 #include <sched.h>
 #endif
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC warns of its own _mm512_undefined_ps
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
 #include <cpuid.h>
 #include <immintrin.h>
 #define QVIT_X86 1
