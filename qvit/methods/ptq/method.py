@@ -11,9 +11,8 @@
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
     correct biases    the mean error of every output channel is taken back      DFQ        (`bias_correction.py`)
 
-In a plan of 8 bits throughout nothing is rotated, heads are not folded, probabilities keep their scales, weights are
-rounded to nearest, and all tokens count alike: there the errors are too small for any of it to help, on images that
-were not calibrated on.
+In a plan of 8 bits throughout nothing is rotated, heads are not folded, weights are rounded to nearest, and all tokens
+count alike: there the errors are too small for any of it to help, on images that were not calibrated on.
 
 Every part can be left out. The order matters: the reparameterization changes what is calibrated. A reconstruction
 starts from corrected biases, which are nearer to the float model, and is followed by another correction: the last layer
@@ -375,7 +374,7 @@ def ptq(
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
     worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
-    if observer == "mse" and not fine:
+    if observer == "mse":
         fit_probability_scales(quantized, few, worth)
         clock.note("fit probabilities")
     # Without folds of heads both are equal but for last digits, which decide edges of codes.
