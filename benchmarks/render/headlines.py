@@ -25,10 +25,9 @@ def learned_widths(data: Data) -> str:
 def post_training(data: Data) -> str:
     """What plain grids of 8 to 3 bits lose without training or reconstruction."""
     rows = [row for row in data["rows"] if row["effort"] is None and row["plan"].startswith("w")]
-    said = ", ".join(f"{difference(-row['drop'])} at {row['plan']}" for row in rows)
+    said = ", ".join(f"{row['drop']:.1f} at {row['plan']}" for row in rows)
     return (
-        f"**Without training** (DeiT-T, {sum(rows[0]['images'])} photographs, calibrated on "
-        f"{data['calibration_images']} of other classes): top-1 less that of float, in points: {said}. "
+        f"**Without training** (DeiT-T, {sum(rows[0]['images'])} photographs): points lost: {said}. "
         f"{_measured(data, 'results.md')}"
     )
 
