@@ -23,7 +23,7 @@ def made(
     model = timm.create_model(name, **arguments).eval()
     for parameter in model.parameters():
         parameter.data.mul_(3)
-    images = torch.randn(IMAGES + 4, 3, 32, 32)
+    images = torch.randn(IMAGES, 3, 32, 32)
     quantized = qvit.quantize(model, ptq_plan(model, plan, **options))
     return model, qvit.calibrate(quantized, [images]), images
 
@@ -36,7 +36,7 @@ def test_each_head_gets_the_candidate_whose_weighted_values_are_nearest(plan: st
     start = quantizer.grid()[0].clone()
     caught = {}
     model.blocks[1].attn.qkv.register_forward_hook(lambda _m, _i, qkv: caught.update(qkv=qkv))
-    model(images[:IMAGES])
+    model(images)
     q, k, v = caught["qkv"].unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
     probs = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
     errors = []

@@ -51,6 +51,7 @@ from qvit.methods.ptq.gate import UNITS, FeatureJudge, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
 from qvit.methods.ptq.layer_rounding import round_layers
 from qvit.methods.ptq.options import PTQOptions
+from qvit.methods.ptq.probability_scales import IMAGES as FITTED
 from qvit.methods.ptq.probability_scales import fit_probability_scales
 from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
@@ -375,7 +376,7 @@ def ptq(
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
     worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
     if observer == "mse":
-        fit_probability_scales(quantized, few, worth)
+        fit_probability_scales(quantized, FirstImages(few, FITTED), worth)
         clock.note("fit probabilities")
     # Without folds of heads both are equal but for last digits, which decide edges of codes.
     reference = model if fine and rotate == "none" and not feedback else original

@@ -27,8 +27,8 @@ from qvit.quantizers import Quantizer
 
 #: What the calibrated scale is multiplied by.
 FACTORS = tuple(2.0 ** (step / 8) for step in range(8, -33, -1))
-#: How many images take part.
-IMAGES = 16
+#: How many images are enough, and how many pass at a time: probabilities grow with the square of the tokens.
+IMAGES, CHUNK = 16, 4
 
 
 @torch.no_grad()
@@ -37,57 +37,52 @@ def fit_probability_scales(model: nn.Module, batches: Iterable[Tensor], worth: M
 
     Args:
         model: A calibrated model.
-        batches: Calibration images, on the model's device; the first `IMAGES` are used.
+        batches: Calibration images, on the model's device.
         worth: Of the outputs of attention projections, `PATH.proj`; where one is missing, all tokens count alike.
 
     Returns:
         Paths of the attention modules whose probabilities have a quantizer with one scale for each head or for all.
     """
-    found: list[str] = []
-    seen: dict[str, Tensor] = {}
+    quantizers: dict[str, Quantizer] = {}
+    values: dict[str, Tensor] = {}
+    errors: dict[str, Tensor] = {}
 
     def keep(path: str, _quantizer: Quantizer, inputs: tuple[Tensor, ...]) -> None:
-        seen[path] = inputs[0]
+        values[path] = inputs[0]
 
-    def fit(path: str, quantizer: Any, inputs: tuple[Tensor, ...]) -> None:
-        _fit(quantizer, inputs[0], seen.pop(path), worth.get(f"{path}.proj"))
-        found.append(path)
+    def add(path: str, quantizer: Any, inputs: tuple[Tensor, ...]) -> None:
+        found = _errors(quantizer, inputs[0], values.pop(path), worth.get(f"{path}.proj"))
+        errors[path] = errors[path] + found if path in errors else found
 
-    images = _first(batches)
     with quantizers_disabled(model), in_eval_mode(model), ExitStack() as stack:
         for path, module in model.named_modules():
             if not isinstance(module, AttentionSites):
                 continue
             probs, value = quantizer_at(module, "probs"), quantizer_at(module, "value")
             if probs is not None and value is not None and probs.grid()[0].numel() in (1, probs.num_groups):
+                quantizers[path] = probs
                 stack.enter_context(value.register_forward_pre_hook(partial(keep, path)))
-                stack.enter_context(probs.register_forward_pre_hook(partial(fit, path)))
-        model(images)
-    return found
+                stack.enter_context(probs.register_forward_pre_hook(partial(add, path)))
+        for images in (chunk for batch in batches for chunk in batch.split(CHUNK)):
+            model(images)
+    for path, found in errors.items():
+        start, _ = quantizers[path].grid()
+        quantizers[path].restore({"scale": start * start.new_tensor(FACTORS)[found.argmin(0)]})
+    return list(errors)
 
 
-def _fit(quantizer: Quantizer, probs: Tensor, value: Tensor, worth: Worth | None) -> None:
-    """Gives a quantizer its best scales for probabilities (B, H, N, M) of values (B, G, M, d)."""
+def _errors(quantizer: Quantizer, probs: Tensor, value: Tensor, worth: Worth | None) -> Tensor:
+    """Errors of probabilities (B, H, N, M) with values (B, G, M, d) under each of `FACTORS`: (factors, ...) by scale."""
     start, _ = quantizer.grid()
     value = for_all_heads(value, probs.shape[1])
     tokens = len(probs) * probs.shape[2]
     rows = torch.ones(tokens) if worth is None or tokens % len(worth.tokens) else worth.rows(tokens)
     rows = rows.to(probs).view(len(probs), 1, -1)
-    best, least = start.clone(), torch.full_like(start, torch.inf)
+    found = []
     for factor in FACTORS:
         quantizer.restore({"scale": start * factor})
         difference = (quantizer.fake_quantize(probs) - probs) @ value
         error = (difference.square().sum(-1) * rows).sum((0, 2))
-        error = error.view_as(start) if start.numel() > 1 else error.sum().view_as(start)
-        best, least = torch.where(error < least, start * factor, best), torch.minimum(error, least)
-    quantizer.restore({"scale": best})
-
-
-def _first(batches: Iterable[Tensor]) -> Tensor:
-    """The first `IMAGES` images."""
-    found: list[Tensor] = []
-    for batch in batches:
-        found.append(batch[: IMAGES - sum(map(len, found))])
-        if sum(map(len, found)) >= IMAGES:
-            break
-    return torch.cat(found)
+        found.append(error.view_as(start) if start.numel() > 1 else error.sum().view_as(start))
+    quantizer.restore({"scale": start})
+    return torch.stack(found)
