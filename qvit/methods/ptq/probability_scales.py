@@ -72,7 +72,7 @@ def fit_probability_scales(model: nn.Module, batches: Iterable[Tensor], worth: M
 
 
 def _errors(quantizer: Quantizer, probs: Tensor, value: Tensor, worth: Worth | None) -> Tensor:
-    """Errors of probabilities (B, H, N, M) with values (B, G, M, d) under each of `FACTORS`: (factors, ...) by scale."""
+    """Errors of probabilities (B, H, N, M) with values (B, G, M, d) under all `FACTORS`: (factors, ...) by scale."""
     start, _ = quantizer.grid()
     value = for_all_heads(value, probs.shape[1])
     tokens = len(probs) * probs.shape[2]
