@@ -100,8 +100,12 @@ def notifier(quiet: bool) -> Callable[[str], None]:
 
 
 @contextmanager
-def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the seconds spent and left, on stderr; lines now and then where that is not a terminal."""
+def progress_bar(*, hidden: bool) -> Iterator[Callable[..., None]]:
+    """A bar with the seconds spent and left, on stderr; lines now and then where that is not a terminal.
+
+    It is moved by a text, what is done, how much there is, and figures to show beside it, if any. It is seen from
+    the first of these until all is done: others may follow.
+    """
     if not hidden and not err.is_terminal:
         yield PlainLines(err).tell
         return
@@ -109,13 +113,27 @@ def progress_bar(*, hidden: bool) -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         TextColumn("{task.completed:.0f}/{task.total}"),
+        TextColumn("{task.fields[figures]}"),
     )
-    with Progress(
+    bar = Progress(
         *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         console=err, transient=True, disable=hidden,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("opening", total=1)
-        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+    )  # fmt: skip
+    task = bar.add_task("", total=1, figures="")
+
+    def tell(text: str, done: int, total: int, figures: str = "") -> None:
+        if done < bar.tasks[0].completed:
+            bar.reset(task)
+        bar.update(task, description=text, completed=done, total=total, figures=figures)
+        if done < total:
+            bar.start()
+        else:
+            bar.stop()
+
+    try:
+        yield tell
+    finally:
+        bar.stop()
 
 
 def print_json(data: Any) -> None:

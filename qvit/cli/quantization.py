@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, Quiet, bops, boundary_width, err, notifier, print_json, say, size, without_labels
+from qvit.cli.console import (
+    Json,
+    Quiet,
+    bops,
+    boundary_width,
+    notifier,
+    print_json,
+    progress_bar,
+    say,
+    size,
+    without_labels,
+)
 from qvit.cli.options import Fields, Given, command
 from qvit.methods.ptq.options import PTQOptions
 from qvit.training.config import TrainConfig, validated
-from qvit.training.progress import PlainLines
 
 
 @command("ptq", order=4)
@@ -62,7 +70,7 @@ def ptq(
         options["boundary"] = boundary_width(options["boundary"]) or "free"
     config = TrainConfig.create(method="ptq", method_options=validated(PTQOptions, options).model_dump(), **subject)
     silent = quiet or as_json
-    with _bar(silent) as progress:
+    with progress_bar(hidden=silent) as progress:
         result = train(config, run, overwrite=overwrite, quiet=silent, notify=notifier(silent), progress=progress)
     if as_json:
         return print_json(result)
@@ -94,21 +102,3 @@ def _of_gate(gate: dict[str, Any]) -> str:
         f"kind at most {gate['max_drop']:g} with {100 * gate['confidence']:.0f} % confidence, at most "
         f"{gate['drop_at_most']:.2f} with 95 %"
     )
-
-
-@contextmanager
-def _bar(silent: bool) -> Iterator[Any]:
-    """A progress bar over the steps of all blocks, with the block's name, the loss and the time left."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    if not silent and not err.is_terminal:
-        lines = PlainLines(err)
-        yield lambda block, step, steps, loss: lines.tell(block, step, steps, f"error {loss:.4f}")
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    loss = TextColumn("error {task.fields[loss]:.4f}")
-    with Progress(*columns, loss, TimeRemainingColumn(), console=err, transient=True, disable=silent) as bar:
-        task = bar.add_task("", total=None, visible=False, loss=0.0)
-        yield lambda block, step, steps, loss: bar.update(
-            task, description=block, completed=step, total=steps, loss=loss, visible=True
-        )

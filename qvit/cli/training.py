@@ -8,7 +8,19 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, Quiet, bops, notifier, pairs, print_json, print_table, say, size, without_labels
+from qvit.cli.console import (
+    Json,
+    Quiet,
+    bops,
+    notifier,
+    pairs,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+    size,
+    without_labels,
+)
 from qvit.cli.options import Fields, Given, command
 from qvit.errors import UsageError
 from qvit.training.config import TrainConfig
@@ -83,7 +95,9 @@ def train(
     if resume is not None:
         if model is not None or run is not None or dry_run:
             raise UsageError("--resume takes the model, the directory and every option from the run: give nothing else")
-        return _show_result(runs.resume(resume, quiet=silent, notify=notifier(silent)), resume, as_json)
+        with progress_bar(hidden=silent or not _speaks()) as show:
+            result = runs.resume(resume, quiet=silent, notify=notifier(silent), progress=show)
+        return _show_result(result, resume, as_json)
     if model is None or (run is None and not dry_run):
         raise UsageError("give a MODEL and --out RUN, or --resume RUN")
     for table in ("model_kwargs", "method_options"):
@@ -97,7 +111,8 @@ def train(
 
         return _show_plan(plan_of_run(config, with_data=has_data), as_json)
     assert run is not None
-    result = runs.train(config, run, overwrite=overwrite, quiet=silent, notify=notifier(silent))
+    with progress_bar(hidden=silent or not _speaks()) as show:
+        result = runs.train(config, run, overwrite=overwrite, quiet=silent, notify=notifier(silent), progress=show)
     return _show_result(result, run, as_json)
 
 

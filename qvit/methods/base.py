@@ -48,7 +48,7 @@ class Preparation:
         run: The run's directory, for what the method keeps there.
         watch: Takes the seconds of each stage.
         notify: Receives one line per stage.
-        progress: Called after each step of a reconstruction, see `methods.ptq.reconstruction.Progress`.
+        progress: Called with a text, what is done, how much there is, and figures as text.
         deciding: Two sets of batches of images and class indices (negative without labels), together of
             `Method.deciding_images` training images, none of them in `images`; none where none were asked for.
     """
@@ -57,7 +57,7 @@ class Preparation:
     run: Path
     watch: Stopwatch
     notify: Callable[[str], None]
-    progress: Callable[[str, int, int, float], None] | None = None
+    progress: Callable[[str, int, int, str], None] | None = None
     deciding: Sequence[Iterable[tuple[Tensor, Tensor]]] = ()
 
 

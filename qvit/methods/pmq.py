@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 from qvit.allocate import Problem, solve
 from qvit.errors import QvitError, UsageError
 from qvit.measure.distance import distance_of
+from qvit.measure.partial import Partial
 from qvit.measure.probe import Probe
 from qvit.plan.budget import format_bops
 from qvit.plan.cost import CostModel
@@ -205,6 +207,7 @@ def measure_splits(
     *,
     key: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    partial: Path | None = None,
 ) -> dict[str, list[float]]:
     """The damage of every candidate of every block, all other blocks being plain: mean KL(float ‖ model), in nats.
 
@@ -217,21 +220,25 @@ def measure_splits(
         batches: Other training images for the damage.
         key: Whether the keys are split, too.
         progress: Gets the number of candidates done, and of all.
+        partial: File for what has been measured so far; a repeated call goes on from there (`measure/partial.py`).
     """
     probe = Probe(model, calibration, split_plan(plan, cost, {}, key=key))
     with torch.no_grad():
         reference = [distance_of(model).prepared(model.eval()(batch)) for batch in batches]
-    plain_widths, measured, done = block_widths(plan, cost, key=key), {}, 0
+    plain_widths, done = block_widths(plan, cost, key=key), 0
+    so_far = Partial(partial, probe, (), batches, ("splits", key, sorted(plan.widths().items())))
+    _, measured = so_far.load()
     damages: dict[str, list[float]] = {block: [] for block in candidates}
     total = sum(len(own) for own in candidates.values())
     for block, own in candidates.items():
         for split in own:
             is_plain = split.high == split.low == plain_widths[block]
-            place = "" if is_plain else block
-            if (place, split) not in measured:
+            place = f"{'' if is_plain else block} {split.high} {split.low} {split.share!r}"
+            if place not in measured:
                 quantized = probe.under(split_plan(plan, cost, {block: split}, key=key))
-                measured[place, split] = divergence(quantized, batches, reference)
-            damages[block].append(measured[place, split])
+                measured[place] = torch.tensor(divergence(quantized, batches, reference), dtype=torch.float64)
+                so_far.save(len(measured), lambda: measured)
+            damages[block].append(float(measured[place]))
             done += 1
             if progress is not None:
                 progress(done, total)

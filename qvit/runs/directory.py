@@ -31,7 +31,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.files import MissingFile
 from qvit.locks import BeingWritten, is_leftover, writer_of, writing
 from qvit.methods.ptq.gate import GATE
-from qvit.methods.ptq.method import BLOCKS, SENSITIVITY
+from qvit.methods.ptq.method import BLOCKS, PARTIAL, SENSITIVITY
 from qvit.models.architecture import check_name
 from qvit.models.create import WEIGHTS_FILE
 from qvit.training.checkpoint import FOLDER, last_checkpoint
@@ -40,7 +40,7 @@ from qvit.training.config import TrainConfig
 CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
 PACKED = "packed.safetensors"
 #: What a method measured before it chose widths: valid as long as the config is.
-MEASURED = (SENSITIVITY, GATE)
+MEASURED = (SENSITIVITY, PARTIAL, GATE)
 
 
 @contextmanager

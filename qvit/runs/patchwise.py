@@ -52,6 +52,8 @@ from qvit.runs.subject import Progress, Request, Subject, answers, open_subject,
 from qvit.training.log import Stopwatch
 
 RESULT, PLAN, COST, PATCHES = "patchwise.json", "plan.json", "cost.json", "patches.json"
+#: Splits measured so far, until the result is there: a call that was interrupted goes on from them.
+MEASURED = "splits.partial"
 ALLOCATIONS = ("same", "average", "free")
 SHARES = (0.25, 0.5, 0.75)
 
@@ -107,7 +109,8 @@ def patchwise(
         limit = parse_budget(budget, cost)
         plain = _plain_plan(plan, cost, limit)
         with watch("allocation"):
-            chosen = _chosen_plan(subject, cost, plain, limit, allocation, share, key, score_images, notify)
+            file = folder / MEASURED
+            chosen = _chosen_plan(subject, cost, plain, limit, allocation, share, key, score_images, notify, file)
         if any(spec is not None and spec.token_bit_width for spec in plain.sites.values()):
             plain = _plain_plan(None, cost, limit)
         chosen = replace(chosen, model=request.model)
@@ -148,6 +151,7 @@ def patchwise(
             pictures = _pictures(subject, model, picture)
             write_json(folder / PATCHES, {"model": request.model, "plan": chosen.name, "images": pictures})
         write_json(folder / RESULT, result)
+        (folder / MEASURED).unlink(missing_ok=True)
         return result
 
 
@@ -182,6 +186,7 @@ def _chosen_plan(
     key: bool,
     score_images: int,
     notify: Progress,
+    file: Path,
 ) -> QuantPlan:
     """The patch-wise plan that the options ask for."""
     if any(spec is not None and spec.token_bit_width for spec in plain.sites.values()):
@@ -202,6 +207,7 @@ def _chosen_plan(
         list(subject.calibration(images=score_images, skip=subject.request.calibration_images)),
         key=key,
         progress=lambda done, total: notify("measuring splits", done, total),
+        partial=file,
     )
     room = limit if allocation == "free" else cost.bit_operations(plain.widths())
     splits = allocate_splits(plain, cost, candidates, damages, room, key=key)

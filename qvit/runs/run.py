@@ -101,7 +101,7 @@ def train(
         overwrite: Deletes the run that is there.
         quiet: No progress bar.
         notify: Receives one line per stage of the run.
-        progress: Called after each step of a reconstruction.
+        progress: Called during post-training quantization with a text, what is done, how much there is, and figures.
 
     Returns:
         The content of `result.json`, see `documents.Result`: accuracies in percent, BOPs, bytes, seconds per stage.
@@ -115,7 +115,9 @@ def train(
         return _execute(config, run, processes, None, quiet=quiet, notify=notify, progress=progress)
 
 
-def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) -> dict[str, Any]:
+def resume(
+    out: str | Path, *, quiet: bool = False, notify: Notify = _log.info, progress: Progress | None = None
+) -> dict[str, Any]:
     """Continues an interrupted run from its last checkpoint; see `train`. A finished run returns its result."""
     run = Path(out)
     config, _ = read_config(run)
@@ -138,7 +140,7 @@ def resume(out: str | Path, *, quiet: bool = False, notify: Notify = _log.info) 
                 notify(f"{run} stopped before its first checkpoint: it starts again")
             clear(run, interrupted=True)
         processes.wait()
-        return _execute(config, run, processes, state, quiet=quiet, notify=notify)
+        return _execute(config, run, processes, state, quiet=quiet, notify=notify, progress=progress)
 
 
 def _finished(run: Path, notify: Notify) -> dict[str, Any]:

@@ -16,11 +16,14 @@ from tiny_models import calibrated_model, digit_batches, digits_model, shake
 from torch import nn
 
 from qvit.errors import QvitError, UsageError
+from qvit.measure import partial as partial_module
+from qvit.methods import pmq
 from qvit.methods.pmq import (
     Split,
     allocate_splits,
     block_widths,
     candidate_splits,
+    divergence,
     keeping_average,
     measure_splits,
     patchwise_plan,
@@ -405,6 +408,37 @@ class TestSplits:
         )  # fmt: skip
         assert done[-1] == (6, 6) and damages["blocks.0"][0] == damages["blocks.1"][0] > 0
         assert all(math.isfinite(value) for own in damages.values() for value in own)
+
+    def test_an_interrupted_measurement_goes_on(
+        self, cost: CostModel, plain: QuantPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What was measured before the end of a call is not measured again, unless the plain plan is another."""
+        monkeypatch.setattr(partial_module, "_SAVE_EVERY", 0.0)
+        candidates = {block: candidate_splits(4, (0.5,), free=False) for block in token_blocks(cost)}
+        measured: list[float] = []
+
+        def measure(plan: QuantPlan, most: int = 100) -> dict[str, list[float]]:
+            def counted(*given: Any) -> float:
+                if len(measured) >= most:
+                    raise KeyboardInterrupt
+                measured.append(divergence(*given))
+                return measured[-1]
+
+            measured.clear()
+            monkeypatch.setattr(pmq, "divergence", counted)
+            batches = digit_batches(1, seed=4)
+            return measure_splits(
+                digits_model(depth=2), plan, cost, candidates, digit_batches(), batches, partial=tmp_path / "partial"
+            )
+
+        whole = measure(plain)
+        (tmp_path / "partial").unlink()
+        with pytest.raises(KeyboardInterrupt):
+            measure(plain, most=3)
+        assert measure(plain) == whole
+        assert len(measured) == 2
+        measure(QuantPlan.preset("w4a6").resolve(cost.sites))
+        assert len(measured) == 6
 
     @pytest.mark.parametrize("seed", range(5))
     def test_the_allocation_is_the_best_of_all(self, cost: CostModel, plain: QuantPlan, seed: int) -> None:

@@ -206,6 +206,20 @@ def test_first_images() -> None:
     assert [len(batch) for batch in FirstImages(digit_batches(3, 8), 100)] == [8, 8, 8]
 
 
+def test_progress_counts_every_part() -> None:
+    """Each part of the work says its name and how far it is, and ends with all of it done."""
+    calls: list[tuple[str, int, int, str]] = []
+    ptq(
+        digits_model(depth=2), "w4a4", digit_batches(2, 8), calibration_images=16, progress=lambda *at: calls.append(at)
+    )
+    parts = list(dict.fromkeys(text for text, *_ in calls))
+    expected = ["reparameterizing", "calibrating", "weighting tokens", "fitting probabilities", "rounding weights"]
+    assert parts == expected
+    for part in parts:
+        done = [(own, total) for text, own, total, _ in calls if text == part]
+        assert done[-1][0] == done[-1][1] and all(0 < own <= total for own, total in done)
+
+
 def test_agreement_counts_answers_right_or_wrong() -> None:
     class Fixed(nn.Module):
         def __init__(self, answers: list[int]) -> None:

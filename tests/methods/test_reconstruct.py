@@ -212,7 +212,11 @@ def test_rows_are_dropped_in_every_activation_and_only_in_training() -> None:
     model, reference = pair("w8a2")
     losses: list[float] = []
     options = ReconstructOptions(1, 64, 16, weight_lr=0.0, scale_lr=0.0, lr=0.0, float_inputs=1.0, float_rows=1.0)
-    report = reconstruct(model, reference, digit_batches(4, 16), options, progress=lambda *step: losses.append(step[3]))
+
+    def keep_loss(_block: str, _step: int, _steps: int, figures: str) -> None:
+        losses.append(float(figures.removeprefix("error ")))
+
+    report = reconstruct(model, reference, digit_batches(4, 16), options, progress=keep_loss)
     assert all(loss < 1e-3 for loss in losses) and all(row.before > 1e-2 for row in report)
 
 

@@ -9,6 +9,7 @@ import pytest
 from tiny_models import SMALL, small_config
 
 from qvit.errors import UsageError
+from qvit.measure import partial as partial_module
 from qvit.methods.ptq.options import EFFORTS, PTQOptions
 from qvit.methods.ptq.reconstruction import Progress
 from qvit.runs.run import resume, train
@@ -31,11 +32,12 @@ def config() -> TrainConfig:
 def kill_in(block: str, step: int) -> Progress:
     """A progress function that ends the process in a block, at a step counted over all blocks."""
 
-    def progress(path: str, done: int, total: int, _loss: float) -> None:
-        assert total == 12
-        if done == step:
-            assert path == block
-            raise Killed
+    def progress(path: str, done: int, total: int, _loss: str) -> None:
+        if path.startswith("blocks"):
+            assert total == 12
+            if done == step:
+                assert path == block
+                raise Killed
 
     return progress
 
@@ -61,6 +63,35 @@ def test_a_killed_reconstruction_goes_on(tmp_path: Path, block: str, step: int, 
 def reconstruction(seed: int, **options: Any) -> Any:
     """The reconstruction that options of `qvit ptq` ask for."""
     return validated(PTQOptions, options).reconstruction(seed)
+
+
+def test_a_measured_sensitivity_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was killed while it measured goes on with the next image; one killed later does not measure again."""
+    monkeypatch.setattr(partial_module, "_SAVE_EVERY", 0.0)
+    mixed = config().model_copy(update={"budget": "4bit", "method_options": {"metric": "fisher"}})
+    seen: list[tuple[str, int]] = []
+
+    def kill_at(text: str, image: int) -> Progress:
+        def progress(part: str, done: int, _total: int, _figures: str) -> None:
+            seen.append((part, done))
+            if part == text and done >= image:
+                raise Killed
+
+        return progress
+
+    train(mixed, tmp_path / "whole", quiet=True)
+    with pytest.raises(Killed):
+        train(mixed, tmp_path / "run", quiet=True, progress=kill_at("sensitivity (fisher)", 5))
+    with pytest.raises(Killed):
+        resume(tmp_path / "run", quiet=True, progress=kill_at("calibrating", 1))
+    assert ("sensitivity (fisher)", 5) in seen
+    seen.clear()
+    resume(tmp_path / "run", quiet=True, progress=kill_at("", 0))
+    assert seen
+    assert not any(part.startswith("sensitivity") for part, _ in seen)
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "run"))
+    assert one == other
+    assert not list((tmp_path / "run").glob("*.partial"))
 
 
 def test_efforts_are_presets() -> None:

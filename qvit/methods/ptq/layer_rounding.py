@@ -16,7 +16,7 @@ for all images.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.block_pairs import BlockPair, block_pairs
 from qvit.methods.ptq.rounding import damped, round_with_feedback, row_factors
 from qvit.methods.ptq.token_weights import Worth
+from qvit.models.block_inputs import attention_blocks
 from qvit.models.convert import Stage, in_eval_mode, stage_of
 from qvit.models.layers import QuantLinear, QuantQKV, quantizer_at, weight_parts
 
@@ -43,6 +44,7 @@ def round_layers(
     batches: Iterable[Tensor],
     images: int,
     worth: Mapping[str, Worth],
+    progress: Callable[[str, int, int, str], None] | None = None,
 ) -> None:
     """Rounds the linear layers of all blocks of a calibrated model, in place; its mode is restored.
 
@@ -52,6 +54,7 @@ def round_layers(
         batches: Calibration images, on the models' device; iterated more than once.
         images: How many of them take part.
         worth: Of the layers' outputs; layers without stay as they are.
+        progress: Called after each block with a text, the blocks done, and all of them.
 
     Raises:
         UsageError: If the model is not calibrated or has no blocks of attention.
@@ -60,8 +63,10 @@ def round_layers(
     if stage_of(model) < Stage.CALIBRATED:
         raise UsageError("rounding comes after calibration: call qvit.calibrate(model, batches) first")
     with in_eval_mode(model):
-        for pair in block_pairs(model, reference, batches, images):
+        for done, pair in enumerate(block_pairs(model, reference, batches, images), 1):
             _round_block(pair, worth)
+            if progress is not None:
+                progress("rounding weights", done, len(attention_blocks(model)), "")
 
 
 def _round_block(pair: BlockPair, worth: Mapping[str, Worth]) -> None:

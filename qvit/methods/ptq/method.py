@@ -75,6 +75,8 @@ LOG_PROBS = {3: "log2", 4: "log-sqrt2"}
 ROTATED_UP_TO = 5
 #: The table that mixed widths were chosen by, in the run's directory.
 SENSITIVITY = "sensitivity.json"
+#: What of it is measured so far.
+PARTIAL = f"{SENSITIVITY}.partial"
 #: The folder of the blocks that are reconstructed already, there.
 BLOCKS = "blocks"
 Stage = Callable[[str, float], None]
@@ -160,7 +162,8 @@ class PTQMethod(Method):
         options, cost, budget = self.options, inspect_model(model), (self.config.budget or "").strip()
         if self.config.plan is not None and options.class_token == "auto":
             return plan
-        few = FirstImages(given.images, min(IMAGES, self.config.calibration_images))
+        count = min(IMAGES, self.config.calibration_images)
+        few = FirstImages(given.images, count, "trying bits for the class token", given.progress)
 
         def measure(wider: QuantPlan) -> tuple[float, float]:
             with given.watch("calibrate"):
@@ -216,14 +219,6 @@ class PTQMethod(Method):
         options = self.options
         assert options.max_drop is not None
 
-        def sensitivity(grids: QuantPlan) -> Sensitivity:
-            file = given.run / SENSITIVITY
-            with given.watch("sensitivity"):
-                found = Sensitivity.load(file) if file.is_file() else self._sensitivity(model, grids, given)
-            found.save(file)
-            self.metric = found.metric
-            return found
-
         judge = FeatureJudge if answers_with_features(model) else Judge
         searching, confirming = (judge(model, batches) for batches in given.deciding)
         gate = Gate(
@@ -234,7 +229,7 @@ class PTQMethod(Method):
             options.min_width or 3,
             None if options.boundary == "free" else options.boundary,
             lambda plan, final: self._made(model, plan, given, final=final),
-            sensitivity,
+            lambda grids: self._sensitivity(model, grids, given),
             searching,
             confirming,
             given.run,
@@ -245,15 +240,9 @@ class PTQMethod(Method):
         return quantized
 
     def _allocated(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> QuantPlan:
-        """The plan of mixed widths within the budget, with a width of its own for the class token where that pays.
-
-        The sensitivity behind it is kept with the run.
-        """
+        """The plan of mixed widths within the budget, with a width of its own for the class token where that pays."""
         options, cost = self.options, inspect_model(model)
-        with given.watch("sensitivity"):
-            sensitivity = self._sensitivity(model, grids, given)
-        sensitivity.save(given.run / SENSITIVITY)
-        self.metric = sensitivity.metric
+        sensitivity = self._sensitivity(model, grids, given)
         budget = (self.config.budget or "").strip()
         limit = bit_operations_of(budget, cost)
         narrowest = options.min_width or (3 if cost.bit_operations(cost.uniform(3)) <= limit else 2)
@@ -274,8 +263,18 @@ class PTQMethod(Method):
         return chosen
 
     def _sensitivity(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> Sensitivity:
+        """What widths are chosen by; it is kept with the run, and measured once."""
+        kept, partial = given.run / SENSITIVITY, given.run / PARTIAL
+        with given.watch("sensitivity"):
+            found = Sensitivity.load(kept) if kept.is_file() else self._measured(model, grids, given, partial)
+        found.save(kept)
+        partial.unlink(missing_ok=True)
+        self.metric = found.metric
+        return found
+
+    def _measured(self, model: nn.Module, grids: QuantPlan, given: Preparation, partial: Path) -> Sensitivity:
         """That of a file, or one measured on the reparameterized model and the grids that it will have."""
-        options = self.options
+        options, progress = self.options, given.progress
         if options.sensitivity is not None:
             found = Sensitivity.load(options.sensitivity)
             if options.metric not in (None, found.metric):
@@ -284,9 +283,18 @@ class PTQMethod(Method):
         metric, calibration = options.metric or default_metric(model), self.config.calibration_images
         few = FirstImages(given.images, min(calibration, options.sensitivity_images or calibration))
         given.notify(f"measuring sensitivities ({metric}) on {few.images} images")
-        source = self._reparameterized(model, grids, FirstImages(given.images, calibration))
+        source = self._reparameterized(
+            model, grids, FirstImages(given.images, calibration, "reparameterizing", progress)
+        )
         plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
-        return measure_sensitivity(source, few, metric=metric, plan=plan, seed=self.config.seed)
+
+        def told(done: int, total: int) -> None:
+            if progress is not None:
+                progress(f"sensitivity ({metric})", done, total, "")
+
+        return measure_sensitivity(
+            source, few, metric=metric, plan=plan, seed=self.config.seed, progress=told, partial=partial
+        )
 
     def _reparameterized(self, model: nn.Module, plan: QuantPlan, batches: Iterable[Tensor]) -> nn.Module:
         """A copy of the float model as it is before quantization by a plan that is not of 8 bits throughout."""
@@ -345,7 +353,8 @@ def ptq(
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
         stage: Called with the name of each part and the seconds that it took.
-        progress, notify, keep: Of the reconstruction, see `reconstruction.reconstruct`.
+        progress: Called with a text, what is done, how much there is, and figures as text.
+        notify, keep: Of the reconstruction, see `reconstruction.reconstruct`.
         seed: Draws the answers by which tokens are weighted, see `token_weights.worth_of`.
 
     Returns:
@@ -367,16 +376,16 @@ def ptq(
     feedback = rounding == "feedback" or (rounding == "auto" and not fine)
     rotate = rotation_for(resolved) if rotate == "auto" else rotate
     if reparameterize:
-        _reparameterize(source, few, rotate, fine=fine)
+        _reparameterize(source, few.told("reparameterizing", progress), rotate, fine=fine)
         clock.note("reparameterize")
     original = copy.deepcopy(source)
     quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs, heads=heads), in_place=True)
-    calibrate(quantized, few, observer=observer)
+    calibrate(quantized, few.told("calibrating", progress), observer=observer)
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
-    worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
+    worth = {} if fine and not feedback else worth_of(original, layers, few.told("weighting tokens", progress), seed)
     if observer == "mse":
-        fit_probability_scales(quantized, FirstImages(few, FITTED), worth)
+        fit_probability_scales(quantized, FirstImages(few, FITTED, "fitting probabilities", progress), worth)
         clock.note("fit probabilities")
     # Without folds of heads both are equal but for last digits, which decide edges of codes.
     reference = model if fine and rotate == "none" and not feedback else original
@@ -386,7 +395,7 @@ def ptq(
             "rounding to nearest, or give the plan's token groups a share of 0"
         )
     if feedback and attention_blocks(quantized):
-        round_layers(quantized, original, few, calibration_images, worth)
+        round_layers(quantized, original, few, calibration_images, worth, progress)
         clock.note("round")
     if reconstruct is not None:
         if bias_correction:
@@ -454,18 +463,35 @@ def ptq_plan(
 
 
 class FirstImages:
-    """The first images of some batches, to be iterated any number of times."""
+    """The first images of some batches, to be iterated any number of times.
 
-    def __init__(self, batches: Iterable[Tensor], images: int) -> None:
-        self.batches, self.images = batches, images
+    Args:
+        batches: Tensors (B, channels, height, width).
+        images: How many.
+        text, progress: Whoever iterates is at work on `text`; `progress` is told so after each batch.
+    """
+
+    def __init__(
+        self, batches: Iterable[Tensor], images: int, text: str = "", progress: Progress | None = None
+    ) -> None:
+        self.batches, self.images, self.text, self.progress = batches, images, text, progress
+
+    def told(self, text: str, progress: Progress | None) -> FirstImages:
+        """The same images, for another part of the work."""
+        return FirstImages(self.batches, self.images, text, progress)
 
     def __iter__(self) -> Iterator[Tensor]:
-        left = self.images
+        done = 0
         for batch in self.batches:
-            yield batch[:left]
-            left -= len(batch[:left])
-            if left <= 0:
+            part = batch[: self.images - done]
+            yield part
+            done += len(part)
+            if self.progress is not None:
+                self.progress(self.text, done, self.images, "")
+            if done >= self.images:
                 return
+        if self.progress is not None:
+            self.progress(self.text, done, done, "")
 
 
 class _Clock:

@@ -52,7 +52,7 @@ from qvit.tensors import total_bytes
 from qvit.training.checkpoint import load_state, read_tensors, save_weights
 
 _log = logging.getLogger(__name__)
-Progress = Callable[[str, int, int, float], None]
+Progress = Callable[[str, int, int, str], None]
 #: The share of the images that decides whether a block got better.
 HELD_OUT = 1 / 8
 #: The largest default of `weight_lr`.
@@ -136,7 +136,8 @@ def reconstruct(
         batches: Calibration images, on the models' device. Iterated more than once: a list, or anything that yields the
             same images each time.
         options: Steps, images, learning rates.
-        progress: Called after each step with the block, the step, the number of steps of all blocks, and the loss.
+        progress: Called after each step with the block, the step, the number of steps of all blocks, and the loss as
+            text.
         notify: Receives a line with the time that all steps will take, once it is known.
         keep: A folder that each block is written to when it is done; a block that is there is not trained again.
 
@@ -177,7 +178,7 @@ def reconstruct(
                     for step, loss in enumerate(_fit(pair, weight, further, options, generator)):
                         clock.step()
                         if progress is not None:
-                            progress(pair.path, index * options.steps + step + 1, total, loss)
+                            progress(pair.path, index * options.steps + step + 1, total, f"error {loss:.4f}")
                     last = pair.quantized.through(pair.block).x
                     if not _held_out_error(pair, weight, further, last) < error:
                         _log.info("block '%s' did not get better on images held out: it is put back", pair.path)
