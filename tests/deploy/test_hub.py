@@ -12,8 +12,12 @@ import pytest
 import torch
 from tiny_models import SMALL, calibrated_model, digit_batches
 
+import qvit
 from qvit.deploy.file.artifact import Artifact
 from qvit.errors import QvitError, UsageError
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+from qvit.models.create import create_model
 from qvit.plan.quant_plan import QuantPlan, Rule
 
 
@@ -56,6 +60,17 @@ def test_the_card_says_widths_sizes_accuracy_and_how_to_load(artifact: Artifact,
     ):  # fmt: skip
         assert text in card.text, text
     assert str(tmp_path) not in card.content
+
+
+def test_a_model_without_classes_is_one_for_features(tmp_path: Path) -> None:
+    kwargs = SMALL | {"num_classes": 0}
+    model = calibrate(quantize(create_model("vit_digits", **kwargs), "w4a4"), digit_batches()).eval()
+    artifact = Artifact.from_model(model, model_name="vit_digits", model_kwargs=kwargs)
+    artifact.save_pretrained(tmp_path)
+    card = huggingface_hub.ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "image-feature-extraction"
+    image = digit_batches()[0]
+    assert torch.allclose(qvit.load(tmp_path)(image), artifact.model()(image), atol=1e-4)
 
 
 def test_a_card_that_is_there_is_kept(artifact: Artifact, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from qvit.deploy.file.summary import describe, widths_by_kind
 from qvit.errors import QvitError, UsageError, first_line
 from qvit.files import write_atomically, write_json
 from qvit.locks import writing
+from qvit.models.features import answers_with_features
 from qvit.version import __version__
 
 MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -156,12 +157,13 @@ def model_card(artifact: Artifact, facts: dict[str, Any], repo_id: str) -> str:
         if isinstance(artifact.provenance.get(key), (int, float))
     }
     accuracy = "\n".join(f"| {text} | {value:.2f} |" for text, value in found.items())
+    task = "image-feature-extraction" if answers_with_features(artifact.model()) else "image-classification"
     measured = f"\n## Accuracy\n\n| | |\n|---|---:|\n{accuracy}\n" if accuracy else ""
     return f"""---
 library_name: qvit
-pipeline_tag: image-classification
+pipeline_tag: {task}
 tags:
-- image-classification
+- {task}
 - quantization
 - timm
 - qvit
