@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from qvit.measure.metric import Task, register_metric
+from qvit.measure.partial import Partial
 from qvit.measure.probe import require_finite
 from qvit.measure.table import Table
 
@@ -49,7 +50,8 @@ class Sums:
     Args:
         task: What the metric is given.
         answer: The probe's `logits` (None), or its `features`.
-        start: From the answer to one image to the random vector that its backward pass starts from, such as u above.
+        start: From the answer to one image to the vector that its backward pass starts from, such as u above.
+        kept: Whether the sums are kept in the task's file.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Sums:
         task: Task,
         answer: Callable[[Tensor], Tensor] | None = None,
         start: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        kept: bool = True,
     ) -> None:
-        self.task, self.probe, self.partial = task, task.probe, task.partial()
+        self.task, self.probe = task, task.probe
+        self.partial = task.partial() if kept else Partial(None, task.probe, (), (), ())
         self.answer, self.start = answer or task.probe.logits, start or signed_answer
         self.images = [image for batch in task.batches for image in batch.split(1)]
         self.images_done, self._sums = self.partial.load()

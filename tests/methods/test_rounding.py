@@ -15,8 +15,15 @@ from torch import Tensor, nn
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.bias_correction import correct_biases
 from qvit.methods.ptq.head_folds import fold_heads, hadamard
-from qvit.methods.ptq.layer_rounding import round_layers
-from qvit.methods.ptq.rounding import damped, output_cost, round_to, round_with_feedback, row_factors
+from qvit.methods.ptq.layer_rounding import damage_left, round_layers
+from qvit.methods.ptq.rounding import (
+    cost_with_feedback,
+    damped,
+    output_cost,
+    round_to,
+    round_with_feedback,
+    row_factors,
+)
 from qvit.methods.ptq.token_weights import FLOOR, Worth, worth_of
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
@@ -36,6 +43,29 @@ def moments_of(size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(200, size, generator=generator) @ torch.randn(size, size, generator=generator)
     return damped(x.t() @ x / len(x), 0.01)
+
+
+def test_the_expected_cost_of_rounding_with_feedback() -> None:
+    """Over many rows it is what is measured, and to nearest the trace: an error of rounding has mean square 1/12."""
+    moments = moments_of(24)
+    weight = 100 * torch.randn(4000, 24, generator=torch.Generator().manual_seed(1))
+    scale, least, most = torch.ones_like(weight), torch.full_like(weight, -1e4), torch.full_like(weight, 1e4)
+    nearest = output_cost(weight - weight.round(), moments).mean()
+    rounded = round_with_feedback(weight, scale, least, most, moments).round()
+    assert float(nearest) == pytest.approx(float(moments.trace()) / 12, rel=0.05)
+    found = float(output_cost(weight - rounded, moments).mean())
+    assert found == pytest.approx(float(cost_with_feedback(moments)) / 12, rel=0.05)
+    assert found < 0.5 * float(nearest)
+
+
+def test_what_is_left_of_the_damage_of_rounding() -> None:
+    """Nothing where a layer's input is constant, all where its channels are independent, around zero and equal."""
+    layer = nn.Sequential(nn.Linear(16, 3))
+    eye = torch.cat([torch.eye(16), -torch.eye(16)])
+    assert damage_left(layer, ["0"], [torch.ones(8, 16)])["0"] < 1e-6
+    assert damage_left(layer, ["0"], list(eye.split(8)))["0"] == pytest.approx(1.0, abs=1e-5)
+    twins = torch.cat([eye[:, :8], eye[:, :8]], dim=1)
+    assert damage_left(layer, ["0"], [twins])["0"] < 0.6
 
 
 @pytest.mark.parametrize("rotate", [False, True])

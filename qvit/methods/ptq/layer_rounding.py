@@ -16,6 +16,7 @@ for all images.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.block_pairs import BlockPair, block_pairs
-from qvit.methods.ptq.rounding import damped, round_with_feedback, row_factors
+from qvit.methods.ptq.rounding import cost_with_feedback, damped, round_with_feedback, row_factors
 from qvit.methods.ptq.token_weights import Worth
 from qvit.models.block_inputs import attention_blocks
 from qvit.models.convert import Stage, in_eval_mode, stage_of
@@ -134,3 +135,39 @@ def _round_weight(layer: QuantLinear, moments: Tensor) -> None:
             factors = row_factors(part, spread_out(scale), low, high, moments)
             quantizer.restore({"scale": scale * factors.view_as(scale)})
         part.copy_(round_with_feedback(part, spread_out(quantizer.grid()[0]), low, high, moments))
+
+
+@torch.no_grad()
+def damage_left(model: nn.Module, layers: Iterable[str], batches: Iterable[Tensor]) -> dict[str, float]:
+    """By layer, the expected cost of rounding its weight as here, over that of rounding to nearest with its bias as is.
+
+    What the bias takes back and what the feedback saves does not depend on the width: both costs are moments of the
+    inputs times the mean square of a rounding error.
+
+    Args:
+        model: A float model, in eval mode.
+        layers: Paths of linear layers.
+        batches: Calibration images, on the model's device.
+    """
+    squares: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    count: Counter[str] = Counter()
+
+    def add(path: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].flatten(0, -2)
+        squares[path] = squares.get(path, 0) + x.t() @ x
+        sums[path] = sums.get(path, 0) + x.sum(0)
+        count[path] += len(x)
+
+    with ExitStack() as stack:
+        for path in layers:
+            stack.enter_context(model.get_submodule(path).register_forward_pre_hook(partial(add, path)))
+        for batch in batches:
+            model(batch)
+    found = {}
+    for path, total in squares.items():
+        mean = sums[path] / count[path]
+        moments = total / count[path]
+        centred = damped(moments - torch.outer(mean, mean), DAMPING)
+        found[path] = min(1.0, float(cost_with_feedback(centred) / moments.trace().clamp_min(1e-30)))
+    return found

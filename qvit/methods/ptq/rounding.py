@@ -22,11 +22,12 @@ from torch import Tensor
 
 FACTORS = tuple(0.5 + 0.025 * step for step in range(33))
 _COLUMNS = 64
+_LEAST = 1e-20
 
 
 def damped(moments: Tensor, damping: float) -> Tensor:
-    """H + λ·I with λ = `damping` times the mean of the diagonal."""
-    size = moments.diagonal().mean().clamp_min(torch.finfo(moments.dtype).tiny)
+    """H + λ·I with λ = `damping` times the mean of the diagonal; of inputs that never change, a small one."""
+    size = moments.diagonal().mean().clamp_min(_LEAST)
     return moments + damping * size * torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
 
 
@@ -61,9 +62,7 @@ def round_with_feedback(weight: Tensor, scale: Tensor, low: Tensor, high: Tensor
     Returns:
         (out, K), a weight that is near its rounded values: at most half a step away inside of the grid.
     """
-    order = moments.diagonal().argsort(descending=True)
-    factor = torch.linalg.cholesky(moments[order][:, order])
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    order, upper = _feedback(moments)
     left = weight[:, order].clone()
     scale, low, high = (part[:, order] for part in (scale, low, high))
     for start in range(0, weight.shape[1], _COLUMNS):
@@ -79,3 +78,19 @@ def round_with_feedback(weight: Tensor, scale: Tensor, low: Tensor, high: Tensor
     result = torch.empty_like(left)
     result[:, order] = left
     return result
+
+
+def cost_with_feedback(moments: Tensor) -> Tensor:
+    """The expected cost of a row that is rounded with feedback, for errors of rounding of mean square 1: Σ_j 1/U_jj².
+
+    Rounded to nearest, it is the trace of H (Chee et al., QuIP, NeurIPS 2023, theorem 1, where it is tr(D)).
+    """
+    _, upper = _feedback(moments)
+    return upper.diagonal().square().reciprocal().sum()
+
+
+def _feedback(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """The order of the columns, and U in that order."""
+    order = moments.diagonal().argsort(descending=True)
+    factor = torch.linalg.cholesky(moments[order][:, order])
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
