@@ -119,9 +119,15 @@ class Sensitivity:
             measured = ", ".join(map(str, self.widths))
             raise UsageError(f"{missing[0]} bit was not measured; this sensitivity has the widths {measured}")
         columns = [self.widths.index(width) for width in kept]
-        raw = {site: values[:, columns] for site, values in self.raw.items()}
+        return self._with({site: values[:, columns] for site, values in self.raw.items()}, kept)
+
+    def scaled(self, factors: Mapping[str, float]) -> Sensitivity:
+        """The same with the losses of some sites multiplied by a factor."""
+        return self._with({site: values * factors.get(site, 1.0) for site, values in self.raw.items()}, self.widths)
+
+    def _with(self, raw: Table, widths: tuple[int, ...]) -> Sensitivity:
         names = ("model", "metric", "images", "seed", "seconds", "plan", "type_normalised")
-        return Sensitivity.from_raw(raw, widths=kept, **{name: getattr(self, name) for name in names})
+        return Sensitivity.from_raw(raw, widths=widths, **{name: getattr(self, name) for name in names})
 
     def to_json(self) -> dict[str, Any]:
         """Plain data in the format above."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.bias_correction import correct_biases
 from qvit.methods.ptq.head_folds import fold_heads, hadamard
-from qvit.methods.ptq.layer_rounding import damage_left, round_layers
+from qvit.methods.ptq.layer_rounding import damage_left, round_layers, rounded_layers
 from qvit.methods.ptq.rounding import (
     cost_with_feedback,
     damped,
@@ -27,6 +27,7 @@ from qvit.methods.ptq.rounding import (
 from qvit.methods.ptq.token_weights import FLOOR, Worth, worth_of
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
+from qvit.models.families import inspect_model
 from qvit.quantizers import quantizers_of
 
 SWIN = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "depths": (2, 1), "num_heads": (2, 3)}
@@ -66,6 +67,15 @@ def test_what_is_left_of_the_damage_of_rounding() -> None:
     assert damage_left(layer, ["0"], list(eye.split(8)))["0"] == pytest.approx(1.0, abs=1e-5)
     twins = torch.cat([eye[:, :8], eye[:, :8]], dim=1)
     assert damage_left(layer, ["0"], [twins])["0"] < 0.6
+
+
+def test_layers_that_are_rounded_with_feedback() -> None:
+    """Those of the blocks, and no other; a head of a weight belongs to its layer."""
+    model = digits_model(depth=2)
+    found = rounded_layers(model, inspect_model(model).sites)
+    leaves = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert sorted(set(found.values())) == sorted(f"blocks.{block}.{leaf}" for block in range(2) for leaf in leaves)
+    assert found["blocks.1.attn.qkv.value_weight"] == "blocks.1.attn.qkv"
 
 
 @pytest.mark.parametrize("rotate", [False, True])

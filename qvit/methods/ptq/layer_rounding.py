@@ -137,6 +137,15 @@ def _round_weight(layer: QuantLinear, moments: Tensor) -> None:
         part.copy_(round_with_feedback(part, spread_out(quantizer.grid()[0]), low, high, moments))
 
 
+def rounded_layers(model: nn.Module, sites: Iterable[str]) -> dict[str, str]:
+    """The linear layers of a float model's blocks of attention, by the sites of their weights."""
+    names = list(sites)
+    blocks = {name.rpartition(".")[0].rpartition(".")[0] for name in names if name.endswith(".probs")}
+    inside = tuple(f"{block}." for block in blocks if block)
+    weights = {name: name.rpartition(".")[0] for name in names if name.endswith("weight") and name.startswith(inside)}
+    return {name: path for name, path in weights.items() if isinstance(model.get_submodule(path), nn.Linear)}
+
+
 @torch.no_grad()
 def damage_left(model: nn.Module, layers: Iterable[str], batches: Iterable[Tensor]) -> dict[str, float]:
     """By layer, the expected cost of rounding its weight as here, over that of rounding to nearest with its bias as is.

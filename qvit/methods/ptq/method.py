@@ -49,7 +49,7 @@ from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, leaving_room, record_of
 from qvit.methods.ptq.gate import UNITS, FeatureJudge, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
-from qvit.methods.ptq.layer_rounding import round_layers
+from qvit.methods.ptq.layer_rounding import damage_left, round_layers, rounded_layers
 from qvit.methods.ptq.options import PTQOptions
 from qvit.methods.ptq.probability_scales import IMAGES as FITTED
 from qvit.methods.ptq.probability_scales import fit_probability_scales
@@ -263,14 +263,23 @@ class PTQMethod(Method):
         return chosen
 
     def _sensitivity(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> Sensitivity:
-        """What widths are chosen by; it is kept with the run, and measured once."""
+        """What widths are chosen by; what is measured is kept with the run, and measured once.
+
+        It is measured for weights rounded to nearest; those that are rounded with feedback cost a part of that.
+        """
         kept, partial = given.run / SENSITIVITY, given.run / PARTIAL
         with given.watch("sensitivity"):
             found = Sensitivity.load(kept) if kept.is_file() else self._measured(model, grids, given, partial)
         found.save(kept)
         partial.unlink(missing_ok=True)
         self.metric = found.metric
-        return found
+        if self.options.rounding == "nearest":
+            return found
+        images = FirstImages(given.images, self.config.calibration_images, "rounding", given.progress)
+        source = self._reparameterized(model, grids, images)
+        layers = rounded_layers(source, found.raw)
+        left = damage_left(source, set(layers.values()), images)
+        return found.scaled({site: left[layer] for site, layer in layers.items()})
 
     def _measured(self, model: nn.Module, grids: QuantPlan, given: Preparation, partial: Path) -> Sensitivity:
         """That of a file, or one measured on the reparameterized model and the grids that it will have."""
