@@ -128,6 +128,12 @@ def check_arguments(kwargs: Mapping[str, Any]) -> None:
         kwargs: For `timm.create_model`; lists may be tuples.
     """
     for key in kwargs:
+        if key == "features_only":
+            raise UsageError(
+                "a model takes no argument 'features_only', which wraps it in another one: num_classes=0 answers with "
+                "one feature per image, global_pool=\"\" with one per token, and `forward_intermediates` of the "
+                "quantized model has those of each block"
+            )
         if key in _ELSEWHERE:
             raise UsageError(f"a model takes no argument '{key}', which does not say what it is: {_ELSEWHERE[key]}")
         if key not in Architecture.model_fields:

@@ -2,8 +2,8 @@
 
 A packed file holds this document (docs/packed-files.md), and the native engine builds its network from it. It describes
 timm's VisionTransformer with plain pre-norm blocks (any number of prefix tokens, LayerScale, qk-norm, gated MLPs,
-LayerNorm or RmsNorm) and SwinTransformer. Names of tensors are timm's and are not repeated; whether a bias, a norm or a
-LayerScale is there, the tensors of the file say.
+LayerNorm or RmsNorm, any pooling) and SwinTransformer, each with a classifier or without. Names of tensors are timm's
+and are not repeated; whether a bias, a norm or a LayerScale is there, the tensors of the file say.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from timm.layers import GELU, GELUTanh, GluMlp, Mlp, QuickGELU, RmsNorm, SwiGLU
+from timm.layers import GELU, AttentionPoolLatent, GELUTanh, GluMlp, Mlp, QuickGELU, RmsNorm, SwiGLU
 from timm.models.swin_transformer import SwinTransformer, SwinTransformerBlock, WindowAttention
 from timm.models.vision_transformer import Attention, Block, LayerScale, VisionTransformer
 from torch import nn
@@ -20,8 +20,8 @@ from qvit.errors import UsageError
 
 Network = dict[str, Any]
 _ACTIVATIONS = {GELUTanh: "gelu-tanh", QuickGELU: "quick-gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
-#: Tokens that the heads of a ViT pool: the first, those of patches, all.
-_POOLS = {"token": "token", "avg": "avg"}
+#: By timm's `global_pool`.
+_POOLS = {"token": "token", "avg": "avg", "max": "max", "avgmax": "avgmax", "map": "map", "": "none"}
 
 
 def network_of(model: nn.Module) -> Network:
@@ -31,7 +31,9 @@ def network_of(model: nn.Module) -> Network:
     vit: Any = model
     swin = isinstance(model, SwinTransformer)
     norm = _norms(model)[0][1]
-    pool = "all" if swin or vit.pool_include_prefix and vit.global_pool == "avg" else _POOLS[vit.global_pool]
+    pool = _POOLS[vit.global_pool]
+    if pool == "avg" and (swin or vit.pool_include_prefix):
+        pool = "all"
     head = vit.head.fc if swin else vit.head
     embed = vit.patch_embed
     return {
@@ -40,13 +42,21 @@ def network_of(model: nn.Module) -> Network:
         "patch": list(embed.patch_size),
         "prefix": 0 if swin else vit.num_prefix_tokens,
         "pool": pool,
-        "classes": head.out_features,
+        "classes": head.out_features if isinstance(head, nn.Linear) else 0,
         "activation": _activation(_blocks(model)[0][1].mlp.act),
         "norm": "rms" if isinstance(norm, RmsNorm) else "layer",
         "epsilon": norm.eps,
         "mlp": _mlp(_blocks(model)[0][1].mlp),
         "stages": [_stage(stage.blocks) for stage in vit.layers] if swin else [_stage(vit.blocks)],
+        **({"map": _map(vit)} if pool == "map" else {}),
     }
+
+
+def _map(vit: Any) -> dict[str, Any]:
+    """Of attention pooling: `skip` leading tokens are not seen."""
+    pool = vit.attn_pool
+    skip = 0 if vit.pool_include_prefix else vit.num_prefix_tokens
+    return {"heads": pool.num_heads, "hidden": pool.mlp.fc2.in_features, "skip": skip}
 
 
 def _stage(blocks: Any) -> dict[str, Any]:
@@ -78,6 +88,8 @@ def differences(model: nn.Module) -> Iterator[str]:
     blocks = _blocks(model)
     for path, block in blocks:
         yield from _of_mlp(path, block.mlp, blocks[0][1].mlp)
+    if getattr(model, "attn_pool", None) is not None:
+        yield from _of_mlp("attn_pool", model.get_submodule("attn_pool.mlp"), blocks[0][1].mlp)
     norms = _norms(model)
     for path, norm in norms:
         plain = isinstance(norm, (nn.LayerNorm, RmsNorm)) and norm.weight is not None and norm.eps is not None
@@ -86,14 +98,19 @@ def differences(model: nn.Module) -> Iterator[str]:
 
 
 def _of_vit(model: Any) -> Iterator[str]:
-    if model.global_pool not in _POOLS or model.attn_pool is not None:
-        yield f"it pools tokens by '{model.global_pool or 'attention'}'"
+    pool = model.attn_pool
+    if model.global_pool not in _POOLS or (model.global_pool == "map") != (pool is not None):
+        yield f"it pools tokens by '{model.global_pool}'"
+    elif model.global_pool in ("max", "avgmax") and model.pool_include_prefix:
+        yield f"it pools prefix tokens by '{model.global_pool}'"
+    elif pool is not None and not _is_plain(pool, model.embed_dim):
+        yield "it pools by attention with other parts than timm's VisionTransformer has"
     if not len(model.blocks):
         yield "it has no blocks"
     if model.dynamic_img_size:
         yield "its image size is not fixed"
-    if not isinstance(model.head, nn.Linear):
-        yield "it has no classifier"
+    if not isinstance(model.head, (nn.Linear, nn.Identity)):
+        yield "it has no linear classifier"
     for path, block in _blocks(model):
         attention = getattr(block, "attn", None)
         if type(block) is not Block or not isinstance(attention, Attention):
@@ -104,13 +121,21 @@ def _of_vit(model: Any) -> Iterator[str]:
             yield f"{path} scales its outputs in a way of its own"
 
 
+def _is_plain(pool: Any, dim: int) -> bool:
+    """Whether attention pooling has one query, a square projection and an MLP."""
+    layers = isinstance(pool, AttentionPoolLatent) and isinstance(pool.proj, nn.Linear) and type(pool.mlp) is Mlp
+    if not layers or pool.pos_embed is not None or pool.latent_len != 1:
+        return False
+    return (pool.latent_dim, pool.kv.out_features, pool.proj.out_features) == (dim, 2 * dim, dim)
+
+
 def _of_swin(model: Any) -> Iterator[str]:
-    if model.global_pool != "avg":
+    if model.global_pool not in ("avg", ""):
         yield f"it pools tokens by '{model.global_pool}'"
     if model.dynamic_img_size:
         yield "its image size is not fixed"
-    if not isinstance(model.head.fc, nn.Linear):
-        yield "it has no classifier"
+    if not isinstance(model.head.fc, (nn.Linear, nn.Identity)):
+        yield "it has no linear classifier"
     for index, stage in enumerate(model.layers):
         if not len(stage.blocks):
             yield f"layers.{index} has no blocks"

@@ -3,7 +3,7 @@
     from qvit.deploy.native import load
 
     model = load("packed.safetensors")
-    logits = model(images)  # float32 (B, channels, height, width) -> (B, classes)
+    answers = model(images)  # float32 (B, channels, height, width) -> (B, classes); features, where it has no classes
 
 What is computed is what `deploy/integer/reference.py` computes: the same integers, the same exact sums. Normalisation,
 softmax and activation are in float32 there and here; their last digits differ, so a value that lies within about 1e-6

@@ -23,7 +23,7 @@ class Attention {
           area_(stage.area),
           columns_(round_up(area_, kColumns)),
           row_(3 * int64_t(stage.dim)),
-          first_token_(size_t(image) * size_t(stage.tokens)),
+          first_token_(size_t(image) * size_t(stage.tokens) + size_t(stage.skip)),
           place_(stage.place[shifted].empty() ? nullptr : stage.place[shifted].data() + size_t(window) * area_),
           bias_(block.position_bias.empty() ? nullptr : block.position_bias.data() + size_t(head) * area_ * columns_),
           region_(shifted && stage.mixed[size_t(window)] ? stage.region.data() + size_t(window) * columns_ : nullptr),

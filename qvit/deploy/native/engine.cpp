@@ -3,7 +3,7 @@
 //   file.h      bytes -> tensors, sites, texts          json.h     JSON from strangers
 //   network.h   a file -> layers, norms, heads          memory.h   buffers and threads
 //   kernels.h   products of integers                    lanes.h    floats, sixteen at a time
-//   model.h     images -> logits                        attention.h  of it, what the heads do
+//   model.h     images -> answers                       attention.h  of it, what the heads do
 //
 // The last four are compiled once for each instruction set, in a namespace of its own; which one runs is decided when
 // a model is loaded. Code of the standard library stays outside: it is the same for all processors.
@@ -59,8 +59,8 @@ const char* const kind_names[kKinds] = {"patch embedding", "layernorm", "qkv",  
 class Runner {
   public:
     virtual ~Runner() = default;
-    virtual void run(const float* images, int batch, float* logits) = 0;
-    virtual void profile(const float* images, int batch, float* logits, double* seconds) = 0;
+    virtual void run(const float* images, int batch, float* answers) = 0;
+    virtual void profile(const float* images, int batch, float* answers, double* seconds) = 0;
     virtual void after_fork() = 0;
 };
 
@@ -271,6 +271,7 @@ using namespace qvit;
 struct qvit_model {
     std::map<std::string, std::string> texts;
     int shape[4];
+    std::vector<int> answer;
     const Form* form;
     std::unique_ptr<Runner> runner;
     std::mutex busy;
@@ -309,7 +310,10 @@ qvit_model* qvit_load_bytes(const void* bytes, size_t size, int threads, const c
         File file(static_cast<const uint8_t*>(bytes), size);
         const Network network = NetworkReader::read(file);
         model = std::make_unique<qvit_model>();
-        const int shape[] = {network.channels, network.side_y, network.side_x, network.classes};
+        model->answer = network.answer();
+        int numbers = 1;
+        for (int side : model->answer) numbers *= side;
+        const int shape[] = {network.channels, network.side_y, network.side_x, numbers};
         std::copy_n(shape, 4, model->shape);
         model->texts = std::move(file.texts);
         model->form = &form_named(form);
@@ -328,12 +332,17 @@ qvit_model* qvit_load(const char* path, int threads) {
 
 void qvit_shape(const qvit_model* model, int shape[4]) { std::copy_n(model->shape, 4, shape); }
 
-int qvit_run(qvit_model* model, const float* images, int batch, float* logits) {
-    return model->use(batch, [&] { model->runner->run(images, batch, logits); });
+int qvit_answer(const qvit_model* model, int shape[3]) {
+    std::copy(model->answer.begin(), model->answer.end(), shape);
+    return int(model->answer.size());
 }
 
-int qvit_profile(qvit_model* model, const float* images, int batch, float* logits, double* seconds) {
-    return model->use(batch, [&] { model->runner->profile(images, batch, logits, seconds); });
+int qvit_run(qvit_model* model, const float* images, int batch, float* answers) {
+    return model->use(batch, [&] { model->runner->run(images, batch, answers); });
+}
+
+int qvit_profile(qvit_model* model, const float* images, int batch, float* answers, double* seconds) {
+    return model->use(batch, [&] { model->runner->profile(images, batch, answers, seconds); });
 }
 
 void qvit_free(qvit_model* model) {

@@ -25,6 +25,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "qvit_load": (c_void_p, (c_char_p, c_int)),
     "qvit_load_bytes": (c_void_p, (c_char_p, c_size_t, c_int, c_char_p)),
     "qvit_shape": (None, (c_void_p, _INTS)),
+    "qvit_answer": (c_int, (c_void_p, _INTS)),
     "qvit_run": (c_int, (c_void_p, _FLOATS, c_int, _FLOATS)),
     "qvit_free": (None, (c_void_p,)),
     "qvit_error": (c_char_p, ()),

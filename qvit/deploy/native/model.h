@@ -1,5 +1,5 @@
-// A Vision Transformer on integers, from images to logits. Included once per instruction set, after kernels.h, inside
-// the same namespace. `deploy/integer/reference.py` has what is computed, operation by operation.
+// A Vision Transformer on integers, from images to logits or features. Included once per instruction set, after
+// kernels.h, inside the same namespace. `deploy/integer/reference.py` has what is computed, operation by operation.
 //
 // Per block there are two steps, with a barrier of all threads between them:
 //
@@ -183,8 +183,8 @@ struct Block {
 
 struct Stage {
     int dim, heads, each, hidden, rows, columns, tokens;
-    int windows = 1, area;  // of an image; tokens of a window
-    float factor;           // of the scores
+    int skip, windows = 1, area;  // tokens without attention; windows of an image; tokens of a window
+    float factor;                 // of the scores
     Norm merge_norm;
     Linear merge;
     std::vector<Block> blocks;
@@ -201,7 +201,8 @@ struct Stage {
           rows(from.rows),
           columns(from.columns),
           tokens(rows * columns + prefix),
-          area(tokens),
+          skip(from.skip),
+          area(tokens - skip),
           factor(1.0f / std::sqrt(float(each))),
           merge_norm(from.merge_norm),
           merge(from.merge) {
@@ -263,7 +264,7 @@ class Model final : public Runner {
           patch_y(from.patch_y),
           patch_x(from.patch_x),
           prefix(from.prefix),
-          classes(from.classes),
+          width(from.width),
           pool(from.pool),
           activation(from.activation),
           mlp(from.mlp),
@@ -276,8 +277,10 @@ class Model final : public Runner {
           threads_(threads) {
         added.assign(from.added.begin(), from.added.end());
         for (const StageNumbers& stage : from.stages) stages.emplace_back(stage, prefix, activation);
-        for (const Stage& stage : stages)
-            most_channels = std::max(most_channels, std::max(stage.hidden, 4 * stage.dim));
+        for (const StageNumbers& stage : from.map) map.emplace_back(stage, prefix, activation);
+        for (const auto* list : {&stages, &map})
+            for (const Stage& stage : *list)
+                most_channels = std::max(most_channels, std::max(stage.hidden, 4 * stage.dim));
         team = std::make_unique<Team>(threads);
         scratch.resize(size_t(threads));
     }
@@ -287,11 +290,11 @@ class Model final : public Runner {
         (void)team.release();
         team = std::make_unique<Team>(threads_);
     }
-    void run(const float* images, int batch, float* logits) override { forward(images, batch, logits); }
-    void profile(const float* images, int batch, float* logits, double* seconds) override {
+    void run(const float* images, int batch, float* answers) override { forward(images, batch, answers); }
+    void profile(const float* images, int batch, float* answers, double* seconds) override {
         watching = true;
         for (Scratch& own : scratch) std::fill_n(own.seconds, kKinds, 0.0);
-        forward(images, batch, logits);
+        forward(images, batch, answers);
         watching = false;
         for (int kind = 0; kind < kKinds; ++kind) {
             seconds[kind] = 0;
@@ -302,13 +305,14 @@ class Model final : public Runner {
   private:
     static constexpr int kChunk = 36;
 
-    int channels, side_y, side_x, patch_y, patch_x, prefix, classes, pool, most_channels = 0;
+    int channels, side_y, side_x, patch_y, patch_x, prefix, width, most_channels = 0;
+    Pool pool;
     Activation activation;
     Mlp mlp;
     Linear embed, head;
     Norm patch_norm, first_norm, norm, head_norm;
     Buffer<float> added;
-    std::vector<Stage> stages;
+    std::vector<Stage> stages, map;  // map: of one block, or none
     int threads_;
     std::unique_ptr<Team> team;
     std::vector<Scratch> scratch;
@@ -323,7 +327,7 @@ class Model final : public Runner {
     void linear_of_tokens(const Stage& stage, const Linear& layer, int first, int count, const uint8_t* a, int64_t lda,
                           Use&& use);
     bool is_early(const Stage& stage, int row) const { return row % stage.tokens < prefix; }
-    void forward(const float* images, int batch, float* logits);
+    void forward(const float* images, int batch, float* answers);
     void embed_patches(const Stage& stage, const float* images, int first, int last, Scratch& own);
     void merge_tokens(const Stage& before, const Stage& stage, const float* from, int first, int last, Scratch& own);
     void project_qkv(const Stage& stage, const Block& block, int first, int last, Scratch& own);
@@ -334,7 +338,8 @@ class Model final : public Runner {
                        int columns, Outputs&& y) const;
     void attend(const Stage& stage, const Block& block, bool shifted, int image, int window, int head, int first,
                 int last, Scratch& own);
-    void classify(const Stage& stage, int image, float* logits, Scratch& own);
+    void pool_tokens(const Stage& stage, int row, float* to, Scratch& own) const;
+    void answer(const Stage& stage, int first, int last, float* answers, Scratch& own);
 };
 
 // The outputs of a layer for m rows, tile after tile and sixteen columns after the other: `use(row, rows, column,
@@ -609,40 +614,53 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     });
 }
 
-void Model::classify(const Stage& stage, int image, float* logits, Scratch& own) {
-    Watch watch(watching, own.seconds[kHead]);
+// What the head sees of an image, or of a token where none are pooled.
+void Model::pool_tokens(const Stage& stage, int row, float* to, Scratch& own) const {
     const int dim = stage.dim, tokens = stage.tokens;
-    own.rows.resize(std::max(size_t(most_channels), size_t(2 * dim)));
-    float *pooled = own.rows.data(), *row = pooled + dim;
-    const float* x = stream.data() + size_t(image) * tokens * dim;
-    auto normed = [&](int token) {
-        if (!norm.there) return x + size_t(token) * dim;
-        norm(x + size_t(token) * dim, row, dim);
-        return (const float*)row;
+    auto normed = [&](size_t token, float* to) {
+        const float* x = stream.data() + token * dim;
+        norm.there ? norm(x, to, dim) : void(std::copy_n(x, dim, to));
     };
-    if (pool == 0) {
-        std::copy_n(normed(0), dim, pooled);
-    } else {
-        const int first = pool == 1 ? prefix : 0;
-        std::fill_n(pooled, dim, 0.0f);
-        for (int token = first; token < tokens; ++token) {
-            const float* from = normed(token);
-            for (int j = 0; j < dim; ++j) pooled[j] += from[j];
-        }
-        for (int j = 0; j < dim; ++j) pooled[j] /= float(tokens - first);
+    const size_t begin = size_t(row) * tokens;
+    if (pool == Pool::none) return normed(size_t(row), to);
+    if (pool == Pool::token) return normed(begin, to);
+    if (pool == Pool::map) return normed(begin + map.front().skip, to);
+    own.rows.resize(size_t(most_channels));
+    float *one = own.rows.data(), *most = one + dim;
+    std::fill_n(to, dim, 0.0f), std::fill_n(most, dim, -std::numeric_limits<float>::infinity());
+    const int first = pool == Pool::all ? 0 : prefix;
+    for (int token = first; token < tokens; ++token) {
+        normed(begin + token, one);
+        for (int j = 0; j < dim; ++j) to[j] += one[j], most[j] = std::max(most[j], one[j]);
     }
-    if (head_norm.there) {
-        head_norm(pooled, row, dim);
-        std::copy_n(row, dim, pooled);
+    for (int j = 0; j < dim; ++j) {
+        to[j] /= float(tokens - first);
+        if (pool == Pool::max) to[j] = most[j];
+        if (pool == Pool::avgmax) to[j] = 0.5f * (most[j] + to[j]);
     }
-    own.codes.resize(size_t(round_up(dim, 4)));
-    encode(pooled, dim, head.grid[0], own.codes.data());
-    linear(head, 1, own.codes.data(), dim, [&](int, int, int column, int columns, auto&& y) {
-        store(logits + size_t(image) * classes + column, y(0), columns);
-    });
 }
 
-void Model::forward(const float* images, int batch, float* logits) {
+// Answers from `first` to `last`: of images, or of tokens where none are pooled. Without a head they are features.
+void Model::answer(const Stage& stage, int first, int last, float* answers, Scratch& own) {
+    Watch watch(watching, own.seconds[kHead]);
+    const int dim = stage.dim;
+    own.wide.resize(size_t(dim)), own.codes.resize(size_t(kChunk) * dim);
+    for (int begin = first; begin < last; begin += kChunk) {
+        const int end = std::min(last, begin + kChunk);
+        for (int row = begin; row < end; ++row) {
+            float* x = head.n ? own.wide.data() : answers + size_t(row) * dim;
+            pool_tokens(stage, row, x, own);
+            if (head_norm.there) head_norm(x, x, dim);
+            if (head.n) encode(x, dim, head.grid[0], own.codes.data() + size_t(row - begin) * dim);
+        }
+        if (!head.n) continue;
+        linear(head, end - begin, own.codes.data(), dim, [&](int row, int rows, int column, int columns, auto&& y) {
+            for (int i = 0; i < rows; ++i) store(answers + size_t(begin + row + i) * width + column, y(i), columns);
+        });
+    }
+}
+
+void Model::forward(const float* images, int batch, float* answers) {
     size_t most = 0, blocks = 0;
     for (const Stage& stage : stages)
         most = std::max(most, size_t(stage.tokens) * stage.dim), blocks += stage.blocks.size();
@@ -687,6 +705,24 @@ void Model::forward(const float* images, int batch, float* logits) {
             wait(thread);
         }
     };
+    // The tokens' keys and values, heads, then what becomes of their outputs: in the stream, at the first token seen.
+    auto pool_by_map = [&](const Stage& stage, int thread) {
+        Scratch& own = scratch[size_t(thread)];
+        const Block& block = stage.blocks.front();
+        const int last = share(int64_t(batch) * stage.tokens, thread + 1);
+        for (int begin = share(int64_t(batch) * stage.tokens, thread); begin < last; begin += kChunk)
+            project_qkv(stage, block, begin, std::min(last, begin + kChunk), own);
+        wait(thread);
+        const int64_t items = int64_t(batch) * stage.heads;
+        for (int item = share(items, thread); item < share(items, thread + 1); ++item)
+            attend(stage, block, false, item / stage.heads, 0, item % stage.heads, 0, 1, own);
+        wait(thread);
+        for (int image = share(batch, thread); image < share(batch, thread + 1); ++image) {
+            const int row = image * stage.tokens + stage.skip;
+            std::fill_n(stream.data() + size_t(row) * stage.dim, stage.dim, 0.0f);
+            finish_block(stage, block, row, row + 1, own);
+        }
+    };
     team->run([&](int thread) {
         Scratch& own = scratch[size_t(thread)];
         const Stage& begin = stages.front();
@@ -716,7 +752,9 @@ void Model::forward(const float* images, int batch, float* logits) {
             run_stage(stage, counter, thread);
             counter += stage.blocks.size();
         }
-        for (int image = share(batch, thread); image < share(batch, thread + 1); ++image)
-            classify(stages.back(), image, logits, own);
+        const Stage& last = stages.back();
+        for (const Stage& stage : map) pool_by_map(stage, thread);
+        const int64_t count = pool == Pool::none ? int64_t(batch) * last.tokens : batch;
+        answer(last, share(count, thread), share(count, thread + 1), answers, own);
     });
 }

@@ -45,7 +45,8 @@ class NativeModel:
 
     Attributes:
         shape: (channels, height, width) of its images.
-        classes: How many logits it has.
+        answer: The shape of an image's answer: (classes,), or of features (channels,); of a model that does not pool
+            its tokens (tokens, ...), or (rows, columns, ...) of a Swin.
         form: How its products are computed.
 
     Raises:
@@ -57,23 +58,24 @@ class NativeModel:
         self._model = library().qvit_load_bytes(content, len(content), threads or 0, form and form.encode())
         if not self._model:
             raise UsageError(str(failure()))
-        shape = np.empty(4, np.int32)
+        shape, answer = np.empty(4, np.int32), np.empty(3, np.int32)
         library().qvit_shape(self._model, shape)
-        self.shape, self.classes = tuple(int(side) for side in shape[:3]), int(shape[3])
+        sides = library().qvit_answer(self._model, answer)
+        self.shape, self.answer = tuple(shape[:3].tolist()), tuple(answer[:sides].tolist())
         self.form = library().qvit_form_of(self._model).decode()
 
     def __call__(self, images: Floats) -> Floats:
-        """Logits (B, classes) of images (B, channels, height, width). Raises UsageError for another shape."""
-        images, logits = self._arrays(images)
-        call("qvit_run", self._model, images, len(images), logits)
-        return logits
+        """Answers (B, *answer) to images (B, channels, height, width). Raises UsageError for another shape."""
+        images, answers = self._arrays(images)
+        call("qvit_run", self._model, images, len(images), answers)
+        return answers
 
     def profile(self, images: Floats) -> dict[str, float]:
         """Milliseconds by kind of kernel, of one run behind another; the mean over its threads."""
-        images, logits = self._arrays(images)
-        call("qvit_run", self._model, images, len(images), logits)
+        images, answers = self._arrays(images)
+        call("qvit_run", self._model, images, len(images), answers)
         seconds = np.zeros(len(kinds()), np.float64)
-        call("qvit_profile", self._model, images, len(images), logits, seconds)
+        call("qvit_profile", self._model, images, len(images), answers, seconds)
         return {kind: 1e3 * float(value) for kind, value in zip(kinds(), seconds, strict=True) if value}
 
     @cached_property
@@ -92,7 +94,7 @@ class NativeModel:
     def _arrays(self, images: Floats) -> tuple[Floats, Floats]:
         if images.ndim != 4 or images.shape[1:] != self.shape or not len(images):
             raise UsageError(f"this model takes images of shape (B, {', '.join(map(str, self.shape))}), B at least 1")
-        return np.ascontiguousarray(images, np.float32), np.empty((len(images), self.classes), np.float32)
+        return np.ascontiguousarray(images, np.float32), np.empty((len(images), *self.answer), np.float32)
 
     def __del__(self) -> None:
         if model := self.__dict__.pop("_model", None):

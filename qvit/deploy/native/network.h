@@ -10,6 +10,9 @@ namespace qvit {
 
 enum class Activation { gelu, gelu_tanh, quick_gelu, silu, relu };
 enum class Mlp { plain, glu, glu_last, swiglu };
+// Of tokens: the first, the mean of those behind the prefix, that of all, two others of those behind the prefix; none
+// are pooled, so that each has an answer; a learned query attends to them.
+enum class Pool { token, avg, all, max, avgmax, none, map };
 
 // A uniform grid: x = scale * q + offset, q from low to high.
 struct Grid {
@@ -54,20 +57,31 @@ struct BlockNumbers {
 struct StageNumbers {
     int dim = 0, heads = 0, hidden = 0, rows = 0, columns = 0;  // rows and columns of tokens behind the prefix
     int window_y = 0, window_x = 0, shift_y = 0, shift_x = 0;   // 0: attention among all tokens
+    int skip = 0;                                               // but for so many at the beginning
     NormNumbers merge_norm;                                     // of four tokens of the stage before
     LayerNumbers merge;
     std::vector<BlockNumbers> blocks;
 };
 
 struct Network {
-    int channels = 0, side_y = 0, side_x = 0, patch_y = 0, patch_x = 0, prefix = 0, classes = 0;
-    int pool = 0;  // 0: the first token; 1: the mean of those behind the prefix; 2: the mean of all
+    int channels = 0, side_y = 0, side_x = 0, patch_y = 0, patch_x = 0, prefix = 0;
+    int width = 0;  // of an answer: classes, or channels of features, which have no head
+    Pool pool = Pool::token;
     Activation activation = Activation::gelu;
     Mlp mlp = Mlp::plain;
     LayerNumbers embed, head;
     NormNumbers patch_norm, first_norm, norm, head_norm;
     std::vector<float> added;  // (tokens, dim): what every image's tokens start from
     std::vector<StageNumbers> stages;
+    std::vector<StageNumbers> map;  // attention pooling: a block whose query is the same for all tokens; or none
+
+    // Of an image's answer: (width), (tokens, width) or, of windows, (rows, columns, width).
+    std::vector<int> answer() const {
+        const StageNumbers& last = stages.back();
+        if (pool != Pool::none) return {width};
+        if (last.window_y) return {last.rows, last.columns, width};
+        return {last.rows * last.columns + prefix, width};
+    }
 };
 
 class NetworkReader {
@@ -88,8 +102,8 @@ class NetworkReader {
 
     Network all() {
         if (!document_.is(Json::Kind::object)) throw Problem("its network is no object");
-        static const char* const keys[] = {"kind",       "image", "patch",   "prefix", "pool",  "classes",
-                                           "activation", "norm",  "epsilon", "mlp",    "stages"};
+        static const char* const keys[] = {"kind",       "image", "patch",   "prefix", "pool",   "classes",
+                                           "activation", "norm",  "epsilon", "mlp",    "stages", "map"};
         for (const auto& member : document_.members)
             if (std::find(std::begin(keys), std::end(keys), member.first) == std::end(keys))
                 throw Problem("its network has the unknown key '" + member.first + "'");
@@ -106,15 +120,17 @@ class NetworkReader {
         if (net_.channels > 64 || image[1] < patch[0] || image[2] < patch[1])
             throw Problem("its network has impossible images");
         net_.prefix = int(document_.at("prefix").whole(0, 1024, "the number of prefix tokens"));
-        net_.classes = int(document_.at("classes").whole(1, 1 << 20, "the number of classes"));
-        net_.pool = choice("pool", {"token", "avg", "all"});
+        const int classes = int(document_.at("classes").whole(0, 1 << 20, "the number of classes"));
+        net_.pool = Pool(choice("pool", {"token", "avg", "all", "max", "avgmax", "none", "map"}));
         net_.activation = Activation(choice("activation", {"gelu", "gelu-tanh", "quick-gelu", "silu", "relu"}));
         net_.mlp = Mlp(choice("mlp", {"plain", "glu", "glu-last", "swiglu"}));
-        if (net_.pool == 0 && net_.prefix == 0) throw Problem("its network pools by a token that it lacks");
+        if (net_.pool == Pool::token && net_.prefix == 0) throw Problem("its network pools by a token that it lacks");
         const Json& stages = document_.at("stages");
         if (!stages.is(Json::Kind::list) || stages.items.empty() || stages.items.size() > 8 ||
             (!swin_ && stages.items.size() > 1) || (swin_ && net_.prefix))
             throw Problem("its network has impossible stages");
+        if ((net_.pool == Pool::map) != (document_.find("map") != nullptr) || (swin_ && net_.pool == Pool::map))
+            throw Problem("its network has an impossible pooling");
         int rows = net_.side_y / net_.patch_y, columns = net_.side_x / net_.patch_x;
         for (const Json& stage : stages.items) {
             read_stage(stage, rows, columns);
@@ -126,9 +142,62 @@ class NetworkReader {
         net_.patch_norm = norm("patch_embed.norm", first.dim), net_.first_norm = norm("norm_pre", first.dim);
         net_.norm = norm("norm", last.dim), net_.head_norm = norm("fc_norm", last.dim);
         const std::string head = swin_ ? "head.fc" : "head";
-        net_.head = layer(head, {head + ".weight"}, head + ".input", net_.classes, last.dim);
+        if (classes) net_.head = layer(head, {head + ".weight"}, head + ".input", classes, last.dim);
+        net_.width = classes ? classes : last.dim;
+        if (net_.pool == Pool::none && (int64_t(last.rows) * last.columns + net_.prefix) * net_.width > 1 << 28)
+            throw Problem("its network has impossibly many answers");
         if (!swin_) read_positions(first);
+        if (net_.pool == Pool::map) read_map(last);
         return std::move(net_);
+    }
+
+    // Attention pooling of a ViT. Its query sees no image: it is computed here, and becomes the bias of a q|k|v
+    // projection whose weights for q are 0.
+    void read_map(const StageNumbers& last) {
+        const Json& document = document_.at("map");
+        StageNumbers map;
+        map.dim = last.dim, map.rows = last.rows, map.columns = last.columns;
+        map.heads = int(document.at("heads").whole(1, 1024, "a number of heads"));
+        map.hidden = int(document.at("hidden").whole(1, kWidest, "a number of channels"));
+        map.skip = int(document.at("skip").whole(0, net_.prefix, "a number of tokens"));
+        if (document.members.size() != 3) throw Problem("the pooling of its network has an unknown key");
+        require_heads(map);
+        const int dim = map.dim;
+        const std::string path = "attn_pool", mlp = path + ".mlp";
+        BlockNumbers block;
+        block.norm1 = std::move(net_.norm), net_.norm = {};
+        block.norm2 = norm(path + ".norm", dim);
+        block.qkv = layer(path + ".kv", {path + ".kv.weight"}, path + ".kv.input", 2 * dim, dim);
+        std::vector<float> query = file_.floats(path + ".latent", dim);
+        if (file_.has(path + ".q.weight")) {
+            const auto weight = file_.floats(path + ".q.weight", int64_t(dim) * dim), latent = std::move(query);
+            query = file_.has(path + ".q.bias") ? file_.floats(path + ".q.bias", dim) : std::vector<float>(size_t(dim));
+            for (int i = 0; i < dim; ++i) {
+                double sum = query[size_t(i)];
+                for (int j = 0; j < dim; ++j) sum += double(weight[size_t(i) * dim + j]) * double(latent[size_t(j)]);
+                query[size_t(i)] = float(sum);
+            }
+        }
+        block.qkv.n = 3 * dim;
+        block.qkv.codes.insert(block.qkv.codes.begin(), size_t(dim) * dim, 0);
+        block.qkv.scale.insert(block.qkv.scale.begin(), size_t(dim), 0.0f);
+        block.qkv.bias.insert(block.qkv.bias.begin(), query.begin(), query.end());
+        block.proj = layer(path + ".proj", {path + ".proj.weight"}, path + ".output", dim, dim, map.heads);
+        block.fc1 = layer(mlp + ".fc1", {mlp + ".fc1.weight"}, mlp + ".fc1.input", map.hidden, dim);
+        block.fc2 = layer(mlp + ".fc2", {mlp + ".fc2.weight"}, mlp + ".fc2.input", dim, map.hidden);
+        read_heads(block, path, map);
+        if (net_.mlp != Mlp::plain) throw Problem("its network pools by an MLP of another kind than its blocks have");
+        if (block.qkv.splits || block.fc1.splits || block.fc2.splits || block.splits_queries || block.splits_keys ||
+            block.splits_values)
+            throw Problem("its network pools tokens of two groups");
+        map.blocks.push_back(std::move(block));
+        net_.map.push_back(std::move(map));
+    }
+
+    static void require_heads(const StageNumbers& stage) {
+        const int each = stage.dim / stage.heads;
+        if (stage.dim % stage.heads || each % 4 || each > kLargestHead)
+            throw Problem("heads must have a multiple of 4 channels, up to 256");
     }
 
     // What every image's tokens start from: prefix tokens, then zeros for the patches; positions for all, or for
@@ -167,9 +236,7 @@ class NetworkReader {
         stage.dim = int(document.at("dim").whole(4, kWidest, "a number of channels"));
         stage.heads = int(document.at("heads").whole(1, 1024, "a number of heads"));
         stage.hidden = int(document.at("hidden").whole(1, kWidest, "a number of channels"));
-        const int each = stage.dim / stage.heads;
-        if (stage.dim % stage.heads || each % 4 || each > kLargestHead)
-            throw Problem("heads must have a multiple of 4 channels, up to 256");
+        require_heads(stage);
         if (rows < 1 || columns < 1 || int64_t(rows) * columns + net_.prefix > kMostTokens ||
             int64_t(rows) * columns * stage.dim > 1 << 28)
             throw Problem("its network has an impossible number of tokens");

@@ -1,8 +1,8 @@
-/* Runs packed models of qvit: images in, logits out. No dependency but the C++ runtime.
+/* Runs packed models of qvit: images in, logits or features out. No dependency but the C++ runtime.
 
    qvit_model* model = qvit_load("packed.safetensors", 0);
    if (!model) puts(qvit_error());
-   qvit_run(model, images, batch, logits);
+   qvit_run(model, images, batch, answers);
    qvit_free(model);
 
    Functions that can fail return NULL or 1, and qvit_error() says why, for the calling thread. A model may be used by
@@ -31,11 +31,15 @@ QVIT_API qvit_model* qvit_load(const char* path, int threads);
    fastest that this processor has. */
 QVIT_API qvit_model* qvit_load_bytes(const void* bytes, size_t size, int threads, const char* form);
 
-/* channels, height, width, classes */
+/* channels, height, width of an image; numbers of its answer */
 QVIT_API void qvit_shape(const qvit_model* model, int shape[4]);
 
-/* logits: (batch, classes) */
-QVIT_API int qvit_run(qvit_model* model, const float* images, int batch, float* logits);
+/* The shape of an image's answer, and of how many sides it is: (classes); without a classifier (channels); of a model
+   that does not pool its tokens, (tokens, ...) or (rows, columns, ...). */
+QVIT_API int qvit_answer(const qvit_model* model, int shape[3]);
+
+/* answers: (batch, ...) */
+QVIT_API int qvit_run(qvit_model* model, const float* images, int batch, float* answers);
 
 QVIT_API void qvit_free(qvit_model* model);
 
@@ -51,7 +55,7 @@ QVIT_API const char* qvit_form(int index);
 QVIT_API const char* qvit_form_of(const qvit_model* model);
 
 /* One run, with the seconds that each kind of kernel takes; a thread's mean. Kinds: qvit_kind, NULL behind the last. */
-QVIT_API int qvit_profile(qvit_model* model, const float* images, int batch, float* logits, double* seconds);
+QVIT_API int qvit_profile(qvit_model* model, const float* images, int batch, float* answers, double* seconds);
 QVIT_API const char* qvit_kind(int index);
 
 /* Whether every form of this processor multiplies exactly, at the ends of all ranges; the tests' and loaders' probe. */

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -66,6 +67,8 @@ class Family:
 
     #: What a refusal says is supported.
     supported: str
+    #: Modules that are known not to be supported, and why: what a refusal of a layer within one says.
+    refused: Mapping[type[nn.Module], str] = MappingProxyType({})
 
     def parts(self, model: nn.Module) -> Iterator[Part]:
         """The parts of a float or quantized model, in the order of the computation."""
@@ -100,7 +103,7 @@ class Family:
             if isinstance(module, _WITH_WEIGHTS) and module not in exempt and not (path in known and is_plain(module)):
                 raise UsageError(
                     f"this {type(model).__name__} has a layer that qvit does not quantize yet: '{path}' "
-                    f"({type(module).__name__}). Supported are {self.supported}"
+                    f"({type(module).__name__}){self._why_refused(model, path)}. Supported are {self.supported}"
                 )
             if not channels_last(module):
                 raise UsageError(
@@ -109,6 +112,14 @@ class Family:
                     f"{self.supported}"
                 )
         return parts
+
+    def _why_refused(self, model: nn.Module, path: str) -> str:
+        """What there is to say of the module that a layer is in."""
+        while path := path.rpartition(".")[0]:
+            for kind, reason in self.refused.items():
+                if isinstance(model.get_submodule(path), kind):
+                    return f" of a {kind.__name__}, {reason}"
+        return ""
 
 
 #: Layers that multiply by weights. A parameter's outer and element-wise products are no such layer.

@@ -22,11 +22,18 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
-from timm.layers import Mlp
+from timm.layers import DiffAttention, HybridEmbed, Mlp
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import (
+    Attention,
+    Block,
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    VisionTransformer,
+)
 from torch import Tensor, nn
 
 from qvit.models.families.attention_pool import constant_projections, pooling_parts
@@ -58,6 +65,14 @@ class ViT(Family):
     supported = (
         "patch embedding by one convolution, blocks with timm's Attention and an MLP of linear layers, "
         "pooling without weights or by AttentionPoolLatent, and a linear classifier"
+    )
+    refused = MappingProxyType(
+        {
+            ParallelScalingBlock: "where one layer yields q, k, v and the MLP's hidden channels from one input",
+            DiffParallelScalingBlock: "where one layer yields q, k, v and the MLP's hidden channels from one input",
+            DiffAttention: "which subtracts two softmaxes: the probabilities that weigh the values have both signs",
+            HybridEmbed: "a convolutional network in place of one convolution per patch",
+        }
     )
 
     def parts(self, model: nn.Module) -> Iterator[Part]:

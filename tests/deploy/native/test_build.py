@@ -41,9 +41,10 @@ def program(folder: Path, *options: str, prefix: str = "") -> Path:
 
 
 def material(folder: Path) -> list[tuple[Path, Path, np.ndarray]]:
-    """Packed files, images, and the answers to them: a ViT and a Swin."""
+    """Packed files, images, and the answers to them: a ViT that pools by attention, and a Swin."""
     found = []
-    for name, side, options in (("vit_tiny_patch16_224", 32, {"probs": "log2"}), (SWIN_NAME, 64, {})):
+    vit = {"probs": "log2", "global_pool": "map", "num_classes": 0}
+    for name, side, options in (("vit_tiny_patch16_224", 32, vit), (SWIN_NAME, 64, {})):
         images = images_for(3, side)
         content = frozen("w4a4", images, name, **options).to_bytes()
         (folder / f"{side}.safetensors").write_bytes(content)

@@ -30,6 +30,12 @@ def whole() -> bytes:
     return frozen("w3a3", images_for(), init_values=0.1, reg_tokens=2, qk_norm=True).to_bytes()
 
 
+@pytest.fixture(scope="module")
+def tower() -> bytes:
+    """One that pools by attention, without a classifier."""
+    return frozen("w4a4", images_for(), qk_norm=True, global_pool="map", reg_tokens=2, num_classes=0).to_bytes()
+
+
 def opened(content: bytes) -> tuple[dict[str, Any], bytes]:
     """Header and data of a file; plan and network as objects."""
     length = int.from_bytes(content[:8], "little")
@@ -63,7 +69,7 @@ def refused(content: bytes, message: str) -> None:
 def test_a_file_needs_no_artifact(whole: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(whole)
     model = load(tmp_path / "a.safetensors", threads=1)
-    assert (model.shape, model.classes, model.class_names) == ((3, 32, 32), 7, [])
+    assert (model.shape, model.answer, model.class_names) == ((3, 32, 32), (7,), [])
     assert model.data_config["input_size"] == [3, 32, 32]
     images = images_for(3).numpy()
     assert np.array_equal(model(images), NativeModel(whole)(images)) and model(images).shape == (3, 7)
@@ -143,6 +149,27 @@ def test_sealed_changes(case: str, whole: bytes) -> None:
     refused(sealed(header, data), message)
 
 
+POOLINGS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "no pooling": (change(f"{META}|network|pool", "none"), "impossible pooling"),
+    "another pooling": (change(f"{META}|network|pool", "avg"), "impossible pooling"),
+    "no description": (change(f"{META}|network|map", ...), "impossible pooling"),
+    "unknown key": (change(f"{META}|network|map|extra", 1), "unknown key"),
+    "more heads": (change(f"{META}|network|map|heads", 5), "multiple of 4 channels"),
+    "wider": (change(f"{META}|network|map|hidden", 96), "bytes of codes, not|numbers, not"),
+    "fewer tokens": (change(f"{META}|network|map|skip", 4), "no whole number"),
+    "a classifier": (change(f"{META}|network|classes", 7), "lacks the"),
+    "two MLPs": (change(f"{META}|network|mlp", "glu"), "bytes of codes, not|numbers, not|another kind"),
+}
+
+
+@pytest.mark.parametrize("case", POOLINGS)
+def test_sealed_changes_of_the_pooling(case: str, tower: bytes) -> None:
+    header, data = opened(tower)
+    apply, message = POOLINGS[case]
+    apply(header)
+    refused(sealed(header, data), message)
+
+
 def test_numbers_that_are_none(whole: bytes) -> None:
     header, data = opened(whole)
     for name, value, message in (
@@ -195,8 +222,10 @@ def mutations(content: bytes, count: int) -> Any:
             yield resealed(bytes(found))
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.slow)])
-def test_mutated_files_are_refused_or_run(count: int, whole: bytes) -> None:
+@pytest.mark.parametrize("name", ["whole", "tower"])
+@pytest.mark.parametrize("count", [200, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_mutated_files_are_refused_or_run(count: int, name: str, request: pytest.FixtureRequest) -> None:
+    whole: bytes = request.getfixturevalue(name)
     images = images_for(1).numpy()
     refusals = 0
     for content in mutations(whole, count):
@@ -206,12 +235,14 @@ def test_mutated_files_are_refused_or_run(count: int, whole: bytes) -> None:
             refusals += 1
             continue
         if model.shape == (3, 32, 32):
-            assert model(images).shape == (1, model.classes)
+            assert model(images).shape == (1, *model.answer)
     assert refusals > count / 4
 
 
-def test_answers_are_those_of_the_loaded_file(whole: bytes) -> None:
+@pytest.mark.parametrize("model", ["whole", "tower"])
+def test_answers_are_those_of_the_loaded_file(model: str, request: pytest.FixtureRequest) -> None:
     """Every packed code and every float tensor is used: changing one changes the answer or is refused."""
+    whole: bytes = request.getfixturevalue(model)
     header, data = opened(whole)
     images = torch.randn(16, 3, 32, 32).numpy()
     expected = NativeModel(whole)(images)

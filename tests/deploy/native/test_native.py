@@ -86,7 +86,8 @@ def require_the_reference(artifact: Artifact, images: Tensor, **options: Any) ->
     with torch.no_grad():
         expected = reference(images)
     found = create_engine(artifact, "native", **options)(images)
-    error = (found - expected).abs().amax(1) / expected.std()
+    assert found.shape == expected.shape
+    error = (found - expected).abs().flatten(1).amax(1) / expected.std()
     assert found.isfinite().all() and float(error.median()) < 1e-4 and float(error.max()) < 0.3
 
 
@@ -196,6 +197,60 @@ def test_a_gated_mlp_of_two_layers() -> None:
     require_the_reference(artifact, images)
 
 
+FEATURES: dict[str, Any] = {"num_classes": 0}
+ATTENTION: dict[str, Any] = {"global_pool": "map", "class_token": False}
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize(
+    ("model", "kwargs", "plan"),
+    [
+        ("vit_base_patch16_siglip_224", FEATURES, "w8a8"),
+        ("vit_base_patch16_siglip_224", {"probs": "log2"}, "w4a4"),
+        ("vit_so400m_patch14_siglip_gap_224", FEATURES | {"patch_size": 8}, "w8a8"),
+        ("vit_base_patch32_clip_quickgelu_224", FEATURES | {"global_pool": ""}, "w4a4"),
+        ("vit_small_patch14_reg4_dinov2", FEATURES | {"global_pool": "", "patch_size": 8}, "w8a8"),
+        (SWIN_NAME, FEATURES | {"global_pool": ""}, "w8a8"),
+    ],
+    ids=str,
+)
+def test_towers_answer_as_the_reference(name: str, model: str, kwargs: dict[str, Any], plan: str) -> None:
+    """Pooled by attention, by the mean, or not at all; features, or a classifier behind them."""
+    images = images_for(5, 64 if model == SWIN_NAME else 32)
+    small: dict[str, Any] = {} if model == SWIN_NAME else SMALL
+    require_the_reference(frozen(plan, images, model, **(small | kwargs)), images, form=form(name), threads=2)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        FEATURES,
+        {"global_pool": ""},
+        {"global_pool": "max"},
+        {"global_pool": "avgmax", "reg_tokens": 2},
+        FEATURES | {"global_pool": "avg", "pool_include_prefix": True},
+        FEATURES | {"global_pool": "", "fc_norm": True, "final_norm": False},
+        ATTENTION | {"reg_tokens": 3},
+        {"global_pool": "map", "reg_tokens": 3, "pool_include_prefix": True, "norm_layer": "rmsnorm"},
+        ATTENTION | {"qk_norm": True, "img_size": (32, 64)},
+    ],
+    ids=str,
+)
+def test_ways_to_pool_answer_as_the_reference(kwargs: dict[str, Any]) -> None:
+    images = torch.randn(6, 3, *kwargs.get("img_size", (32, 32)), generator=torch.Generator().manual_seed(7))
+    require_the_reference(frozen("w8a8", images, **kwargs), images, threads=3)
+
+
+def test_the_answers_of_tokens_depend_on_neither_threads_nor_batch() -> None:
+    images = images_for(5)
+    for kwargs in (FEATURES | {"global_pool": ""}, {"global_pool": "map"}):
+        artifact = frozen("w4a8", images, **kwargs)
+        expected = create_engine(artifact, "native", threads=1)(images)
+        engine = create_engine(artifact, "native", threads=4)
+        assert torch.equal(engine(images), expected)
+        assert torch.equal(torch.cat([engine(image[None]) for image in images]), expected)
+
+
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(("plan", "probs"), [("w8a8", "uniform"), ("w4a4", "uniform"), ("w3a3", "log-sqrt2")])
 @pytest.mark.parametrize("img_size", [64, (32, 96)], ids=str)
@@ -267,9 +322,8 @@ def test_many_python_threads_and_a_fork() -> None:
     ("name", "kwargs", "reason"),
     [
         ("vit_tiny_patch16_224", {"scale_attn_norm": True}, "a norm or a gate in its attention"),
-        ("vit_tiny_patch16_224", {"num_classes": 0}, "no classifier"),
         ("vit_tiny_patch16_224", {"depth": 0}, "no blocks"),
-        ("vit_tiny_patch16_224", {"global_pool": "max"}, "pools tokens by 'max'"),
+        ("vit_tiny_patch16_224", {"global_pool": "max", "pool_include_prefix": True}, "pools prefix tokens by 'max'"),
         ("vit_tiny_patch16_224", {"dynamic_img_size": True}, "image size is not fixed"),
         ("vit_tiny_patch16_224", {"num_heads": 8}, "multiple of 4 channels, up to 256"),
         (SWIN_NAME, {"img_size": 48}, "windows that do not divide its 6x6 tokens"),
