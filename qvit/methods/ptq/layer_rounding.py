@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.block_pairs import BlockPair, block_pairs
+from qvit.methods.ptq.images import OneSize
 from qvit.methods.ptq.rounding import damped, round_with_feedback, row_factors
 from qvit.methods.ptq.token_weights import Worth
 from qvit.models.convert import Stage, in_eval_mode, stage_of
@@ -49,18 +50,18 @@ def round_layers(
     Args:
         model: A calibrated model.
         reference: The float model that `model` was made of: the same weights, not only the same answers.
-        batches: Calibration images, on the models' device; iterated more than once.
+        batches: Calibration images of one size, on the models' device; iterated more than once.
         images: How many of them take part.
         worth: Of the layers' outputs; layers without stay as they are.
 
     Raises:
-        UsageError: If the model is not calibrated or has no blocks of attention.
+        UsageError: If the model is not calibrated or has no blocks of attention, or images are of several sizes.
         QvitError: If activations are not finite; the layer is named.
     """
     if stage_of(model) < Stage.CALIBRATED:
         raise UsageError("rounding comes after calibration: call qvit.calibrate(model, batches) first")
     with in_eval_mode(model):
-        for pair in block_pairs(model, reference, batches, images):
+        for pair in block_pairs(model, reference, OneSize(batches, "rounding"), images):
             _round_block(pair, worth)
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +49,7 @@ from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, leaving_room, record_of
 from qvit.methods.ptq.gate import UNITS, FeatureJudge, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
+from qvit.methods.ptq.images import FirstImages, OfFirstSize
 from qvit.methods.ptq.layer_rounding import round_layers
 from qvit.methods.ptq.options import PTQOptions
 from qvit.methods.ptq.probability_scales import IMAGES as FITTED
@@ -340,7 +341,8 @@ def ptq(
         model: A timm model of a supported family, in float; it stays as it is.
         plan: A plan, a preset such as `w4a4`, or a plan file.
         batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
-            device. They are iterated several times: a list, or anything that yields the same images each time.
+            device. They are iterated several times: a list, or anything that yields the same images each time. Batches
+            of several sizes take part equally; what looks at one size alone (`images.py`) takes the first batch's.
         observer, weights, probs, heads, reparameterize, rotate, bias_correction, rounding: See `PTQOptions`.
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
@@ -360,6 +362,7 @@ def ptq(
             "the images are passed through the model several times: give a list of batches, not a generator"
         )
     few = FirstImages(batches, calibration_images)
+    alike = OfFirstSize(few)
     clock = _Clock(stage)
     source = copy.deepcopy(model).eval()
     resolved = plan_from(plan).resolve(inspect_model(model).sites)
@@ -374,7 +377,7 @@ def ptq(
     calibrate(quantized, few, observer=observer)
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
-    worth = {} if fine and not feedback else worth_of(original, layers, few, seed)
+    worth = {} if fine and not feedback else worth_of(original, layers, alike, seed)
     if observer == "mse":
         fit_probability_scales(quantized, FirstImages(few, FITTED), worth)
         clock.note("fit probabilities")
@@ -386,15 +389,16 @@ def ptq(
             "rounding to nearest, or give the plan's token groups a share of 0"
         )
     if feedback and attention_blocks(quantized):
-        round_layers(quantized, original, few, calibration_images, worth)
+        round_layers(quantized, original, alike, calibration_images, worth)
         clock.note("round")
     if reconstruct is not None:
         if bias_correction:
-            correct_biases(quantized, few, reference=reference, worth=worth)
-        reconstruct_blocks(quantized, reference, batches, reconstruct, progress=progress, notify=notify, keep=keep)
+            correct_biases(quantized, alike, reference=reference, worth=worth)
+        given = OfFirstSize(batches)
+        reconstruct_blocks(quantized, reference, given, reconstruct, progress=progress, notify=notify, keep=keep)
         clock.note("reconstruct")
     if bias_correction:
-        correct_biases(quantized, few, reference=reference, worth=worth)
+        correct_biases(quantized, alike, reference=reference, worth=worth)
         clock.note("correct biases")
     return quantized
 
@@ -451,21 +455,6 @@ def ptq_plan(
         if grid != "uniform":
             rules.append(Rule(site.name, {"quantizer": grid}))
     return resolved.with_rules(*rules).resolve(sites)
-
-
-class FirstImages:
-    """The first images of some batches, to be iterated any number of times."""
-
-    def __init__(self, batches: Iterable[Tensor], images: int) -> None:
-        self.batches, self.images = batches, images
-
-    def __iter__(self) -> Iterator[Tensor]:
-        left = self.images
-        for batch in self.batches:
-            yield batch[:left]
-            left -= len(batch[:left])
-            if left <= 0:
-                return
 
 
 class _Clock:
