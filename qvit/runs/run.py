@@ -333,7 +333,7 @@ class _Run:
         if self.processes.is_main:
             replace(plan, model=self.config.model).save(self.folder / PLAN)
         size = min(method.calibration_batch, self.config.calibration_images)
-        images = subject.calibration_images(method.images, size)
+        images = subject.calibration_images(method.images, size, method.image_sizes)
         given = Preparation(images, self.folder, self.watch, self.notify, progress)
         if method.deciding_images:
             given = replace(given, deciding=subject.deciding_images(method.deciding_images, method.images))

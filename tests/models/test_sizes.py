@@ -63,10 +63,16 @@ def test_every_size_takes_part_in_calibration_and_is_computed_like_the_float_mod
     assert any("scale" in key and not torch.equal(ours, other) for (key, ours), other in pairs)
 
 
-@pytest.mark.parametrize("name", list(MODELS))
-def test_fake_quantized_and_packed_agree_at_each_size(name: str, tmp_path: Path) -> None:
-    batches = images_of(name)
-    quantized = qvit.calibrate(qvit.quantize(dynamic(name), "w4a8"), batches).eval()
+#: The most important half of the tokens of an image, however many there are, has more bits.
+GROUPS = {"switchable_scale": True, "token_bit_width": {"share": 0.5, "low": 2}}
+
+
+@pytest.mark.parametrize(("name", "groups"), [("vit", False), ("vit", True), ("swin", False), ("eva02", False)])
+def test_fake_quantized_and_packed_agree_at_each_size(name: str, groups: bool, tmp_path: Path) -> None:
+    model, batches = dynamic(name), images_of(name)
+    ranked = [site for site, own in qvit.inspect_model(model).sites.items() if own.tokens and groups]
+    plan = qvit.QuantPlan.preset("w4a8").with_rules(*(qvit.Rule(site, GROUPS) for site in ranked))
+    quantized = qvit.calibrate(qvit.quantize(model, plan), batches).eval()
     quantized = make_dyadic(qvit.freeze(quantized))
     model_name, kwargs = MODELS[name]
     file = tmp_path / "packed.safetensors"

@@ -65,6 +65,7 @@ from qvit.models.convert import plan_of, quantize
 from qvit.models.families import inspect_model
 from qvit.models.families.tokens import ranks_tokens
 from qvit.models.features import answers_with_features
+from qvit.models.sizes import Size, parse_size, shown_size
 from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
@@ -146,6 +147,10 @@ class PTQMethod(Method):
         return count if reconstruction is None else max(count, reconstruction.images)
 
     @property
+    def image_sizes(self) -> tuple[Size, ...]:
+        return tuple(dict.fromkeys(map(parse_size, self.options.image_sizes)))
+
+    @property
     def deciding_images(self) -> int:
         return 0 if self.options.max_drop is None else self.options.deciding_images
 
@@ -185,7 +190,8 @@ class PTQMethod(Method):
             further = (
                 "" if reconstruction is None else f", then reconstructing blocks on {reconstruction.images} images"
             )
-            given.notify(f"calibrating on {images} images{further}")
+            sizes = ", ".join(map(shown_size, self.image_sizes))
+            given.notify(f"calibrating on {images} images{sizes and f' of {sizes} pixels'}{further}")
         blocks = given.run / BLOCKS
 
         def timed(stage: str, took: float) -> None:
