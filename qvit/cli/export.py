@@ -30,6 +30,18 @@ def export(
         ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Images in a call. Default: any number; of executorch 1.")] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHTxWIDTH",
+            help="Size of the images, such as 224x320, to which a position embedding is resampled. Default: that of "
+            "the packed model.",
+        ),
+    ] = None,
+    any_size: Annotated[
+        bool,
+        typer.Option("--any-size", help="Leave height and width open, for a model made with -m dynamic_img_size=true."),
+    ] = False,
     no_vnni: Annotated[
         bool,
         typer.Option(
@@ -55,14 +67,18 @@ def export(
     [cyan]qvit export model.safetensors --to openvino --out model.xml --batch 1[/]
 
     [cyan]qvit export model.safetensors --to torch[/]
+
+    [cyan]qvit export model.safetensors --image-size 224x320 --out model-224x320.onnx[/]
     """
     from qvit.deploy.export.write import export as write
+    from qvit.models.sizes import parse_size
 
     if source.is_dir() and not (source / "packed.safetensors").is_file():
         raise UsageError(f"{source} has no packed.safetensors: pack the run first, then export that file")
     result = write(
         source / "packed.safetensors" if source.is_dir() else source, to, target, containers=containers, batch=batch,
-        vnni=not no_vnni, overwrite=overwrite, check=not no_check, notify=notifier(quiet or as_json),
+        image_size=parse_size(image_size) if image_size else None, any_size=any_size, vnni=not no_vnni,
+        overwrite=overwrite, check=not no_check, notify=notifier(quiet or as_json),
     )  # fmt: skip
     if as_json:
         return print_json(result)

@@ -90,6 +90,14 @@ def evaluate(
         str | None, typer.Option(help="What runs a packed model: openvino, onnxruntime, torch, reference, native.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images that the model sees at a time.")] = 64,
+    image_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HEIGHTxWIDTH",
+            help="Of a packed model: the size of the images, such as 224x320, to which a position embedding is "
+            "resampled. Default: that of the model.",
+        ),
+    ] = None,
     features: Annotated[
         bool,
         typer.Option(
@@ -119,6 +127,8 @@ def evaluate(
         raise UsageError(f"--engine is for packed models: `qvit pack {model}` makes one")
     if pretrained and model.is_dir():
         raise UsageError("--pretrained is for packed models: a run knows its float model")
+    if image_size is not None and model.is_dir():
+        raise UsageError(f"--image-size is for packed models: `qvit pack {model}` makes one")
     common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
     common |= {"features": features, "weights": weights}
     images = 0
@@ -130,9 +140,15 @@ def evaluate(
     with progress_bar(hidden=as_json) as show:
         common |= {"start": begin, "progress": lambda done: show("images", done, images)}
         if model.is_file():
+            from qvit.models.sizes import parse_size
             from qvit.runs.packed import evaluate_packed
 
-            scores = evaluate_packed(model, data, engine=engine, pretrained=pretrained, **common)
+            own = {
+                "engine": engine,
+                "pretrained": pretrained,
+                "image_size": parse_size(image_size) if image_size else None,
+            }
+            scores = evaluate_packed(model, data, **own, **common)
         else:
             from qvit.runs.run import evaluate_run
 

@@ -8,7 +8,7 @@ with uint8 pixels; normalisation and random erasing follow on the device (`qvit.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,12 @@ def data_config_of(model: nn.Module) -> dict[str, Any]:
         config["test_input_size"] = (channels, *test["input_size"][1:])
         config["test_crop_pct"] = test["crop_pct"]
     return config
+
+
+def config_at(data_config: Mapping[str, Any], size: Sequence[int]) -> dict[str, Any]:
+    """A data configuration for images of another height and width, in training and in evaluation."""
+    kept = {key: value for key, value in data_config.items() if key != "test_input_size"}
+    return kept | {"input_size": (data_config["input_size"][0], *size)}
 
 
 def eval_config(data_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qvit.data.augment import AugmentConfig, eval_config, eval_transform, train_transform
+from qvit.data.augment import AugmentConfig, config_at, eval_config, eval_transform, train_transform
 from qvit.data.batches import BatchLoader, RowSamples
 from qvit.data.digits import DigitsLoader, DigitStore
 from qvit.data.images import ImageSource
@@ -105,7 +106,13 @@ def eval_loader(source: Source, data_config: Mapping[str, Any], how: Reading = R
 
 
 def calibration_batches(
-    source: Source, data_config: Mapping[str, Any], how: Reading = Reading(), *, images: int, **changes: Any
+    source: Source,
+    data_config: Mapping[str, Any],
+    how: Reading = Reading(),
+    *,
+    images: int,
+    part: slice = slice(None),
+    **changes: Any,
 ) -> Iterator[Tensor]:
     """Batches of `images` different training images, drawn by the seed, under the evaluation transform.
 
@@ -115,6 +122,7 @@ def calibration_batches(
         how: How they are read, all of them by each process; with `on_bad_image="skip"` there are fewer if some cannot
             be read.
         images: How many in all; the last batch has what remains.
+        part: Which of them these batches are made of; of shards all.
         changes: Fields of `how` by name, such as `batch_size=32`.
 
     Raises:
@@ -126,7 +134,7 @@ def calibration_batches(
         config, transform = eval_config(data_config), eval_transform(data_config)
         loader: LoaderLike = shard_loader(source, config, transform, how, calibration=images)
     else:
-        chosen = source.subset(_calibration_order(source, how.seed)[:images], f"{source.name}, for calibration")
+        chosen = source.subset(_calibration_order(source, how.seed)[:images][part], f"{source.name}, for calibration")
         loader = eval_loader(chosen, data_config, how)
     return (batch for batch, _ in loader)
 
@@ -161,18 +169,35 @@ def require_enough(source: Source, images: int) -> None:
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """`calibration_batches` that can be iterated any number of times: they are read again, the same ones."""
+    """`calibration_batches` that can be iterated any number of times: they are read again, the same ones.
+
+    Attributes:
+        source, data_config, how, images: See there.
+        sizes: Heights and widths; each image has one of them, in turn, and a batch has one. By default that of the
+            model's evaluation alone.
+    """
 
     source: Source
     data_config: Mapping[str, Any]
     how: Reading
     images: int
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         require_enough(self.source, self.images)  # before anything is computed
+        if len(self.sizes) > 1 and isinstance(self.source, ShardSource):
+            raise UsageError(f"{self.source.name} is read as a stream, whose images have one size: give one")
+        if not self.sizes:
+            _, height, width = eval_config(self.data_config)["input_size"]
+            object.__setattr__(self, "sizes", ((height, width),))
 
     def __iter__(self) -> Iterator[Tensor]:
-        return calibration_batches(self.source, self.data_config, self.how, images=self.images)
+        parts = []
+        for place, size in enumerate(self.sizes):
+            config, part = config_at(self.data_config, size), slice(place, None, len(self.sizes))
+            parts.append(calibration_batches(self.source, config, self.how, images=self.images, part=part))
+        for batches in zip_longest(*parts):
+            yield from (batch for batch in batches if batch is not None)
 
 
 def _digits(source: ImageSource) -> tuple[Tensor, Tensor]:

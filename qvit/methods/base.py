@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
+from qvit.models.sizes import Size
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.registry import Registry
@@ -95,6 +96,11 @@ class Method(ComposedHooks):
     def images(self) -> int:
         """How many training images `quantized` looks at."""
         return self.config.calibration_images
+
+    @property
+    def image_sizes(self) -> tuple[Size, ...]:
+        """Heights and widths that these images have in turn; none: the model's."""
+        return ()
 
     @property
     def deciding_images(self) -> int:

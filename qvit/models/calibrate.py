@@ -20,6 +20,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.models.convert import Stage, in_eval_mode, quantizers_disabled, stage_of
 from qvit.models.families import inspect_model
 from qvit.models.layers import weight_of
+from qvit.models.sizes import check_size
 from qvit.quantizers import Quantizer, quantizers_of
 from qvit.quantizers.observers import BINS, HistogramObserver, ValueObserver
 
@@ -36,13 +37,14 @@ def calibrate(
 
     Args:
         model: A quantized model; its mode (train or eval) is restored.
-        batches: Image batches (B, channels, height, width), from training data, on the model's device.
+        batches: Image batches (B, channels, height, width), from training data, on the model's device; of any sizes
+            that the model takes.
         observer: How the range of an activation is chosen: `mse`, `percentile` or `minmax` (`quantizers/ranges.py`).
             Weights are always fitted by least squared error: there are no outliers to guard against.
         progress: Called with the number of images after each batch.
 
     Raises:
-        UsageError: If the model is float, or there is no such observer.
+        UsageError: If the model is float or does not take images of such a size, or there is no such observer.
         QvitError: If there are no images, or activations are not finite; the site is named.
     """
     if stage_of(model) is Stage.FLOAT:
@@ -66,6 +68,7 @@ def calibrate(
                 raise QvitError(
                     f"NaN or infinite pixels among calibration images {images} to {images + len(batch) - 1}"
                 )
+            check_size(model, batch.shape[-2:])
             try:
                 model(batch)
             except QvitError as error:

@@ -6,7 +6,7 @@ seed and accuracies; of paths only their last part.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,6 +17,7 @@ from qvit.data.open import data_config_of, eval_loader, open_source, require_lab
 from qvit.deploy.engines import Engine, create_engine, load
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.container import is_packed
+from qvit.deploy.file.resize import at_size
 from qvit.documents import Result, read_document
 from qvit.errors import UsageError
 from qvit.locks import writing_file
@@ -115,6 +116,7 @@ def evaluate_packed(
     features: bool = False,
     weights: str | None = None,
     pretrained: bool = False,
+    image_size: Sequence[int] | None = None,
     class_map: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -132,6 +134,7 @@ def evaluate_packed(
             with features is always judged so. Engines answer with classes where there is a classifier: then it is the
             simulated model whose features are judged.
         weights, pretrained: With features: of the float model, see `create_model`.
+        image_size: Height and width of the images; None: those of the model.
         class_map, batch_size, workers, threads: See the command.
         start, progress: Told how many images there are, and how many are done.
 
@@ -139,6 +142,7 @@ def evaluate_packed(
         `{"top1", "top5", "images", "engine", "arithmetic"}`, in percent; or those of features.
     """
     artifact = Artifact.load(file)
+    artifact = artifact if image_size is None else at_size(artifact, image_size)
     shapes = create_shapes(artifact.model_name, **artifact.model_kwargs)
     if features or answers_with_features(shapes):
         if weights is None and not pretrained:

@@ -47,8 +47,8 @@ from qvit.files import parse_json, write_json
 from qvit.kernels import trial
 from qvit.methods import Method, create_method
 from qvit.methods.base import Preparation
+from qvit.methods.ptq.images import Progress
 from qvit.methods.ptq.method import BLOCKS
-from qvit.methods.ptq.reconstruction import Progress
 from qvit.models.convert import plan_of, quantize
 from qvit.models.create import WEIGHTS_FILE, create_model, without_storage
 from qvit.models.families import inspect_model
@@ -335,7 +335,7 @@ class _Run:
         if self.processes.is_main:
             replace(plan, model=self.config.model).save(self.folder / PLAN)
         size = min(method.calibration_batch, self.config.calibration_images)
-        images = subject.calibration_images(method.images, size)
+        images = subject.calibration_images(method.images, size, method.image_sizes)
         given = Preparation(images, self.folder, self.watch, self.notify, progress)
         if method.deciding_images:
             given = replace(given, deciding=subject.deciding_images(method.deciding_images, method.images))

@@ -35,6 +35,7 @@ from qvit.data.open import (
 from qvit.errors import QvitError, UsageError
 from qvit.models.create import create_model
 from qvit.models.features import answers_with_features
+from qvit.models.sizes import Size, check_size
 from qvit.models.transformers import is_checkpoint, open_checkpoint
 from qvit.runs.requests import Request
 from qvit.training.checkpoint import seed_everything
@@ -83,9 +84,22 @@ class Subject:
             self.processes.world_size,
         )
 
-    def calibration_images(self, images: int, batch_size: int | None = None) -> CalibrationImages:
-        """Training images, drawn by the seed, in batches that can be iterated any number of times."""
-        return CalibrationImages(self.bundle.train, self.data_config, self.reading(batch_size), images)
+    def calibration_images(
+        self, images: int, batch_size: int | None = None, sizes: tuple[Size, ...] = ()
+    ) -> CalibrationImages:
+        """Training images, drawn by the seed, in batches that can be iterated any number of times.
+
+        Args:
+            images: How many.
+            batch_size: Of the batches.
+            sizes: Heights and widths, which the images have in turn; by default that of the model.
+
+        Raises:
+            UsageError: The model does not take images of such a size.
+        """
+        for size in sizes:
+            check_size(self.model, size)
+        return CalibrationImages(self.bundle.train, self.data_config, self.reading(batch_size), images, sizes)
 
     def deciding_images(self, images: int, calibration: int) -> tuple[LoaderLike, LoaderLike]:
         """Two halves of at most `images` training images beside the `calibration` first ones of the seed's draw.

@@ -190,3 +190,14 @@ def test_images_in_both_sets_are_refused(qvit: Qvit, tmp_path: Path) -> None:  #
     assert "are the training data" in failure
     others = make_images(tmp_path / "others", {"a": 6, "b": 6}, seed=5)
     assert qvit("ptq", *SMALL_VIT, "--data", archive, "--eval-data", others, *options, "--json").json["images"] == 12
+
+
+def test_images_of_several_sizes(ptq: Any, qvit: Qvit, tmp_path: Path) -> None:  # noqa: F811
+    sizes, free = ["--image-size", "8", "--image-size", "8x12"], ["-m", "dynamic_img_size=true"]
+    assert "takes images of 8x8 pixels, not 8x12" in ptq("--budget", "w4a4", *sizes).failed(2)
+    assert "HEIGHTxWIDTH" in ptq("--budget", "w4a4", *free, "--image-size", "8*12", out="other").failed(2)
+    answer = ptq("--budget", "w4a4", *free, *sizes, out="free")
+    assert answer.code == 0 and "32 images of 8x8, 8x12 pixels" in answer.out
+    assert qvit("pack", tmp_path / "free").code == 0
+    scores = ("evaluate", tmp_path / "free" / "packed.safetensors", "--data", "digits", "--json")
+    assert qvit(*scores, "--image-size", "8x12").json["images"] == 597

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from qvit.data.augment import _augment_ops, data_config_of, eval_config, train_transform
 from qvit.data.open import (
     AugmentConfig,
+    CalibrationImages,
     ImageSource,
+    Reading,
     calibration_batches,
     eval_loader,
     open_data,
@@ -359,3 +361,14 @@ def test_the_test_size_is_taken_by_models_of_any_size(source: ImageSource) -> No
     fixed = data_config_of(Resizable(fixed_input_size=True, **asked))
     assert eval_config(fixed)["input_size"] == (3, 16, 16) and eval_config(fixed)["crop_pct"] == 0.8
     assert eval_config(data_config_of(Resizable()))["input_size"] == (3, 16, 16)
+
+
+def test_calibration_images_have_several_sizes_in_turn(any_source: tuple[ImageSource, dict[str, Any]]) -> None:
+    source, config = any_source
+    one = torch.cat(list(CalibrationImages(source, config, Reading(2), 7)))
+    height, width = one.shape[2:]
+    sizes = ((height, width), (height, 2 * width))
+    batches = list(CalibrationImages(source, config, Reading(2), 7, sizes))
+    assert [tuple(batch.shape[2:]) for batch in batches] == [sizes[0], sizes[1], sizes[0], sizes[1]]
+    assert [len(batch) for batch in batches] == [2, 2, 2, 1]
+    assert torch.equal(torch.cat(batches[::2]), one[::2])

@@ -17,7 +17,8 @@ from qvit.errors import QvitError, UsageError
 from qvit.methods import create_method
 from qvit.methods.ptq.bias_correction import MOST_IMAGES, correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import ROWS, choose, with_class_token, without_class_token
-from qvit.methods.ptq.method import FirstImages, ptq, ptq_plan
+from qvit.methods.ptq.images import FirstImages
+from qvit.methods.ptq.method import ptq, ptq_plan
 from qvit.methods.ptq.reconstruction import ReconstructOptions
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import Stage, plan_of, quantize, quantizers_disabled, stage_of

@@ -10,8 +10,8 @@ from tiny_models import SMALL, small_config
 
 from qvit.errors import UsageError
 from qvit.measure import partial as partial_module
+from qvit.methods.ptq.images import Progress
 from qvit.methods.ptq.options import EFFORTS, PTQOptions
-from qvit.methods.ptq.reconstruction import Progress
 from qvit.runs.run import resume, train
 from qvit.training.config import TrainConfig, validated
 

@@ -10,25 +10,33 @@ Without a name the first of this order is taken that is installed and runs the m
 for bit unless the glue is compiled. Compiled code and the exported graphs have the same exact sums; their LayerNorm,
 softmax and GELU are other implementations, whose last digits differ, so a value on the edge between two integers may
 fall on the other side. An engine says in `arithmetic` what it computes on integers; none says more than it does.
+
+A model that takes images of any size runs as it is in `torch` and `reference`; the others are made for one size, anew
+for each size that comes (`PerSize`).
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.file.resize import at_size
 from qvit.deploy.packages import missing
 from qvit.errors import QvitError, UsageError
 from qvit.kernels.build import CannotBuild
+from qvit.models.sizes import takes_any_size
 from qvit.registry import Registry
 
 _log = logging.getLogger(__name__)
+#: How many engines of one model are kept, each for a size of images.
+MOST_SIZES = 8
 
 
 class Engine(Protocol):
@@ -57,12 +65,15 @@ class Entry(NamedTuple):
     make: Callable[..., Engine]
     needs: tuple[str, ...]
     order: int
+    any_size: bool = False
 
 
 ENGINES: Registry[str, Entry] = Registry("engine", "qvit.deploy.engines", order=lambda entry: entry.order)
 
 
-def register_engine(name: str, *, needs: tuple[str, ...] = (), order: int = 100) -> Callable[[Make], Make]:
+def register_engine(
+    name: str, *, needs: tuple[str, ...] = (), order: int = 100, any_size: bool = False
+) -> Callable[[Make], Make]:
     """Decorator: makes a class available as an engine.
 
     Args:
@@ -70,10 +81,11 @@ def register_engine(name: str, *, needs: tuple[str, ...] = (), order: int = 100)
         needs: Packages that must be installed.
         order: Its place among the engines; the first that is installed and runs a model is its default. Ours are at 5
             to 40.
+        any_size: Whether it runs models that take images of any size as they are; else it is made for each size.
     """
 
     def register(make: Make) -> Make:
-        ENGINES.register(name)(Entry(make, needs, order))
+        ENGINES.register(name)(Entry(make, needs, order, any_size))
         return make
 
     return register
@@ -110,28 +122,58 @@ def create_engine(artifact: Artifact, name: str | None = None, *, threads: int |
 
 
 def _made(artifact: Artifact, name: str, threads: int | None, options: dict[str, Any]) -> Engine:
-    make, needs, _ = ENGINES[name]
+    make, needs, _, any_size = ENGINES[name]
     if lacking := missing(*needs):
         raise UsageError(f"engine '{name}' needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
     unknown = [option for option in options if option not in inspect.signature(make).parameters]
     if unknown:
         raise UsageError(f"engine '{name}' has no option '{unknown[0]}'")
+    if takes_any_size(artifact.skeleton) and not any_size:
+        return PerSize(artifact, lambda resized: make(resized, threads, **options))
     return make(artifact, threads, **options)
 
 
-def load(source: str | Path, engine: str | None = None, *, threads: int | None = None, **options: Any) -> Engine:
+class PerSize:
+    """An engine for each size of images, made when the first ones come; the latest `MOST_SIZES` are kept.
+
+    Args:
+        artifact: A model that takes any size.
+        make: From the model for one size to its engine.
+    """
+
+    def __init__(self, artifact: Artifact, make: Callable[[Artifact], Engine]) -> None:
+        self.artifact = artifact
+        self._engine = lru_cache(MOST_SIZES)(lambda *size: make(at_size(artifact, size)))
+        first = self._engine(*artifact.data_config["input_size"][1:])
+        self.name, self.arithmetic = first.name, first.arithmetic
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._engine(*images.shape[-2:])(images)
+
+
+def load(
+    source: str | Path,
+    engine: str | None = None,
+    *,
+    threads: int | None = None,
+    image_size: Sequence[int] | None = None,
+    **options: Any,
+) -> Engine:
     """Loads a packed model to run it.
 
     Args:
         source: A packed file (`qvit pack`), a folder or a hub repository that `Artifact.from_pretrained` takes.
         engine, threads, options: See `create_engine`.
+        image_size: Height and width of the images, where it is to run at another size than its own.
 
     Returns:
         A callable: images (B, channels, height, width) to logits (B, classes).
 
     Raises:
         QvitError: A file that cannot be read or is not what it says.
+        UsageError: See `create_engine`; or the model cannot be taken to that size.
     """
     path = Path(source)
     artifact = Artifact.load(path) if path.is_file() else Artifact.from_pretrained(str(source))
+    artifact = artifact if image_size is None else at_size(artifact, image_size)
     return create_engine(artifact, engine, threads=threads, **options)

@@ -11,9 +11,10 @@ from qvit.deploy.engines.base import register_engine
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.integer.arithmetic import Arithmetic
 from qvit.deploy.integer.reference import arithmetic_in_words, integer_form
+from qvit.models.sizes import check_size
 
 
-@register_engine("reference", order=40)
+@register_engine("reference", order=40, any_size=True)
 class ReferenceEngine:
     """The integer form in PyTorch, one operation after the other; on the device of the images."""
 
@@ -32,6 +33,7 @@ class ReferenceEngine:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
+        check_size(self.module, images.shape[-2:])
         if images.device != self.device:
             self.module.to(images.device)
             self.device = images.device

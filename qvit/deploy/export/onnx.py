@@ -21,6 +21,9 @@ What runs on which integers is decided by the *dialect*, because runtimes differ
                    Saturates likewise; where a probe finds that (`engines/openvino.py`), products that could overflow
                    stay codes in float32, exact up to 2^24.
 
+Height and width may stay open where the model takes any: position embeddings are resampled, windows laid and rotary
+angles computed in the graph. OpenVINO resamples otherwise (2026.4), so it gets a file for each size there.
+
 Files are smaller than what runs: weights of at most 4 and 2 bits are stored as UINT4 (opset 21) and UINT2 (opset 25,
 which OpenVINO 2026.4 does not read). Widths that follow the image are refused: they need a ranking of tokens that ONNX
 does not define for equal scores.
@@ -48,6 +51,7 @@ from qvit.deploy.packages import openvino_core, require
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
 from qvit.functional import integer_range
+from qvit.models.sizes import takes_any_size
 from qvit.quantizers import quantizers_of
 
 OPSET, OPSET_OF_2_BITS = 21, 25
@@ -74,6 +78,9 @@ class GraphArithmetic(Arithmetic):
 
     def __init__(self, *, exact_pairs: bool = True) -> None:
         self.exact_pairs = exact_pairs
+
+    def check_any_size(self, model: nn.Module, any_size: bool) -> None:
+        """Raises UsageError where a graph of any size would compute something else than the model."""
 
     def prepare(self, grids: tuple[Grid, ...], weight: Tensor | None = None) -> None:
         if weight is None:
@@ -200,6 +207,13 @@ class OpenVinoArithmetic(GraphArithmetic):
 
     left = right = projected = (torch.int8, 0)
 
+    def check_any_size(self, model: nn.Module, any_size: bool) -> None:
+        if any_size and takes_any_size(model) and getattr(model, "pos_embed", None) is not None:
+            raise UsageError(
+                "OpenVINO resamples position embeddings otherwise than PyTorch: write a file for each size "
+                "(--image-size 224x320), or an ONNX file for ONNX Runtime"
+            )
+
     def kept(self, operand: Operand) -> Operand:
         return replace(operand, codes=_dequantize(operand.codes, operand.zero), zero=0)
 
@@ -242,6 +256,7 @@ def onnx_model(
     integers: Mapping[str, Tensor] | None = None,
     small: bool = False,
     batch: int | None = None,
+    any_size: bool = False,
     metadata: Mapping[str, str] | None = None,
 ) -> Any:
     """The graph of a frozen model, as an `onnx.ModelProto`.
@@ -253,10 +268,12 @@ def onnx_model(
         integers: See `integer_form`.
         small: Stores weights in the smallest container.
         batch: Images in a call; None for any number.
+        any_size: Leaves height and width open, see `traced_images`.
         metadata: Texts to keep in the file, beside what is computed on integers.
 
     Raises:
-        UsageError: A model that is not frozen, or whose widths follow the image; a package is missing.
+        UsageError: A model that is not frozen, whose widths follow the image, or that has one size where any is asked
+            for; a package is missing.
         QvitError: What torch cannot export, with its reason.
     """
     require("onnx", "onnxscript")
@@ -266,9 +283,9 @@ def onnx_model(
                 f"'{site}' has widths that follow the image: ONNX defines no order for tokens of equal importance, "
                 "so such a model runs with the engines 'reference' and 'torch' alone"
             )
+    arithmetic.check_any_size(model, any_size)
     form = integer_form(model, arithmetic, integers)
-    images = torch.zeros(batch or 2, *image_size)
-    dynamic = ({0: torch.export.Dim("batch")},) if batch is None else None
+    images, dynamic = traced_images(model, image_size, batch, any_size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -278,8 +295,11 @@ def onnx_model(
             )  # fmt: skip
     except Exception as error:
         raise cannot_export(model, error) from error
-    if batch is None and isinstance(program.model.graph.inputs[0].shape[0], int):
+    count, _, *sides = program.model.graph.inputs[0].shape
+    if batch is None and isinstance(count, int):
         raise QvitError(f"an exported {type(model).__name__} takes one number of images only: give it as `batch`")
+    if any_size and any(isinstance(side, int) for side in sides):
+        raise QvitError(f"an exported {type(model).__name__} takes one size of images only: write a file for each size")
     if small:
         _use_small_containers(program.model)
     for node in program.model.graph:
@@ -287,6 +307,29 @@ def onnx_model(
     program.model.metadata_props.update({ARITHMETIC: arithmetic_in_words(form), **(metadata or {})})
     program.model.producer_name = "qvit"
     return program.model_proto
+
+
+def traced_images(
+    model: nn.Module, image_size: tuple[int, int, int], batch: int | None, any_size: bool
+) -> tuple[Tensor, Any]:
+    """Images that a model is traced with, and what is left open in their shape, as torch.export takes it.
+
+    Sides that are equal would be taken for one: where they stay open, the images are wider than the model's own.
+
+    Raises:
+        UsageError: Any size is asked for, and the model takes one.
+    """
+    channels, height, width = image_size
+    dynamic: dict[int, Any] = {0: torch.export.Dim("batch")} if batch is None else {}
+    if any_size:
+        if not takes_any_size(model):
+            raise UsageError(
+                f"this {type(model).__name__} takes images of {height}x{width} pixels: write a file for each size "
+                "(--image-size 224x320), or start from a model made with dynamic_img_size=True"
+            )
+        width = 2 * width if 2 * width != height else 3 * width
+        dynamic |= {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    return torch.zeros(batch or 2, channels, height, width), (dynamic,) if dynamic else None
 
 
 def float_graph(model: nn.Module, images: Tensor) -> Any:
@@ -348,12 +391,17 @@ def _use_small_containers(graph_model: Any) -> None:
 
 
 def artifact_graph(
-    artifact: Artifact, arithmetic: GraphArithmetic, *, small: bool = False, batch: int | None = None
+    artifact: Artifact,
+    arithmetic: GraphArithmetic,
+    *,
+    small: bool = False,
+    batch: int | None = None,
+    any_size: bool = False,
 ) -> Any:
     """The graph of a packed model, which says where it comes from; see `onnx_model`."""
     return onnx_model(
         artifact.model(), arithmetic, image_size(artifact),
-        integers=artifact.integers, small=small, batch=batch, metadata=origin_of(artifact),
+        integers=artifact.integers, small=small, batch=batch, any_size=any_size, metadata=origin_of(artifact),
     )  # fmt: skip
 
 
@@ -372,7 +420,9 @@ def metadata_of(graph: Any) -> dict[str, str]:
     return {entry.key: entry.value for entry in graph.metadata_props}
 
 
-def export_onnx(artifact: Artifact, path: str | Path, *, small: bool = True, batch: int | None = None) -> Path:
+def export_onnx(
+    artifact: Artifact, path: str | Path, *, small: bool = True, batch: int | None = None, any_size: bool = False
+) -> Path:
     """Writes an ONNX file that runs in ONNX Runtime, and in OpenVINO unless weights are stored in 2 bits.
 
     Args:
@@ -381,17 +431,23 @@ def export_onnx(artifact: Artifact, path: str | Path, *, small: bool = True, bat
         small: Weights of at most 4 bits in 4-bit (2-bit) containers: small, but multiplied in float by today's
             runtimes. False: 8-bit containers, on which ONNX Runtime has integer kernels.
         batch: Images in a call; None for any number.
+        any_size: Leaves height and width open.
 
     Raises:
         UsageError, QvitError: See `onnx_model`; or the file cannot be written.
     """
-    graph = artifact_graph(artifact, OnnxRuntimeArithmetic(), small=small, batch=batch)
+    graph = artifact_graph(artifact, OnnxRuntimeArithmetic(), small=small, batch=batch, any_size=any_size)
     write_atomically(Path(path), lambda file: file.write(graph.SerializeToString()))
     return Path(path)
 
 
 def export_openvino(
-    artifact: Artifact, path: str | Path, *, batch: int | None = None, exact_pairs: bool = True
+    artifact: Artifact,
+    path: str | Path,
+    *,
+    batch: int | None = None,
+    exact_pairs: bool = True,
+    any_size: bool = False,
 ) -> Path:
     """Writes a model for OpenVINO: PATH.xml, and PATH.bin beside it.
 
@@ -402,6 +458,7 @@ def export_openvino(
         batch: Images in a call; None for any number.
         exact_pairs: Whether it will run where 8-bit products are exact: everywhere but on x86 processors without
             VNNI. False leaves products that could saturate there in float32.
+        any_size: Leaves height and width open.
 
     Raises:
         UsageError, QvitError: See `onnx_model`; or the files cannot be written.
@@ -412,7 +469,7 @@ def export_openvino(
     target = Path(path)
     if target.suffix != ".xml":
         raise UsageError(f"OpenVINO's files end with .xml, unlike {target}")
-    graph = artifact_graph(artifact, OpenVinoArithmetic(exact_pairs=exact_pairs), batch=batch)
+    graph = artifact_graph(artifact, OpenVinoArithmetic(exact_pairs=exact_pairs), batch=batch, any_size=any_size)
     model = openvino_model(graph)
     for key, text in metadata_of(graph).items():
         model.set_rt_info(text, key.split("."))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvit.deploy.export.onnx import cannot_export, image_size, origin_of
+from qvit.deploy.export.onnx import cannot_export, image_size, origin_of, traced_images
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.integer.arithmetic import Grid, Operand
 from qvit.deploy.integer.reference import integer_form
@@ -51,16 +51,16 @@ class ProgramArithmetic(TorchArithmetic):
         return super().linear(operand, weight.to(operand.codes.dtype), weight_scale)
 
 
-def artifact_program(artifact: Artifact, *, batch: int | None = None) -> Any:
-    """A packed model as a `torch.export.ExportedProgram`, for a number of images or (None) any.
+def artifact_program(artifact: Artifact, *, batch: int | None = None, any_size: bool = False) -> Any:
+    """A packed model as a `torch.export.ExportedProgram`, for a number of images or (None) any, of one size or any.
 
     Raises:
-        UsageError: Any number of images is asked for, and the model's program takes one number only.
+        UsageError: Any number or size of images is asked for, and the model or its program takes one only.
         QvitError: What torch cannot export, with its reason.
     """
-    form = integer_form(artifact.model(), ProgramArithmetic(), artifact.integers)
-    images = torch.zeros(batch or 2, *image_size(artifact))
-    dynamic = ({0: torch.export.Dim("batch")},) if batch is None else None
+    model = artifact.model()
+    form = integer_form(model, ProgramArithmetic(), artifact.integers)
+    images, dynamic = traced_images(model, image_size(artifact), batch, any_size)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
@@ -76,12 +76,12 @@ def artifact_program(artifact: Artifact, *, batch: int | None = None) -> Any:
     return program
 
 
-def export_program(artifact: Artifact, path: str | Path, *, batch: int | None = None) -> Path:
+def export_program(artifact: Artifact, path: str | Path, *, batch: int | None = None, any_size: bool = False) -> Path:
     """Writes a `.pt2` file, which `torch.export.load` reads; it is replaced if it is there.
 
     Raises QvitError: see `artifact_program`; or the file cannot be written.
     """
-    program = artifact_program(artifact, batch=batch)
+    program = artifact_program(artifact, batch=batch, any_size=any_size)
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={ABOUT: json.dumps(origin_of(artifact))})
     write_atomically(Path(path), lambda file: file.write(buffer.getvalue()))

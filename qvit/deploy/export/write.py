@@ -8,7 +8,7 @@ over the edge between two integers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from qvit.deploy.engines.openvino import int8_is_exact as openvino_int8_is_exact
 from qvit.deploy.engines.reference import ReferenceEngine
-from qvit.deploy.export.onnx import export_onnx, export_openvino, image_size
+from qvit.deploy.export.onnx import export_onnx, export_openvino
+from qvit.deploy.export.onnx import image_size as size_of
 from qvit.deploy.export.program import export_executorch, export_program
 from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.file.resize import at_size
 from qvit.deploy.packages import missing, onnxruntime_session, openvino_core
 from qvit.errors import UsageError, nearest
 from qvit.locks import writing_file
@@ -40,6 +42,8 @@ def export(
     *,
     containers: str | None = None,
     batch: int | None = None,
+    image_size: Sequence[int] | None = None,
+    any_size: bool = False,
     vnni: bool = True,
     overwrite: bool = False,
     check: bool = True,
@@ -53,15 +57,17 @@ def export(
         out: The file; None: beside the packed file, with the suffix of its format.
         containers: Of an ONNX file's weights: `small` (None) or `8bit`, see `export_onnx`.
         batch: Images in a call; None for any number, of ExecuTorch 1.
+        image_size: Height and width of the images; None: those of the packed model.
+        any_size: Leaves height and width open, where the model takes any.
         vnni: False: an OpenVINO model that is exact on x86 processors without VNNI, too.
         overwrite: Replaces a file that is there.
         check: Runs what was written, if its runtime is installed.
         notify: Is told what is done.
 
     Returns:
-        `file`, `to`, `bytes`, `containers`, `batch`, `vnni`, and `check`: `images`, `largest_difference` of logits,
-        `largest_logit`, `agreement` of the first class in percent or the mean `cosine` of features, `saturates`
-        (whether int8 products do on this processor), or `skipped` with the reason.
+        `file`, `to`, `bytes`, `containers`, `batch`, `image_size` (None: any), `vnni`, and `check`: `images`,
+        `largest_difference` of logits, `largest_logit`, `agreement` of the first class in percent or the mean `cosine`
+        of features, `saturates` (whether int8 products do on this processor), or `skipped` with the reason.
 
     Raises:
         UsageError: Options that cannot be meant, a file that is there, a missing package.
@@ -83,6 +89,8 @@ def export(
         raise UsageError(
             "programs of torch multiply in float units, which is exact without VNNI: leave that option out"
         )
+    if any_size and (image_size is not None or to == "executorch"):
+        raise UsageError("a file is for any size or for one, and that of ExecuTorch for one: leave out --any-size")
     batch = 1 if to == "executorch" and batch is None else batch
     target = Path(source).with_suffix(SUFFIXES[to]) if out is None else Path(out)
     written = [target, target.with_suffix(".bin")] if to == "openvino" else [target]
@@ -92,24 +100,26 @@ def export(
     if there and not overwrite:
         raise UsageError(f"{there[0]} is there: choose another --out, or --overwrite")
     artifact = Artifact.load(source)
+    artifact = artifact if image_size is None else at_size(artifact, image_size)
     notify(f"writing {target}")
     with writing_file(target):
         if to == "onnx":
-            export_onnx(artifact, target, small=containers != "8bit", batch=batch)
+            export_onnx(artifact, target, small=containers != "8bit", batch=batch, any_size=any_size)
         elif to == "torch":
-            export_program(artifact, target, batch=batch)
+            export_program(artifact, target, batch=batch, any_size=any_size)
         elif to == "executorch":
             export_executorch(artifact, target, batch=batch or 1)
         else:
-            export_openvino(artifact, target, batch=batch, exact_pairs=vnni)
+            export_openvino(artifact, target, batch=batch, exact_pairs=vnni, any_size=any_size)
     return {
         "file": str(target),
         "to": to,
         "bytes": sum(file.stat().st_size for file in written),
         "containers": (containers or "small") if to == "onnx" else "8bit",
         "batch": batch,
+        "image_size": None if any_size else list(size_of(artifact)[1:]),
         "vnni": vnni,
-        "check": _checked(artifact, target, to, batch or 4, vnni) if check else {"skipped": "not asked for"},
+        "check": _checked(artifact, target, to, batch or 4, vnni, any_size) if check else {"skipped": "not asked for"},
     }
 
 
@@ -130,10 +140,14 @@ def exported_runner(path: Path, to: str) -> Callable[[Tensor], Tensor]:
     return lambda images: torch.from_numpy(compiled([images.numpy()])[0].copy())
 
 
-def _checked(artifact: Artifact, path: Path, to: str, count: int, vnni: bool) -> dict[str, Any]:
+def _checked(artifact: Artifact, path: Path, to: str, count: int, vnni: bool, any_size: bool) -> dict[str, Any]:
     if missing(RUNTIMES[to]):
         return {"skipped": f"{RUNTIMES[to]} is not installed"}
-    images = torch.randn(count, *image_size(artifact), generator=torch.Generator().manual_seed(0))
+    channels, height, width = size_of(artifact)
+    if any_size:  # another one than the graph was traced with
+        embed: Any = artifact.skeleton.get_submodule("patch_embed")
+        height += embed.patch_size[0]
+    images = torch.randn(count, channels, height, width, generator=torch.Generator().manual_seed(0))
     expected = ReferenceEngine(artifact, None)(images)
     try:
         found = exported_runner(path, to)(images)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
+from qvit.methods.ptq.images import OneSize
 from qvit.methods.ptq.token_weights import Worth
 from qvit.models.convert import Stage, in_eval_mode, quantizers_disabled, stage_of
 from qvit.models.families import inspect_model
@@ -55,7 +56,8 @@ def correct_biases(
 
     Args:
         model: A calibrated model.
-        batches: Calibration images (B, channels, height, width) on its device; at most `MOST_IMAGES` are used.
+        batches: Calibration images (B, channels, height, width) of one size, on its device; at most `MOST_IMAGES` are
+            used.
         reference: The float model whose outputs are right; by default `model` without its quantizers.
         worth: Weights of the tokens of a layer's output, by path; tokens count alike where it says nothing.
 
@@ -63,12 +65,12 @@ def correct_biases(
         For each corrected layer the root mean square, over channels, of what was added to its bias.
 
     Raises:
-        UsageError: If the model is not calibrated.
+        UsageError: If the model is not calibrated, or images are of several sizes.
         QvitError: If there are no images, or a mean is not finite; the layer is named.
     """
     if stage_of(model) < Stage.CALIBRATED:
         raise UsageError("bias correction comes after calibration: call qvit.calibrate(model, batches) first")
-    images = _first(batches, MOST_IMAGES)
+    images = _first(OneSize(batches, "bias correction"), MOST_IMAGES)
     layers, right, added = corrected_layers(model), {}, {}
     source = model if reference is None else reference
 

@@ -17,7 +17,7 @@ for all images.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.block_pairs import BlockPair, block_pairs
+from qvit.methods.ptq.images import OneSize, Progress
 from qvit.methods.ptq.rounding import cost_with_feedback, damped, round_with_feedback, row_factors
 from qvit.methods.ptq.token_weights import Worth
 from qvit.models.block_inputs import attention_blocks
@@ -45,26 +46,27 @@ def round_layers(
     batches: Iterable[Tensor],
     images: int,
     worth: Mapping[str, Worth],
-    progress: Callable[[str, int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Rounds the linear layers of all blocks of a calibrated model, in place; its mode is restored.
 
     Args:
         model: A calibrated model.
         reference: The float model that `model` was made of: the same weights, not only the same answers.
-        batches: Calibration images, on the models' device; iterated more than once.
+        batches: Calibration images of one size, on the models' device; iterated more than once.
         images: How many of them take part.
         worth: Of the layers' outputs; layers without stay as they are.
         progress: Called after each block with a text, the blocks done, and all of them.
 
     Raises:
-        UsageError: If the model is not calibrated or has no blocks of attention.
+        UsageError: If the model is not calibrated or has no blocks of attention, or images are of several sizes.
         QvitError: If activations are not finite; the layer is named.
     """
     if stage_of(model) < Stage.CALIBRATED:
         raise UsageError("rounding comes after calibration: call qvit.calibrate(model, batches) first")
     with in_eval_mode(model):
-        for done, pair in enumerate(block_pairs(model, reference, batches, images), 1):
+        pairs = block_pairs(model, reference, OneSize(batches, "rounding"), images)
+        for done, pair in enumerate(pairs, 1):
             _round_block(pair, worth)
             if progress is not None:
                 progress("rounding weights", done, len(attention_blocks(model)), "")

@@ -32,7 +32,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,11 +49,12 @@ from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, leaving_room, record_of
 from qvit.methods.ptq.gate import UNITS, FeatureJudge, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
+from qvit.methods.ptq.images import FirstImages, OfFirstSize, Progress
 from qvit.methods.ptq.layer_rounding import damage_left, round_layers, rounded_layers
 from qvit.methods.ptq.options import PTQOptions
 from qvit.methods.ptq.probability_scales import IMAGES as FITTED
 from qvit.methods.ptq.probability_scales import fit_probability_scales
-from qvit.methods.ptq.reconstruction import Progress, ReconstructOptions
+from qvit.methods.ptq.reconstruction import ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
 from qvit.methods.ptq.residual_rotation import rotate_residual
@@ -64,6 +65,7 @@ from qvit.models.convert import plan_of, quantize
 from qvit.models.families import inspect_model
 from qvit.models.families.tokens import ranks_tokens
 from qvit.models.features import answers_with_features
+from qvit.models.sizes import Size, parse_size, shown_size
 from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
@@ -147,6 +149,10 @@ class PTQMethod(Method):
         return count if reconstruction is None else max(count, reconstruction.images)
 
     @property
+    def image_sizes(self) -> tuple[Size, ...]:
+        return tuple(dict.fromkeys(map(parse_size, self.options.image_sizes)))
+
+    @property
     def deciding_images(self) -> int:
         return 0 if self.options.max_drop is None else self.options.deciding_images
 
@@ -187,7 +193,8 @@ class PTQMethod(Method):
             further = (
                 "" if reconstruction is None else f", then reconstructing blocks on {reconstruction.images} images"
             )
-            given.notify(f"calibrating on {images} images{further}")
+            sizes = ", ".join(map(shown_size, self.image_sizes))
+            given.notify(f"calibrating on {images} images{sizes and f' of {sizes} pixels'}{further}")
         blocks = given.run / BLOCKS
 
         def timed(stage: str, took: float) -> None:
@@ -357,7 +364,8 @@ def ptq(
         model: A timm model of a supported family, in float; it stays as it is.
         plan: A plan, a preset such as `w4a4`, or a plan file.
         batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
-            device. They are iterated several times: a list, or anything that yields the same images each time.
+            device. They are iterated several times: a list, or anything that yields the same images each time. Batches
+            of several sizes take part equally; what looks at one size alone (`images.py`) takes the first batch's.
         observer, weights, probs, heads, reparameterize, rotate, bias_correction, rounding: See `PTQOptions`.
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
@@ -378,6 +386,7 @@ def ptq(
             "the images are passed through the model several times: give a list of batches, not a generator"
         )
     few = FirstImages(batches, calibration_images)
+    alike = OfFirstSize(few)
     clock = _Clock(stage)
     source = copy.deepcopy(model).eval()
     resolved = plan_from(plan).resolve(inspect_model(model).sites)
@@ -392,7 +401,8 @@ def ptq(
     calibrate(quantized, few.told("calibrating", progress), observer=observer)
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
-    worth = {} if fine and not feedback else worth_of(original, layers, few.told("weighting tokens", progress), seed)
+    weighting = OfFirstSize(few.told("weighting tokens", progress))
+    worth = {} if fine and not feedback else worth_of(original, layers, weighting, seed)
     if observer == "mse":
         fit_probability_scales(quantized, FirstImages(few, FITTED, "fitting probabilities", progress), worth)
         clock.note("fit probabilities")
@@ -404,15 +414,16 @@ def ptq(
             "rounding to nearest, or give the plan's token groups a share of 0"
         )
     if feedback and attention_blocks(quantized):
-        round_layers(quantized, original, few, calibration_images, worth, progress)
+        round_layers(quantized, original, alike, calibration_images, worth, progress)
         clock.note("round")
     if reconstruct is not None:
         if bias_correction:
-            correct_biases(quantized, few, reference=reference, worth=worth)
-        reconstruct_blocks(quantized, reference, batches, reconstruct, progress=progress, notify=notify, keep=keep)
+            correct_biases(quantized, alike, reference=reference, worth=worth)
+        given = OfFirstSize(batches)
+        reconstruct_blocks(quantized, reference, given, reconstruct, progress=progress, notify=notify, keep=keep)
         clock.note("reconstruct")
     if bias_correction:
-        correct_biases(quantized, few, reference=reference, worth=worth)
+        correct_biases(quantized, alike, reference=reference, worth=worth)
         clock.note("correct biases")
     return quantized
 
@@ -469,38 +480,6 @@ def ptq_plan(
         if grid != "uniform":
             rules.append(Rule(site.name, {"quantizer": grid}))
     return resolved.with_rules(*rules).resolve(sites)
-
-
-class FirstImages:
-    """The first images of some batches, to be iterated any number of times.
-
-    Args:
-        batches: Tensors (B, channels, height, width).
-        images: How many.
-        text, progress: Whoever iterates is at work on `text`; `progress` is told so after each batch.
-    """
-
-    def __init__(
-        self, batches: Iterable[Tensor], images: int, text: str = "", progress: Progress | None = None
-    ) -> None:
-        self.batches, self.images, self.text, self.progress = batches, images, text, progress
-
-    def told(self, text: str, progress: Progress | None) -> FirstImages:
-        """The same images, for another part of the work."""
-        return FirstImages(self.batches, self.images, text, progress)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        done = 0
-        for batch in self.batches:
-            part = batch[: self.images - done]
-            yield part
-            done += len(part)
-            if self.progress is not None:
-                self.progress(self.text, done, self.images, "")
-            if done >= self.images:
-                return
-        if self.progress is not None:
-            self.progress(self.text, done, done, "")
 
 
 class _Clock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
@@ -19,6 +20,11 @@ EFFORTS = {"fast": (100, 256, 16), "standard": (600, 1024, 32), "full": (3000, 1
 class PTQOptions(MethodOptions):
     """Options of `ptq`."""
 
+    image_sizes: Sequence[str] = Field(
+        (),
+        description="sizes of calibration images, which have them in turn, such as `224` or `224x320` (height, width), "
+        "for a model that takes any, see [Image sizes](models.md#image-sizes); by default the model's own",
+    )
     observer: Literal["mse", "percentile", "minmax"] = Field("mse", description="how ranges of activations are chosen")
     weights: Literal["per-channel", "per-head"] = Field(
         "per-channel", description="what shares a scale in a weight; `per-head` where it has heads"

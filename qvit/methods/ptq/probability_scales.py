@@ -38,7 +38,8 @@ def fit_probability_scales(model: nn.Module, batches: Iterable[Tensor], worth: M
     Args:
         model: A calibrated model.
         batches: Calibration images, on the model's device.
-        worth: Of the outputs of attention projections, `PATH.proj`; where one is missing, all tokens count alike.
+        worth: Of the outputs of attention projections, `PATH.proj`; where one is missing, or images are of another
+            size, all tokens count alike.
 
     Returns:
         Paths of the attention modules whose probabilities have a quantizer with one scale for each head or for all.
@@ -46,12 +47,13 @@ def fit_probability_scales(model: nn.Module, batches: Iterable[Tensor], worth: M
     quantizers: dict[str, Quantizer] = {}
     values: dict[str, Tensor] = {}
     errors: dict[str, Tensor] = {}
+    passing = 0
 
     def keep(path: str, _quantizer: Quantizer, inputs: tuple[Tensor, ...]) -> None:
         values[path] = inputs[0]
 
     def add(path: str, quantizer: Any, inputs: tuple[Tensor, ...]) -> None:
-        found = _errors(quantizer, inputs[0], values.pop(path), worth.get(f"{path}.proj"))
+        found = _errors(quantizer, inputs[0], values.pop(path), worth.get(f"{path}.proj"), passing)
         errors[path] = errors[path] + found if path in errors else found
 
     with quantizers_disabled(model), in_eval_mode(model), ExitStack() as stack:
@@ -64,6 +66,7 @@ def fit_probability_scales(model: nn.Module, batches: Iterable[Tensor], worth: M
                 stack.enter_context(value.register_forward_pre_hook(partial(keep, path)))
                 stack.enter_context(probs.register_forward_pre_hook(partial(add, path)))
         for images in (chunk for batch in batches for chunk in batch.split(CHUNK)):
+            passing = len(images)
             model(images)
     for path, found in errors.items():
         start, _ = quantizers[path].grid()
@@ -71,12 +74,15 @@ def fit_probability_scales(model: nn.Module, batches: Iterable[Tensor], worth: M
     return list(errors)
 
 
-def _errors(quantizer: Quantizer, probs: Tensor, value: Tensor, worth: Worth | None) -> Tensor:
-    """Errors of probabilities (B, H, N, M) with values (B, G, M, d) under all `FACTORS`: (factors, ...) by scale."""
+def _errors(quantizer: Quantizer, probs: Tensor, value: Tensor, worth: Worth | None, images: int) -> Tensor:
+    """Errors of probabilities (B, H, N, M) with values (B, G, M, d) under all `FACTORS`: (factors, ...) by scale.
+
+    B is the number of images, or of their windows.
+    """
     start, _ = quantizer.grid()
     value = for_all_heads(value, probs.shape[1])
     tokens = len(probs) * probs.shape[2]
-    rows = torch.ones(tokens) if worth is None or tokens % len(worth.tokens) else worth.rows(tokens)
+    rows = torch.ones(tokens) if worth is None or tokens != images * len(worth.tokens) else worth.rows(tokens)
     rows = rows.to(probs).view(len(probs), 1, -1)
     found = []
     for factor in FACTORS:

@@ -43,6 +43,7 @@ from qvit.errors import QvitError, UsageError
 from qvit.measure.features import signed_features
 from qvit.methods.ptq.block_pairs import BlockPair, block_pairs, relative_error
 from qvit.methods.ptq.class_token import step_of, upper_scales_held
+from qvit.methods.ptq.images import OneSize, Progress
 from qvit.methods.ptq.suffix import Suffix, features_of, suffix_of
 from qvit.models.block_inputs import CHUNK, attention_blocks
 from qvit.models.convert import Stage, in_eval_mode, stage_of
@@ -52,7 +53,6 @@ from qvit.tensors import total_bytes
 from qvit.training.checkpoint import load_state, read_tensors, save_weights
 
 _log = logging.getLogger(__name__)
-Progress = Callable[[str, int, int, str], None]
 #: The share of the images that decides whether a block got better.
 HELD_OUT = 1 / 8
 #: The largest default of `weight_lr`.
@@ -133,8 +133,8 @@ def reconstruct(
     Args:
         model: A calibrated model.
         reference: The float model; must compute what `model` computes without quantizers.
-        batches: Calibration images, on the models' device. Iterated more than once: a list, or anything that yields the
-            same images each time.
+        batches: Calibration images of one size, on the models' device. Iterated more than once: a list, or anything
+            that yields the same images each time.
         options: Steps, images, learning rates.
         progress: Called after each step with the block, the step, the number of steps of all blocks, and the loss as
             text.
@@ -145,12 +145,12 @@ def reconstruct(
         The error of each block that was reconstructed, on quantized inputs, before and after.
 
     Raises:
-        UsageError: If the model is not calibrated or has no blocks of attention.
+        UsageError: If the model is not calibrated or has no blocks of attention, or images are of several sizes.
         QvitError: If a loss is not finite; the block is named.
     """
     if stage_of(model) < Stage.CALIBRATED:
         raise UsageError("reconstruction comes after calibration: call qvit.calibrate(model, batches) first")
-    blocks = attention_blocks(model)
+    blocks, batches = attention_blocks(model), OneSize(batches, "reconstruction")
     if not blocks:
         raise UsageError(f"{type(model).__name__} has no blocks of attention to reconstruct")
     fisher = fisher_weights(reference, list(blocks), batches, options.images) if options.fisher else {}

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.measure.features import signed_features
+from qvit.methods.ptq.images import OneSize
 from qvit.models.features import answers_with_features
 
 FLOOR = 0.1
@@ -55,8 +56,11 @@ def worth_of(model: nn.Module, paths: Iterable[str], batches: Iterable[Tensor], 
     Args:
         model: In eval mode.
         paths: Layers, whose outputs have channels last.
-        batches: Images on the model's device; at most `MOST_IMAGES` are used.
+        batches: Images of one size, on the model's device; at most `MOST_IMAGES` are used.
         seed: Draws the answers.
+
+    Raises:
+        UsageError: Images of several sizes.
     """
     outputs: dict[str, Tensor] = {}
     sums: dict[str, tuple[Tensor, Tensor]] = {}
@@ -65,11 +69,11 @@ def worth_of(model: nn.Module, paths: Iterable[str], batches: Iterable[Tensor], 
     def keep(path: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         outputs[path] = output
 
-    seen = 0
+    seen, alike = 0, OneSize(batches, "the worth of tokens")
     with ExitStack() as stack, torch.enable_grad():
         for path in paths:
             stack.enter_context(model.get_submodule(path).register_forward_hook(partial(keep, path)))
-        for images in (chunk for batch in batches for chunk in batch.split(CHUNK)):
+        for images in (chunk for batch in alike for chunk in batch.split(CHUNK)):
             answer = model(images[: MOST_IMAGES - seen])
             if answers_with_features(model):
                 loss = (answer * signed_features(answer, generator)).sum()
