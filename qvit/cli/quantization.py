@@ -35,7 +35,13 @@ def ptq(
             defaults={"calibration_images": 128},
         ),
     ],
-    options: Annotated[Given, Fields(PTQOptions, flags={"weights": ["--weight-scales"], "heads": ["--head-scales"]})],
+    options: Annotated[
+        Given,
+        Fields(
+            PTQOptions,
+            flags={"weights": ["--weight-scales"], "heads": ["--head-scales"], "positions": ["--position-scales"]},
+        ),
+    ],
     run: Annotated[Path, typer.Option("--out", help="The run's directory.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")] = False,
     as_json: Json = False,
