@@ -22,8 +22,9 @@ from torch.nn import functional as F
 from qvit.deploy.integer.reference import IntegerAttention, IntegerLinear
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, quantize
-from qvit.models.layers import AttentionSites, QuantLinear, QuantQKV, for_all_heads
+from qvit.models.layers import AttentionSites, QuantLinear, QuantQKV, for_all_heads, quantizer_at
 from qvit.plan.quant_plan import QuantPlan
+from qvit.plan.spec import PerPosition
 from qvit.quantizers import Quantizer, quantizers_of
 
 FAMILIES = ["vit", *TINY]
@@ -171,10 +172,13 @@ def products(fake: nn.Module, form: nn.Module, images: Tensor, *, edges: bool = 
             assert isinstance(attention, AttentionSites)
             groups = getattr(attention, "num_kv_heads", attention.num_heads)
             dim = attention.proj.in_features // attention.num_heads
-            queries, keys = torch.randn(2, attention.num_heads, 5, dim), torch.randn(2, groups, 7, dim)
+            query = quantizer_at(attention, "query")
+            by_position = query is not None and query.spec.granularity == PerPosition()
+            n, m = inputs[f"{path}.qkv"].shape[1:2] * 2 if by_position else (5, 7)
+            queries, keys = torch.randn(2, attention.num_heads, n, dim), torch.randn(2, groups, m, dim)
             if edges:
                 queries, keys = on_edges(attention.query_quantizer, queries), on_edges(attention.key_quantizer, keys)
-            probs = torch.randn(2, attention.num_heads, 5, 7).mul(3).softmax(-1)
+            probs = torch.randn(2, attention.num_heads, n, m).mul(3).softmax(-1)
             found += attention_products(path, attention, module, queries, keys, probs)
     return found
 

@@ -47,7 +47,12 @@ def ptq(
         Given,
         Fields(
             PTQOptions,
-            flags={"image_sizes": ["--image-size"], "weights": ["--weight-scales"], "heads": ["--head-scales"]},
+            flags={
+                "image_sizes": ["--image-size"],
+                "weights": ["--weight-scales"],
+                "heads": ["--head-scales"],
+                "positions": ["--position-scales"],
+            },
         ),
     ],
     run: Annotated[Path, typer.Option("--out", help="The run's directory.")],

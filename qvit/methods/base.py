@@ -93,6 +93,11 @@ class Method(ComposedHooks):
         raise NotImplementedError
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the architecture that `quantized` changes; none where the float model stays what it is."""
+        return {}
+
+    @property
     def images(self) -> int:
         """How many training images `quantized` looks at."""
         return self.config.calibration_images

@@ -14,6 +14,9 @@ Both are a shape that broadcasts against the tensor:
     W_q           (H·d, C)              (H, d, C)     (H, 1, 1)         (H, d, 1)            (H, 1, 1)
     W_o           (C, H·d)              (C, H, d)     (H, 1)            (C, 1, 1)            (H, 1)
 
+Activations whose tokens are a fixed number N of rows or columns of a product can have a scale per position (FIMA-Q):
+(N, 1) of inputs, (H, N, 1) of q, k and the probabilities. It is the same for all images, and never along a summed axis.
+
 Heads are blocks of output rows in W_q (W_k, W_v), and blocks of input columns in W_o.
 """
 
@@ -47,8 +50,18 @@ class PerHead:
     """One scale per attention head; allowed where the site has heads."""
 
 
-Granularity = PerTensor | PerChannel | PerHead
-GRANULARITIES: dict[str, Granularity] = {"per-tensor": PerTensor(), "per-channel": PerChannel(), "per-head": PerHead()}
+@dataclass(frozen=True)
+class PerPosition:
+    """One scale per position of a token, in each head where the site has heads; allowed where their number is fixed."""
+
+
+Granularity = PerTensor | PerChannel | PerHead | PerPosition
+GRANULARITIES: dict[str, Granularity] = {
+    "per-tensor": PerTensor(),
+    "per-channel": PerChannel(),
+    "per-head": PerHead(),
+    "per-position": PerPosition(),
+}
 
 
 @dataclass(frozen=True)
@@ -61,12 +74,15 @@ class Layout:
         view: Shape the tensor is viewed as before it is quantized, so that its heads are an axis; None for the tensor
             as it is.
         prefix_tokens: How many of its tokens are class, distillation or register tokens: they come first.
+        positions: Shape of one number per position of a token; None where their number is not fixed, or they are summed
+            over.
     """
 
     channels: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
     view: tuple[int, ...] | None = None
     prefix_tokens: int = 0
+    positions: tuple[int, ...] | None = None
 
     @property
     def num_heads(self) -> int:
@@ -128,7 +144,7 @@ class TensorSpec:
             raise UsageError(
                 f"bit_width_range {shown(limits)} must be two integers between 1 and 16, the smaller first"
             )
-        if not isinstance(self.granularity, (PerTensor, PerChannel, PerHead)):
+        if not isinstance(self.granularity, (PerTensor, PerChannel, PerHead, PerPosition)):
             raise UsageError(f"granularity {shown(self.granularity)} must be one of {', '.join(GRANULARITIES)}")
         if not self.widths:
             raise UsageError("bit_width is empty: give one width, or one per head")

@@ -30,7 +30,7 @@ from qvit.functional import clamp_inward, dequantize, integer_range, quantize, r
 from qvit.kernels.fake_quantize import Learned
 from qvit.kernels.linear import Codes
 from qvit.plan.options import Options
-from qvit.plan.spec import GRANULARITIES, Layout, PerChannel, PerHead, TensorSpec
+from qvit.plan.spec import GRANULARITIES, Layout, PerChannel, PerHead, PerPosition, TensorSpec
 from qvit.quantizers.observers import HistogramObserver
 from qvit.quantizers.ranges import observer_class
 from qvit.registry import Registry
@@ -302,6 +302,13 @@ def _scale_shape(spec: TensorSpec, layout: Layout) -> tuple[int, ...]:
                 "granularity 'per-channel' needs a tensor with channels; use 'per-tensor' or 'per-head' here"
             )
         return layout.channels
+    if isinstance(spec.granularity, PerPosition):
+        if layout.positions is None:
+            raise UsageError(
+                "granularity 'per-position' needs a fixed number of tokens that are not summed over; use 'per-tensor' "
+                "or 'per-head' here"
+            )
+        return layout.positions
     return ()
 
 

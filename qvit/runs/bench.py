@@ -179,7 +179,8 @@ def _open_file(request: BenchRequest) -> BenchSubject:
     artifact = Artifact.load(request.model)
     quantized = artifact.model().eval()
     seed_everything(request.seed)
-    model = create_model(artifact.model_name, weights=request.weights, **artifact.model_kwargs).eval()
+    kwargs = artifact.float_kwargs if request.weights else artifact.model_kwargs
+    model = create_model(artifact.model_name, weights=request.weights, **kwargs).eval()
     note = f"of {Path(request.weights).name}" if request.weights else "those of the file, dequantized"
     if not request.weights:
         wanted, there = model.state_dict(), quantized.state_dict()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qvit.data.loading import Source
 from qvit.data.open import data_config_of, eval_loader, open_source, require_labels
 from qvit.deploy.engines import Engine, create_engine, load
-from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.file.artifact import FLOAT_ARGUMENTS, Artifact
 from qvit.deploy.file.container import is_packed
 from qvit.deploy.file.resize import at_size
 from qvit.documents import Result, read_document
@@ -27,7 +27,7 @@ from qvit.models.features import answers_with_features
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished, written
 from qvit.runs.features import compare_features
-from qvit.runs.run import TO_SCORE_BY, load_run, require_all_classes
+from qvit.runs.run import TO_SCORE_BY, load_run, quantized_arguments, require_all_classes
 from qvit.training.config import TrainConfig
 from qvit.training.evaluate import evaluate
 
@@ -58,14 +58,14 @@ def pack_run(run: str | Path) -> Artifact:
             f"`qvit ptq {config.model} --weights {folder} ...`, and pack that run"
         )
     model = load_run(folder)
-    kwargs = {"num_classes": int(record["num_classes"]), **config.model_kwargs}
+    kwargs = {"num_classes": int(record["num_classes"]), **quantized_arguments(config)}
     return Artifact.from_model(
         model,
         model_name=config.model.removeprefix("timm/"),
         model_kwargs=kwargs,
         data_config=data_config_of(model),
         class_names=tuple(record.get("class_names", ())),
-        provenance=_provenance(record, _read_result(folder)),
+        provenance=_provenance(record, _read_result(folder)) | _changed_arguments(config),
         plan_name=QuantPlan.load(folder / PLAN).name,
     )
 
@@ -149,7 +149,7 @@ def evaluate_packed(
             raise UsageError(
                 "features are judged beside those of the float model: give its weights with --weights, or --pretrained"
             )
-        own = {"weights": weights, "pretrained": pretrained, **artifact.model_kwargs}
+        own = {"weights": weights, "pretrained": pretrained, **artifact.float_kwargs}
         reference = create_model(artifact.model_name, **own).eval()
         source = open_source(data, class_map=class_map, split="test")
         loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers)
@@ -218,6 +218,12 @@ def _provenance(record: dict[str, Any], result: dict[str, Any]) -> dict[str, Any
     found = {key: record[key] for key in _ALWAYS if record.get(key) is not None}
     found |= {key: record[key] for key in _OPTIONS if key in record and record[key] != defaults[key]}
     return _without_paths(found | result)
+
+
+def _changed_arguments(config: TrainConfig) -> dict[str, Any]:
+    """What the method changed of the model's arguments, as it was before; null where nothing was given."""
+    before = {key: config.model_kwargs.get(key) for key in create_method(config).arguments}
+    return {FLOAT_ARGUMENTS: before} if before else {}
 
 
 def _without_paths(data: Any) -> Any:

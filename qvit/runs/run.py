@@ -153,6 +153,7 @@ def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
     run = Path(out)
     config, record = read_config(run)
     require_finished(run)
+    config = config.model_copy(update={"model_kwargs": quantized_arguments(config)})
     classes = int(record["num_classes"])
     _require_bytes(run, without_storage(lambda: float_model(config, classes, load=False)))
     model = float_model(config, classes, load=False)
@@ -163,6 +164,11 @@ def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
     except QvitError as error:
         raise QvitError(f"cannot read the weights of {run}: {error}") from None
     return model.to(device).eval()
+
+
+def quantized_arguments(config: TrainConfig) -> dict[str, Any]:
+    """The arguments that a run's model is made with: the float model's, but for what the method changes."""
+    return config.model_kwargs | create_method(config).arguments
 
 
 def _require_bytes(run: Path, model: nn.Module) -> None:

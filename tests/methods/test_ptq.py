@@ -22,9 +22,11 @@ from qvit.methods.ptq.method import ptq, ptq_plan
 from qvit.methods.ptq.reconstruction import ReconstructOptions
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import Stage, plan_of, quantize, quantizers_disabled, stage_of
-from qvit.models.create import create_model
+from qvit.models.create import create_model, create_shapes
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.plan.spec import PerPosition
+from qvit.quantizers import quantizers_of
 from qvit.runs.run import train
 from qvit.training.config import TrainConfig
 from qvit.training.evaluate import evaluate
@@ -401,3 +403,35 @@ def cost_of_class_token(width: int) -> int:
     wider = with_class_token(plan, cost, width)
     assert wider is not None
     return cost.bit_operations(wider.widths()) - cost.bit_operations(plan.resolve(cost.sites).widths())
+
+
+@pytest.mark.parametrize(("positions", "sites"), [("inputs", 3), ("all", 7)])
+def test_scales_of_positions_go_through_every_step(positions: str, sites: int) -> None:
+    batches, model = digit_batches(2, 16), digits_model(depth=2)
+    plain, found = (
+        ptq(model, class_token_plan(), batches, positions=own, reconstruct=QUICK) for own in ("none", positions)
+    )
+    by_position = [q for _, q in quantizers_of(found) if q.spec.granularity == PerPosition()]
+    assert len(by_position) == 2 * sites
+    for quantizer in by_position:
+        scale = quantizer.grid()[0]
+        assert scale.shape[-2:] == (17, 1) and scale.unique().numel() > 8
+    assert not any(q.spec.granularity == PerPosition() for _, q in quantizers_of(plain))
+    answers = [own(batches[0]) for own in (plain, found, model)]
+    assert (answers[1] - answers[2]).square().mean() < 1.5 * (answers[0] - answers[2]).square().mean()
+    assert plan_of(found).widths() == plan_of(plain).widths()
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "reason"),
+    [
+        ("vit_digits", {"dynamic_img_size": True}, "takes images of any size, so its number of tokens is not fixed"),
+        ("swin_tiny_patch4_window7_224", {}, "timm's VisionTransformer with plain blocks alone"),
+    ],
+)
+def test_models_without_positions_refuse_their_scales(name: str, kwargs: dict[str, Any], reason: str) -> None:
+    model = create_shapes(name, **kwargs)
+    with pytest.raises(UsageError, match=reason):
+        ptq_plan(model, "w4a4", positions="inputs")
+    with pytest.raises(UsageError, match="needs a fixed number of tokens"):
+        quantize(model, QuantPlan.preset("w4a4").with_rules(Rule("*.fc1.input", {"granularity": "per-position"})))

@@ -45,6 +45,9 @@ from qvit.quantizers import Quantizer, create_quantizer, quantizers_of
 from qvit.tensors import Contents
 from qvit.version import __version__
 
+#: In the provenance: arguments of the float model that its quantization changed, as they were; null for none.
+FLOAT_ARGUMENTS = "float_arguments"
+
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
@@ -130,6 +133,13 @@ class Artifact:
                 f"or it is not in float32: {error}"
             ) from None
         return artifact
+
+    @property
+    def float_kwargs(self) -> dict[str, Any]:
+        """Arguments of the float model that it was made of: its own, but for those that its quantization changed."""
+        before = self.provenance.get(FLOAT_ARGUMENTS)
+        kwargs = self.model_kwargs | (before if isinstance(before, dict) else {})
+        return {key: value for key, value in kwargs.items() if value is not None}
 
     def save(self, path: str | Path) -> None:
         """Writes the file, atomically; the same model gives the same bytes. Raises QvitError naming the file."""

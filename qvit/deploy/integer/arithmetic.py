@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.functional import quantize
+from qvit.plan.spec import PerPosition
 from qvit.quantizers import Quantizer
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ class Grid(nn.Module):
     def splits_tokens(self) -> bool:
         """Whether tokens differ in width."""
         return self.quantizer.spec.token_bit_width is not None
+
+    @property
+    def differs_by_token(self) -> bool:
+        """Whether scales and offsets are those of rows: of tokens of several widths, or of each position."""
+        return self.splits_tokens or isinstance(self.quantizer.spec.granularity, PerPosition)
 
     @property
     def ranks_tokens(self) -> bool:
@@ -137,7 +143,7 @@ class Arithmetic:
             return self._segment(operand, layer, 0) + self.bias_form(layer.bias)
         blocks, total = operand.codes.chunk(layer.segments, dim=-1), self.bias_form(layer.bias)
         for index, codes in enumerate(blocks):
-            scale = operand.scale[index] if operand.scale.dim() == 2 else operand.scale
+            scale = operand.scale[index] if operand.scale.dim() >= 2 else operand.scale
             total = total + self._segment(Operand(codes, scale, zero=operand.zero), layer, index)
         return total
 

@@ -8,7 +8,7 @@ one of integers, with its scales multiplied in afterwards:
 The first sum is exact: codes of at most 8 bits in 32-bit accumulators. The second vanishes for weights whose grid holds
 zero, the third depends on weights alone and is part of the bias. Weights on unsigned grids are shifted to int8. The
 scales of heads at the input of `proj` lie along the summed axis: the sum splits into one for each head, and so do the
-blocks of columns of W_o.
+blocks of columns of W_o. Scales of positions are those of rows, or for the keys of columns, of what the sums make.
 
     (B, N, K) × (out, K)              linear layers, the patch embedding (patches are rows), q|k|v in one
     (B, H, N, d) × (B, H, d, M)       scores and weighted values, with the scales of each head
@@ -73,7 +73,7 @@ class IntegerLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.grid, self.arithmetic, self.patch = Grid(quantizer), arithmetic, patch
-        along = 1 if self.grid.splits_tokens else self.grid.scale.numel()
+        along = quantizer.layout.num_heads if self.grid.differs_by_token else self.grid.scale.numel()
         self.segments = max(along, len(scale))
         arithmetic.prepare((self.grid,), codes)
         for index, part in enumerate(codes.chunk(self.segments, dim=1)):
@@ -86,7 +86,7 @@ class IntegerLinear(nn.Module):
         self.register_buffer("weight_sum", sums.float())
         exact = codes.new_zeros(len(codes), dtype=torch.float64) if bias is None else bias.double()
         own = self.grid.offset
-        self.offset_in_bias = not self.grid.splits_tokens
+        self.offset_in_bias = not self.grid.differs_by_token
         if own is not None and self.offset_in_bias:
             exact = exact + own.double() * sums
         self.register_buffer("bias", exact.float())
@@ -175,7 +175,9 @@ class IntegerAttention:
             return super().merge(x)  # type: ignore[misc]
         x = self.normalize_heads(x)
         operand = self.arithmetic.encode(self.grids["output"], x)
-        scale = operand.scale if operand.scale.dim() < 2 else operand.scale.flatten().unsqueeze(-1)
+        scale = operand.scale
+        if scale.dim() >= 2 and not self.grids["output"].differs_by_token:
+            scale = scale.flatten().unsqueeze(-1)
         return Operand(operand.codes.transpose(1, 2).flatten(2), scale, operand.offset, operand.zero)
 
 
@@ -257,9 +259,9 @@ def _can_project_codes(module: Any) -> bool:
     if not isinstance(layer, IntegerLinear) or {"scores", "weigh"} & set(module.simulated):
         return False
     grids = [module.grids[name] for name in QKV]
-    if layer.grid.splits_tokens:
+    if layer.grid.differs_by_token:
         return False
-    plain = all(own.quantizer.rounds_only and not own.splits_tokens and own.unit != "float32" for own in grids)
+    plain = all(own.quantizer.rounds_only and not own.differs_by_token and own.unit != "float32" for own in grids)
     return plain and len({own.signed for own in grids}) == 1 and layer.segments == 1 and layer.weight_offset is None
 
 

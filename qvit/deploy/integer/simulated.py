@@ -1,7 +1,8 @@
 """What of a frozen model cannot be computed on integers, and why: the products that stay simulated.
 
 An operand needs a uniform grid of at most 8 bits, with a scale that is constant along the axis that is summed over: per
-tensor, per head, or per row of a weight. A layer that has none of that keeps its fake quantization.
+tensor, per head, per position of a token, or per row of a weight. A layer that has none of that keeps its fake
+quantization.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.models.layers import QuantConv2d, quantizer_at, weight_parts
+from qvit.plan.spec import PerPosition
 from qvit.quantizers import Quantizer
 
 WIDEST = 8
@@ -26,9 +28,12 @@ def why_simulated(module: nn.Module, quantizer: Quantizer | None) -> str | None:
     assert quantizer is not None
     scale = quantizer.grid()[0]
     heads = quantizer.layout.num_heads if quantizer.layout.heads is not None else 1
-    if quantizer.spec.token_bit_width is None and scale.numel() not in (1, heads):
+    by_position = isinstance(quantizer.spec.granularity, PerPosition)
+    if quantizer.spec.token_bit_width is not None or (by_position and heads == 1):
+        return None
+    if scale.numel() not in (1, heads) and not by_position:
         return "activations with a scale per channel"
-    if scale.numel() > 1 and quantizer.spec.token_bit_width is None and quantizer.grid()[1] is not None:
+    if scale.numel() > 1 and quantizer.grid()[1] is not None:
         return "activations with an offset per head"
     return None
 

@@ -417,6 +417,9 @@ class File {
             } else if (key == "signed") {
                 if (!value.is(Json::Kind::boolean)) throw Problem("'signed' in the plan is neither true nor false");
                 site.is_signed = value.truth;
+            } else if (key == "granularity") {
+                if (value.text == "per-position")
+                    throw Problem("a kind of site in the plan has a scale for each position of a token");
             } else if (key == "quantizer") {
                 site.quantizer = value.text;
             } else if (key == "token_bit_width") {

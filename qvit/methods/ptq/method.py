@@ -32,7 +32,8 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -45,6 +46,7 @@ from qvit.measure import Sensitivity, default_metric, measure_sensitivity
 from qvit.measure.distance import distance_of
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
+from qvit.methods.ptq import relu
 from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, leaving_room, record_of
 from qvit.methods.ptq.gate import UNITS, FeatureJudge, Gate, Judge
@@ -52,6 +54,7 @@ from qvit.methods.ptq.head_folds import fold_heads
 from qvit.methods.ptq.images import FirstImages, OfFirstSize, Progress
 from qvit.methods.ptq.layer_rounding import damage_left, round_layers, rounded_layers
 from qvit.methods.ptq.options import PTQOptions
+from qvit.methods.ptq.position_scales import position_rules
 from qvit.methods.ptq.probability_scales import IMAGES as FITTED
 from qvit.methods.ptq.probability_scales import fit_probability_scales
 from qvit.methods.ptq.reconstruction import ReconstructOptions
@@ -98,6 +101,10 @@ class PTQMethod(Method):
     metric: str | None = None
     #: What was decided about a width of the class token.
     class_token: ClassToken | None = None
+    #: The float model that others are compared with.
+    original: nn.Module
+    #: What giving the MLPs a ReLU did to each.
+    mlps: Sequence[relu.MlpError] = ()
     #: What an accuracy gate found.
     gate: dict[str, Any] | None = None
 
@@ -144,9 +151,12 @@ class PTQMethod(Method):
 
     @property
     def images(self) -> int:
-        count = self.config.calibration_images
-        reconstruction = self.options.reconstruction(self.config.seed)
-        return count if reconstruction is None else max(count, reconstruction.images)
+        further = (self.options.reconstruction(self.config.seed), self.options.relu(self.config.seed))
+        return max([self.config.calibration_images, *(own.images for own in further if own is not None)])
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {} if self.options.mlp == "keep" else relu.ARGUMENTS
 
     @property
     def image_sizes(self) -> tuple[Size, ...]:
@@ -157,6 +167,13 @@ class PTQMethod(Method):
         return 0 if self.options.max_drop is None else self.options.deciding_images
 
     def quantized(self, model: nn.Module, plan: QuantPlan, given: Preparation) -> nn.Module:
+        self.original, options = model, self.options.relu(self.config.seed)
+        if options is not None:
+            model = copy.deepcopy(model)
+            with given.watch("relu"):
+                self.mlps = relu.to_relu(
+                    model, OfFirstSize(given.images), options, progress=given.progress, notify=given.notify
+                )
         if self.options.max_drop is not None:
             return self._gated(model, given)
         if self.mixed:
@@ -174,8 +191,8 @@ class PTQMethod(Method):
         def measure(wider: QuantPlan) -> tuple[float, float]:
             with given.watch("calibrate"):
                 source = self._reparameterized(model, wider, few)
-                grids = ptq_plan(source, wider, weights=options.weights, probs=options.probs, heads=options.heads)
-                return divergences(model, source, grids, few)
+                grids = ptq_plan(source, wider, **options.grids())
+                return divergences(self.original, source, grids, few)
 
         limit = None if self.config.plan is not None or _PRESET.fullmatch(budget) else bit_operations_of(budget, cost)
         chosen, self.class_token = choose(plan, cost, options.class_token, limit, measure, distance_of(model).name)
@@ -205,9 +222,7 @@ class PTQMethod(Method):
             plan,
             given.images,
             observer=options.observer,
-            weights=options.weights,
-            probs=options.probs,
-            heads=options.heads,
+            **options.grids(),
             reparameterize=options.reparameterize,
             rotate=options.rotate,
             bias_correction=options.bias_correction,
@@ -227,7 +242,7 @@ class PTQMethod(Method):
         assert options.max_drop is not None
 
         judge = FeatureJudge if answers_with_features(model) else Judge
-        searching, confirming = (judge(model, batches) for batches in given.deciding)
+        searching, confirming = (judge(self.original, batches) for batches in given.deciding)
         gate = Gate(
             inspect_model(model),
             options.max_drop,
@@ -302,7 +317,7 @@ class PTQMethod(Method):
         source = self._reparameterized(
             model, grids, FirstImages(given.images, calibration, "reparameterizing", progress)
         )
-        plan = ptq_plan(source, grids, weights=options.weights, probs=options.probs, heads=options.heads)
+        plan = ptq_plan(source, grids, **options.grids())
 
         def told(done: int, total: int) -> None:
             if progress is not None:
@@ -326,6 +341,7 @@ class PTQMethod(Method):
             "calibration_images": self.config.calibration_images,
             "reconstruction": self.options.reconstruction_record(),
             **record_of(self.class_token),
+            **({"relu": [asdict(error) for error in self.mlps]} if self.mlps else {}),
             **({} if self.gate is None else {"gate": self.gate}),
         }
 
@@ -346,6 +362,7 @@ def ptq(
     weights: str = "per-channel",
     probs: str = "auto",
     heads: str = "auto",
+    positions: str = "none",
     reparameterize: bool = True,
     rotate: str = "auto",
     bias_correction: bool = True,
@@ -366,7 +383,7 @@ def ptq(
         batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
             device. They are iterated several times: a list, or anything that yields the same images each time. Batches
             of several sizes take part equally; what looks at one size alone (`images.py`) takes the first batch's.
-        observer, weights, probs, heads, reparameterize, rotate, bias_correction, rounding: See `PTQOptions`.
+        observer, weights, probs, heads, positions, reparameterize, rotate, bias_correction, rounding: See `PTQOptions`.
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
         stage: Called with the name of each part and the seconds that it took.
@@ -397,7 +414,8 @@ def ptq(
         _reparameterize(source, few.told("reparameterizing", progress), rotate, fine=fine)
         clock.note("reparameterize")
     original = copy.deepcopy(source)
-    quantized = quantize(source, ptq_plan(source, plan, weights=weights, probs=probs, heads=heads), in_place=True)
+    grids = ptq_plan(source, plan, weights=weights, probs=probs, heads=heads, positions=positions)
+    quantized = quantize(source, grids, in_place=True)
     calibrate(quantized, few.told("calibrating", progress), observer=observer)
     clock.note("calibrate")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
@@ -460,9 +478,10 @@ def ptq_plan(
     weights: str = "per-channel",
     probs: str = "auto",
     heads: str = "auto",
+    positions: str = "none",
 ) -> QuantPlan:
-    """The plan with the granularity of weights and the grid of probabilities that suit post-training quantization."""
-    validated(PTQOptions, {"weights": weights, "probs": probs, "heads": heads})
+    """The plan with the granularity of scales and the grid of probabilities that suit post-training quantization."""
+    validated(PTQOptions, {"weights": weights, "probs": probs, "heads": heads, "positions": positions})
     sites = inspect_model(model).sites
     resolved = plan_from(plan).resolve(sites)
     known = [site for name, site in sites.items() if resolved.sites[name] is not None]
@@ -479,6 +498,7 @@ def ptq_plan(
             grid = next((name for most, name in LOG_PROBS.items() if max(spec.widths) <= most), "uniform")
         if grid != "uniform":
             rules.append(Rule(site.name, {"quantizer": grid}))
+    rules += position_rules(model, sites, resolved, positions)
     return resolved.with_rules(*rules).resolve(sites)
 
 

@@ -11,10 +11,13 @@ from qvit.training.config import MethodOptions
 
 if TYPE_CHECKING:
     from qvit.methods.ptq.reconstruction import ReconstructOptions
+    from qvit.methods.ptq.relu import ReluOptions
 
 
 #: Steps per block, images, and images per step of every effort.
 EFFORTS = {"fast": (100, 256, 16), "standard": (600, 1024, 32), "full": (3000, 1024, 32)}
+#: Steps per MLP that gets a ReLU; images and images per step are those of the reconstruction.
+MLP_STEPS = {"fast": 300, "standard": 1000, "full": 20_000}
 
 
 class PTQOptions(MethodOptions):
@@ -39,6 +42,12 @@ class PTQOptions(MethodOptions):
         description="what shares a scale in q, k, v, probabilities and head outputs; `auto`: `per-tensor` where the "
         "whole plan has 8 bits, which need no finer scales and run faster without, else `per-head`",
     )
+    positions: Literal["none", "inputs", "all"] = Field(
+        "none",
+        description="what has a scale for each position of a token: the inputs of q, k and v, of `fc1` and `fc2` "
+        "(`inputs`), q, k, probabilities and heads' outputs, too (`all`). Plain ViTs of one image size alone, and not "
+        "in the engine `native`",
+    )
     reparameterize: bool = Field(
         True, description="centre and even out the channels of LayerNorm outputs, q, k, v and heads' outputs"
     )
@@ -53,6 +62,16 @@ class PTQOptions(MethodOptions):
         description="width of the class token and of registers where other tokens have fewer bits; `auto`: 8 where "
         "those have at most 6, if it brings the model nearer to the float one on calibration images. Costs under 1 % "
         "more bit operations: a budget that is no name of a plan, such as `w4a4`, is kept",
+    )
+    mlp: Literal["keep", "relu"] = Field(
+        "keep",
+        description="`relu`: give the MLPs a ReLU before anything else, and train each to answer as before. This "
+        "changes the model: see [ReLU in the MLPs](post-training.md#relu-in-the-mlps)",
+    )
+    mlp_steps: int | None = Field(
+        None,
+        ge=1,
+        description="with `mlp`: steps per MLP; by default 300 with the effort `fast`, 20000 with `full`, else 1000",
     )
     bias_correction: bool = Field(True, description="take the mean errors back in the biases")
     rounding: Literal["auto", "feedback", "nearest"] = Field(
@@ -132,6 +151,10 @@ class PTQOptions(MethodOptions):
         8, description="width of the first and the last layer where widths are mixed; `free`: chosen like the others"
     )
 
+    def grids(self) -> dict[str, str]:
+        """What shares a scale, and the grid of the probabilities, as `ptq_plan` takes them."""
+        return {name: getattr(self, name) for name in ("weights", "probs", "heads", "positions")}
+
     def reconstruction(self, seed: int) -> ReconstructOptions | None:
         """Options of the reconstruction; None if there is none."""
         if not self.reconstruct and self.effort is None:
@@ -144,6 +167,17 @@ class PTQOptions(MethodOptions):
             for own, preset in zip(given, EFFORTS[self.effort or "standard"], strict=True)
         )
         return ReconstructOptions(*numbers, fisher=self.fisher, suffix=self.suffix, seed=seed)
+
+    def relu(self, seed: int) -> ReluOptions | None:
+        """Options of the training with a ReLU; None if MLPs keep their activation."""
+        if self.mlp == "keep":
+            return None
+        from qvit.methods.ptq.relu import ReluOptions
+
+        effort = self.effort or "standard"
+        _, images, size = EFFORTS[effort]
+        steps = self.mlp_steps or MLP_STEPS[effort]
+        return ReluOptions(steps, self.recon_images or images, self.recon_batch or size, seed)
 
     def reconstruction_record(self) -> dict[str, int] | None:
         """What a result says about the reconstruction."""

@@ -88,7 +88,6 @@ def _errors(quantizer: Quantizer, probs: Tensor, value: Tensor, worth: Worth | N
     for factor in FACTORS:
         quantizer.restore({"scale": start * factor})
         difference = (quantizer.fake_quantize(probs) - probs) @ value
-        error = (difference.square().sum(-1) * rows).sum((0, 2))
-        found.append(error.view_as(start) if start.numel() > 1 else error.sum().view_as(start))
+        found.append((difference.square().sum(-1) * rows).unsqueeze(-1).sum_to_size(start.shape))
     quantizer.restore({"scale": start})
     return torch.stack(found)

@@ -192,17 +192,22 @@ def mlp_parts(path: str, mlp: nn.Module, tokens: int) -> Iterator[Part]:
     The input of the second one has the grid that the activation function asks for, where that function's output arrives
     there unchanged: neither multiplied by a gate nor normalised.
     """
+    for name, module in mlp.named_children():
+        if isinstance(module, nn.Linear):
+            behind = name == "fc2" and is_direct(mlp)
+            inputs = activation_spec(getattr(mlp, "act", None)) if behind else None
+            yield linear_part(f"{path}.{name}", module, tokens, inputs=inputs)
+
+
+def is_direct(mlp: nn.Module) -> bool:
+    """Whether a feed-forward module is `fc1`, an activation and `fc2`, with no gate and no norm between."""
     first, second = getattr(mlp, "fc1", None), getattr(mlp, "fc2", None)
-    direct = (
+    return (
         isinstance(first, nn.Linear)
         and isinstance(second, nn.Linear)
         and first.out_features == second.in_features
         and isinstance(getattr(mlp, "norm", None), nn.Identity)
     )
-    for name, module in mlp.named_children():
-        if isinstance(module, nn.Linear):
-            inputs = activation_spec(getattr(mlp, "act", None)) if module is second and direct else None
-            yield linear_part(f"{path}.{name}", module, tokens, inputs=inputs)
 
 
 def attention_part(path: str, attention: nn.Module, cls: type[nn.Module], tokens: int, keys: int | None = None) -> Part:

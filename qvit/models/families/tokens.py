@@ -46,6 +46,10 @@ from qvit.plan.spec import Site
 
 #: Activations of a block, below its path, whose tokens may differ in width.
 TOKEN_SITES = ("attn.qkv.input", "attn.query", "attn.key", "attn.value", "mlp.fc1.input", "mlp.fc2.input")
+#: Those whose tokens are rows or columns of every product, so that each position can have a scale.
+POSITION_SITES = (
+    *("attn.qkv.input", "attn.query", "attn.key", "attn.probs", "attn.output", "mlp.fc1.input", "mlp.fc2.input"),
+)
 
 
 def rank_tokens(scores: Tensor, prefix: int = 0) -> Tensor:
@@ -185,6 +189,17 @@ def with_tokens(sites: list[Site], tokens: int, prefix: int) -> list[Site]:
         else site
         for site in sites
     ]
+
+
+def with_positions(sites: list[Site], tokens: int) -> list[Site]:
+    """The sites of a part, those in `POSITION_SITES` with a layout of a fixed number of tokens."""
+    found = []
+    for site in sites:
+        if site.name.endswith(POSITION_SITES):
+            heads = () if site.layout.heads is None else (site.layout.num_heads,)
+            site = replace(site, layout=replace(site.layout, positions=(*heads, tokens, 1)))
+        found.append(site)
+    return found
 
 
 def patch_grid(model: nn.Module, block: str, size: tuple[int, int]) -> tuple[int, int]:

@@ -39,7 +39,15 @@ from torch import Tensor, nn
 from qvit.models.families.attention_pool import constant_projections, pooling_parts
 from qvit.models.families.base import register_family
 from qvit.models.families.parts import Family, Part, attention_part, classifiers, mlp_parts, patch_embedding
-from qvit.models.families.tokens import RankedAttention, RankedBlock, RankedMlp, rank_blocks, ranks_tokens, with_tokens
+from qvit.models.families.tokens import (
+    RankedAttention,
+    RankedBlock,
+    RankedMlp,
+    rank_blocks,
+    ranks_tokens,
+    with_positions,
+    with_tokens,
+)
 from qvit.models.layers import AttentionSites, Specs, additive_mask
 from qvit.plan.spec import Site
 
@@ -80,6 +88,7 @@ class ViT(Family):
         prefix = getattr(model, "num_prefix_tokens", 0)
         tokens = embed.num_patches + prefix
         ranked = tokens if _can_rank(model) else 0
+        fixed = ranked > 0 and not getattr(model, "dynamic_img_size", False)
         yield from patch_embedding(model)
         for path, module in model.get_submodule("blocks").named_modules(prefix="blocks"):
             own: list[Part] = []
@@ -87,7 +96,9 @@ class ViT(Family):
                 own = [attention_part(path, module, QuantAttention, tokens)]
             elif not isinstance(module, Attention) and path.rpartition(".")[2] == "mlp":
                 own = list(mlp_parts(path, module, tokens))
-            yield from (replace(part, sites=with_tokens(part.sites, ranked, prefix)) for part in own)
+            for part in own:
+                sites = with_tokens(part.sites, ranked, prefix)
+                yield replace(part, sites=with_positions(sites, tokens) if fixed else sites)
         pooled = tokens if getattr(model, "pool_include_prefix", False) else embed.num_patches
         yield from pooling_parts(model, pooled)
         yield from classifiers(model, tokens, "head", "head_dist")
