@@ -13,7 +13,7 @@ from qvit.deploy.integer.arithmetic import Arithmetic
 from qvit.deploy.integer.reference import arithmetic_in_words, integer_form
 
 
-@register_engine("reference", order=40)
+@register_engine("reference", order=40, devices=("cpu", "cuda"))
 class ReferenceEngine:
     """The integer form in PyTorch, one operation after the other; on the device of the images."""
 
