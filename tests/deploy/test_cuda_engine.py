@@ -139,10 +139,10 @@ model, images = frozen("vit", "w4a4")
 artifact = Artifact.from_model(model, **packed_arguments("vit"))
 engine = create_engine(artifact, "cuda", threads=1)
 assert torch.equal(engine(images.double()), create_engine(artifact, "reference")(images))
-weights = [t for name, t in engine.module.state_dict().items() if "blocks" in name and t.dim() == 3]
+weights = [t for name, t in engine.module.state_dict().items() if "blocks" in name and t.dtype is torch.int8]
 held, codes = sum(t.nbytes for t in weights), sum(model.get_submodule(f"blocks.{i}.{name}").weight.numel()
     for i in range(2) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))
-assert {t.dtype for t in weights} == {torch.int8} and 2 * held == codes
+assert 2 * held == codes
 print(engine.arithmetic)
 """
 
