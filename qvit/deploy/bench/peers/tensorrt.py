@@ -8,6 +8,7 @@ for fp8, which needs a graph that NVIDIA's own tool has quantized.
 from __future__ import annotations
 
 import functools
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,7 @@ def tensorrt_int8(material: Material) -> Prepared:
 
 
 def _start(file: Path, material: Material, int8: bool, batch: int) -> Runner:
-    import tensorrt as trt
-
+    trt: Any = importlib.import_module("tensorrt")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(0)
