@@ -1,15 +1,16 @@
 """What there is to know about a GPU, in the order of what matters most if time on it is short; needs a CUDA device.
 
-    engine     `qvit bench --device cuda`: the engine `cuda` beside compiled bf16, and TensorRT where it is installed,
-               at batch 1, 8, 128, 1024; first its answers beside the reference's         results/gpu_engine.json
-steps      `train_step.py --device cuda`: quantized training steps over the float step, recorded as CUDA graphs
-           and eager, with attention as plain products and as kernels    results/train_step_cuda.json,
-                                                                         results/train_step_cuda_kernels.json
-products   linear layers of the model alone: our kernel at 8 bits and packed at 4, `torch._int_mm`, bf16, in
-           microseconds                                                               results/gpu_products.json
+Three parts, each with its own files of results:
 
-python benchmarks/measure/gpu.py                                      all of it, about 20 minutes
-python benchmarks/measure/gpu.py --parts engine --models deit_tiny_patch16_224 --seconds 1
+    engine      `qvit bench --device cuda`: the engine `cuda` beside compiled bf16, and TensorRT where it is installed,
+                at batch 1, 8, 128, 1024; first its answers beside the reference's                gpu_engine.json
+    steps       `train_step.py --device cuda`: quantized training steps over the float step, recorded as CUDA graphs
+                and eager, with attention as plain products and as kernels    train_step_cuda.json and ..._kernels.json
+    products    linear layers of the model alone: our kernel at 8 bits and packed at 4, `torch._int_mm`, bf16, in
+                microseconds                                                                     gpu_products.json
+
+    python benchmarks/measure/gpu.py
+    python benchmarks/measure/gpu.py --parts engine --models deit_tiny_patch16_224 --seconds 1
 """
 
 from __future__ import annotations

@@ -165,6 +165,21 @@ def test_the_engine_in_the_interpreter() -> None:
     assert interpreted(ENGINE) == said
 
 
+def test_a_device_that_multiplies_wrongly_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from qvit.deploy.cuda import operators
+
+    def breaks(_: torch.device) -> bool:
+        raise RuntimeError("no such target\nand more")
+
+    artifact = Artifact.from_model(frozen("vit")[0], **packed_arguments("vit"))
+    monkeypatch.setattr(operators, "interpreted", lambda: True)
+    for probe, said in ((lambda _: False, "largest codes are wrong there"), (breaks, "kernels on cpu: no such target")):
+        monkeypatch.setattr(operators, "sums_are_exact", probe)
+        with pytest.raises(UsageError, match=said):
+            create_engine(artifact, "cuda", device="cpu")
+
+
 def test_the_engine_needs_a_device() -> None:
     pytest.importorskip("triton")
     assert "cuda" not in available_engines() and "native" not in available_engines("cuda")
@@ -195,7 +210,7 @@ def test_on_a_gpu(name: str, plan: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["int8", "packed", "large", "norm", "attention", "log"])
+@pytest.mark.parametrize("case", ["int8", "packed", "large", "norm", "attention", "log2", "log-sqrt2"])
 def test_kernels_compile_for_a_gpu_that_is_not_there(case: str, tmp_path: Path) -> None:
     """With int8 tensor cores, within the registers of a thread and the memory of a multiprocessor."""
     pytest.importorskip("triton")
@@ -207,13 +222,13 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(case: str, tmp_path: Path) 
         "GAIN": False, "CODES": True, "OFFSET": True, "ROWS": 64, "OUTPUTS": 64, "DEPTH": 64,
     }  # fmt: skip
     large = linear | {"ROWS": 128, "OUTPUTS": 128, "CODES": False, "RESIDUAL": True, "GAIN": True, "ACTIVATION": ""}
-    log = int(case == "log")
+    log = {"log2": 1, "log-sqrt2": 2}.get(case, 0)
     attention = {f"{name}_ZERO": 0 for name in "QKV"} | {f"{name}_OFFSET": False for name in "QKV"}
-    attention |= {"P_ZERO": 128 * (1 - log), "BIAS": True, "LOG": log, "CODES": True, "OFFSET": False}
+    attention |= {"P_ZERO": 0 if log else 128, "BIAS": True, "LOG": log, "CODES": True, "OFFSET": False}
     attention |= {"NUMBERS": NUMBERS, "QUERIES": 64, "KEYS": 64, "DIM": 64}
     norm = {"RMS": False, "SHIFT": True, "OFFSET": True, "BLOCK": 1024}
-    kind = {"norm": "norm", "attention": "attention", "log": "attention"}.get(case, "linear")
-    constants = {"norm": norm, "large": large, "attention": attention, "log": attention}.get(case, linear)
+    kind = "attention" if log or case == "attention" else "norm" if case == "norm" else "linear"
+    constants = {"attention": attention, "norm": norm, "linear": large if case == "large" else linear}[kind]
     codes = {"attention": {"q", "k", "v", "out"}, "norm": {"out"}, "linear": {"x", "weight"}}[kind]
     codes |= {"out"} if case != "large" else set()
     pointers = {"bias", "numbers", "scale", "residual", "gain", "shift", "x", "to_scale", "to_offset", "to_low"}

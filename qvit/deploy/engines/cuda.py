@@ -16,7 +16,7 @@ from qvit.deploy.engines.base import register_engine
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.integer.reference import integer_form, report_in_words, report_of
 from qvit.deploy.integer.torch import TorchArithmetic
-from qvit.errors import UsageError
+from qvit.errors import UsageError, first_line
 
 
 @register_engine("cuda", needs=("triton",), order=35, devices=("cuda",))
@@ -43,7 +43,11 @@ class CudaEngine:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = torch.device(device or ("cpu" if interpreted() else "cuda"))
-        if not sums_are_exact(self.device):
+        try:
+            exact = sums_are_exact(self.device)
+        except Exception as error:  # a driver, a device or a compiler that Triton does not know
+            raise UsageError(f"engine 'cuda' cannot run its kernels on {self.device}: {first_line(error)}") from error
+        if not exact:
             raise UsageError(f"engine 'cuda' is not for {self.device}: products of the largest codes are wrong there")
         form = integer_form(artifact.model(), TorchArithmetic(int8=False), artifact.integers)
         report = report_of(form)
