@@ -70,6 +70,34 @@ print("equal")
 """
 
 
+MODEL = """
+import torch
+from tiny_models import digit_batches, digits_model
+from qvit.kernels import gpu_attention
+from qvit.models.calibrate import calibrate
+from qvit.models.convert import quantize
+
+images, taken, results = digit_batches(1, 2)[0], [], []
+model = calibrate(quantize(digits_model(depth=1), "w4a4"), [images]).train()
+for on in (False, True):
+    gpu_attention.handles = lambda *given: taken.append(on) or on
+    model.zero_grad()
+    loss = model(images).square().mean()
+    loss.backward()
+    results.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+assert taken == [False, True] and len(results[0]) > 20
+for left, right in zip(*results, strict=True):
+    assert float((left - right).abs().max()) <= 1e-4 * float(left.abs().max())
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_a_model_trains_the_same_in_the_interpreter() -> None:
+    """The loss and the gradients of all parameters, with what comes before and after attention."""
+    assert interpreted(MODEL) == "equal\n"
+
+
 @pytest.mark.slow
 def test_values_and_gradients_in_the_interpreter() -> None:
     """Of q, k, v and all scales, offsets and widths; biases, masks, operands in float, one query, half precision."""
