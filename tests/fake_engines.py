@@ -88,7 +88,7 @@ def fake_engines(monkeypatch: pytest.MonkeyPatch) -> type[FakeArtifact]:
         return ToldEngine(name, artifact) if name == "told" else FakeEngine(name, artifact)
 
     engines = types.ModuleType("qvit.deploy.engines")
-    vars(engines).update(available_engines=lambda: ["torch", "wrong"], create_engine=create_engine)
+    vars(engines).update(available_engines=lambda device="cpu": ["torch", "wrong"], create_engine=create_engine)
     artifacts = types.ModuleType("qvit.deploy.file.artifact")
     vars(artifacts).update(Artifact=FakeArtifact)
     monkeypatch.setitem(sys.modules, "qvit.deploy.engines", engines)

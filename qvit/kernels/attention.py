@@ -5,7 +5,7 @@
 Scores and probabilities are (heads, tokens, tokens) per image, more than all else in a block; made one after another
 for a few images at a time they stay in the processor's cache, and backward makes them again. Softmax runs on whole
 rows before its result is quantized, so values are those of the plain form (`layers.AttentionSites`), up to the rounding
-of products over batches of another size.
+of products over batches of another size. On CUDA kernels can take the whole of it (`gpu_attention.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qvit.kernels import cpu
+from qvit.kernels import cpu, gpu_attention
 from qvit.kernels.fake_quantize import (
     Grid,
     Learned,
@@ -82,6 +82,10 @@ class _QuantizedAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, *learned, *(part for parts in kept for part in parts))
         own = [None if one is None else one[0] for one in grids]
         ctx.softmax = None
+        by_slope = any(meta is not None and meta.limits and meta.gradient == "difference" for meta in metas)
+        ctx.in_one = not by_slope and gpu_attention.handles(q, k, bias, own, ctx.dtype)
+        if ctx.in_one:
+            return gpu_attention.forward(q, k, v, bias, factor, own, ctx.dtype)  # type: ignore[arg-type]
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=ctx.dtype, device=q.device)
         for images in _chunks(q, k):
             left, right, values = _operands(q, k, v, factor, own, images, ctx.dtype)
@@ -118,7 +122,9 @@ class _QuantizedAttention(torch.autograd.Function):
             sums[i] = more if sums[i] is None else sums[i] + more
             return out
 
-        for images in _chunks(q, k):
+        if ctx.in_one:
+            sums = gpu_attention.backward(grads[0], q, k, v, bias, ctx.factor, own, ctx.dtype, outputs)  # type: ignore
+        for images in () if ctx.in_one else _chunks(q, k):
             left, right, values = _operands(q, k, v, ctx.factor, own, images, ctx.dtype)
             probs = _probabilities(left, right, bias, images, ctx.softmax)
             grad = grads[0][images].to(ctx.dtype)

@@ -163,6 +163,9 @@ def has_one_grid(learned: Learned) -> bool:
 class AttentionSites(nn.Module):
     """The quantized part of multi-head attention; an attention class of a family inherits it beside its float class."""
 
+    #: Whether `forward` leaves scores, softmax and weighted values to `attend`.
+    attends: bool = True
+
     @property
     def projects_directly(self) -> bool:
         """Whether q, k, v reach their quantizers as `qkv` gives them, without norm, rotation or another bias."""

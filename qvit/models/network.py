@@ -43,7 +43,7 @@ def network_of(model: nn.Module) -> Network:
         "prefix": 0 if swin else vit.num_prefix_tokens,
         "pool": pool,
         "classes": head.out_features if isinstance(head, nn.Linear) else 0,
-        "activation": _activation(_blocks(model)[0][1].mlp.act),
+        "activation": activation_name(_blocks(model)[0][1].mlp.act),
         "norm": "rms" if isinstance(norm, RmsNorm) else "layer",
         "epsilon": norm.eps,
         "mlp": _mlp(_blocks(model)[0][1].mlp),
@@ -158,7 +158,7 @@ def _of_mlp(path: str, mlp: Any, first: Any) -> Iterator[str]:
     kind = _mlp(mlp)
     if kind is None:
         yield f"{path} has an MLP of another kind: {type(mlp).__name__}"
-    elif _activation(mlp.act) is None or (kind, type(mlp.act)) != (_mlp(first), type(first.act)):
+    elif activation_name(mlp.act) is None or (kind, type(mlp.act)) != (_mlp(first), type(first.act)):
         yield f"{path} has the activation {type(mlp.act).__name__}"
 
 
@@ -170,7 +170,8 @@ def _mlp(mlp: Any) -> str | None:
     return ("glu-last" if mlp.gate_last else "glu") if type(mlp) is GluMlp else None
 
 
-def _activation(module: nn.Module) -> str | None:
+def activation_name(module: nn.Module) -> str | None:
+    """The name of an activation in the document; None for one that it has no name for."""
     if isinstance(module, (nn.GELU, GELU)):
         return "gelu" if getattr(module, "approximate", "none") == "none" else "gelu-tanh"
     return next((name for kind, name in _ACTIVATIONS.items() if type(module) is kind), None)
@@ -181,6 +182,25 @@ def _blocks(model: Any) -> list[tuple[str, Any]]:
         return [(f"blocks.{index}", block) for index, block in enumerate(model.blocks)]
     stages = enumerate(model.layers)
     return [(f"layers.{i}.blocks.{j}", block) for i, stage in stages for j, block in enumerate(stage.blocks)]
+
+
+def norm_kind(module: nn.Module) -> str | None:
+    """`layer` for a LayerNorm, `rms` for an RmsNorm, None for what is neither or has no weight."""
+    if not isinstance(module, (nn.LayerNorm, RmsNorm)) or module.weight is None or module.eps is None:
+        return None
+    return "rms" if isinstance(module, RmsNorm) else "layer"
+
+
+def is_plain_mlp(module: nn.Module) -> bool:
+    """Whether a module is fc1, an activation and fc2, and nothing else."""
+    return type(module) is Mlp and isinstance(module.norm, nn.Identity)
+
+
+def is_plain_block(module: nn.Module) -> bool:
+    """Whether a module is a ViT's pre-norm block with attention and an MLP, and LayerScale or none."""
+    if type(module) is not Block or not isinstance(module.attn, Attention):
+        return False
+    return all(isinstance(scale, (LayerScale, nn.Identity)) for scale in (module.ls1, module.ls2))
 
 
 def _norms(model: nn.Module) -> list[tuple[str, Any]]:

@@ -95,10 +95,11 @@ def bench(
     threads = request.threads or before
     torch.set_num_threads(threads)
     try:
-        names = chosen(request.engines, peers=request.peers)
+        names = chosen(request.engines, peers=request.peers, device=request.device)
         with tempfile.TemporaryDirectory(prefix="qvit-bench-") as folder:
             subject = open_bench(request, Path(folder), notify, progress)
-            lineup = Lineup(names, subject.packed, Material(subject.model, subject.calibration, threads, Path(folder)))
+            material = Material(subject.model, subject.calibration, threads, Path(folder), request.device)
+            lineup = Lineup(names, subject.packed, material)
             rows = _measure_all(request, subject, lineup, progress)
     finally:
         torch.set_num_threads(before)
@@ -131,7 +132,7 @@ def how_measured(request: BenchRequest) -> dict[str, Any]:
         "seconds": request.seconds,
         "max_seconds": request.max_seconds,
         "seed": request.seed,
-        "hardware": hardware(),
+        "hardware": hardware() if request.device == "cpu" else f"{torch.cuda.get_device_name()}, {hardware()}",
         "instructions": cpu_instructions(),
         "date": datetime.date.today().isoformat(),
         "versions": _versions(),
@@ -152,6 +153,10 @@ def check(request: BenchRequest) -> None:
         value = getattr(request, name)
         if value is not None and value < 1:
             raise UsageError(f"{name.replace('_', ' ')} must be at least 1, not {value}")
+    if request.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device cuda needs a CUDA device, and PyTorch finds none: leave it out to measure on the CPU"
+        )
     if request.seconds <= 0 or request.max_seconds <= 0:
         raise UsageError("seconds must be positive")
     if request.data is None and (request.eval_data or request.class_map or request.unlabelled):
@@ -286,12 +291,13 @@ def _measure_all(
     floats = _answers_of(subject.model, subject.judged)
     simulated = {one.plan: _answers_of(one.artifact.model().eval(), subject.judged) for one in subject.packed}
     rows: list[dict[str, Any]] = []
+    judged, tells = subject.judged.to(request.device), not _speed_only(request, subject)
     for batch in request.batches:
-        images = batch_of(subject.judged, batch)
+        images = batch_of(judged, batch)
         started = lineup.start(images)
         if not started:
             continue
-        logits = {one.name: answers(one.run, subject.judged, batch) for one in started}
+        logits = {one.name: answers(one.run, judged, batch).cpu() for one in started}
         times = measure(
             {one.name: one.run for one in started},
             images,
@@ -301,9 +307,8 @@ def _measure_all(
             progress=lambda done, total, batch=batch: progress(f"batch {batch}", done, total),
         )
         kernels = profiles(started, images, rounds=request.rounds) if request.profile else {}
-        judged = not _speed_only(request, subject)
         rows += rows_of(
-            started, times, batch, logits, floats, simulated, judged=judged, kernels=kernels,
+            started, times, batch, logits, floats, simulated, judged=tells, kernels=kernels,
             features=answers_with_features(subject.model),
         )  # fmt: skip
         torch.compiler.reset()  # compiled code is for one batch size, and PyTorch keeps only so much for one model

@@ -161,6 +161,8 @@ def _check(request: BenchRequest) -> list[str]:
         raise UsageError(f"a latency table is of plans of a float model: give its name, not the file {request.model}")
     if len(request.batches) != 1:
         raise UsageError("a latency table is for one batch size: give one --batch")
+    if request.device != "cpu":
+        raise UsageError("a latency table is measured on the CPU: leave --device out")
     if request.data or request.profile:
         raise UsageError("a latency table takes noise, and profiles of itself: leave --data and --profile out")
     names = chosen(request.engines)

@@ -42,6 +42,9 @@ class BenchRequest(SubjectOptions):
         "`openvino-int8`; repeatable, by default all that are installed",
     )
     peers: bool = Field(default=True, description="measure the peers, too")
+    device: Literal["cpu", "cuda"] = Field(
+        default="cpu", description="where: `cuda` is the first GPU, for the engines and peers that run there"
+    )
     profile: bool = Field(default=False, description="time by kind of kernel, too, of engines that can tell")
     data: config.Location | None = Field(  # type: ignore[assignment]
         default=None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -193,7 +194,10 @@ def test_profiles_are_medians_of_those_who_can_tell() -> None:
 
 @pytest.mark.usefixtures("fake_engines")
 def test_engines_are_chosen_by_name_runtime_or_as_ours() -> None:
-    assert chosen(None) == ["qvit-torch", "qvit-wrong", *PEERS]
+    on_cpu = [name for name, peer in PEERS.items() if peer.engine != "tensorrt"]
+    assert chosen(None) == ["qvit-torch", "qvit-wrong", *on_cpu] and len(on_cpu) == len(PEERS) - 2
+    on_cuda = ["pytorch-fp32", "pytorch-bf16", "pytorch-compiled-fp32", "pytorch-compiled-bf16"]
+    assert chosen(None, device="cuda")[2:] == [*on_cuda, "tensorrt-fp16", "tensorrt-int8"]
     assert chosen(None, peers=False) == ["qvit-torch", "qvit-wrong"]
     assert chosen(["openvino"]) == ["openvino-fp32", "openvino-int8"]
     assert chosen(["openvino-int8", "qvit", "openvino"]) == [
@@ -215,6 +219,15 @@ def test_a_peer_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert "C++ compiler, and there is no no-such-compiler" in str(PEERS["pytorch-compiled-fp32"].obstacle())
     assert PEERS["pytorch-fp32"].obstacle() is None
+    if importlib.util.find_spec("tensorrt") is None:
+        assert PEERS["tensorrt-fp16"].obstacle() == "tensorrt not installed: pip install tensorrt"
+
+
+def test_a_benchmark_on_a_gpu_needs_one() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    with pytest.raises(UsageError, match="--device cuda needs a CUDA device"):
+        bench(quick(device="cuda"))
 
 
 def quick(**changes: Any) -> BenchRequest:
@@ -378,7 +391,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     return Material(digits_model(), digit_batches(1, 4), 1, tmp_path_factory.mktemp("peers"))
 
 
-@pytest.mark.parametrize("name", list(PEERS))
+@pytest.mark.parametrize("name", [name for name, peer in PEERS.items() if "cpu" in peer.devices])
 def test_peers_answer_like_the_float_model(name: str, material: Material, capfd: pytest.CaptureFixture[str]) -> None:
     peer = PEERS[name]
     if (obstacle := peer.obstacle()) is not None:
@@ -400,6 +413,19 @@ def test_peers_answer_like_the_float_model(name: str, material: Material, capfd:
     assert capfd.readouterr().out == ""
     if affinity is not None:
         assert os.sched_getaffinity(0) == affinity  # what comes after is not bound to fewer cores
+
+
+@pytest.mark.slow
+def test_tensorrt_gets_a_graph_with_int8_on_both_sides(material: Material) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from qvit.deploy.bench.peers.onnxruntime import quantized
+
+    with peers.quiet():
+        graph = onnx.load(quantized(material, symmetric=True)).graph
+    values = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    zeros = [values[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"]
+    assert len(zeros) > 10 and all(zero.dtype == "int8" and not zero.any() for zero in zeros)
 
 
 def test_quiet_leaves_things_as_they_were(capsys: pytest.CaptureFixture[str]) -> None:
@@ -455,4 +481,4 @@ def test_what_the_extra_brings_is_what_peers_need() -> None:
     data = tomllib.loads((Path(__file__).resolve().parents[2] / "pyproject.toml").read_text("utf-8"))
     extras = data["project"]["optional-dependencies"]
     brought = {item.split(">")[0] for extra in ("bench", "onnx", "openvino") for item in extras[extra]}
-    assert {package for peer in PEERS.values() for package in peer.needs} <= brought
+    assert {package for peer in PEERS.values() if "cpu" in peer.devices for package in peer.needs} <= brought

@@ -39,7 +39,7 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def test_the_best_installed_engine_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert list(ENGINES) == ["native", "openvino", "onnxruntime", "torch", "reference"]
+    assert list(ENGINES) == ["native", "openvino", "onnxruntime", "torch", "cuda", "reference"]
     everything = [name for name in ENGINES if name in available_engines()]
     assert available_engines() == everything and everything[0] == "native" and everything[-2:] == ["torch", "reference"]
     without(monkeypatch, "openvino")
@@ -72,7 +72,10 @@ def test_an_engine_that_cannot_be_built_is_passed_over(
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("onnxrutime", "did you mean 'onnxruntime'"), ("tensorrt", "native, openvino, onnxruntime, torch, reference")],
+    [
+        ("onnxrutime", "did you mean 'onnxruntime'"),
+        ("tensorrt", "native, openvino, onnxruntime, torch, cuda, reference"),
+    ],
 )
 def test_an_unknown_engine(name: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from grids import SHAPES, difference, make_grid
+from without_gpu import interpreted
 
 from qvit.kernels.fake_quantize import (
     FakeQuantize,
@@ -127,12 +124,7 @@ print(made)
 @pytest.mark.parametrize(("script", "least"), [(IN_TRITONS_INTERPRETER, 56), (NUMBERS_IN_TRITONS_INTERPRETER, 200)])
 def test_triton_kernels_in_its_interpreter(script: str, least: int) -> None:
     """Values equal, sums close; per channel, backward is left to the formulas."""
-    pytest.importorskip("triton")
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, sys.path)])
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) >= least
+    assert int(interpreted(script)) >= least
 
 
 @pytest.mark.gpu

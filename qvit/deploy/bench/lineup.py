@@ -17,7 +17,7 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-from qvit.deploy.bench.peers.base import PEERS, Material, Prepared, quiet, without_gradients
+from qvit.deploy.bench.peers.base import PEERS, Material, Prepared, Runner, quiet, without_gradients
 from qvit.deploy.bench.timing import Contender, Progress
 from qvit.errors import QvitError, UsageError, first_line, nearest
 
@@ -45,28 +45,30 @@ class Packed:
     file_bytes: int | None = None
 
 
-def chosen(wanted: Sequence[str] | None, *, peers: bool = True) -> list[str]:
+def chosen(wanted: Sequence[str] | None, *, peers: bool = True, device: str = "cpu") -> list[str]:
     """Names of those who take part.
 
     Args:
         wanted: Names such as `openvino-int8` or `qvit-torch`; a runtime such as `openvino` stands for all of it, `qvit`
             for all engines of ours that are installed. None: all.
         peers: Whether peers take part.
+        device: Only who runs on this kind of device takes part.
 
     Raises:
         UsageError: An unknown name, or a peer although there are to be none.
     """
     from qvit.deploy.engines import available_engines
 
-    ours = [PREFIX + name for name in available_engines()]
+    ours = [PREFIX + name for name in available_engines(device)]
+    there = {name: peer for name, peer in PEERS.items() if device in peer.devices}
     if wanted is None:
-        return ours + (list(PEERS) if peers else [])
+        return ours + (list(there) if peers else [])
     found: list[str] = []
     for name in wanted:
-        of_runtime = [key for key, peer in PEERS.items() if name in (key, peer.engine)]
+        of_runtime = [key for key, peer in there.items() if name in (key, peer.engine)]
         own = ours if name == "qvit" else [name] if name.startswith(PREFIX) else of_runtime
         if not own:
-            known = list(dict.fromkeys([*ours, *(peer.engine for peer in PEERS.values()), *PEERS]))
+            known = list(dict.fromkeys([*ours, *(peer.engine for peer in there.values()), *there]))
             raise UsageError(f"unknown engine '{name}'{nearest(name, known)}; allowed are qvit, {', '.join(known)}")
         if of_runtime and not peers:
             raise UsageError(f"'{name}' is a peer: name it, or leave the peers out, not both")
@@ -108,11 +110,11 @@ class Lineup:
                 self._prepared[name] = peer.prepare(self.material)
 
     def start(self, images: Tensor) -> list[Contender]:
-        """Who is ready for this batch (B, channels, height, width); each has answered it once."""
+        """Who is ready for this batch (B, channels, height, width), on the device; each has answered it once."""
         from qvit.deploy.engines import available_engines
 
         started: list[Contender] = []
-        installed = [PREFIX + name for name in available_engines()]
+        installed = [PREFIX + name for name in available_engines(self.material.device)]
         for name in self.names:
             if name not in PEERS:
                 for packed in self.packed:
@@ -133,7 +135,7 @@ class Lineup:
             engine = create_engine(packed.artifact, name.removeprefix(PREFIX), threads=self.material.threads)
             self._engines[key] = engine
         engine = self._engines[key]
-        run = without_gradients(engine)
+        run = self._finished(without_gradients(engine))
         run(images)
         return Contender(
             name, packed.precision, engine.arithmetic, run, packed.file_bytes, ours=True, plan=packed.plan,
@@ -142,9 +144,21 @@ class Lineup:
 
     def _peer(self, name: str, images: Tensor) -> Contender:
         peer, ready = PEERS[name], self._prepared[name]
-        run = ready.start(len(images))
+        run = self._finished(ready.start(len(images)))
         run(images)
         return Contender(peer.engine, peer.precision, ready.arithmetic, run, ready.file_bytes)
+
+    def _finished(self, run: Runner) -> Runner:
+        """`run`, which returns when the answer is there: a GPU works on while Python has it already."""
+        if self.material.device == "cpu":
+            return run
+
+        def wait(images: Tensor) -> Tensor:
+            answer = run(images)
+            torch.cuda.synchronize(images.device)
+            return answer
+
+        return wait
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:

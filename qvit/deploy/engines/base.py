@@ -4,6 +4,7 @@
     openvino       the exported graph, int8 × int8 where that is exact on this processor
     onnxruntime    the exported graph, uint8 × uint8
     torch          the results of `reference` by int8 kernels or exact float32 units, glue compiled
+    cuda           Triton kernels on an NVIDIA GPU; only by its name
     reference      every product on int32, one operation after the other
 
 Without a name the first of this order is taken that is installed and runs the model. `reference` and `torch` agree bit
@@ -66,13 +67,19 @@ class Entry(NamedTuple):
     needs: tuple[str, ...]
     order: int
     any_size: bool = False
+    devices: tuple[str, ...] = ("cpu",)
 
 
 ENGINES: Registry[str, Entry] = Registry("engine", "qvit.deploy.engines", order=lambda entry: entry.order)
 
 
 def register_engine(
-    name: str, *, needs: tuple[str, ...] = (), order: int = 100, any_size: bool = False
+    name: str,
+    *,
+    needs: tuple[str, ...] = (),
+    order: int = 100,
+    any_size: bool = False,
+    devices: tuple[str, ...] = ("cpu",),
 ) -> Callable[[Make], Make]:
     """Decorator: makes a class available as an engine.
 
@@ -82,18 +89,19 @@ def register_engine(
         order: Its place among the engines; the first that is installed and runs a model is its default. Ours are at 5
             to 40.
         any_size: Whether it runs models that take images of any size as they are; else it is made for each size.
+        devices: Kinds of devices whose images it takes, `cpu` and `cuda`.
     """
 
     def register(make: Make) -> Make:
-        ENGINES.register(name)(Entry(make, needs, order, any_size))
+        ENGINES.register(name)(Entry(make, needs, order, any_size, devices))
         return make
 
     return register
 
 
-def available_engines() -> list[str]:
-    """Engines whose packages are installed, the best first."""
-    return [name for name, entry in ENGINES.items() if not missing(*entry.needs)]
+def available_engines(device: str = "cpu") -> list[str]:
+    """Engines for a kind of device whose packages are installed, the best first."""
+    return [name for name, entry in ENGINES.items() if device in entry.devices and not missing(*entry.needs)]
 
 
 def create_engine(artifact: Artifact, name: str | None = None, *, threads: int | None = None, **options: Any) -> Engine:
@@ -103,7 +111,7 @@ def create_engine(artifact: Artifact, name: str | None = None, *, threads: int |
         artifact: The model.
         name: One of `ENGINES`; None for the best that is installed and runs this model.
         threads: Threads that it may use; None leaves that to the library.
-        options: Of the engine: `compiled` of `torch`.
+        options: Of the engine: `compiled` of `torch`, `device` and `graphs` of `cuda`.
 
     Raises:
         UsageError: An unknown engine, or one whose package is not installed.
@@ -122,7 +130,8 @@ def create_engine(artifact: Artifact, name: str | None = None, *, threads: int |
 
 
 def _made(artifact: Artifact, name: str, threads: int | None, options: dict[str, Any]) -> Engine:
-    make, needs, _, any_size = ENGINES[name]
+    entry = ENGINES[name]
+    make, needs, any_size = entry.make, entry.needs, entry.any_size
     if lacking := missing(*needs):
         raise UsageError(f"engine '{name}' needs {', '.join(lacking)}: pip install {' '.join(lacking)}")
     unknown = [option for option in options if option not in inspect.signature(make).parameters]

@@ -14,7 +14,7 @@ from qvit.deploy.integer.reference import arithmetic_in_words, integer_form
 from qvit.models.sizes import check_size
 
 
-@register_engine("reference", order=40, any_size=True)
+@register_engine("reference", order=40, any_size=True, devices=("cpu", "cuda"))
 class ReferenceEngine:
     """The integer form in PyTorch, one operation after the other; on the device of the images."""
 

@@ -11,7 +11,7 @@ from qvit.deploy.integer.torch import TorchArithmetic
 from qvit.deploy.packages import has_compiler
 
 
-@register_engine("torch", order=30, any_size=True)
+@register_engine("torch", order=30, any_size=True, devices=("cpu", "cuda"))
 class TorchEngine(ReferenceEngine):
     """The integer form with fast exact products; compiled on the first call, by default where a compiler is there."""
 

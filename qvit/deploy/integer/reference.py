@@ -289,7 +289,11 @@ def report_of(model: nn.Module) -> dict[str, str | None]:
 
 def arithmetic_in_words(model: nn.Module) -> str:
     """What `report_of` says, in one line."""
-    report = report_of(model)
+    return report_in_words(report_of(model))
+
+
+def report_in_words(report: Mapping[str, str | None]) -> str:
+    """A report as `report_of` makes it, in one line."""
     reasons = [reason for reason in report.values() if reason is not None]
     if not reasons:
         return f"all {len(report)} products in integers"

@@ -47,6 +47,8 @@ PROJECTIONS = ("q", "k", "v")
 class QuantTalkingHeadAttention(AttentionSites, TalkingHeadAttn):
     """timm's TalkingHeadAttn with quantized operands; same parameters, same signature."""
 
+    attends = False
+
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.fused_projection(x)
         scores = _heads_first(self.proj_l(_heads_last(self.scores(q, k, self.scale))))

@@ -6,6 +6,7 @@
     onnxruntime        int8          its static quantization: QDQ, int8 weights per channel, uint8 activations
     openvino           fp32          the converted model, computed in fp32 wherever the CPU would offer less
     openvino           int8          NNCF's post-training quantization: preset mixed, transformer model type
+    tensorrt           fp16, int8    on CUDA alone; PyTorch's four run there, too, compiled ones as CUDA graphs
 
 One more peer is one more function with `@peer`. It prepares the model once, which may take minutes, and returns how to
 start it for a batch size: a runtime that knows the batch size is never slower, and ours know it as well.
@@ -39,12 +40,14 @@ class Material:
         calibration: Batches of images (B, channels, height, width) for those that quantize.
         threads: How many a peer may use.
         folder: A folder for files, shared by all peers.
+        device: Where peers run, and where the images of a measurement are: `cpu`, `cuda`.
     """
 
     model: nn.Module
     calibration: list[Tensor]
     threads: int
     folder: Path
+    device: str = "cpu"
 
     @property
     def example(self) -> Tensor:
@@ -82,7 +85,8 @@ class Peer:
         needs: Packages that must be installed.
         compiler: Whether a C++ compiler must be there.
         prepare: Makes it.
-        order: Its place among the peers; qvit's own are at 10, 20 and 30.
+        order: Its place among the peers; qvit's own are at 10 to 40.
+        devices: Kinds of devices that it runs on, `cpu` and `cuda`.
     """
 
     engine: str
@@ -91,6 +95,7 @@ class Peer:
     compiler: bool
     prepare: Callable[[Material], Prepared]
     order: int = 100
+    devices: tuple[str, ...] = ("cpu",)
 
     @property
     def name(self) -> str:
@@ -100,7 +105,8 @@ class Peer:
     def obstacle(self) -> str | None:
         """Why it cannot run here, and what to do; None if it can."""
         if lacking := missing(*self.needs):
-            return f'{" and ".join(lacking)} not installed: pip install "qvit[bench]"'
+            extra = '"qvit[bench]"' if "cpu" in self.devices else " ".join(lacking)
+            return f"{' and '.join(lacking)} not installed: pip install {extra}"
         if self.compiler and not has_compiler():
             return (
                 f"torch.compile needs a C++ compiler, and there is no {' '.join(cxx())}: install one, or name it in CXX"
@@ -112,12 +118,18 @@ PEERS: Registry[str, Peer] = Registry("peer", "qvit.deploy.bench.peers", order=l
 
 
 def peer(
-    engine: str, precision: str, *, needs: tuple[str, ...] = (), compiler: bool = False, order: int = 100
+    engine: str,
+    precision: str,
+    *,
+    needs: tuple[str, ...] = (),
+    compiler: bool = False,
+    order: int = 100,
+    devices: tuple[str, ...] = ("cpu",),
 ) -> Callable[[Callable[[Material], Prepared]], Callable[[Material], Prepared]]:
     """Decorator that registers a function from `Material` to `Prepared`; see `Peer`."""
 
     def register(prepare: Callable[[Material], Prepared]) -> Callable[[Material], Prepared]:
-        entry = Peer(engine, precision, needs, compiler, prepare, order)
+        entry = Peer(engine, precision, needs, compiler, prepare, order, devices)
         PEERS.register(entry.name)(entry)
         return prepare
 

@@ -17,7 +17,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 @peer("onnxruntime", "fp32", needs=ONNX, order=20)
 def onnxruntime_fp32(material: Material) -> Prepared:
     """The exported model, with all of ONNX Runtime's graph optimizations (its default)."""
-    file = _exported(material)
+    file = exported(material)
     return Prepared(lambda batch: _session(file, batch, material.threads), "fp32", file.stat().st_size)
 
 
@@ -29,6 +29,13 @@ def onnxruntime_int8(material: Material) -> Prepared:
     uint8 and int8 saturate there. It is left off, as by default: it changes the answers, hardly the speed, and
     `top1_agreement` shows the answers.
     """
+    file = quantized(material)
+    arithmetic = "int8 weights, uint8 activations; what ONNX Runtime cannot fuse in fp32"
+    return Prepared(lambda batch: _session(file, batch, material.threads), arithmetic, file.stat().st_size)
+
+
+def quantized(material: Material, *, symmetric: bool = False) -> Path:
+    """The ONNX file of the model with Q and DQ nodes; `symmetric`: activations in int8 on grids around zero."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -40,17 +47,18 @@ def onnxruntime_int8(material: Material) -> Prepared:
             image = next(self.images, None)
             return None if image is None else {"images": image.numpy()}
 
-    prepared, quantized = (material.folder / f"onnxruntime-{name}.onnx" for name in ("prepared", "int8"))
-    quant_pre_process(str(_exported(material)), str(prepared), skip_symbolic_shape=True)
+    names = ("prepared", "symmetric" if symmetric else "int8")
+    prepared, file = (material.folder / f"onnxruntime-{name}.onnx" for name in names)
+    quant_pre_process(str(exported(material)), str(prepared), skip_symbolic_shape=True)
     quantize_static(
-        str(prepared), str(quantized), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        str(prepared), str(file), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8, weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True} if symmetric else {},
     )  # fmt: skip
-    arithmetic = "int8 weights, uint8 activations; what ONNX Runtime cannot fuse in fp32"
-    return Prepared(lambda batch: _session(quantized, batch, material.threads), arithmetic, quantized.stat().st_size)
+    return file
 
 
-def _exported(material: Material) -> Path:
+def exported(material: Material) -> Path:
     """The ONNX file of the float model with a free batch size; made once."""
     file = material.folder / "float.onnx"
     if not file.is_file():
