@@ -46,8 +46,14 @@ def test_what_works_still_works(title: str) -> None:
     ("title", "why"),
     [
         ("MLP-Mixer", "models of class MlpMixer are not supported"),
-        ("ViT, parallel scaling blocks", "'blocks.0.in_proj' (Linear) of a ParallelScalingBlock, where one layer yields"),
-        ("ViT, differential attention", "'blocks.0.attn.qkv' (Linear) of a DiffAttention, which subtracts two softmaxes"),
+        (
+            "ViT, parallel scaling blocks",
+            "'blocks.0.in_proj' (Linear) of a ParallelScalingBlock, where one layer yields",
+        ),
+        (
+            "ViT, differential attention",
+            "'blocks.0.attn.qkv' (Linear) of a DiffAttention, which subtracts two softmaxes",
+        ),
         ("Hybrid of ResNet and ViT", "of a HybridEmbed, a convolutional network"),
     ],
 )

@@ -131,7 +131,7 @@ def check_arguments(kwargs: Mapping[str, Any]) -> None:
         if key == "features_only":
             raise UsageError(
                 "a model takes no argument 'features_only', which wraps it in another one: num_classes=0 answers with "
-                "one feature per image, global_pool=\"\" with one per token, and `forward_intermediates` of the "
+                'one feature per image, global_pool="" with one per token, and `forward_intermediates` of the '
                 "quantized model has those of each block"
             )
         if key in _ELSEWHERE:
