@@ -405,6 +405,30 @@ def test_norms_of_the_last_axis_are_known(norm: str) -> None:
         torch.testing.assert_close(quantized(images), model(images), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("vit_base_patch16_siglip_224", {"num_classes": 0}),
+        ("vit_small_patch14_reg4_dinov2", {"num_classes": 0, "global_pool": "", "patch_size": 16}),
+        ("vit_small_patch16_dinov3", {}),
+    ],
+)
+def test_intermediate_features_are_those_of_the_same_blocks(name: str, kwargs: dict[str, Any]) -> None:
+    """What `forward_intermediates` gives behind the last block is what the head sees, and it is quantized."""
+    torch.manual_seed(0)
+    small = {"img_size": 32, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model, images = shake(timm.create_model(name, **(small | kwargs))).eval(), torch.randn(3, 3, 32, 32)
+    quantized: Any = calibrate(quantize(model, "w4a4"), [images]).eval()
+    with torch.no_grad():
+        last, features = quantized.forward_intermediates(images, norm=True, output_fmt="NLC")
+        floats: Any = model.forward_intermediates(images, norm=True, output_fmt="NLC")[1]  # type: ignore[operator]
+        assert torch.equal(quantized.forward_head(last), quantized(images))
+    assert len(features) == 2 and torch.equal(features[-1], last[:, quantized.num_prefix_tokens :])
+    for own, other in zip(features, floats, strict=True):
+        assert own.shape == other.shape and not torch.allclose(own, other, atol=1e-3)
+        assert torch.cosine_similarity(own, other, dim=-1).mean() > 0.7
+
+
 def test_hybrid_stems_are_refused_by_name() -> None:
     """Every one of timm, without storage, as `train --dry-run` builds them."""
     names = [n for n in timm.list_models("vit_*") if re.search(r"_(r|r26|r50|resnet\d+d?)(_s\d+.*)?_\d+$", n)]

@@ -279,6 +279,8 @@ def test_unknown_models_and_arguments() -> None:
         create_model("vit_digit")
     with pytest.raises(UsageError, match="no argument 'embed_dimm'; did you mean 'embed_dim'"):
         create_model("vit_digits", embed_dimm=4)
+    with pytest.raises(UsageError, match="no argument 'features_only'.*num_classes=0.*`forward_intermediates`"):
+        create_model("vit_digits", features_only=True)
     with pytest.raises(UsageError, match="cannot make 'vit_digits'"):
         create_model("vit_digits", embed_dim=5, num_heads=2)
     with pytest.raises(UsageError, match="no pretrained weights"):
