@@ -324,7 +324,6 @@ def test_many_python_threads_and_a_fork() -> None:
         ("vit_tiny_patch16_224", {"scale_attn_norm": True}, "a norm or a gate in its attention"),
         ("vit_tiny_patch16_224", {"depth": 0}, "no blocks"),
         ("vit_tiny_patch16_224", {"global_pool": "max", "pool_include_prefix": True}, "pools prefix tokens by 'max'"),
-        (SWIN_NAME, {"img_size": 32, "dynamic_img_size": True}, "image size is not fixed"),
         ("vit_tiny_patch16_224", {"num_heads": 8}, "multiple of 4 channels, up to 256"),
         (SWIN_NAME, {"img_size": 48}, "windows that do not divide its 6x6 tokens"),
     ],
