@@ -36,7 +36,9 @@ TRIED, UP_TO = 8, 6
 #: How many of the calibration images decide, at most.
 IMAGES = 64
 #: How often an allocation is repeated, at most, to make room for it.
-_ROUNDS = 4
+_ROUNDS = 8
+#: The part of the limit that each of them gives up besides, since another plan has another price of these bits.
+_SLACK = 10_000
 
 
 def with_class_token(plan: QuantPlan, cost: CostModel, width: int, *, up_to: int = 8) -> QuantPlan | None:
@@ -159,7 +161,7 @@ def leaving_room(
         over = 0 if wider is None else cost.bit_operations(wider.resolve(cost.sites).widths()) - limit
         if over <= 0:
             break
-        within -= over
+        within -= over + limit // _SLACK
         plan = allocated(within)
     return plan
 
