@@ -77,9 +77,11 @@ class Registry(Mapping[K, T], Generic[K, T]):
 
 
 def import_files(package: str) -> None:
-    """Imports every file of a package but `__main__`, in the order of their names."""
+    """Imports every file of a package but `__main__`, and of packages in it, in the order of their names."""
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
-        if module.name != "__main__":
+        if module.ispkg:
+            import_files(f"{package}.{module.name}")
+        elif module.name != "__main__":
             importlib.import_module(f"{package}.{module.name}")
 
 
