@@ -128,7 +128,7 @@ def test_onnx_runtime_multiplies_integers(name: str, tmp_path: Path) -> None:
     assert sum(kind.startswith("MatMulInteger") for kind in kinds) == expected
 
 
-@pytest.mark.parametrize("exact_pairs", [False, True])
+@pytest.mark.parametrize("exact_pairs", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_width_for_prefix_tokens(exact_pairs: bool, tmp_path: Path) -> None:
     """Rows of two scales on integers, the weighted values in two parts, in both runtimes."""
     model, images = patchwise("vit", Split(8, 4, 0))

@@ -33,6 +33,7 @@ def attention_layouts() -> dict[str, Layout]:
 LAYOUTS: dict[str, tuple[Layout, tuple[int, ...]]] = {
     "input": (linear_sites("fc", nn.Linear(INPUTS, 2), TensorSpec())[0].layout, (2, 7, INPUTS)),
     "weight": (linear_sites("fc", nn.Linear(INPUTS, OUTPUTS), TensorSpec())[1].layout, (OUTPUTS, INPUTS)),
+    "tokens": (Layout(channels=(INPUTS,), positions=(7, 1)), (2, 7, INPUTS)),
     "image": (linear_sites("conv", nn.Conv2d(3, OUTPUTS, 2), TensorSpec())[0].layout, (2, 3, 8, 8)),
     "kernel": (linear_sites("conv", nn.Conv2d(3, OUTPUTS, 2), TensorSpec())[1].layout, (OUTPUTS, 3, 2, 2)),
     "query": (attention_layouts()["query"], (2, HEADS, 7, DIM)),
@@ -44,13 +45,15 @@ WITH_HEADS = ["query", "probs", "query_weight", "proj_weight"]
 GRIDS = {"signed": {}, "unsigned": {"signed": False}, "offset": {"signed": False, "symmetric": False}}
 
 
-def allowed(place: str, granularity: str) -> bool:
-    layout = LAYOUTS[place][0]
-    return granularity == "per-tensor" or (layout.heads if granularity == "per-head" else layout.channels) is not None
+def shape_of(layout: Layout, granularity: str) -> tuple[int, ...] | None:
+    """The shape of the scales; None where tensors of the layout cannot have them."""
+    shapes = {"per-head": layout.heads, "per-channel": layout.channels, "per-position": layout.positions}
+    return shapes.get(granularity, ())
 
 
 places_and_granularities = pytest.mark.parametrize(
-    ("place", "granularity"), [(place, name) for place in LAYOUTS for name in GRANULARITIES if allowed(place, name)]
+    ("place", "granularity"),
+    [(place, name) for place in LAYOUTS for name in GRANULARITIES if shape_of(LAYOUTS[place][0], name) is not None],
 )
 
 
@@ -130,7 +133,8 @@ def test_scales_shared_as_the_granularity_says(place: str, granularity: str, gri
     layout, shape = LAYOUTS[place]
     x = values(place)
     q = make(place, x, bit_width=3, granularity=granularity, **GRIDS[grid])
-    expected_shape = {"per-tensor": (), "per-channel": layout.channels, "per-head": layout.heads}[granularity]
+    expected_shape = shape_of(layout, granularity)
+    assert expected_shape is not None
     assert tuple(q.scale.shape) == (*expected_shape, 1)
     with torch.no_grad():
         q.scale.copy_(0.1 + torch.rand_like(q.scale))
