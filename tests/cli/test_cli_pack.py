@@ -142,7 +142,7 @@ def test_a_run_that_cannot_be_told_is_one_line(qvit: Qvit, run: Path) -> None:  
     assert "must hold a JSON object, not a list" in qvit("pack", run).failed(1)
 
 
-@pytest.mark.parametrize("engine", ["reference", "torch"])
+@pytest.mark.parametrize("engine", ["reference", pytest.param("torch", marks=pytest.mark.slow)])
 def test_a_packed_model_is_scored_on_integers(qvit: Qvit, run: Path, engine: str) -> None:  # noqa: F811
     qvit("pack", run)
     simulated = json.loads(qvit("evaluate", run, "--data", "digits", "--json").out)

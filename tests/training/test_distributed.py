@@ -152,6 +152,7 @@ trainer.fit(quiet=True)""",
 )
 
 
+@pytest.mark.slow
 def test_gradients_of_widths_are_judged_for_the_whole_batch(tmp_path: Path) -> None:
     """By clipping, with all widths at a limit: as one batch, in four micro-batches, on two processes, and both.
 
