@@ -16,7 +16,7 @@ from torch import Tensor
 from qvit.measure.fisher import Sums
 from qvit.measure.kl import measured
 from qvit.measure.metric import Task, register_metric
-from qvit.measure.relevance import predicted_class, relevance_graph, share_of
+from qvit.measure.relevance import carried, predicted_class, relevance_graph
 from qvit.measure.table import Table, site_type
 
 
@@ -26,8 +26,7 @@ def importance(task: Task) -> dict[str, Tensor]:
     found = {site: torch.zeros(probe.heads(site), dtype=torch.float64) for site in probe.quantizers}
     with relevance_graph(probe):
         for site, tensor, grad in sums.gradients():
-            carried = probe.squares_per_head(site, probe.quantizers[site].view((tensor * grad).abs_().sqrt_()))
-            found[site] += share_of(site) * carried.double().cpu()
+            found[site] += carried(probe, site, tensor, grad).cpu()
     largest: dict[str, float] = {}
     for site, values in found.items():
         kind = site_type(site)

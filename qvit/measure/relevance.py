@@ -47,6 +47,12 @@ def share_of(site: str) -> float:
     return 0.5 if site.rpartition(".")[2] in FACTORS else 1.0
 
 
+def carried(probe: Probe, site: str, tensor: Tensor, grad: Tensor) -> Tensor:
+    """Σ|R| of each head of a site: (heads,), in double precision."""
+    root = (tensor * grad).abs_().sqrt_()
+    return share_of(site) * probe.squares_per_head(site, probe.quantizers[site].view(root)).double()
+
+
 @contextmanager
 def relevance_graph(probe: Probe) -> Iterator[None]:
     """Within the block, gradients of the probe's model are those of the rules above."""
@@ -94,13 +100,12 @@ def relevance(task: Task) -> Table:
     sums, probe = Sums(task, start=predicted_class), task.probe
     with relevance_graph(probe):
         for site, tensor, grad in sums.gradients():
-            quantizer, share = probe.quantizers[site], share_of(site)
-            carried = share * probe.squares_per_head(site, quantizer.view((tensor * grad).abs_().sqrt_())).double()
-            require_finite(site, carried, "gradients")
+            own = carried(probe, site, tensor, grad)
+            require_finite(site, own, "gradients")
             if probe.sites[site].role == "weight":
-                sums.add(f"carried:{site}", carried)
+                sums.add(f"carried:{site}", own)
             else:
-                sums.add(site, carried[:, None] * _relative_errors(task, site, tensor))
+                sums.add(site, own[:, None] * _relative_errors(task, site, tensor))
         for site, weight in sums.weights.items():
             sums.add(site, sums[f"carried:{site}"][:, None] * _relative_errors(task, site, weight))
     return sums.table()

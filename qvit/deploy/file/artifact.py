@@ -138,7 +138,10 @@ class Artifact:
     def float_kwargs(self) -> dict[str, Any]:
         """Arguments of the float model that it was made of: its own, but for those that its quantization changed."""
         before = self.provenance.get(FLOAT_ARGUMENTS)
-        kwargs = self.model_kwargs | (before if isinstance(before, dict) else {})
+        kwargs = dict(self.model_kwargs)
+        for key, value in before.items() if isinstance(before, dict) else ():
+            if key in kwargs and isinstance(value, str | int | float | None):  # a stranger's file adds no argument
+                kwargs[key] = value
         return {key: value for key, value in kwargs.items() if value is not None}
 
     def save(self, path: str | Path) -> None:

@@ -157,7 +157,7 @@ def model_card(artifact: Artifact, facts: dict[str, Any], repo_id: str) -> str:
         if isinstance(artifact.provenance.get(key), (int, float))
     }
     accuracy = "\n".join(f"| {text} | {value:.2f} |" for text, value in found.items())
-    task = "image-feature-extraction" if answers_with_features(artifact.model()) else "image-classification"
+    task = "image-feature-extraction" if answers_with_features(artifact.skeleton) else "image-classification"
     measured = f"\n## Accuracy\n\n| | |\n|---|---:|\n{accuracy}\n" if accuracy else ""
     return f"""---
 library_name: qvit
