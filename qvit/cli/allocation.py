@@ -10,14 +10,22 @@ from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, bops, boundary_width, integers, print_json, print_table, progress_bar, say, size
+from qvit.cli.console import (
+    Json,
+    bops,
+    boundary_width,
+    integers,
+    kept_beside,
+    print_json,
+    print_table,
+    progress_bar,
+    say,
+    size,
+)
 from qvit.cli.options import Fields, Given, ModelArgs, command
 from qvit.errors import QvitError, UsageError
-from qvit.locks import remove_leftovers, writing_file
 from qvit.runs.requests import Request
 from qvit.training.config import validated
-
-PARTIAL = ".partial"
 
 
 @command("sensitivity", order=11)
@@ -74,7 +82,7 @@ def sensitivity(
         "type_normalised": type_normalised,
         "plan": plan,
     }
-    with writing_file(target):
+    with kept_beside(target) as partial:
         if metric == "learned":
             if request.data or request.weights:
                 raise UsageError("metric 'learned' reads a finished run: leave out --data and --weights")
@@ -84,10 +92,8 @@ def sensitivity(
             options["name"] = read_config(Path(request.model))[0].model
             found = measure_sensitivity(load_run(request.model), **options)
         else:
-            found = _measured(request, target, options)
+            found = _measured(request, partial, options)
         found.save(target)
-        Path(f"{target}{PARTIAL}").unlink(missing_ok=True)
-        remove_leftovers(target.parent, (target.name, f"{target.name}{PARTIAL}"))
     if as_json:
         return print_json(found.to_json())
     _show_types(found)
@@ -95,7 +101,7 @@ def sensitivity(
     say(f"sensitivity: {target.absolute()}   (`qvit allocate {target} --budget 4bit --out plan.json` makes a plan)")
 
 
-def _measured(request: Request, target: Path, options: dict[str, Any]) -> Any:
+def _measured(request: Request, kept: Path | None, options: dict[str, Any]) -> Any:
     from qvit.data.open import calibration_batches, data_config_of
     from qvit.measure import default_metric, measure_sensitivity
     from qvit.models.create import create_model
@@ -126,7 +132,7 @@ def _measured(request: Request, target: Path, options: dict[str, Any]) -> Any:
             float_model,
             batches,
             progress=partial(show, options["metric"] or default_metric(float_model)),
-            partial=f"{target}{PARTIAL}",
+            partial=kept,
             name=request.model,
             **options,
         )
@@ -242,7 +248,24 @@ def allocate(
     cost = inspect_model(create_shapes(measured.model, **model_arg))
     kind = Unit.of(unit, cost, measured.model)
     options: dict[str, Any] = {"unit": kind, "pins": pin or [], "ties": tie or [], "boundary": boundary_width(boundary)}
-    plans = {text: allocate_plan(cost, measured, text, **options) for text in budgets}
+    jobs = len(budgets) + (frontier is not None)
+    with progress_bar(hidden=as_json) as show:
+        plans = {}
+        for done, text in enumerate(budgets):
+            show("plans", done, jobs)
+            plans[text] = allocate_plan(cost, measured, text, **options)
+        show("plans", len(budgets), jobs)
+        report = None
+        if frontier is not None:
+            report = frontier_report(
+                cost,
+                measured,
+                [(text, plan.widths()) for text, plan in plans.items()],
+                points=points,
+                against=None if against is None else Sensitivity.load(against),
+                **options,
+            )
+            show("plans", jobs, jobs)
     rows = []
     for text, plan in plans.items():
         assert target is not None
@@ -264,15 +287,7 @@ def allocate(
             | ({} if kind.name != MILLISECONDS else {"milliseconds": kind.total(cost, widths)})
         )
     if frontier is not None:
-        chosen = [(text, plan.widths()) for text, plan in plans.items()]
-        report = frontier_report(
-            cost,
-            measured,
-            chosen,
-            points=points,
-            against=None if against is None else Sensitivity.load(against),
-            **options,
-        )
+        assert report is not None
         if frontier.suffix == ".json":
             write_json(frontier, report)
         else:

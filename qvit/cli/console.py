@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from qvit.errors import UsageError
 from qvit.files import parse_json
+from qvit.locks import remove_leftovers, writing_file
 from qvit.training.progress import PlainLines
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
@@ -134,6 +136,19 @@ def progress_bar(*, hidden: bool) -> Iterator[Callable[..., None]]:
         yield tell
     finally:
         bar.stop()
+
+
+@contextmanager
+def kept_beside(target: Path | None) -> Iterator[Path | None]:
+    """The file of what a command has found so far, beside the one that it writes; gone once that is there."""
+    if target is None:
+        yield None
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    with writing_file(target):
+        yield partial
+        partial.unlink(missing_ok=True)
+        remove_leftovers(target.parent, (target.name, partial.name))
 
 
 def print_json(data: Any) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qvit.cli.console import Json, Quiet, notifier, print_json, say, size
+from qvit.cli.console import Json, Quiet, notifier, print_json, progress_bar, say, size
 from qvit.cli.options import command
 from qvit.errors import UsageError
 
@@ -75,11 +76,13 @@ def export(
 
     if source.is_dir() and not (source / "packed.safetensors").is_file():
         raise UsageError(f"{source} has no packed.safetensors: pack the run first, then export that file")
-    result = write(
-        source / "packed.safetensors" if source.is_dir() else source, to, target, containers=containers, batch=batch,
-        image_size=parse_size(image_size) if image_size else None, any_size=any_size, vnni=not no_vnni,
-        overwrite=overwrite, check=not no_check, notify=notifier(quiet or as_json),
-    )  # fmt: skip
+    with progress_bar(hidden=quiet or as_json) as show:
+        result = write(
+            source / "packed.safetensors" if source.is_dir() else source, to, target, containers=containers,
+            batch=batch, image_size=parse_size(image_size) if image_size else None, any_size=any_size,
+            vnni=not no_vnni, overwrite=overwrite, check=not no_check, notify=notifier(quiet or as_json),
+            progress=partial(show, "steps of the export"),
+        )  # fmt: skip
     if as_json:
         return print_json(result)
     say(f"{result['file']}: {size(result['bytes'])}")

@@ -12,6 +12,7 @@ from qvit.cli.console import (
     Quiet,
     bops,
     features_in_words,
+    kept_beside,
     notifier,
     print_json,
     print_table,
@@ -22,6 +23,7 @@ from qvit.cli.console import (
 )
 from qvit.cli.options import ClassMap, Device, Workers, command
 from qvit.errors import UsageError
+from qvit.files import write_json
 
 #: Tokens that a table of features shows; JSON has all.
 _WORST_TOKENS = 5
@@ -113,6 +115,12 @@ def evaluate(
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="With features of a packed model: take them from timm's hub.")
     ] = False,
+    target: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Also write the scores here, as JSON; an interrupted call with --out goes on where it was."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score a model on images: top-1 and top-5. A run is simulated in float, a packed model runs on integers.
@@ -120,7 +128,7 @@ def evaluate(
     With --features, or where a model has no classes, its features are judged beside those of the float model.
 
     Examples:  [cyan]qvit evaluate runs/deit --data imagenet/val --class-map classes.txt --json[/]
-    [cyan]qvit evaluate runs/deit/packed.safetensors --data imagenet/val --engine onnxruntime[/]
+    [cyan]qvit evaluate runs/deit/packed.safetensors --data imagenet/val --engine onnxruntime --out scores.json[/]
     [cyan]qvit evaluate runs/dino/packed.safetensors --data photos --weights dinov2-small --features[/]
     """
     if engine is not None and model.is_dir():
@@ -129,6 +137,8 @@ def evaluate(
         raise UsageError("--pretrained is for packed models: a run knows its float model")
     if image_size is not None and model.is_dir():
         raise UsageError(f"--image-size is for packed models: `qvit pack {model}` makes one")
+    if target is not None and (target.is_dir() or target.resolve() == model.resolve()):
+        raise UsageError(f"{target} is {'a folder' if target.is_dir() else 'the model'}: name a file with --out")
     common: dict[str, Any] = {"class_map": class_map, "batch_size": batch_size, "workers": workers}
     common |= {"features": features, "weights": weights}
     images = 0
@@ -137,8 +147,8 @@ def evaluate(
         nonlocal images
         images = count
 
-    with progress_bar(hidden=as_json) as show:
-        common |= {"start": begin, "progress": lambda done: show("images", done, images)}
+    with kept_beside(target) as partial, progress_bar(hidden=as_json) as show:
+        common |= {"start": begin, "progress": lambda done: show("images", done, images), "partial": partial}
         if model.is_file():
             from qvit.models.sizes import parse_size
             from qvit.runs.packed import evaluate_packed
@@ -153,6 +163,8 @@ def evaluate(
             from qvit.runs.run import evaluate_run
 
             scores = evaluate_run(model, data, device=device, **common)
+        if target is not None:
+            write_json(target, scores)
     if as_json:
         return print_json(scores)
     if "cosine" in scores:

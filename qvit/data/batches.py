@@ -12,6 +12,7 @@ number, rank), so unlike the other augmentation it depends on how images are dea
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -134,7 +135,7 @@ class BatchLoader(Passes):
         random_erasing: Probability of erasing a rectangle.
 
     Attributes:
-        skipped: Images left out in the latest pass, because they could not be read.
+        skipped: Images left out in the latest pass, because they could not be read; in batches that are behind.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class BatchLoader(Passes):
         self._schedule: Any = samples if batches is None else batches
         self._length: int = samples.batches if batches is None else len(batches)
         self._source, self._replaces = source, samples.replaces
-        self._found, self.skipped = dict[str, None](), 0
+        self._found, self._bad_ahead, self.skipped = dict[str, None](), deque[int](), 0
         channels, device = data_config["input_size"][0], torch.device(how.device)
         dealt: dict[str, Any] = {"batch_size": how.batch_size} if batches is None else {"batch_sampler": batches}
         loader = DataLoader(
@@ -182,8 +183,11 @@ class BatchLoader(Passes):
         self._schedule.start(epoch, skip)
         if self._erasing is not None:
             self._erasing.start(epoch, skip)
-        self.skipped = 0
+        self.skipped, self.passed = 0, skip
+        self._bad_ahead.clear()
         for images, targets in self._prefetcher:
+            self.passed += 1
+            self.skipped += self._bad_ahead.popleft()
             if images.is_cuda:
                 # Written on a stream of the prefetcher's. Where steps are only queued, as without a question to the
                 # device, timm up to 1.0.29 would write a later batch into memory that a queued step has yet to read.
@@ -197,7 +201,7 @@ class BatchLoader(Passes):
         for image, reason in bad:
             self._source.bad.note(image, reason, self._source.name)
             self._found[image] = None
-        self.skipped += 0 if self._replaces else len(bad)
+        self._bad_ahead.append(0 if self._replaces else len(bad))
         if not bad or 2 * len(self._found) <= len(self._source):
             return None
         image, reason = bad[-1]

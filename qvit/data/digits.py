@@ -153,7 +153,8 @@ class DigitsLoader(Passes):
         if self._augment:  # all of them in one go, so that no digit depends on which others are taken
             generator = torch.Generator().manual_seed(derived_seed(AFFINE, self._seed, epoch))
             images = random_affine(images, generator=generator)
-        for batch in self._batches[skip:]:
+        for number, batch in enumerate(self._batches[skip:], skip + 1):
+            self.passed = number
             yield self._fit(images[batch]), targets[batch]
 
     def _fit(self, images: Tensor) -> Tensor:

@@ -148,9 +148,13 @@ class Passes:
     `len()` is the batches of an epoch. A training loader draws nothing from the global generators: what it yields
     depends on its seed, the epoch and the position in the epoch alone. Without `set_epoch` the first pass is that of
     epoch 0, the next that of epoch 1, ...
+
+    Attributes:
+        passed: Batches of the latest pass that are behind: those it began after, and those that had no image left.
     """
 
     _next = (0, 0)
+    passed = 0
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """The next pass is that of `epoch`, without its first `skip` batches.

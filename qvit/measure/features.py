@@ -20,12 +20,14 @@ E[u·uᵀ] = P/‖f‖², from which the squared gradients of `fisher` start in 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from qvit.data.sampling import Passes
 from qvit.errors import QvitError
+from qvit.measure.partial import NOTHING_KEPT, Partial
 from qvit.models.features import CLASS_TOKEN, Features, token_rows
 
 #: Images that are each other's neighbours, at most: the first ones.
@@ -98,6 +100,21 @@ class FeatureScores:
         self._classes.append(targets[:room].cpu())
         self.images += len(f)
 
+    def state(self, skipped: int) -> dict[str, Tensor]:
+        """What was added so far, and the number of unreadable images, as tensors; see `restore`."""
+        sums = {"cosines": self._cosines, "errors": self._errors, "lengths": self._lengths}
+        vectors = {"reference": torch.cat(self._vectors[0]), "found": torch.cat(self._vectors[1])}
+        counts = {"images": torch.tensor([self.images, skipped]), "classes": torch.cat(self._classes)}
+        return {**sums, **vectors, **counts, "least": torch.tensor(self._least, dtype=torch.float64)}
+
+    def restore(self, state: dict[str, Tensor]) -> int:
+        """Goes on from an earlier `state`; returns the unreadable images of that time."""
+        self._cosines, self._errors, self._lengths = (state[name] for name in ("cosines", "errors", "lengths"))
+        self._vectors, self._classes = ([state["reference"]], [state["found"]]), [state["classes"]]
+        self._least = float(state["least"])
+        self.images, skipped = state["images"].tolist()
+        return skipped
+
     def _of_images(self, rows: Tensor) -> Tensor:
         """One vector per image (B, C) from its rows (B, N, C)."""
         if CLASS_TOKEN in self.names:
@@ -168,6 +185,7 @@ def judge_features(
     labelled: bool = True,
     by_token: bool = False,
     progress: Callable[[int], None] | None = None,
+    partial: Partial = NOTHING_KEPT,
 ) -> dict[str, Any]:
     """Judges features on images.
 
@@ -178,6 +196,7 @@ def judge_features(
         labelled: Whether the classes are labels.
         by_token: See `FeatureScores.record`.
         progress: Called with the number of images after each batch.
+        partial: Where an earlier call kept what it had found, and this one does; see `training.evaluate`.
 
     Returns:
         `FeatureScores.record`, with `images`, and `skipped` where some could not be read.
@@ -186,13 +205,18 @@ def judge_features(
         QvitError: No images, most could not be read, or features that are not finite or of different shapes.
     """
     scores = FeatureScores()
+    done, kept = partial.load()
+    before = scores.restore(kept) if done else 0
+    if done:
+        cast(Passes, loader).set_epoch(0, done)
     for images, targets in loader:
         ours, theirs = found(images), reference(images)
         classes = targets if labelled else torch.full_like(targets, -1)
         scores.add(theirs, ours, classes, names(tuple(ours.shape)))
         if progress is not None:
             progress(scores.images)
-    skipped = getattr(loader, "skipped", 0)
+        partial.save(getattr(loader, "passed", 0), lambda: scores.state(before + getattr(loader, "skipped", 0)))
+    skipped = before + getattr(loader, "skipped", 0)
     if skipped > scores.images:
         raise QvitError(f"of {scores.images + skipped} images to judge features by {skipped} cannot be read")
     return scores.record(by_token=by_token) | {"images": scores.images} | ({"skipped": skipped} if skipped else {})

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from qvit.measure.metric import Task, register_metric
-from qvit.measure.partial import Partial
+from qvit.measure.partial import NOTHING_KEPT
 from qvit.measure.probe import require_finite
 from qvit.measure.table import Table
 
@@ -62,7 +62,7 @@ class Sums:
         kept: bool = True,
     ) -> None:
         self.task, self.probe = task, task.probe
-        self.partial = task.partial() if kept else Partial(None, task.probe, (), (), ())
+        self.partial = task.partial() if kept else NOTHING_KEPT
         self.answer, self.start = answer or task.probe.logits, start or signed_answer
         self.images = [image for batch in task.batches for image in batch.split(1)]
         self.images_done, self._sums = self.partial.load()

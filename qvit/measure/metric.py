@@ -59,7 +59,7 @@ class Task:
 
     def partial(self) -> Partial:
         """What an earlier call with equal arguments left."""
-        return Partial(self.file, self.probe, self.widths, self.batches, (self.metric, self.seed))
+        return Partial.of_probe(self.file, self.probe, self.widths, self.batches, (self.metric, self.seed))
 
 
 Measure = Callable[[Task], Table]

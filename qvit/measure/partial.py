@@ -1,17 +1,17 @@
 """What a measurement has found so far, in a file beside its result, so that an interrupted call goes on where it was.
 
-    FILE.partial      safetensors: the sums or tables that a metric keeps, and in its metadata a digest and a count
+    FILE.partial      safetensors: the sums or tables that it keeps, and in its metadata a digest and a count
 
-The digest is of everything that the numbers depend on: metric, seed, widths, grids, parameters, scales and images. A
-file of another call, or one that cannot be read, is left out of account and overwritten. Numbers are kept in full
-precision, so a measurement that was interrupted ends with the same bits as one that was not.
+The digest is of everything that the numbers depend on, such as metric, seed, widths, grids, parameters, scales and
+images. A file of another call, or one that cannot be read, is left out of account and overwritten. Numbers are kept in
+full precision, so a measurement that was interrupted ends with the same bits as one that was not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -29,15 +29,22 @@ class Partial:
 
     Args:
         path: Where; None keeps nothing.
-        probe, widths, images: What is measured, and with which images.
-        key: What else the numbers depend on: metric and seed.
+        tensors: What the numbers depend on; not read where nothing is kept.
+        key: What else they depend on, as plain data.
     """
 
-    def __init__(
-        self, path: Path | None, probe: Probe, widths: Sequence[int], images: Sequence[Tensor], key: tuple[object, ...]
-    ) -> None:
+    def __init__(self, path: Path | None, tensors: Iterable[Tensor] = (), *key: object) -> None:
         self.path, self._saved = path, time.monotonic()
-        self._digest = "" if path is None else _digest(probe, images, key, tuple(widths))
+        self._digest = "" if path is None else _digest(tensors, key)
+
+    @classmethod
+    def of_probe(
+        cls, path: Path | None, probe: Probe, widths: Sequence[int], images: Sequence[Tensor], key: tuple[object, ...]
+    ) -> Partial:
+        """The file of a measurement of `probe` at `widths` with `images`; `key` is metric and seed."""
+        state = (value for name, value in probe.model.state_dict().items() if "bit_width" not in name)
+        specs = [str(quantizer.spec) for quantizer in probe.quantizers.values()]
+        return cls(path, (*state, *images), key, tuple(widths), specs)
 
     def load(self) -> tuple[int, dict[str, Tensor]]:
         """How much was done, and the tensors; `(0, {})` if there is nothing of this call."""
@@ -62,9 +69,12 @@ class Partial:
         self._saved = time.monotonic()
 
 
-def _digest(probe: Probe, images: Sequence[Tensor], *key: object) -> str:
-    specs = [str(quantizer.spec) for quantizer in probe.quantizers.values()]
-    digest = hashlib.sha256(repr((*key, specs)).encode())
-    for tensor in (*(value for name, value in probe.model.state_dict().items() if "bit_width" not in name), *images):
+#: For what keeps no file.
+NOTHING_KEPT = Partial(None)
+
+
+def _digest(tensors: Iterable[Tensor], key: tuple[object, ...]) -> str:
+    digest = hashlib.sha256(repr(key).encode())
+    for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -226,7 +226,7 @@ def measure_splits(
     with torch.no_grad():
         reference = [distance_of(model).prepared(model.eval()(batch)) for batch in batches]
     plain_widths, done = block_widths(plan, cost, key=key), 0
-    so_far = Partial(partial, probe, (), batches, ("splits", key, sorted(plan.widths().items())))
+    so_far = Partial.of_probe(partial, probe, (), batches, ("splits", key, sorted(plan.widths().items())))
     _, measured = so_far.load()
     damages: dict[str, list[float]] = {block: [] for block in candidates}
     total = sum(len(own) for own in candidates.values())

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qvit.measure.features import judge_features
+from qvit.measure.partial import NOTHING_KEPT, Partial
 from qvit.methods.ptq.residual_rotation import unrotated
 from qvit.models.convert import in_eval_mode
 from qvit.models.features import feature_function, token_names
@@ -25,6 +26,7 @@ def compare_features(
     labelled: bool,
     by_token: bool = False,
     progress: Callable[[int], None] | None = None,
+    partial: Partial = NOTHING_KEPT,
 ) -> dict[str, Any]:
     """Judges the features of a model beside the float model's, see `measure.features.judge_features`.
 
@@ -35,10 +37,11 @@ def compare_features(
         labelled: Whether the classes are labels.
         by_token: Whether every token is listed.
         progress: Called with the number of images after each batch.
+        partial: Where an interrupted call's sums are kept.
     """
     with in_eval_mode(model), in_eval_mode(reference), feature_function(reference) as of_float:
         names = lambda shape: token_names(reference, shape)  # noqa: E731
-        how: dict[str, Any] = {"labelled": labelled, "by_token": by_token, "progress": progress}
+        how: dict[str, Any] = {"labelled": labelled, "by_token": by_token, "progress": progress, "partial": partial}
         if getattr(reference, "num_classes", None) == 0:
             return judge_features(of_float, model, loader, names, **how)
         back = unrotated(reference, model)

@@ -28,6 +28,7 @@ from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished, written
 from qvit.runs.features import compare_features
 from qvit.runs.run import TO_SCORE_BY, load_run, quantized_arguments, require_all_classes
+from qvit.runs.scores import counted_so_far
 from qvit.training.config import TrainConfig
 from qvit.training.evaluate import evaluate
 
@@ -123,6 +124,7 @@ def evaluate_packed(
     threads: int | None = None,
     progress: Callable[[int], None] | None = None,
     start: Callable[[int], None] | None = None,
+    partial: Path | None = None,
 ) -> dict[str, Any]:
     """Scores a packed model on images, by an engine of `qvit.load`.
 
@@ -137,6 +139,7 @@ def evaluate_packed(
         image_size: Height and width of the images; None: those of the model.
         class_map, batch_size, workers, threads: See the command.
         start, progress: Told how many images there are, and how many are done.
+        partial: File of what was counted so far; a repeated call goes on from there.
 
     Returns:
         `{"top1", "top5", "images", "engine", "arithmetic"}`, in percent; or those of features.
@@ -156,7 +159,12 @@ def evaluate_packed(
         model, how = _with_features(artifact, shapes, engine, threads)
         if start is not None:
             start(len(source))
+        so_far = counted_so_far(
+            partial, source, artifact.data_config, batch_size, "features", how.get("engine"),
+            file=file, models=[reference],
+        )  # fmt: skip
         how_judged: dict[str, Any] = {"labelled": source.labelled, "by_token": True, "progress": progress}
+        how_judged["partial"] = so_far
         return compare_features(model, reference, loader, **how_judged) | how
     running = create_engine(artifact, engine, threads=threads)
     names = None if class_map else list(artifact.class_names) or None
@@ -167,7 +175,8 @@ def evaluate_packed(
     loader = eval_loader(source, dict(artifact.data_config), batch_size=batch_size, workers=workers)
     if start is not None:
         start(len(source))
-    scores = evaluate(Running(running), loader, progress=progress)
+    so_far = counted_so_far(partial, source, artifact.data_config, batch_size, running.name, file=file)
+    scores = evaluate(Running(running), loader, progress=progress, partial=so_far)
     return scores | {"engine": running.name, "arithmetic": running.arithmetic}
 
 

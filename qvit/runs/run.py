@@ -57,6 +57,7 @@ from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear, read_config, require_finished, written
 from qvit.runs.features import compare_features
+from qvit.runs.scores import counted_so_far
 from qvit.runs.subject import Subject, float_model, open_images, open_subject
 from qvit.tensors import total_bytes
 from qvit.training.checkpoint import (
@@ -196,6 +197,7 @@ def evaluate_run(
     device: str = "auto",
     progress: Callable[[int], None] | None = None,
     start: Callable[[int], None] | None = None,
+    partial: Path | None = None,
 ) -> dict[str, Any]:
     """Scores a run's model on other images: `{"top1", "top5", "images"}` in percent.
 
@@ -207,6 +209,7 @@ def evaluate_run(
         weights: With features: where the float model's weights are, if no longer where the run took them from.
         class_map, batch_size, workers, device: See the command.
         start, progress: Told how many images there are, and how many are done.
+        partial: File of what was counted so far; a repeated call goes on from there.
     """
     run = Path(out)
     config, record = read_config(run)
@@ -222,8 +225,13 @@ def evaluate_run(
         reference = float_model(float_config, classes).to(place).eval()
         if start is not None:
             start(len(source))
-        loader = eval_loader(source, data_config_of(model), Reading(batch_size, workers, place))
-        return compare_features(model, reference, loader, labelled=source.labelled, by_token=True, progress=progress)
+        so_far = counted_so_far(
+            partial, source, data_config_of(model), batch_size, "features", models=[model, reference]
+        )
+        return compare_features(
+            model, reference, eval_loader(source, data_config_of(model), Reading(batch_size, workers, place)),
+            labelled=source.labelled, by_token=True, progress=progress, partial=so_far,
+        )  # fmt: skip
     source = _images_to_score(config, record, data, class_map)
     require_labels(source, TO_SCORE_BY)
     if class_map is None and not record.get("class_names"):
@@ -234,6 +242,7 @@ def evaluate_run(
         model,
         eval_loader(source, data_config_of(model), Reading(batch_size, workers, place)),
         progress=progress,
+        partial=counted_so_far(partial, source, data_config_of(model), batch_size, models=[model]),
     )
 
 

@@ -5,18 +5,22 @@ the same first answer, right or wrong, and divergence the mean of KL(p_reference
 
 With several processes each scores its part of the images (`eval_loader(..., rank, world_size)`), and the counts are
 summed once, at the end. Parts need not be equal, and may be empty: no image is added to make them so.
+
+What is counted may be kept in a file (`measure/partial.py`): the next call begins with the batch that comes after.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from qvit.data.sampling import Passes
 from qvit.errors import QvitError
+from qvit.measure.partial import NOTHING_KEPT, Partial
 from qvit.measure.probe import divergence_terms
 from qvit.models.convert import in_eval_mode
 
@@ -33,6 +37,7 @@ def evaluate(
     labelled: bool = True,
     progress: Callable[[int], None] | None = None,
     reduce: Callable[[Tensor], Tensor] | None = None,
+    partial: Partial = NOTHING_KEPT,
 ) -> dict[str, Any]:
     """Scores `model` in eval mode; its mode is restored.
 
@@ -44,6 +49,8 @@ def evaluate(
         progress: Called with the number of images after each batch, those of this process.
         reduce: Sums an int64 tensor on the model's device over processes, and returns the sum. It is called exactly
             once, also in a process without images.
+        partial: Where an earlier call kept what it had counted, and this one does; then `loader` is one of
+            `data.eval_loader`, which can leave out batches. For one process.
 
     Returns:
         `{"top1", "top5", "images"}`, in percent; with fewer than five classes top5 counts all of them. With a
@@ -57,7 +64,19 @@ def evaluate(
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     hits = torch.zeros(5, dtype=torch.int64, device=device)
     distance = torch.zeros((), dtype=torch.float64, device=device)
-    images = 0
+    images = skipped = 0
+    done, kept = partial.load()
+    if done:
+        cast(Passes, loader).set_epoch(0, done)
+        hits, distance = kept["hits"].to(device), kept["distance"].to(device)
+        images, skipped = kept["images"].tolist()
+
+    def skipped_so_far() -> int:
+        return skipped + getattr(loader, "skipped", 0)
+
+    def counted() -> dict[str, Tensor]:
+        return {"hits": hits, "distance": distance, "images": torch.tensor([images, skipped_so_far()])}
+
     with ExitStack() as modes:
         for one in models:
             modes.enter_context(in_eval_mode(one))
@@ -75,7 +94,8 @@ def evaluate(
             images += len(batch)
             if progress is not None:
                 progress(images)
-    counts = torch.cat([hits, hits.new_tensor([images, getattr(loader, "skipped", 0)])])
+            partial.save(getattr(loader, "passed", 0), counted)
+    counts = torch.cat([hits, hits.new_tensor([images, skipped_so_far()])])
     if reference is not None:
         counts = torch.cat([counts, (distance * _PARTS_OF_A_NAT).round().long()[None]])
     if reduce is not None:

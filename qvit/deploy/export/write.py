@@ -48,6 +48,7 @@ def export(
     overwrite: bool = False,
     check: bool = True,
     notify: Callable[[str], None] = _log.info,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Exports a packed file.
 
@@ -63,6 +64,7 @@ def export(
         overwrite: Replaces a file that is there.
         check: Runs what was written, if its runtime is installed.
         notify: Is told what is done.
+        progress: Is told how many steps are behind, of how many: read, written, run.
 
     Returns:
         `file`, `to`, `bytes`, `containers`, `batch`, `image_size` (None: any), `vnni`, and `check`: `images`,
@@ -99,9 +101,12 @@ def export(
     there = [file for file in written if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{there[0]} is there: choose another --out, or --overwrite")
+    steps = 2 + check
+    progress(0, steps)
     artifact = Artifact.load(source)
     artifact = artifact if image_size is None else at_size(artifact, image_size)
     notify(f"writing {target}")
+    progress(1, steps)
     with writing_file(target):
         if to == "onnx":
             export_onnx(artifact, target, small=containers != "8bit", batch=batch, any_size=any_size)
@@ -111,6 +116,11 @@ def export(
             export_executorch(artifact, target, batch=batch or 1)
         else:
             export_openvino(artifact, target, batch=batch, exact_pairs=vnni, any_size=any_size)
+    progress(2, steps)
+    told: dict[str, Any] = {"skipped": "not asked for"}
+    if check:
+        told = _checked(artifact, target, to, batch or 4, vnni, any_size)
+        progress(steps, steps)
     return {
         "file": str(target),
         "to": to,
@@ -119,7 +129,7 @@ def export(
         "batch": batch,
         "image_size": None if any_size else list(size_of(artifact)[1:]),
         "vnni": vnni,
-        "check": _checked(artifact, target, to, batch or 4, vnni, any_size) if check else {"skipped": "not asked for"},
+        "check": told,
     }
 
 
