@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from qvit.cli.export import _words
 from qvit.deploy.engines.openvino import int8_is_exact as openvino_int8_is_exact
+from qvit.deploy.engines.reference import ReferenceEngine
 from qvit.deploy.export import write as export
 from qvit.deploy.file.artifact import Artifact
 
@@ -64,7 +66,7 @@ def test_openvino_of_a_run(qvit: Qvit, packed: Path, tmp_path: Path) -> None:  #
 def test_saturation_is_said(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reference: Any = lambda *_: lambda images: torch.ones(len(images), 3)  # noqa: E731
     monkeypatch.setattr(export, "ReferenceEngine", reference)
-    monkeypatch.setattr(export, "exported_runner", lambda *_: lambda images: torch.zeros(len(images), 3))
+    monkeypatch.setattr(export, "exported_runner", lambda *_: lambda images: torch.full((len(images), 3), 2.0))
     monkeypatch.setattr(export, "export_openvino", lambda artifact, path, **_: (
         path.write_text("x"), path.with_suffix(".bin").write_text("y")))  # fmt: skip
     result = export.export(packed, "openvino", tmp_path / "model.xml")
@@ -109,6 +111,21 @@ def test_without_onnx_it_is_said_how_to_install_it(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "onnx" else find(name, *a))
     message = qvit("export", packed, "--out", tmp_path / "m.onnx").failed(2)
     assert 'pip install "qvit[onnx]"' in message and not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.usefixtures("runtimes")
+@pytest.mark.parametrize("wrong", [0.0, math.nan, -1.0])
+def test_a_file_that_answers_otherwise_is_an_error(
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    qvit: Qvit,  # noqa: F811
+    wrong: float,
+) -> None:
+    answers = lambda *_: lambda images: wrong * ReferenceEngine(Artifact.load(packed), None)(images)  # noqa: E731
+    monkeypatch.setattr(export, "exported_runner", answers)
+    monkeypatch.setattr(export, "export_onnx", lambda artifact, path, **_: path.write_text("x"))
+    assert "answers otherwise" in qvit("export", packed, "--to", "onnx", "--out", tmp_path / "m.onnx").failed(1)
 
 
 @pytest.mark.usefixtures("runtimes")

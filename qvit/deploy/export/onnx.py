@@ -156,10 +156,14 @@ class GraphArithmetic(Arithmetic):
     def linear(self, operand: Operand, weight: Tensor, weight_scale: Tensor) -> Tensor:
         if operand.codes.is_floating_point() or operand.scale.numel() > 1:  # more than one: of rows
             sums = _values(operand.codes, operand.zero) @ _values(weight, self.right[1])
-            return sums * (operand.scale * weight_scale)
+            return self.of_rows(sums, operand.scale * weight_scale)
         # With the scales in the DQ nodes, runtimes multiply by them inside the product.
         x = _dequantize(operand.codes, operand.zero, operand.scale)
         return x @ _dequantize(weight, self.right[1], weight_scale)
+
+    def of_rows(self, sums: Tensor, scales: Tensor) -> Tensor:
+        """Sums (..., N, out) times scales that differ by row (N, out)."""
+        return sums * scales
 
     def matmul(self, left: Operand, right: Operand, factor: float | Tensor) -> Tensor:
         single = left.scale.numel() == right.scale.numel() == 1 and isinstance(factor, float)
@@ -202,7 +206,8 @@ class OpenVinoArithmetic(GraphArithmetic):
 
     Where Q and DQ are apart, OpenVINO leaves the product of q and k in float. A product followed by a vector (H, 1, 1)
     is taken for one with a scale per channel by its CPU plugin, which then fails; with (H, N, 1), or (H, 1, d) where
-    there is one token (class attention), it is left alone.
+    there is one token (class attention), it is left alone. Sums of codes in (B, N, out) times scales (N, out) are
+    wrong where B is open (OpenVINO 2026.4 takes the first row's scales for all); with one dimension more they are not.
     """
 
     left = right = projected = (torch.int8, 0)
@@ -216,6 +221,9 @@ class OpenVinoArithmetic(GraphArithmetic):
 
     def kept(self, operand: Operand) -> Operand:
         return replace(operand, codes=_dequantize(operand.codes, operand.zero), zero=0)
+
+    def of_rows(self, sums: Tensor, scales: Tensor) -> Tensor:
+        return (sums.unsqueeze(-3) * scales).squeeze(-3)
 
     def spread(self, values: Tensor, x: Tensor) -> Tensor:
         if values.dim() < 3:

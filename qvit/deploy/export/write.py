@@ -23,7 +23,7 @@ from qvit.deploy.export.program import export_executorch, export_program
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.resize import at_size
 from qvit.deploy.packages import missing, onnxruntime_session, openvino_core
-from qvit.errors import UsageError, nearest
+from qvit.errors import QvitError, UsageError, nearest
 from qvit.locks import writing_file
 from qvit.measure.features import cosine_distances
 from qvit.models.create import create_shapes
@@ -32,6 +32,9 @@ from qvit.models.features import answers_with_features
 _log = logging.getLogger(__name__)
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2", "executorch": ".pte"}
 CONTAINERS = ("small", "8bit")
+#: The least cosine of what a written file and the packed model answer to noise. Models of few bits that differ in
+#: rounding alone have more than 0.9, those with wrong scales one near 0.
+LEAST_SIMILARITY = 0.5
 RUNTIMES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch", "executorch": "executorch"}
 
 
@@ -73,7 +76,7 @@ def export(
 
     Raises:
         UsageError: Options that cannot be meant, a file that is there, a missing package.
-        QvitError: A file that cannot be read, or written.
+        QvitError: A file that cannot be read, or written; or what was written answers otherwise than the packed model.
     """
     if to not in SUFFIXES:
         raise UsageError(f"unknown format '{to}'{nearest(to, SUFFIXES)} ({', '.join(SUFFIXES)})")
@@ -154,6 +157,7 @@ def _checked(artifact: Artifact, path: Path, to: str, count: int, vnni: bool, an
     if missing(RUNTIMES[to]):
         return {"skipped": f"{RUNTIMES[to]} is not installed"}
     channels, height, width = size_of(artifact)
+    saturates = to == "openvino" and vnni and not openvino_int8_is_exact()
     if any_size:  # another one than the graph was traced with
         embed: Any = artifact.skeleton.get_submodule("patch_embed")
         height += embed.patch_size[0]
@@ -166,10 +170,17 @@ def _checked(artifact: Artifact, path: Path, to: str, count: int, vnni: bool, an
     how_near: dict[str, float] = {"agreement": 100.0 * float((found.argmax(1) == expected.argmax(1)).double().mean())}
     if answers_with_features(create_shapes(artifact.model_name, **artifact.model_kwargs)):
         how_near = {"cosine": 1 - float(cosine_distances(expected, found).mean())}
+    alike = float(torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0))
+    if not alike > LEAST_SIMILARITY and not saturates:
+        raise QvitError(
+            f"{path} was written, but {RUNTIMES[to]} answers otherwise than the packed model with it (the cosine of "
+            f"the answers to {count} random images is {alike:.2f}): do not use it. --batch {count} may give one that "
+            "is right"
+        )
     return {
         "images": count,
         "largest_difference": float((found - expected).abs().max()),
         "largest_logit": float(expected.abs().max()),
         **how_near,
-        "saturates": to == "openvino" and vnni and not openvino_int8_is_exact(),
+        "saturates": saturates,
     }
