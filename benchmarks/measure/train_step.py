@@ -15,7 +15,8 @@ bf16 is left out for AVX2, where PyTorch has no fast products of it:
 
     python benchmarks/measure/train_step.py --modes eager --instructions avx512 avx2
 
-On a CUDA GPU, eager and with CUDA graphs, as `qvit train` runs, into a file of its own:
+On a CUDA GPU, eager and with CUDA graphs, as `qvit train` runs, into a file of its own; with the forms that the
+variable `QVIT_GPU_FUSED` names:
 
     python benchmarks/measure/train_step.py --device cuda --batch 128 --modes graphs eager \
         --out benchmarks/results/train_step_cuda.json
@@ -32,6 +33,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +43,14 @@ from record import RESULTS, record_of
 from qvit.data.open import data_config_of
 from qvit.deploy.bench.hardware import cpu_instructions, hardware
 from qvit.files import write_json
-from qvit.kernels import cpu
+from qvit.kernels import cpu, gpu_norm
 from qvit.kernels.cpu import has_int8_dot_products
 from qvit.methods import create_method
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
+from qvit.models.norms import fused_norms
 from qvit.training.config import TrainConfig
 from qvit.training.graphs import GraphedModel
 from qvit.training.loop import run_on_integers
@@ -89,6 +92,9 @@ def make_step(row: str, mode: str, precision: str, options: argparse.Namespace) 
         if row.endswith(INTEGERS):
             run_on_integers(model, config)
     model.train()
+    forms = ExitStack()  # as long as there are steps
+    if device.startswith("cuda") and gpu_norm.ENABLED and mode != "compiled":
+        forms.enter_context(fused_norms(model))
     optimizer = create_optimizer(model, opt="adamw", lr=1e-4, weight_decay=0.05, width_lr=1e-3)
     compiled = {"compiled": torch.compile, "graphs": GraphedModel}.get(mode, lambda same: same)(model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -103,6 +109,8 @@ def make_step(row: str, mode: str, precision: str, options: argparse.Namespace) 
         optimizer.zero_grad(set_to_none=True)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
+
+    step.forms = forms  # type: ignore[attr-defined]
 
     def plain_step() -> None:
         cpu.ENABLED = False

@@ -40,10 +40,11 @@ from torch.nn.parallel import DistributedDataParallel
 from qvit.data.labels.recovery import SoftLabelLoss, first_classes
 from qvit.data.loading import LoaderLike
 from qvit.errors import QvitError, UsageError, first_line
-from qvit.kernels import cpu
+from qvit.kernels import cpu, gpu_norm
 from qvit.models.families import inspect_model
 from qvit.models.features import answers_with_features, classifier_inputs
 from qvit.models.layers import QuantLinear
+from qvit.models.norms import fused_norms
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, load_state, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
@@ -134,6 +135,7 @@ class Trainer:
         self.diagnostics = Diagnostics(model) if config.diagnostics and quantized_weights(model) else None
         alone, device = self.processes.alone, self.processes.device
         self.graphs = config.cuda_graphs and can_be_graphed(device, alone=alone, accumulate=config.accumulate)
+        self.fuses_norms = gpu_norm.ENABLED and device.startswith("cuda") and not config.compile
         self.wrapped: nn.Module | None = None
         self.compiled: Callable[[Tensor], Tensor] = model
         self.trained: list[int] = []
@@ -173,6 +175,7 @@ class Trainer:
             TrainingProgress(self.label, self.total_steps, enabled=shown) as progress,
             StopRequest() as stop,
             self.processes.lost_ones_are_reported(),
+            fused_norms(self.model) if self.fuses_norms else nullcontext(),
         ):
             while self.step < self.total_steps:
                 if self.step % self.steps_per_epoch == 0:

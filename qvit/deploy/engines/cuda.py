@@ -1,9 +1,9 @@
 """The engine `cuda`: a packed model in Triton kernels on an NVIDIA GPU (`deploy/cuda/`).
 
 Each batch shape is recorded as a CUDA graph when it comes first, and started as a whole after that. A graph keeps all
-memory of its pass, so only those of the latest `MOST_GRAPHS` shapes are kept. The engine is never chosen by itself: name
-it. With `TRITON_INTERPRET=1` the kernels run in Triton's interpreter on the CPU, where tests
-compare them with the reference.
+memory of its pass, so only those of the latest `MOST_GRAPHS` shapes are kept. The engine is never chosen by itself:
+name it. With `TRITON_INTERPRET=1` the kernels run in Triton's interpreter on the CPU, where tests compare them with the
+reference.
 """
 
 from __future__ import annotations
