@@ -33,7 +33,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +44,17 @@ from record import RESULTS, record_of
 from qvit.data.open import data_config_of
 from qvit.deploy.bench.hardware import cpu_instructions, hardware
 from qvit.files import write_json
-from qvit.kernels import cpu, gpu_norm
+from qvit.kernels import cpu
 from qvit.kernels.cpu import has_int8_dot_products
 from qvit.methods import create_method
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
-from qvit.models.norms import fused_norms
 from qvit.training.config import TrainConfig
-from qvit.training.graphs import GraphedModel
+from qvit.training.fused_forms import fused_forms
+from qvit.training.graphs import GraphedModel, Within
+from qvit.training.held_weights import HeldWeights
 from qvit.training.loop import run_on_integers
 from qvit.training.optimizer import create_optimizer
 
@@ -92,11 +94,11 @@ def make_step(row: str, mode: str, precision: str, options: argparse.Namespace) 
         if row.endswith(INTEGERS):
             run_on_integers(model, config)
     model.train()
-    forms = ExitStack()  # as long as there are steps
-    if device.startswith("cuda") and gpu_norm.ENABLED and mode != "compiled":
-        forms.enter_context(fused_norms(model))
+    fuses = device.startswith("cuda") and mode != "compiled"
+    around = partial(fused_forms, model, HeldWeights(model)) if fuses else nullcontext
     optimizer = create_optimizer(model, opt="adamw", lr=1e-4, weight_decay=0.05, width_lr=1e-3)
-    compiled = {"compiled": torch.compile, "graphs": GraphedModel}.get(mode, lambda same: same)(model)
+    recorded = GraphedModel if mode == "graphs" else Within
+    compiled = torch.compile(model) if mode == "compiled" else recorded(model, around)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def step() -> None:
@@ -109,8 +111,6 @@ def make_step(row: str, mode: str, precision: str, options: argparse.Namespace) 
         optimizer.zero_grad(set_to_none=True)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-
-    step.forms = forms  # type: ignore[attr-defined]
 
     def plain_step() -> None:
         cpu.ENABLED = False

@@ -5,6 +5,7 @@
 
     attention    scores, softmax and weighted values in one kernel (`gpu_attention.py`)
     norm         a LayerNorm and the quantizer behind it in one kernel (`gpu_norm.py`)
+    weights      the weights of all layers quantized in one launch per step (`gpu_weights.py`)
 
 `QVIT_GPU_ATTENTION=1` is the older way to name the first. Without the variables none runs.
 """
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 
 from qvit.errors import UsageError
 
-FORMS = ("attention", "norm")
+FORMS = ("attention", "norm", "weights")
 
 
 def forms_on(environment: Mapping[str, str] = os.environ) -> frozenset[str]:

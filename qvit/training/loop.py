@@ -40,16 +40,16 @@ from torch.nn.parallel import DistributedDataParallel
 from qvit.data.labels.recovery import SoftLabelLoss, first_classes
 from qvit.data.loading import LoaderLike
 from qvit.errors import QvitError, UsageError, first_line
-from qvit.kernels import cpu, gpu_norm
+from qvit.kernels import cpu
 from qvit.models.families import inspect_model
 from qvit.models.features import answers_with_features, classifier_inputs
 from qvit.models.layers import QuantLinear
-from qvit.models.norms import fused_norms
 from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, load_state, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
 from qvit.training.distill import distillation_loss, feature_loss
-from qvit.training.graphs import GraphedModel, can_be_graphed
+from qvit.training.fused_forms import fused_forms
+from qvit.training.graphs import GraphedModel, Within, can_be_graphed
 from qvit.training.held_weights import HeldWeights
 from qvit.training.hooks import ComposedHooks
 from qvit.training.log import RunLog
@@ -135,7 +135,7 @@ class Trainer:
         self.diagnostics = Diagnostics(model) if config.diagnostics and quantized_weights(model) else None
         alone, device = self.processes.alone, self.processes.device
         self.graphs = config.cuda_graphs and can_be_graphed(device, alone=alone, accumulate=config.accumulate)
-        self.fuses_norms = gpu_norm.ENABLED and device.startswith("cuda") and not config.compile
+        self.fuses = device.startswith("cuda") and not config.compile
         self.wrapped: nn.Module | None = None
         self.compiled: Callable[[Tensor], Tensor] = model
         self.trained: list[int] = []
@@ -175,7 +175,6 @@ class Trainer:
             TrainingProgress(self.label, self.total_steps, enabled=shown) as progress,
             StopRequest() as stop,
             self.processes.lost_ones_are_reported(),
-            fused_norms(self.model) if self.fuses_norms else nullcontext(),
         ):
             while self.step < self.total_steps:
                 if self.step % self.steps_per_epoch == 0:
@@ -242,11 +241,12 @@ class Trainer:
         if self.wrapped is None or trained != self.trained:
             self.compiled, self.wrapped = self.model, None  # ends the hooks of the old wrapper first
             self.wrapped = self.processes.wrap(self.model)
+            self.held = HeldWeights(self.model)
             if self.config.compile:
                 self.compiled = torch.compile(self.wrapped)
             else:
-                self.compiled = GraphedModel(self.model) if self.graphs else self.wrapped
-            self.held = HeldWeights(self.model)
+                around = partial(fused_forms, self.model, self.held) if self.fuses else nullcontext
+                self.compiled = GraphedModel(self.model, around) if self.graphs else Within(self.wrapped, around)
             self.trained = trained
 
     def _train_epoch(self, progress: TrainingProgress, stop: StopRequest) -> None:
