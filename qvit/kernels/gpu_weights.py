@@ -19,7 +19,6 @@ not been measured: `QVIT_GPU_FUSED=weights` turns it on.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import math
 from collections.abc import Sequence
@@ -77,6 +76,10 @@ class _Table(NamedTuple):
     columns: int
 
 
+#: By what is known of the tensors.
+Tables = dict[tuple[_Shape, ...], _Table]
+
+
 def handles(tensor: Tensor, learned: Learned) -> bool:
     """Whether a weight can be quantized with others: on a GPU, in float32, its groups runs with a scale each."""
     return ENABLED and tensor.is_cuda and fits(tensor, learned)
@@ -94,13 +97,18 @@ def fits(tensor: Tensor, learned: Learned) -> bool:
     return runs is not None and runs[1] == learned.scales.shape[:-1].numel() and tensor.numel() // runs[1] < 2**31
 
 
-def quantize_together(weights: Sequence[Weight]) -> list[Tensor]:
-    """x̂ of each tensor, differentiable in tensors, scales and offsets; of weights that `handles`."""
+def quantize_together(weights: Sequence[Weight], tables: Tables) -> list[Tensor]:
+    """x̂ of each tensor, differentiable in tensors, scales and offsets; of weights that `handles`.
+
+    `tables` keeps what is made at the first call, outside of a graph that is recorded; it has to live as long as that.
+    """
     tensors, learned = zip(*weights, strict=True)
     shapes = tuple(_shape_of(tensor, own) for tensor, own in weights)
+    if shapes not in tables:
+        tables[shapes] = _table(shapes, tensors[0].device)
     scales, offsets = [own.scales for own in learned], [own.offsets for own in learned if own.offsets is not None]
     widths = [own.bit_width for own in learned]
-    return list(_Together.apply(shapes, widths, *tensors, *scales, *offsets))
+    return list(_Together.apply(tables[shapes], widths, *tensors, *scales, *offsets))
 
 
 def _shape_of(tensor: Tensor, learned: Learned) -> _Shape:
@@ -111,26 +119,24 @@ def _shape_of(tensor: Tensor, learned: Learned) -> _Shape:
 
 class _Together(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, shapes: tuple[_Shape, ...], widths: list[Tensor], *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.shapes, ctx.count_widths = shapes, len(widths)
-        ctx.save_for_backward(*parts, *widths)
-        values, scales, offsets = _kinds(parts, len(shapes))
-        table = _table(shapes, values.device)
+    def forward(ctx: Any, table: _Table, widths: list[Tensor], *parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.table, count = table, len(widths)
+        ctx.save_for_backward(*widths, *parts)
+        values, scales, offsets = _kinds(parts, count)
         out = torch.empty_like(values)
         launch: Any = kernels.forward_kernel
         launch[(len(table.owners),)](
             values, out, table.owners, table.groups, scales, offsets, _side_by_side(widths), SMALLEST_SCALE,
             **_constants(offsets), BLOCK=_BLOCK,
         )  # fmt: skip
-        return _apart(out, parts[: len(shapes)])
+        return _apart(out, parts[:count])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        parts, widths = ctx.saved_tensors[: -ctx.count_widths], ctx.saved_tensors[-ctx.count_widths :]
-        count = len(ctx.shapes)
+        table, count = ctx.table, len(grads)
+        widths, parts = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         values, scales, offsets = _kinds(parts, count)
-        table = _table(ctx.shapes, values.device)
         programs = len(table.owners)
         partial = torch.empty(3, programs, dtype=torch.float32, device=values.device)
         outputs = [torch.empty_like(own) for own in (values, scales, offsets)]
@@ -170,9 +176,8 @@ def _apart(flat: Tensor, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
 
 
-@functools.lru_cache(maxsize=8)
 def _table(shapes: tuple[_Shape, ...], device: torch.device) -> _Table:
-    """The table of some tensors; made at the first step, outside of a graph that is recorded."""
+    """The table of some tensors."""
     rows: list[Tensor] = []
     elements = scales = offsets = widths = programs = 0
     for own in shapes:

@@ -33,6 +33,7 @@ class HeldWeights:
         weights = {name: quantizer for name, quantizer in found.items() if name in sites}
         self.quantizers = {name: own for name, own in weights.items() if sites[name].role == "weight"}
         self._real: dict[Quantizer, Tensor] = {}
+        self._tables: gpu_weights.Tables = {}
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -67,7 +68,7 @@ class HeldWeights:
             view = quantizer.view(weight)
             if learned is not None and gpu_weights.handles(view, learned):
                 parts[quantizer] = (view, learned)
-        values = gpu_weights.quantize_together(list(parts.values())) if parts else []
+        values = gpu_weights.quantize_together(list(parts.values()), self._tables) if parts else []
         return {own: value.view_as(weights[own]) for own, value in zip(parts, values, strict=True)}
 
     def _release(self) -> None:

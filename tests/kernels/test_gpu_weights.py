@@ -17,7 +17,7 @@ from qvit.kernels.fake_quantize import FakeQuantize, Learned, Meta
 COMPARED = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from test_gpu_weights import one_by_one, several_weights, values_and_gradients
+from test_gpu_weights import at_once, one_by_one, several_weights, values_and_gradients
 import torch
 from qvit.kernels import cpu, gpu_weights
 
@@ -27,7 +27,7 @@ gpu_weights._BLOCK = 64
 for offsets in (True, False):
     weights = several_weights("cpu", offsets)
     assert all(gpu_weights.fits(*own) for own in weights)
-    found, expected = (values_and_gradients(way, weights) for way in (gpu_weights.quantize_together, one_by_one))
+    found, expected = (values_and_gradients(way, weights) for way in (at_once, one_by_one))
     for left, right in zip(found[0], expected[0], strict=True):
         assert torch.equal(left, right)
     for left, right in zip(found[1], expected[1], strict=True):
@@ -44,7 +44,7 @@ from qvit.training.held_weights import HeldWeights
 images, launched = digit_batches(1, 2)[0], []
 together = gpu_weights.quantize_together
 gpu_weights.handles = gpu_weights.fits
-gpu_weights.quantize_together = lambda weights: launched.append(len(weights)) or together(weights)
+gpu_weights.quantize_together = lambda weights, tables: launched.append(len(weights)) or together(weights, tables)
 for plan in ("w4a4", "w3a8"):
     model = calibrated_model(plan).train()
     held = HeldWeights(model)
@@ -88,6 +88,10 @@ def several_weights(device: str, offsets: bool = True) -> list[gpu_weights.Weigh
         meta = Meta(candidates, None, signed, 77, None, 2 if columns > 1 else 0)
         weights.append((tensor, Learned(scales, own, width, meta)))
     return weights
+
+
+def at_once(weights: list[gpu_weights.Weight]) -> list[torch.Tensor]:
+    return gpu_weights.quantize_together(weights, {})
 
 
 def one_by_one(weights: list[gpu_weights.Weight]) -> list[torch.Tensor]:
@@ -141,7 +145,7 @@ def test_a_training_whose_weights_are_quantized_together(
     """The same run with every form that a GPU may have, the formulas in the kernels' place."""
     launched: list[int] = []
 
-    def together(weights: list[gpu_weights.Weight]) -> list[torch.Tensor]:
+    def together(weights: list[gpu_weights.Weight], tables: gpu_weights.Tables) -> list[torch.Tensor]:
         launched.append(len(weights))
         return one_by_one(weights)
 
@@ -185,7 +189,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(name: str, shifted: bool, t
 @pytest.mark.parametrize("offsets", [True, False])
 def test_on_a_gpu(offsets: bool) -> None:
     weights = several_weights("cuda", offsets)
-    found, expected = (values_and_gradients(way, weights) for way in (gpu_weights.quantize_together, one_by_one))
+    found, expected = (values_and_gradients(way, weights) for way in (at_once, one_by_one))
     assert all(map(torch.equal, found[0], expected[0]))
     for left, right in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
