@@ -137,7 +137,7 @@ class _Call:
         self.rows = 16 if q.shape[2] <= 16 else 32
         self.constants: dict[str, Any] = {name: grid is not None for name, grid in zip("QKVP", grids, strict=True)}
         self.constants |= {f"{name}_SHIFTED": own[1] is not None for name, own in zip("QKVP", numbers, strict=True)}
-        half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype)
+        half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
         self.constants |= {"BIAS": bias is not None, "FACTORS": by_head, "HALF": half}
         self.constants["DIM"] = max(16, _power_of_two(q.shape[3]))
 
