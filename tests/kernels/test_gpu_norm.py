@@ -102,6 +102,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_values_and_gradients_in_the_interpreter() -> None:
     """Of x, γ, β, scales, offsets, widths and the layer's weight: LayerNorm and RmsNorm, in fp32 and bf16."""
     assert interpreted(COMPARED) == "equal\n"

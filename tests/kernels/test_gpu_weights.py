@@ -1,4 +1,4 @@
-"""Weights of all layers quantized in one launch: in Triton's interpreter, compiled for a GPU, on a GPU, in training."""
+"""Weights of all layers quantized in one launch: in Triton's interpreter, compiled for a GPU, on a GPU."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from grids import needs_kernels
-from tiny_models import tiny_trainer
 from without_gpu import compiled, interpreted
 
-from qvit.kernels import gpu_norm, gpu_weights
+from qvit.kernels import gpu_weights
 from qvit.kernels.fake_quantize import FakeQuantize, Learned, Meta
 
 COMPARED = """
@@ -110,6 +108,7 @@ def values_and_gradients(way: Any, weights: list[gpu_weights.Weight]) -> tuple[l
     return [value.detach() for value in values], [leaf.grad.clone() for leaf in leaves]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_values_and_gradients_in_the_interpreter() -> None:
     """Values bit for bit, gradients of weights, scales and offsets to rounding, in blocks that divide nothing."""
     assert interpreted(COMPARED, str(Path(__file__).parent)) == "equal\n"
@@ -137,40 +136,6 @@ def test_which_weights_are_quantized_together() -> None:
     assert not gpu_weights.handles(tensor, Learned(torch.ones(1), None, width, meta))  # on no GPU
 
 
-@needs_kernels
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_training_whose_weights_are_quantized_together(
-    accumulate: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same run with every form that a GPU may have, the formulas in the kernels' place."""
-    launched: list[int] = []
-
-    def together(weights: list[gpu_weights.Weight], tables: gpu_weights.Tables) -> list[torch.Tensor]:
-        launched.append(len(weights))
-        return one_by_one(weights)
-
-    results = []
-    for on in (False, True):
-        options = {
-            "method": "lsq",
-            "budget": "4bit",
-            "accumulate": accumulate,
-            "batch_size": 8 * accumulate,
-            "epochs": 1,
-        }
-        trainer, _, model = tiny_trainer(tmp_path / str(on), steps=4, **options)
-        trainer.fuses = on
-        monkeypatch.setattr(gpu_norm, "ENABLED", on)
-        monkeypatch.setattr(gpu_weights, "ENABLED", on)
-        monkeypatch.setattr(gpu_weights, "handles", gpu_weights.fits if on else lambda *_: False)
-        monkeypatch.setattr(gpu_weights, "quantize_together", together)
-        trainer.fit(quiet=True)
-        results.append(model.state_dict())
-    assert launched == [8] * trainer.step and trainer.step == 4 // accumulate
-    for name, value in results[0].items():
-        torch.testing.assert_close(results[1][name], value, rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shifted", [True, False])
 @pytest.mark.parametrize("name", ["forward", "backward", "gradients"])
@@ -188,8 +153,16 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(name: str, shifted: bool, t
 @pytest.mark.gpu
 @pytest.mark.parametrize("offsets", [True, False])
 def test_on_a_gpu(offsets: bool) -> None:
-    weights = several_weights("cuda", offsets)
-    found, expected = (values_and_gradients(way, weights) for way in (at_once, one_by_one))
+    """The same values; once the table is made nothing waits for the device."""
+    weights, tables = several_weights("cuda", offsets), {}
+    expected = values_and_gradients(one_by_one, weights)
+    gpu_weights.quantize_together(weights, tables)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.stack([x.square().sum() for x in gpu_weights.quantize_together(weights, tables)]).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = values_and_gradients(at_once, weights)
     assert all(map(torch.equal, found[0], expected[0]))
     for left, right in zip(found[1], expected[1], strict=True):
         torch.testing.assert_close(left, right, rtol=1e-3, atol=1e-3)
