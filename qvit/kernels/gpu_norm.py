@@ -8,8 +8,9 @@ channels,
 
     ∂γ = Σ g'·n        ∂β = Σ g'        ∂x = (g'γ - mean(g'γ) - n·mean(g'γ·n))/sqrt(var + ε)
 
-without the second term for RmsNorm; the three sums of the grid are those of every fake quantizer. A program deals with
-some rows after another and keeps its part of all sums, so nothing is added atomically and a run repeats itself.
+without the second term for RmsNorm; the sums of the grid, or of both, are those of every fake quantizer. A program
+deals with some rows after another and keeps its part of all sums, so nothing is added atomically and a run repeats
+itself.
 
 Values are those of the norm and the quantizer one after the other, up to the rounding of a row's mean and variance: a
 value on the edge between two integers may fall on the other side. How fast the kernels are has not been measured:
@@ -25,6 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qvit.kernels.fake_quantize import Learned
+from qvit.kernels.gpu import nine
 from qvit.kernels.shapes import numbers_of_groups
 from qvit.kernels.switches import forms_on
 
@@ -51,17 +54,18 @@ class Norm(NamedTuple):
     dtype: torch.dtype
 
 
-def handles(x: Tensor, norm: Norm, learned: Any) -> bool:
-    """Whether the kernels take the norm of this tensor and the quantizer `learned` (`fake_quantize.Learned`) behind it.
+def handles(x: Tensor, norm: Norm, learned: Learned) -> bool:
+    """Whether the kernels take the norm of this tensor and the quantizer `learned` behind it: on a GPU, if they fit."""
+    return ENABLED and x.is_cuda and fits(x, norm, learned)
 
-    That has one scale and one width, which is not learned or by its clipping limits.
-    """
+
+def fits(x: Tensor, norm: Norm, learned: Learned) -> bool:
+    """`handles`, wherever the tensor is: one scale and one width, which is not learned by differences: those need y."""
     types = (torch.float32, torch.float16, torch.bfloat16)
-    meta = learned.meta
+    if x.dtype not in types or norm.dtype not in types or not 1 < x.shape[-1] <= MOST_COLUMNS or not x.numel():
+        return False
     one_grid = learned.scales.shape[:-1].numel() == learned.bit_width.numel() == 1
-    simple = meta.limits is None or meta.gradient == "clipping"
-    fits = x.dtype in types and norm.dtype in types and 1 < x.shape[-1] <= MOST_COLUMNS and x.numel() > 0
-    return ENABLED and x.is_cuda and fits and one_grid and simple
+    return one_grid and (learned.meta.limits is None or learned.meta.gradient != "difference")
 
 
 def forward(x: Tensor, norm: Norm, grid: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor:
@@ -82,7 +86,7 @@ def backward(
     call, columns = _Call(x, norm, grid), x.shape[-1]
     programs = min(call.tiles, _PROGRAMS)
     out = torch.empty_like(x)
-    partial = torch.empty(3, programs, dtype=torch.float32, device=x.device)
+    partial = torch.empty(7 if call.mixed else 3, programs, dtype=torch.float32, device=x.device)
     of_channels = torch.empty(2, programs, columns, dtype=torch.float32, device=x.device)
     launch: Any = kernels.backward_kernel
     launch[(programs,)](
@@ -90,7 +94,7 @@ def backward(
         programs, **call.constants,
     )  # fmt: skip
     to_weight, to_bias = of_channels.sum(1)
-    sums = partial.sum(1).reshape(3, *(1,) * x.dim())
+    sums = partial.sum(1).reshape(-1, *(1,) * x.dim())
     own = None if norm.bias is None else to_bias.to(norm.bias.dtype)
     return out, sums, to_weight.to(norm.weight.dtype), own
 
@@ -106,8 +110,14 @@ class _Call:
         self.tiles = math.ceil(self.sizes[0] / rows)
         self.parameters = [norm.weight, norm.weight if norm.bias is None else norm.bias]
         numbers = numbers_of_groups(grid)[0]
-        self.numbers = [numbers[0] if part is None else part for part in numbers]
+        self.numbers, self.mixed = nine(numbers), len(numbers) > 4
         kind = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(norm.dtype, tl.float32)
         self.constants: dict[str, Any] = {"RMS": norm.rms, "SHIFT": norm.bias is not None}
-        self.constants |= {"SHIFTED": numbers[1] is not None, "KIND": kind, "ROWS": rows, "BLOCK": block}
+        self.constants |= {
+            "SHIFTED": numbers[1] is not None,
+            "MIXED": self.mixed,
+            "KIND": kind,
+            "ROWS": rows,
+            "BLOCK": block,
+        }
         self.constants |= {"num_warps": 8 if block > _TILE else 4, "enable_fp_fusion": False}

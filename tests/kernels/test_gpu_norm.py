@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from without_gpu import compiled, interpreted
 
 from qvit.errors import UsageError
+from qvit.kernels import gpu_norm
+from qvit.kernels.fake_quantize import Learned, Meta
 from qvit.kernels.switches import forms_on
 from qvit.models.norms import fused_norms
 
@@ -50,14 +52,15 @@ def run(fused, x, norm, scales, offsets, width, meta, weight, grad):
 
 torch.manual_seed(0)
 shapes = [((3, 7, 40), 5), ((1, 9, 11), 2), ((4, 2500), 3)]
-for (shape, outputs), rms, (signed, offset), shift, limits in itertools.product(
-    shapes, (False, True), ((True, False), (False, True)), (True, False), (None, (2, 8))
+for (shape, outputs), rms, (signed, offset), shift, learned in itertools.product(
+    shapes, (False, True), ((True, False), (False, True)), (True, False), (None, "clipping", "interpolation")
 ):
     channels = shape[-1]
     x, grad = torch.randn(shape) * 3 + 1, torch.randn(*shape[:-1], outputs)
     norm = Norm(torch.randn(channels), torch.randn(channels) if shift else None, 1e-6, rms, F32)
     scales, offsets = torch.tensor([0.21, 0.13, 0.17]), torch.tensor([0.0, -0.8, 0.3]) if offset else None
-    meta = Meta(torch.arange(3.0, 6.0), limits, signed, 77, None, 3)
+    limits = (3, 5) if learned else None
+    meta = Meta(torch.arange(3.0, 6.0), limits, signed, 77, None, 3, learned or "clipping")
     weight = torch.randn(outputs, channels)
     given = (norm, scales, offsets, torch.tensor(3.7 if limits else 4.0), meta)
     for name, left, right in zip(NAMES, *(run(fused, x, *given, weight, grad) for fused in (True, False)), strict=True):
@@ -86,7 +89,7 @@ from qvit.models.norms import fused_norms
 
 images, taken, results = digit_batches(1, 2)[0], [], []
 model = calibrated_model().train()
-gpu_norm.handles = lambda *given: taken.append(given) or True
+gpu_norm.handles = lambda *given: taken.append(given) or gpu_norm.fits(*given)
 def losses():
     model.zero_grad()
     loss = model(images).square().mean()
@@ -130,6 +133,21 @@ def test_a_model_with_norms_left_to_layers_is_the_same() -> None:
     assert [type(module) for module in model.modules()] == classes and torch.equal(model(images), expected)
 
 
+def test_which_norms_have_a_kernel() -> None:
+    meta, width = Meta(torch.empty(0), None, True, 10, None, 0), torch.tensor(4.0)
+
+    def fits(scales: int = 1, columns: int = 8, dtype: torch.dtype = torch.float32, **changes: Any) -> bool:
+        x = torch.empty(3, columns, dtype=dtype)
+        norm = gpu_norm.Norm(torch.ones(columns), None, 1e-6, False, dtype)
+        learned = Learned(torch.ones(scales, 1), None, width, meta._replace(**changes))
+        assert not gpu_norm.handles(x, norm, learned)  # on no GPU
+        return gpu_norm.fits(x, norm, learned)
+
+    assert fits() and fits(dtype=torch.bfloat16) and fits(columns=4096) and fits(limits=(2, 8), gradient="clipping")
+    assert not fits(scales=8) and not fits(columns=4097) and not fits(columns=1) and not fits(dtype=torch.float64)
+    assert not fits(limits=(2, 8), gradient="difference")
+
+
 def test_which_forms_the_environment_turns_on() -> None:
     assert forms_on({}) == frozenset()
     assert forms_on({"QVIT_GPU_FUSED": " norm"}) == {"norm"}
@@ -141,19 +159,21 @@ def test_which_forms_the_environment_turns_on() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [192, 1024, 4096])
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_kernels_compile_for_a_gpu_that_is_not_there(name: str, columns: int, tmp_path: Path) -> None:
+def test_kernels_compile_for_a_gpu_that_is_not_there(name: str, mixed: bool, columns: int, tmp_path: Path) -> None:
     triton = pytest.importorskip("triton")
-    from qvit.kernels import gpu_norm, gpu_norm_kernels
+    from qvit.kernels import gpu_norm_kernels
 
     x = torch.empty(2, columns)
     norm = gpu_norm.Norm(torch.empty(columns), torch.empty(columns), 1e-6, False, torch.float32)
-    constants = gpu_norm._Call(x, norm, (torch.ones(()),) * 4).constants
+    constants = gpu_norm._Call(x, norm, (torch.ones(()),) * (9 if mixed else 4)).constants
     warps = constants.pop("num_warps")
     constants.pop("enable_fp_fusion")
     kernel: Any = getattr(gpu_norm_kernels, f"{name}_kernel")
     assert constants["KIND"] == triton.language.float32
-    numbers = {"weight", "bias", "partial", "of_channels", "scale", "offset", "low", "high", "x", "grad_x"}
+    numbers = {"weight", "bias", "partial", "of_channels", "scale", "offset", "low", "high", "x", "grad_x", "share"}
+    numbers |= {f"{name}2" for name in ("scale", "offset", "low", "high")}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(numbers, "*fp32")
     types |= dict.fromkeys(("grad", "out"), "*bf16") | {"epsilon": "fp32"}
     assert compiled(kernel, types, constants, tmp_path, warps=warps)
@@ -164,7 +184,6 @@ def test_kernels_compile_for_a_gpu_that_is_not_there(name: str, columns: int, tm
 @pytest.mark.parametrize("columns", [192, 1280])
 def test_on_a_gpu(columns: int, rms: bool) -> None:
     """Values and gradients beside those of the norm, the quantizer and the layer one after another."""
-    from qvit.kernels.fake_quantize import Learned, Meta
     from qvit.kernels.gpu_norm import Norm
     from qvit.kernels.linear import quantized_linear
 
