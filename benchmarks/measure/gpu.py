@@ -5,7 +5,8 @@ Three parts, each with its own files of results:
     engine      `qvit bench --device cuda`: the engine `cuda` beside compiled bf16, and TensorRT where it is installed,
                 at batch 1, 8, 128, 1024; first its answers beside the reference's                gpu_engine.json
     steps       `train_step.py --device cuda`: quantized training steps over the float step, recorded as CUDA graphs
-                and eager, with attention as plain products and as kernels    train_step_cuda.json and ..._kernels.json
+                and eager, without the forms that `QVIT_GPU_FUSED` turns on                    train_step_cuda.json
+                and with each of them, and all                                      train_step_cuda_<form>.json
     products    linear layers of the model alone: our kernel at 8 bits and packed at 4, `torch._int_mm`, bf16, in
                 microseconds                                                                     gpu_products.json
 
@@ -28,6 +29,7 @@ from record import RESULTS, record_of
 from qvit.deploy.engines import create_engine
 from qvit.deploy.file.artifact import Artifact
 from qvit.files import write_json
+from qvit.kernels.switches import FORMS
 from qvit.methods.ptq.method import ptq
 from qvit.models.create import create_model
 from qvit.runs.bench import bench
@@ -66,12 +68,13 @@ def engine(options: argparse.Namespace) -> None:
 
 
 def steps(options: argparse.Namespace) -> None:
-    """The second part: one process without and one with the kernels of attention."""
+    """The second part: a process without the forms that no GPU has timed, one with each of them, one with all."""
     script = Path(__file__).with_name("train_step.py")
-    for value, file in (("0", "train_step_cuda.json"), ("1", "train_step_cuda_kernels.json")):
+    for form in ("", *FORMS, "all"):
+        file = RESULTS / f"train_step_cuda{form and '_' + form}.json"
         command = [sys.executable, str(script), "--device", "cuda", "--batch", "128", "--modes", "graphs", "eager"]
-        command += ["--methods", "lsq+", "qvit", "--model", options.models[0], "--out", str(RESULTS / file)]
-        subprocess.run(command, check=True, env=os.environ | {"QVIT_GPU_ATTENTION": value})
+        command += ["--methods", "lsq+", "qvit", "--model", options.models[0], "--out", str(file)]
+        subprocess.run(command, check=True, env=os.environ | {"QVIT_GPU_FUSED": form, "QVIT_GPU_ATTENTION": "0"})
 
 
 def products(options: argparse.Namespace) -> None:

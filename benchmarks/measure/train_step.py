@@ -15,7 +15,8 @@ bf16 is left out for AVX2, where PyTorch has no fast products of it:
 
     python benchmarks/measure/train_step.py --modes eager --instructions avx512 avx2
 
-On a CUDA GPU, eager and with CUDA graphs, as `qvit train` runs, into a file of its own:
+On a CUDA GPU, eager and with CUDA graphs, as `qvit train` runs, into a file of its own; with the forms that the
+variable `QVIT_GPU_FUSED` names:
 
     python benchmarks/measure/train_step.py --device cuda --batch 128 --modes graphs eager \
         --out benchmarks/results/train_step_cuda.json
@@ -32,6 +33,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,9 @@ from qvit.models.convert import quantize
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model
 from qvit.training.config import TrainConfig
-from qvit.training.graphs import GraphedModel
+from qvit.training.fused_forms import fused_forms
+from qvit.training.graphs import GraphedModel, Within
+from qvit.training.held_weights import HeldWeights
 from qvit.training.loop import run_on_integers
 from qvit.training.optimizer import create_optimizer
 
@@ -89,8 +94,11 @@ def make_step(row: str, mode: str, precision: str, options: argparse.Namespace) 
         if row.endswith(INTEGERS):
             run_on_integers(model, config)
     model.train()
+    fuses = device.startswith("cuda") and mode != "compiled"
+    around = partial(fused_forms, model, HeldWeights(model)) if fuses else nullcontext
     optimizer = create_optimizer(model, opt="adamw", lr=1e-4, weight_decay=0.05, width_lr=1e-3)
-    compiled = {"compiled": torch.compile, "graphs": GraphedModel}.get(mode, lambda same: same)(model)
+    recorded = GraphedModel if mode == "graphs" else Within
+    compiled = torch.compile(model) if mode == "compiled" else recorded(model, around)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
 
     def step() -> None:

@@ -70,7 +70,7 @@ def forward(x: Tensor, grid: _Grid, dtype: torch.dtype) -> Tensor | None:
     chunks = math.ceil(rows * columns / _BLOCK)
     launch: Any = kernels.forward_kernel
     launch[(a * b * chunks,)](
-        x, out, *_nine(flat), chunks, b, rows * columns, *strides, *of_group,
+        x, out, *nine(flat), chunks, b, rows * columns, *strides, *of_group,
         COLUMNS=columns if varies or not _in_one_piece(axes, 0) else 0, VARIES=varies, SHIFTED=flat[1] is not None,
         MIXED=len(flat) > 4, BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
@@ -95,7 +95,7 @@ def backward(grad: Tensor, x: Tensor, grid: _Grid, out: Tensor | None = None) ->
     partial = torch.empty(7 if mixed else 3, a, b, chunks, dtype=torch.float32, device=x.device)
     launch: Any = kernels.backward_kernel
     launch[(a * b * chunks,)](
-        grad, x, out, partial, *_nine(flat), chunks, b, rows * columns,
+        grad, x, out, partial, *nine(flat), chunks, b, rows * columns,
         *axes.strides[0], *axes.strides[1], *axes.strides[2], axes.group[0], axes.group[1], a * b * chunks,
         COLUMNS=0 if _in_one_piece(axes, 0, 1, 2) else columns, SHIFTED=flat[1] is not None, MIXED=mixed, BLOCK=_BLOCK,
         enable_fp_fusion=False,
@@ -118,7 +118,7 @@ def difference(grad: Tensor, x: Tensor, above: _Grid, below: _Grid) -> Tensor | 
     partial = torch.empty(a, b, chunks, dtype=torch.float32, device=x.device)
     launch: Any = kernels.difference_kernel
     launch[(a * b * chunks,)](
-        grad, x, partial, *_nine([*flat, *others])[:8], chunks, b, rows * columns, *axes.strides[0], *axes.strides[1],
+        grad, x, partial, *nine([*flat, *others])[:8], chunks, b, rows * columns, *axes.strides[0], *axes.strides[1],
         axes.group[0], axes.group[1], COLUMNS=0 if _in_one_piece(axes, 0, 1) else columns,
         SHIFTED=flat[1] is not None, BLOCK=_BLOCK, enable_fp_fusion=False,
     )  # fmt: skip
@@ -126,7 +126,7 @@ def difference(grad: Tensor, x: Tensor, above: _Grid, below: _Grid) -> Tensor | 
     return sums.reshape(*(1,) * (x.dim() - len(groups)), *groups)
 
 
-def _nine(numbers: list[Tensor | None]) -> list[Tensor | None]:
+def nine(numbers: list[Tensor | None]) -> list[Tensor | None]:
     """The numbers of two grids and a share, as kernels take them; what is not there is not read."""
     return [numbers[0] if part is None else part for part in (*numbers, *(None,) * (9 - len(numbers)))]
 

@@ -10,14 +10,13 @@ has to know of a row (the largest score, the sum of exponentials, Σ p·∂p) co
 Products are of x̂ in the precision of training, with sums in float32, as in `attention.py`, whose values and gradients
 these are up to the rounding of sums. On a GPU they take half precision alone: compiled for float32, which has no exact
 form on tensor cores, they would need several times the registers there are. How fast they are has not been measured:
-`QVIT_GPU_ATTENTION=1` turns them on.
+`QVIT_GPU_FUSED=attention` turns them on.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qvit.kernels.shapes import numbers_of_groups
+from qvit.kernels.switches import forms_on
 
 if importlib.util.find_spec("triton") is not None:
     import triton.language as tl
@@ -33,7 +33,7 @@ if importlib.util.find_spec("triton") is not None:
 
 #: Keys and channels of a head that fit on the chip.
 MOST_KEYS, WIDEST = 256, 128
-ENABLED = os.environ.get("QVIT_GPU_ATTENTION") == "1"
+ENABLED = "attention" in forms_on()
 _Numbers = tuple[Tensor | None, ...]
 
 
@@ -137,7 +137,7 @@ class _Call:
         self.rows = 16 if q.shape[2] <= 16 else 32
         self.constants: dict[str, Any] = {name: grid is not None for name, grid in zip("QKVP", grids, strict=True)}
         self.constants |= {f"{name}_SHIFTED": own[1] is not None for name, own in zip("QKVP", numbers, strict=True)}
-        half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype)
+        half = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(dtype, tl.float32)
         self.constants |= {"BIAS": bias is not None, "FACTORS": by_head, "HALF": half}
         self.constants["DIM"] = max(16, _power_of_two(q.shape[3]))
 

@@ -47,6 +47,27 @@ def _place(heads, blocks):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _probabilities(  # type: ignore[no-untyped-def]
+    q, k, bias, factor, q_scale, q_offset, q_low, q_high, q_at, k_scale, k_offset, k_low, k_high, k_at, i, j,
+    queries, keys, dim, q2, k2, b2, b3, Q: tl.constexpr, K: tl.constexpr, Q_SHIFTED: tl.constexpr,
+    K_SHIFTED: tl.constexpr, BIAS: tl.constexpr, HALF: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Of a head, with all keys: q of the rows i, k̂, the largest score of each row, its sum of exponentials, and p."""
+    raw = _rows(q, i, queries, dim, q2, DIM)
+    left = (_on(raw, q_scale, q_offset, q_low, q_high, q_at, Q, Q_SHIFTED) * factor).to(HALF)
+    right = _on(_rows(k, j, keys, dim, k2, DIM), k_scale, k_offset, k_low, k_high, k_at, K, K_SHIFTED).to(HALF)
+    s = tl.dot(left, tl.trans(right), input_precision="ieee")
+    if BIAS:
+        there = (i < queries)[:, None] & (j < keys)[None, :]
+        s += tl.load(bias + i[:, None] * b2 + j[None, :] * b3, mask=there, other=0.0).to(tl.float32)
+    s = tl.where((j < keys)[None, :], s, float("-inf"))
+    top = tl.max(s, 1)
+    e = tl.exp(s - top[:, None])
+    total = tl.sum(e, 1)
+    return raw, right, top, total, tl.div_rn(e, total[:, None] + tl.zeros_like(e))
+
+
+@triton.jit
 def forward_kernel(  # type: ignore[no-untyped-def]
     q, k, v, bias, factors, out, q_scale, q_offset, q_low, q_high, k_scale, k_offset, k_low, k_high,
     v_scale, v_offset, v_low, v_high, p_scale, p_offset, p_low, p_high, factor, heads, blocks, queries, keys, dim,
@@ -59,22 +80,15 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     b, h, block = _place(heads, blocks)
     i, j, d = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, DIM)
     own = tl.load(factors + h) if FACTORS else factor
-    kind = HALF if HALF is not None else tl.float32
-    left = _rows(q + b * q0 + h * q1, i, queries, dim, q2, DIM)
-    left = (_on(left, q_scale, q_offset, q_low, q_high, h * q_heads, Q, Q_SHIFTED) * own).to(kind)
-    right = _rows(k + b * k0 + h * k1, j, keys, dim, k2, DIM)
-    right = _on(right, k_scale, k_offset, k_low, k_high, h * k_heads, K, K_SHIFTED).to(kind)
-    s = tl.dot(left, tl.trans(right), input_precision="ieee")
-    if BIAS:
-        at = bias + b * b0 + h * b1 + i[:, None] * b2 + j[None, :] * b3
-        s += tl.load(at, mask=(i < queries)[:, None] & (j < keys)[None, :], other=0.0).to(tl.float32)
-    s = tl.where((j < keys)[None, :], s, float("-inf"))
-    e = tl.exp(s - tl.max(s, 1)[:, None])
-    p = tl.div_rn(e, tl.sum(e, 1)[:, None] + tl.zeros_like(e))
+    _, _, _, _, p = _probabilities(
+        q + b * q0 + h * q1, k + b * k0 + h * k1, bias + b * b0 + h * b1, own, q_scale, q_offset, q_low, q_high,
+        h * q_heads, k_scale, k_offset, k_low, k_high, h * k_heads, i, j, queries, keys, dim, q2, k2, b2, b3,
+        Q, K, Q_SHIFTED, K_SHIFTED, BIAS, HALF, DIM,
+    )  # fmt: skip
     p = _on(p, p_scale, p_offset, p_low, p_high, h * p_heads, P, P_SHIFTED)
-    p = tl.where((j < keys)[None, :], p, 0.0).to(kind)
+    p = tl.where((j < keys)[None, :], p, 0.0).to(HALF)
     values = _rows(v + b * v0 + h * v1, j, keys, dim, v2, DIM)
-    values = _on(values, v_scale, v_offset, v_low, v_high, h * v_heads, V, V_SHIFTED).to(kind)
+    values = _on(values, v_scale, v_offset, v_low, v_high, h * v_heads, V, V_SHIFTED).to(HALF)
     y = tl.dot(p, values, input_precision="ieee")
     place = out + b * o0 + h * o1 + i[:, None] * o2 + d[None, :]
     tl.store(place, y.to(out.dtype.element_ty), mask=(i < queries)[:, None] & (d < dim)[None, :])
@@ -95,28 +109,20 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     i, j, d = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, DIM)
     there = (i < queries)[:, None] & (j < keys)[None, :]
     own = tl.load(factors + h) if FACTORS else factor
-    kind = HALF if HALF is not None else tl.float32
-    raw = _rows(q + b * q0 + h * q1, i, queries, dim, q2, DIM)
-    left = (_on(raw, q_scale, q_offset, q_low, q_high, h * q_heads, Q, Q_SHIFTED) * own).to(kind)
-    right = _rows(k + b * k0 + h * k1, j, keys, dim, k2, DIM)
-    right = _on(right, k_scale, k_offset, k_low, k_high, h * k_heads, K, K_SHIFTED).to(kind)
-    s = tl.dot(left, tl.trans(right), input_precision="ieee")
-    if BIAS:
-        s += tl.load(bias + b * b0 + h * b1 + i[:, None] * b2 + j[None, :] * b3, mask=there, other=0.0).to(tl.float32)
-    s = tl.where((j < keys)[None, :], s, float("-inf"))
-    top = tl.max(s, 1)
-    e = tl.exp(s - top[:, None])
-    total = tl.sum(e, 1)
-    p = tl.div_rn(e, total[:, None] + tl.zeros_like(e))
+    raw, right, top, total, p = _probabilities(
+        q + b * q0 + h * q1, k + b * k0 + h * k1, bias + b * b0 + h * b1, own, q_scale, q_offset, q_low, q_high,
+        h * q_heads, k_scale, k_offset, k_low, k_high, h * k_heads, i, j, queries, keys, dim, q2, k2, b2, b3,
+        Q, K, Q_SHIFTED, K_SHIFTED, BIAS, HALF, DIM,
+    )  # fmt: skip
     values = _rows(v + b * v0 + h * v1, j, keys, dim, v2, DIM)
-    values = _on(values, v_scale, v_offset, v_low, v_high, h * v_heads, V, V_SHIFTED).to(kind)
-    towards = _rows(grad + b * g0 + h * g1, i, queries, dim, g2, DIM).to(kind)
+    values = _on(values, v_scale, v_offset, v_low, v_high, h * v_heads, V, V_SHIFTED).to(HALF)
+    towards = _rows(grad + b * g0 + h * g1, i, queries, dim, g2, DIM).to(HALF)
     t = tl.dot(towards, tl.trans(values), input_precision="ieee")
     t = _back(
         t, p, p_scale, p_offset, p_low, p_high, h * p_heads, partial + 3 * programs, programs, there, P, P_SHIFTED,
     )  # fmt: skip
     share = tl.sum(tl.where(there, p * t, 0.0), 1)
-    s = tl.where(there, p * (t - share[:, None]), 0.0).to(kind)
+    s = tl.where(there, p * (t - share[:, None]), 0.0).to(HALF)
     t = tl.dot(s, right, input_precision="ieee") * own
     inside = (i < queries)[:, None] & (d < dim)[None, :]
     t = _back(t, raw, q_scale, q_offset, q_low, q_high, h * q_heads, partial, programs, inside, Q, Q_SHIFTED)
@@ -143,11 +149,10 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     b, h, block = _place(heads, blocks)
     j, d = block * KEYS + tl.arange(0, KEYS), tl.arange(0, DIM)
     own = tl.load(factors + h) if FACTORS else factor
-    kind = HALF if HALF is not None else tl.float32
     raw_k = _rows(k + b * k0 + h * k1, j, keys, dim, k2, DIM)
-    right = _on(raw_k, k_scale, k_offset, k_low, k_high, h * k_heads, K, K_SHIFTED).to(kind)
+    right = _on(raw_k, k_scale, k_offset, k_low, k_high, h * k_heads, K, K_SHIFTED).to(HALF)
     raw_v = _rows(v + b * v0 + h * v1, j, keys, dim, v2, DIM)
-    values = _on(raw_v, v_scale, v_offset, v_low, v_high, h * v_heads, V, V_SHIFTED).to(kind)
+    values = _on(raw_v, v_scale, v_offset, v_low, v_high, h * v_heads, V, V_SHIFTED).to(HALF)
     of_k = tl.zeros((KEYS, DIM), tl.float32)
     of_v = tl.zeros((KEYS, DIM), tl.float32)
     every = programs // blocks * queries
@@ -156,7 +161,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         i = start + tl.arange(0, QUERIES)
         there = (j < keys)[:, None] & (i < queries)[None, :]
         left = _rows(q + b * q0 + h * q1, i, queries, dim, q2, DIM)
-        left = (_on(left, q_scale, q_offset, q_low, q_high, h * q_heads, Q, Q_SHIFTED) * own).to(kind)
+        left = (_on(left, q_scale, q_offset, q_low, q_high, h * q_heads, Q, Q_SHIFTED) * own).to(HALF)
         s = tl.dot(right, tl.trans(left), input_precision="ieee")
         if BIAS:
             at = bias + b * b0 + h * b1 + i[None, :] * b2 + j[:, None] * b3
@@ -166,15 +171,15 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         share = tl.load(row + 2 * every + i, mask=i < queries, other=0.0)
         p = tl.div_rn(tl.exp(s - top[None, :]), total[None, :] + tl.zeros_like(s))
         p = tl.where(there, p, 0.0)
-        towards = _rows(grad + b * g0 + h * g1, i, queries, dim, g2, DIM).to(kind)
+        towards = _rows(grad + b * g0 + h * g1, i, queries, dim, g2, DIM).to(HALF)
         t = tl.dot(values, tl.trans(towards), input_precision="ieee")
         weights = p
         if P:
             u, clamped, _, weights = _steps(p, p_scale, p_offset, p_low, p_high, h * p_heads, True, P_SHIFTED)
             t = tl.where(u != clamped, 0.0, t)
-        weights = tl.where(there, weights, 0.0).to(kind)
+        weights = tl.where(there, weights, 0.0).to(HALF)
         of_v = tl.dot(weights, towards, of_v, input_precision="ieee")
-        s = tl.where(there, p * (t - share[None, :]), 0.0).to(kind)
+        s = tl.where(there, p * (t - share[None, :]), 0.0).to(HALF)
         of_k = tl.dot(s, left, of_k, input_precision="ieee")
     inside = (j < keys)[:, None] & (d < dim)[None, :]
     of_k = _back(of_k, raw_k, k_scale, k_offset, k_low, k_high, h * k_heads, partial, programs, inside, K, K_SHIFTED)

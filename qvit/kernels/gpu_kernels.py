@@ -18,16 +18,22 @@ def _read(tensor, a, b, c, d, i, s0, s1, s2, s3, inside, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _steps(value, scale, offset, low, high, at, inside, SHIFTED: tl.constexpr):  # type: ignore[no-untyped-def]
-    """u, clamp(u), q and x̂ of values, whose numbers lie at `at`."""
-    s = tl.load(scale + at, mask=inside, other=1.0) + tl.zeros_like(value)
-    shift = tl.load(offset + at, mask=inside, other=0.0) if SHIFTED else 0.0
-    lo, hi = tl.load(low + at, mask=inside, other=0.0), tl.load(high + at, mask=inside, other=0.0)
-    u = tl.div_rn(value - shift, s)
+def _laid(value, s, shift, lo, hi, SHIFTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """u, clamp(u), q and x̂ of values on the grid of these numbers."""
+    u = tl.div_rn(value - shift, s + tl.zeros_like(value))
     clamped = tl.where(u < lo, lo, u)
     clamped = tl.where(clamped > hi, hi, clamped)
     q = (clamped + 12582912.0) - 12582912.0
     return u, clamped, q, q * s + shift if SHIFTED else q * s
+
+
+@triton.jit
+def _steps(value, scale, offset, low, high, at, inside, SHIFTED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`_laid` of values whose numbers lie at `at`."""
+    s = tl.load(scale + at, mask=inside, other=1.0)
+    shift = tl.load(offset + at, mask=inside, other=0.0) if SHIFTED else 0.0
+    lo, hi = tl.load(low + at, mask=inside, other=0.0), tl.load(high + at, mask=inside, other=0.0)
+    return _laid(value, s, shift, lo, hi, SHIFTED)
 
 
 @triton.jit

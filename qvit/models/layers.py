@@ -17,16 +17,18 @@ Shapes: B batch (of images, or of windows), N tokens, C channels, H heads, d hea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qvit.kernels import gpu_norm
 from qvit.kernels.attention import quantized_attention, split_heads
 from qvit.kernels.fake_quantize import Learned, fuses
+from qvit.kernels.gpu_norm import Norm
 from qvit.kernels.linear import Codes, quantized_linear
 from qvit.plan.spec import Layout, PerHead, Position, Site, TensorSpec
 from qvit.quantizers import Quantizer, create_quantizer
@@ -93,13 +95,34 @@ def weight_parts(module: nn.Module) -> dict[str, Tensor]:
     return {f"{name}_weight": part for name, part in zip(QKV, weight.chunk(3), strict=True)}
 
 
+@dataclass(frozen=True)
+class Unnormed:
+    """The input of a norm that is left to the layer behind it (`norms.py`).
+
+    Attributes:
+        x: (..., C).
+        norm: What is to be done to it, for a kernel.
+        apply: The norm itself.
+    """
+
+    x: Tensor
+    norm: Norm
+    apply: Callable[[Tensor], Tensor]
+
+
 class QuantLinear(nn.Linear):
     """`nn.Linear` with sites `input` and `weight`."""
 
     #: Whether products run on integers in training, too, where they can.
     integer_forward: bool = False
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor | Unnormed) -> Tensor:
+        if isinstance(input, Unnormed):
+            own = quantizer_at(self, "input")
+            learned = None if own is None else own.fused(input.x.numel())
+            if learned is not None and gpu_norm.handles(input.x, input.norm, learned):
+                return quantized_linear(input.x, self.quantized_weight(), self.bias, learned, norm=input.norm)
+            input = input.apply(input.x)
         weight, learned = self.quantized_weight(), fused(self, "input", input)
         if learned is None:
             return F.linear(apply_quantizer(self, "input", input), weight, self.bias)

@@ -177,6 +177,13 @@ class Quantizer(nn.Module):
         """
         return None
 
+    def grouped(self, count: int) -> Learned | None:
+        """What quantizing a weight of `count` elements, as `view` shows it, together with others needs.
+
+        None where `forward` itself has to be called.
+        """
+        return None
+
     def row_codes(self, weight: Tensor) -> Codes | None:
         """The integers of a weight (out, in), int8, and their scales (out,), for products on integers.
 

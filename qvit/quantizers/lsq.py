@@ -100,13 +100,18 @@ class LSQQuantizer(LearnedScaleQuantizer):
     _range: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def fused(self, count: int, x: Tensor | None = None) -> Learned | None:
+        return None if self.layout.view is not None else self._learned(count, x)
+
+    def grouped(self, count: int) -> Learned | None:
+        return self._learned(count, None)
+
+    def _learned(self, count: int, x: Tensor | None) -> Learned | None:
         if (
             not self.enabled
             or not self.calibrated
             or self.observer is not None
             or has_hooks(self)
             or self.spec.token_bit_width is not None
-            or self.layout.view is not None
             or (x is None and self.options.scale_gradient in NORMS)
             or not fuses(self.scale, x)
         ):

@@ -48,7 +48,8 @@ from qvit.quantizers import quantizers_of
 from qvit.training.checkpoint import last_checkpoint, load_state, save_checkpoint, seed_everything
 from qvit.training.config import TrainConfig
 from qvit.training.distill import distillation_loss, feature_loss
-from qvit.training.graphs import GraphedModel, can_be_graphed
+from qvit.training.fused_forms import fused_forms
+from qvit.training.graphs import GraphedModel, Within, can_be_graphed
 from qvit.training.held_weights import HeldWeights
 from qvit.training.hooks import ComposedHooks
 from qvit.training.log import RunLog
@@ -134,6 +135,7 @@ class Trainer:
         self.diagnostics = Diagnostics(model) if config.diagnostics and quantized_weights(model) else None
         alone, device = self.processes.alone, self.processes.device
         self.graphs = config.cuda_graphs and can_be_graphed(device, alone=alone, accumulate=config.accumulate)
+        self.fuses = device.startswith("cuda") and not config.compile
         self.wrapped: nn.Module | None = None
         self.compiled: Callable[[Tensor], Tensor] = model
         self.trained: list[int] = []
@@ -239,11 +241,12 @@ class Trainer:
         if self.wrapped is None or trained != self.trained:
             self.compiled, self.wrapped = self.model, None  # ends the hooks of the old wrapper first
             self.wrapped = self.processes.wrap(self.model)
+            self.held = HeldWeights(self.model)
             if self.config.compile:
                 self.compiled = torch.compile(self.wrapped)
             else:
-                self.compiled = GraphedModel(self.model) if self.graphs else self.wrapped
-            self.held = HeldWeights(self.model)
+                around = partial(fused_forms, self.model, self.held) if self.fuses else nullcontext
+                self.compiled = GraphedModel(self.model, around) if self.graphs else Within(self.wrapped, around)
             self.trained = trained
 
     def _train_epoch(self, progress: TrainingProgress, stop: StopRequest) -> None:

@@ -12,6 +12,7 @@ from integer_models import frozen, packed_arguments
 from without_gpu import compiled, interpreted
 
 from qvit.deploy.engines import available_engines, create_engine
+from qvit.deploy.engines.cuda import MOST_GRAPHS
 from qvit.deploy.file.artifact import Artifact
 from qvit.errors import UsageError
 
@@ -178,6 +179,31 @@ def test_a_device_that_multiplies_wrongly_is_refused(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(operators, "sums_are_exact", probe)
         with pytest.raises(UsageError, match=said):
             create_engine(artifact, "cuda", device="cpu")
+
+
+def test_graphs_of_the_latest_shapes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape that comes back is not recorded again, unless eight others came since."""
+    pytest.importorskip("triton")
+    from qvit.deploy.cuda import operators
+
+    monkeypatch.setattr(operators, "interpreted", lambda: True)
+    monkeypatch.setattr(operators, "sums_are_exact", lambda _: True)
+    artifact = Artifact.from_model(frozen("vit")[0], **packed_arguments("vit"))
+    engine: Any = create_engine(artifact, "cuda", device="cpu")
+    recorded: list[int] = []
+
+    def record(images: torch.Tensor) -> Any:
+        count = len(images)
+        recorded.append(count)
+        return lambda batch: torch.full((count, 5), float(batch.sum()))
+
+    monkeypatch.setattr(engine, "_record", record)
+    engine.records = True
+    for count in (*range(1, 9), 1, 9, 1, 2):
+        images = torch.full((count, 1, 2, 2), 3.0)
+        assert torch.equal(engine(images), torch.full((count, 5), 12.0 * count))
+    assert recorded == [*range(1, 10), 2]
+    assert len(engine._recorded._kept) == MOST_GRAPHS == 8
 
 
 def test_the_engine_needs_a_device() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,23 @@ def test_recorded_once_and_for_one_shape(recorded: list[str]) -> None:
         assert torch.equal(graphed(torch.ones(4, 3)), model(torch.ones(4, 3)))
     model.eval()
     assert torch.equal(graphed(torch.ones(4, 3)), model(torch.ones(4, 3)))
+
+
+def test_recorded_and_run_within_a_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = nn.Linear(3, 2), list[str]()
+
+    @contextmanager
+    def around() -> Iterator[None]:
+        told.append("entered")
+        yield
+        told.append("left")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda shell, sample, **_: (shell(*sample), shell)[1])
+    graphed = GraphedModel(model, around)
+    for count in (4, 5):  # recorded, and of another shape
+        batch = torch.ones(count, 3)
+        assert torch.equal(graphed(batch), model(batch))
+    assert told == ["entered", "left"] * 3
 
 
 def test_a_model_that_is_looked_at_is_not_graphed(recorded: list[str]) -> None:

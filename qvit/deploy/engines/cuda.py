@@ -1,13 +1,16 @@
 """The engine `cuda`: a packed model in Triton kernels on an NVIDIA GPU (`deploy/cuda/`).
 
-Each batch size is recorded as a CUDA graph when it comes first, and started as a whole after that. The engine is never
-chosen by itself: name it. With `TRITON_INTERPRET=1` the kernels run in Triton's interpreter on the CPU, where tests
-compare them with the reference.
+Each batch shape is recorded as a CUDA graph when it comes first, and started as a whole after that. A graph keeps all
+memory of its pass, so only those of the latest `MOST_GRAPHS` shapes are kept. The engine is never chosen by itself:
+name it. With `TRITON_INTERPRET=1` the kernels run in Triton's interpreter on the CPU, where tests compare them with the
+reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +20,31 @@ from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.integer.reference import integer_form, report_in_words, report_of
 from qvit.deploy.integer.torch import TorchArithmetic
 from qvit.errors import UsageError, first_line
+
+#: Shapes of batches that have a graph at a time.
+MOST_GRAPHS = 8
+T = TypeVar("T")
+
+
+class Latest(Generic[T]):
+    """What was made for the latest keys.
+
+    Args:
+        most: How many are kept; the one that was asked for longest ago goes before another one is made.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._kept: OrderedDict[Hashable, T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What is kept for `key`, or else made now."""
+        if key not in self._kept:
+            while len(self._kept) >= self.most:
+                self._kept.popitem(last=False)
+            self._kept[key] = make()
+        self._kept.move_to_end(key)
+        return self._kept[key]
 
 
 @register_engine("cuda", needs=("triton",), order=35, devices=("cuda",))
@@ -56,16 +84,15 @@ class CudaEngine:
         self.artifact = artifact
         self.arithmetic = f"{report_in_words(report)}, {kernels_in_words(self.module)}"
         self.records = graphs and self.device.type == "cuda"
-        self._recorded: dict[tuple[int, ...], Callable[[Tensor], Tensor]] = {}
+        self._recorded: Latest[Callable[[Tensor], Tensor]] = Latest(MOST_GRAPHS)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         here = images.to(self.device, torch.float32)
         if not self.records:
             return self.module(here).to(images.device)
-        if here.shape not in self._recorded:
-            self._recorded[here.shape] = self._record(here)
-        return self._recorded[here.shape](here).to(images.device)
+        run = self._recorded.get(here.shape, lambda: self._record(here))
+        return run(here).to(images.device)
 
     def _record(self, images: Tensor) -> Callable[[Tensor], Tensor]:
         """The model for batches of one shape as a graph; kernels are compiled and libraries started before."""
