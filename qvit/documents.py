@@ -411,6 +411,12 @@ EVENTS: dict[str, type[Document]] = {
 }  # fmt: skip
 
 
+class AnalysisTraining(Document):
+    """How the points of an analysis were trained."""
+
+    epochs: Annotated[int, Field(ge=1, le=10**6)]
+
+
 class AnalysisSettings(Document):
     """What an analysis depends on."""
 
@@ -420,6 +426,7 @@ class AnalysisSettings(Document):
     images: Count
     calibration_images: Count
     seed: Count
+    training: AnalysisTraining | None = None
 
 
 class AnalysisPoint(Document):

@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from qvit.cli.console import Json, bops, integers, print_json, print_table, progress_bar, say, size
+from qvit.cli.console import Json, bops, integers, pairs, print_json, print_table, progress_bar, say, size
 from qvit.cli.options import Fields, Given, command
+from qvit.errors import UsageError
 from qvit.runs.requests import Request
 from qvit.training.config import validated
 
@@ -28,10 +29,25 @@ def analyze(
     ] = "0",
     low_bits: Annotated[int, typer.Option(help="Width of the one head.")] = 2,
     high_bits: Annotated[int, typer.Option(help="Width of everything else.")] = 8,
+    finetune: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="EPOCHS",
+            help="Train every point with LSQ+ for so many epochs before it is judged, as the paper does for `widths` "
+            "and `parts`.",
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Of --finetune: a setting of `qvit train`, such as lr=1e-3. Repeatable."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Measure how robust a model and its parts are against quantization, without training (Q-ViT, Figures 1 and 2).
+    """Measure how robust a model and its parts are against quantization (Q-ViT, Figures 1 and 2).
 
     A call that was stopped resumes where it was; one that asks for more adds to the points that are there.
 
@@ -40,12 +56,17 @@ def analyze(
     --out runs/analysis[/]
 
     [cyan]qvit analyze vit_digits --weights runs/float --data digits --what heads --layers all --out runs/heads[/]
+
+    [cyan]qvit analyze vit_digits --weights runs/float --data digits --what parts --finetune 20 --set lr=1e-3
+    --out runs/tuned[/]
     """
     from qvit.report.analysis import write_analysis_page
     from qvit.runs.analysis import ANALYSIS, KINDS
     from qvit.runs.analysis import analyze as measure
 
     request = validated(Request, subject)
+    if setting and finetune is None:
+        raise UsageError("--set is for --finetune: without it nothing is trained")
     with progress_bar(hidden=as_json) as progress:
         record = measure(
             request,
@@ -56,6 +77,7 @@ def analyze(
             layers=None if layer == "all" else integers(layer, "--layers"),
             low_bits=low_bits,
             high_bits=high_bits,
+            training=None if finetune is None else pairs(setting) | {"epochs": finetune},
             overwrite=overwrite,
             progress=progress,
         )

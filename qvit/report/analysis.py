@@ -21,10 +21,8 @@ from qvit.report.shell import document, write_page_of
 from qvit.report.units import bops_text, difference, duration, fixed, plus_minus
 
 PART_NAMES = {"gelu": "GELU outputs", "fc": "fully-connected layers", "msa": "attention (MSA)"}
-FOOTER = (
-    "Post-training quantization: scales of least squared error from calibration images, nothing trained. The analyses "
-    "follow Figures 1 and 2 of Q-ViT (Li et al. 2022, arXiv 2201.07703)."
-)
+FOOTER = "The analyses follow Figures 1 and 2 of Q-ViT (Li et al. 2022, arXiv 2201.07703)."
+UNTRAINED = "Post-training quantization: scales of least squared error from calibration images, nothing trained."
 HEADS_NOTE = (
     "Bars of error are those of the loss against float. In a map of several layers, losses are against the model with "
     "all heads at the higher width; negative is a gain (Figure 2b of the paper)."
@@ -56,7 +54,9 @@ def render_analysis(record: Mapping[str, Any], *, title: str | None = None) -> s
         ("heads", "One attention head at few bits", _heads(kinds["heads"], layers, canvas)),
     ]
     heading = title or f"Robustness against quantization: {record['settings']['model']}"
-    return document(heading, _header(record), parts, canvas, footer=FOOTER)
+    training = record["settings"].get("training")
+    how = UNTRAINED if training is None else f"Each point was trained with LSQ+ for {training['epochs']} epochs."
+    return document(heading, _header(record), parts, canvas, footer=f"{how} {FOOTER}")
 
 
 def _kinds(record: Mapping[str, Any]) -> dict[str, Rows]:

@@ -4,8 +4,9 @@
     parts     GELU outputs alone, fully-connected layers alone, attention alone, the rest float  (Figure 2a)
     heads     one attention head at few bits, everything else at many                            (Figure 2b)
 
-Post-training: nothing is trained (the paper fine-tunes for Figures 1 and 2a). The model is calibrated once, with a
-scale for each width of each site; a point is the same model with other widths (`Probe`). A part is told from the site:
+By default nothing is trained: the model is calibrated once, with a scale for each width of each site, and a point is
+the same model with other widths (`Probe`). The paper fine-tunes for Figures 1 and 2a: with `epochs` each point is a run
+of its own, `lsq+` at the widths of the point, in DIR/trained (`TrainedProbe`). A part is told from the site:
 
     msa     everything below `attn`
     gelu    inputs below `mlp` with an unsigned default: what GELU, or another activation function whose negative side
@@ -21,9 +22,11 @@ stopped, or that asks for more, goes on where the file ends.
 
 from __future__ import annotations
 
+import logging
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,10 @@ from qvit.locks import writing
 from qvit.measure.probe import Probe, divergence_terms
 from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel
-from qvit.plan.spec import Site
+from qvit.plan.quant_plan import QuantPlan
+from qvit.plan.spec import Site, TensorSpec
+from qvit.runs.directory import CONFIG
+from qvit.runs.run import load_run, resume, train
 from qvit.runs.subject import (
     Progress,
     Request,
@@ -49,12 +55,14 @@ from qvit.runs.subject import (
     percent_equal,
     standard_error,
 )
+from qvit.training.config import TrainConfig
 
 WIDTHS = tuple(range(2, 9))
 KINDS = ("widths", "parts", "heads")
 PARTS = ("gelu", "fc", "msa")
-ANALYSIS = "analysis.json"
+ANALYSIS, TRAINED = "analysis.json", "trained"
 FORMAT, VERSION = "qvit-analysis", 1
+_log = logging.getLogger(__name__)
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
@@ -138,7 +146,8 @@ class AnalysisProbe(Probe):
         start = time.perf_counter()
         reference, truth = self._reference(images)
         of_float, widths = reference.argmax(-1), point.widths(self.cost)
-        given = torch.cat([own for own, _ in logits(self.apply(widths), images, progress)]).float().log_softmax(-1)
+        answers = logits(self.quantized(point, widths), images, progress)
+        given = torch.cat([own for own, _ in answers]).float().log_softmax(-1)
         predicted = given.argmax(-1)
         divergence = divergence_terms(reference, given).sum(-1)
         top1 = percent_equal(predicted, truth)
@@ -156,11 +165,55 @@ class AnalysisProbe(Probe):
             "seconds": round(time.perf_counter() - start, 3),
         }
 
+    def quantized(self, point: Point, widths: dict[str, tuple[int, ...]]) -> nn.Module:
+        """The model of a point, which has these widths."""
+        return self.apply(widths)
+
     def _reference(self, images: Batches, progress: Callable[[int], None] | None = None) -> tuple[Tensor, Tensor]:
         if self._float is None:
             own, truth = zip(*logits(self.float_model.eval(), images, progress), strict=True)
             self._float = torch.cat(own).float().log_softmax(-1), torch.cat(truth)
         return self._float
+
+
+class TrainedProbe(AnalysisProbe):
+    """A probe whose points are trained, each as a run that ends before it is judged.
+
+    Args:
+        subject: Model and images.
+        folder: Where the runs are. Those that are there are finished, or resumed.
+        training: Fields of `TrainConfig`, `epochs` among them.
+    """
+
+    def __init__(self, subject: Subject, folder: Path, training: Mapping[str, Any]) -> None:
+        super().__init__(subject.model, subject.calibration(images=1))
+        self.folder, self.device = folder, subject.device
+        same = set(TrainConfig.model_fields) & set(Request.model_fields) - {"batch_size", "calibration_images"}
+        own = {name: getattr(subject.request, name) for name in same}
+        self.config = TrainConfig.create(**own, method="lsq+", plan="w8a8", **training)
+
+    def quantized(self, point: Point, widths: dict[str, tuple[int, ...]]) -> nn.Module:
+        run = self.folder / _name(point).replace(" ", "-")
+        if (run / CONFIG).is_file():
+            resume(run, quiet=True, notify=_log.info)
+        else:
+            plan = run.with_suffix(".json")
+            QuantPlan(plan.stem, (), self._specs(widths)).save(plan)
+            train(self.config.model_copy(update={"plan": str(plan)}), run, quiet=True, notify=_log.info)
+        return load_run(run, self.device).eval()
+
+    def _specs(self, widths: dict[str, tuple[int, ...]]) -> dict[str, TensorSpec | None]:
+        """The sites' defaults at these widths; those that are not named stay in float."""
+        specs: dict[str, TensorSpec | None] = dict.fromkeys(self.sites)
+        for name, own in widths.items():
+            bits = list(own) if len(set(own)) > 1 else own[0]
+            specs[name] = self.sites[name].default.changed({"bit_width": bits})
+        return specs
+
+
+def _name(point: Point) -> str:
+    place = [point.what, point.part, point.layer, None if point.head is None else str(point.head)]
+    return f"{' '.join(value for value in place if value is not None)} {point.bit_width} bit"
 
 
 def width_points(widths: Sequence[int] = WIDTHS) -> list[Point]:
@@ -261,6 +314,7 @@ def analyze(
     layers: Sequence[int] | None = (0,),
     low_bits: int = 2,
     high_bits: int = 8,
+    training: Mapping[str, Any] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -271,6 +325,8 @@ def analyze(
         out: The directory.
         what: Some of `widths`, `parts`, `heads`.
         widths, parts, layers, low_bits, high_bits: See the functions of the points.
+        training: Fields of `TrainConfig` by which every point is trained before it is judged, such as `epochs`; None
+            trains nothing.
         overwrite: Begins anew whatever is there.
         progress: Gets a text, the images done and the images in all, after each batch.
 
@@ -291,27 +347,39 @@ def analyze(
         asked += width_points(widths) if "widths" in what else []
         asked += part_points(cost, parts, widths) if "parts" in what else []
         asked += head_points(cost, layers, low_bits=low_bits, high_bits=high_bits) if "heads" in what else []
-        record = _begun(file, subject.settings(), cost) if not overwrite else _fresh(subject.settings(), cost)
+        settings = subject.settings() | {"training": None if training is None else dict(training)}
+        record = _begun(file, settings, cost) if not overwrite else _fresh(settings, cost)
+        if overwrite:
+            shutil.rmtree(file.parent / TRAINED, ignore_errors=True)
         known = {_key(row) for row in record["points"]}
         if missing := [point for point in asked if _key(asdict(point)) not in known]:
-            _add(missing, record, file, subject, progress or (lambda *_: None))
+            _add(missing, record, file, subject, progress or (lambda *_: None), training)
     return record
 
 
-def _add(missing: list[Point], record: dict[str, Any], file: Path, subject: Subject, notify: Progress) -> None:
+def _add(
+    missing: list[Point],
+    record: dict[str, Any],
+    file: Path,
+    subject: Subject,
+    notify: Progress,
+    training: Mapping[str, Any] | None,
+) -> None:
     """Measures points into a record, which is written after each."""
     step = len(subject.judged)
     total = step * (len(missing) + 1)
     start = time.perf_counter()
     notify("calibrating", 0, total)
     probe = AnalysisProbe(subject.model, subject.calibration())
+    if training is not None:
+        probe = TrainedProbe(subject, file.parent / TRAINED, training)
     loader = subject.loader()
     of_float, truth = probe.float_answers(loader, lambda n: notify("float", n, total))
     top1 = percent_equal(of_float, truth)
     record["float"] = {"top1": top1, "standard_error": standard_error(top1, len(truth)), "images": len(truth)}
     for number, point in enumerate(missing, 1):
-        name = " ".join(str(value) for value in (point.part, point.layer, point.head) if value is not None)
-        text = f"{point.what} {name} {point.bit_width} bit".replace("  ", " ")
+        text = _name(point)
+        notify(text, number * step, total)
         row = probe.measure(point, loader, lambda n, text=text, at=number * step: notify(text, at + n, total))
         record["points"].append(row)
         record["seconds"] = round(record["seconds"] + time.perf_counter() - start, 2)

@@ -19,6 +19,7 @@ from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.report.analysis import render_analysis, write_analysis_page
 from qvit.runs import analysis as module
+from qvit.runs import run as run_module
 from qvit.runs.analysis import (
     AnalysisProbe,
     Point,
@@ -32,7 +33,16 @@ from qvit.runs.analysis import (
     part_points,
     width_points,
 )
-from qvit.runs.subject import Request, fingerprint, open_subject, paired_standard_error, standard_error
+from qvit.runs.run import load_run
+from qvit.runs.subject import (
+    Request,
+    fingerprint,
+    logits,
+    open_subject,
+    paired_standard_error,
+    percent_equal,
+    standard_error,
+)
 
 REQUEST = Request(
     model="vit_digits",
@@ -194,6 +204,36 @@ class TestFile:
         with pytest.raises(UsageError, match="an analysis with images 40, not 39"):
             self.measure(tmp_path, other)
         assert self.measure(tmp_path, other, what=("widths",), overwrite=True)["settings"]["images"] == 39
+
+    def test_points_are_trained(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each is a run whose plan has the point's widths, and float elsewhere; a killed one is resumed."""
+        options: dict[str, Any] = {"what": ("parts",), "training": {"epochs": 2, "batch_size": 200, "threads": 1}}
+        whole = self.measure(tmp_path / "whole", **options)
+        for row in whole["points"]:
+            run = tmp_path / "whole" / "trained" / f"parts-gelu-{row['bit_width']}-bit"
+            widths = QuantPlan.load(run / "plan.json").widths()
+            parts = {name: part_of(site) for name, site in inspect_model(digits_model(depth=2)).sites.items()}
+            assert all(set(own) == {row["bit_width"] if parts[name] == "gelu" else 32} for name, own in widths.items())
+            subject = open_subject(REQUEST)
+            answers, truth = zip(*logits(load_run(run), subject.loader()), strict=True)
+            assert row["top1"] == percent_equal(torch.cat(answers).argmax(-1), torch.cat(truth))
+        assert whole["settings"]["training"] == options["training"]
+        assert "trained with LSQ+ for 2 epochs" in render_analysis(whole)
+        save = run_module.save_weights
+
+        def dies(*arguments: Any) -> None:
+            save(*arguments)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(run_module, "save_weights", dies)
+            self.measure(tmp_path / "killed", **options)
+        again = self.measure(tmp_path / "killed", **options)
+        assert [row["divergence"] for row in again["points"]] == [row["divergence"] for row in whole["points"]]
+        with pytest.raises(UsageError, match="with training .*'epochs': 2"):
+            self.measure(tmp_path / "killed", what=("parts",))
+        assert self.measure(tmp_path / "killed", what=("parts",), overwrite=True)["settings"]["training"] is None
+        assert not (tmp_path / "killed" / "trained").exists()
 
     def test_damaged_files_are_named(self, tmp_path: Path) -> None:
         (tmp_path / "analysis.json").write_text("{")
