@@ -57,6 +57,32 @@ def fragile_figures(data: Data) -> dict[str, go.Figure]:
     return {name: make(data) for name, make in _figures(data).items()}
 
 
+@table_of("fragile_trained.json", "`python benchmarks/measure/fragile_trained.py --seeds 0 1 2`")
+def fragile_trained_tables(data: Data) -> str:
+    """Points lost by part and width, with and without training, mean and deviation over seeds."""
+    widths = sorted({row["bit_width"] for row in data["rows"]})
+    lost = {(row["part"], row["bit_width"], row["trained"]): row for row in data["rows"]}
+    parts = list(dict.fromkeys(row["part"] for row in data["rows"]))
+    cells = []
+    for trained in (False, True):
+        for part in parts:
+            rows = [lost[part, width, trained] for width in widths]
+            own = [f"{row['drop']:.2f} ± {row['drop_deviation']:.2f}".replace("-", "−") for row in rows]
+            cells.append([f"{PART_NAMES[part]} alone", "trained" if trained else "calibrated", *own])
+    said = []
+    for trained, how in ((False, "Calibrated"), (True, "Trained")):
+        worst = [max(parts, key=lambda part: lost[part, width, trained]["drop"]) for width in widths]
+        named = ", ".join(f"{PART_NAMES[part]} at {width}" for part, width in zip(worst, widths, strict=True))
+        said.append(f"{how}, the part that loses most is, by bits: {named}.")
+    floats = ", ".join(f"{value:.2f}" for value in data["float"])
+    note = (
+        f"`{data['model']}` on digits: points of top-1 lost against float ({floats} %) on {data['images']} test "
+        f"images, mean and standard deviation over {len(data['seeds'])} seeds; trained for {data['epochs']} epochs."
+    )
+    header = ["quantized", "how", *(f"{width} bits" for width in widths)]
+    return "\n\n".join([note, table(header, cells, left=2), *said, origin(data)])
+
+
 def curves_of(data: Data) -> dict[str, list[Row]]:
     """Rows by width of everything, and of each part alone."""
     found: dict[str, list[Row]] = {}
