@@ -220,7 +220,8 @@ def _splits_of(plan: QuantPlan) -> dict[str, dict[str, Any]]:
     for name, spec in plan.sites.items():
         if spec is not None and name.endswith(".mlp.fc1.input"):
             split = spec.token_bit_width
-            own = Split(spec.widths[0], split.low if split else spec.widths[0], split.share if split else 1.0)
+            high = (split and split.high) or spec.widths[0]
+            own = Split(high, split.low if split else high, split.share if split else 1.0)
             found[name.removesuffix(".mlp.fc1.input")] = asdict(own)
     return found
 
@@ -267,7 +268,7 @@ def important_patches(model: nn.Module, images: Tensor) -> dict[str, tuple[Tenso
         else:
             prefix = int((rank[0] < 0).sum())
             important = rank[:, prefix:] < split.important(rank.shape[1])
-        found[block] = (important.unflatten(1, grid), spec.widths[0], split.low)
+        found[block] = (important.unflatten(1, grid), split.high or spec.widths[0], split.low)
     return found
 
 
