@@ -19,8 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from qvit.errors import QvitError
+from qvit.files import write_atomically
 from qvit.measure.features import signed_features
 from qvit.measure.fisher import Sums
 from qvit.measure.metric import Task
@@ -93,6 +97,22 @@ def _by_place(weighted: Tensor, order: Tensor) -> Tensor:
     squares = weighted.double().square().sum(-1)
     squares = squares.sum(1) if squares.dim() == 3 else squares
     return squares.gather(1, order).sum(0)
+
+
+def save_places(path: Path, places: Places, seconds: float) -> None:
+    """Writes D, and the seconds that it took to measure."""
+    content = save({site: torch.from_numpy(own) for site, own in places.items()}, {"seconds": repr(seconds)})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def load_places(path: Path) -> tuple[Places, float]:
+    """The inverse of `save_places`. Raises QvitError for a file that cannot be read."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            found = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
+            return found, float((file.metadata() or {})["seconds"])
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise QvitError(f"cannot read {path}: {error}; delete it, and it is measured again") from None
 
 
 def spread(places: Places, sensitivity: Sensitivity) -> Places:

@@ -48,10 +48,11 @@ from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, plan_from
 from qvit.plan.spec import TensorSpec
 from qvit.quantizers import quantizers_of
+from qvit.runs.directory import COST, PATCHES, PLAN
 from qvit.runs.subject import Progress, Request, Subject, answers, open_subject, percent_equal
 from qvit.training.log import Stopwatch
 
-RESULT, PLAN, COST, PATCHES = "patchwise.json", "plan.json", "cost.json", "patches.json"
+RESULT = "patchwise.json"
 #: Splits measured so far, until the result is there: a call that was interrupted goes on from them.
 MEASURED = "splits.partial"
 ALLOCATIONS = ("same", "average", "free")
@@ -148,8 +149,7 @@ def patchwise(
         chosen.save(folder / PLAN)
         write_json(folder / COST, cost.report(chosen.widths(), model=request.model, plan=chosen.name))
         if picture:
-            pictures = _pictures(subject, model, picture)
-            write_json(folder / PATCHES, {"model": request.model, "plan": chosen.name, "images": pictures})
+            write_patches(subject, model, folder, picture, chosen.name)
         write_json(folder / RESULT, result)
         (folder / MEASURED).unlink(missing_ok=True)
         return result
@@ -270,6 +270,12 @@ def important_patches(model: nn.Module, images: Tensor) -> dict[str, tuple[Tenso
             important = rank[:, prefix:] < split.important(rank.shape[1])
         found[block] = (important.unflatten(1, grid), split.high or spec.widths[0], split.low)
     return found
+
+
+def write_patches(subject: Subject, model: nn.Module, folder: Path, count: int, plan: str) -> None:
+    """Writes `patches.json` of the first judged images."""
+    pictures = _pictures(subject, model, count)
+    write_json(folder / PATCHES, {"model": subject.options.model, "plan": plan, "images": pictures})
 
 
 def _pictures(subject: Subject, model: nn.Module, count: int) -> list[dict[str, Any]]:

@@ -201,3 +201,17 @@ def test_images_of_several_sizes(ptq: Any, qvit: Qvit, tmp_path: Path) -> None: 
     assert qvit("pack", tmp_path / "free").code == 0
     scores = ("evaluate", tmp_path / "free" / "packed.safetensors", "--data", "digits", "--json")
     assert qvit(*scores, "--image-size", "8x12").json["images"] == 597
+
+
+def test_pmq(qvit: Qvit, float_run: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = ["pmq", *SMALL_DIGITS, "--weights", float_run, "--out", tmp_path / "run", *OPTIONS, "--share", "0.5"]
+    out = qvit(*command, "--budget", "4bit", "--points", "5").out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    chosen, search = result["search"]["chosen"], result["search"]
+    assert result["method"] == "pmq" and len(search["frontier"]) == 5
+    words = " ".join(out.split())
+    assert f"{chosen['class_token']} activations with a width for the class token alone" in words
+    assert f"{chosen['split']} with patches of two widths" in words
+    assert "give --budget, such as 4bit" in qvit(*command, "--overwrite").failed(2)
+    help_text = qvit("pmq", "--help").out
+    assert "--no-patches" in help_text and "--max-drop" not in help_text
