@@ -108,9 +108,14 @@ def pmq(
         Fields(
             PMQOptions,
             "metric sensitivity sensitivity_images class_token patches shares key min_width boundary points picture "
-            "observer weights probs heads positions reparameterize rotate rounding bias_correction",
+            "observer weights probs heads positions reparameterize rotate rounding bias_correction "
+            "effort reconstruct steps recon_images recon_batch",
             flags=_FLAGS | {"shares": ["--share"]},
-            help={"metric": "the sensitivity that all is chosen by: `fisher` (the default), `kl`, `hessian`, ..."},
+            help={
+                "metric": "the sensitivity that all is chosen by: `fisher` (the default), `kl`, `hessian`, ...",
+                "reconstruct": "train each block to answer like its float original, with `--no-patches`; implied by "
+                "`effort`",
+            },
         ),
     ],
     run: Out,

@@ -37,6 +37,7 @@ from qvit.measure.probe import Probe
 from qvit.plan.budget import format_bops
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.plan.spec import TensorSpec
 
 LOW, HIGH = 2, 8
 
@@ -93,8 +94,9 @@ def split_plan(
         plan: The plain plan; its widths of the split activations are replaced.
         cost: The model's sites.
         splits: By path of the block, for a tensor of its width (`block_widths`); one that is so many bits wider or
-            narrower has both groups that much wider or narrower, as far as widths go, and one in float or with heads of
-            several widths stays as it is. A block that is not named stays plain, as does a split of equal widths.
+            narrower has both groups that much wider or narrower, as far as widths go. One with a width of its own for
+            prefix tokens keeps it; one in float or with heads of several widths stays as it is. A block that is not
+            named stays plain, as does a split of equal widths.
         key: Whether the keys are split, too.
     """
     blocks, base, widths = token_blocks(cost, key=key), switchable(plan, cost), block_widths(plan, cost, key=key)
@@ -106,8 +108,12 @@ def split_plan(
             spec = base.sites[site]
             if spec is None or len(set(spec.widths)) > 1:
                 continue
-            further = spec.widths[0] - widths[block]
+            further = _patch_width(spec) - widths[block]
             high, low = (min(max(width + further, LOW), HIGH) for width in (split.high, split.low))
+            if has_class_width(spec) and spec.widths[0] > high:
+                tokens = {"share": 0, "low": low} if high == low else {"share": split.share, "low": low, "high": high}
+                rules.append(Rule(site, {"token_bit_width": tokens}))
+                continue
             tokens = None if high == low else {"share": split.share, "low": low}
             rules.append(Rule(site, {"bit_width": high, "token_bit_width": tokens}))
     return base.with_rules(*rules, name=name).resolve(cost.sites)
@@ -165,13 +171,25 @@ def block_widths(plan: QuantPlan, cost: CostModel, *, key: bool = False) -> dict
     """
     resolved, widths = plan.resolve(cost.sites), {}
     for block, sites in token_blocks(cost, key=key).items():
+        specs = [spec for site in sites if (spec := resolved.sites[site]) is not None]
         found = sorted(
-            width for site in sites if (spec := resolved.sites[site]) is not None for width in set(spec.widths)
+            width for spec in specs for width in ([_patch_width(spec)] if has_class_width(spec) else set(spec.widths))
         )
         if not found:
             raise UsageError(f"plan '{plan.name}' has all activations of {block} in float: there is nothing to split")
         widths[block] = mode(found)
     return widths
+
+
+def has_class_width(spec: TensorSpec) -> bool:
+    """Whether prefix tokens alone have another width than the other tokens."""
+    return spec.token_bit_width is not None and not spec.token_bit_width.ranks
+
+
+def _patch_width(spec: TensorSpec) -> int:
+    """The width of the tokens that a split is about."""
+    split = spec.token_bit_width
+    return split.low if split is not None and not split.ranks else spec.widths[0]
 
 
 def switchable(plan: QuantPlan, cost: CostModel) -> QuantPlan:

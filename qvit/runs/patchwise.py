@@ -36,6 +36,7 @@ from qvit.methods.pmq import (
     allocate_splits,
     block_widths,
     candidate_splits,
+    has_class_width,
     measure_splits,
     patchwise_plan,
     split_plan,
@@ -83,7 +84,7 @@ def patchwise(
         allocation: `same`: every block has the narrowest split that keeps its average. `average`: for every block the
             best that keeps its average, or none. `free`: the best set of splits within the budget.
         plan: The plain plan; None: the widest uniform one within the budget. A plan with token groups is taken as it
-            is.
+            is; where splits are allocated, one with a width for the class token alone is split further.
         key: Whether the keys are split, too.
         score_images: How many training images the splits are chosen by; others than the calibration images.
         picture: How many judged images to draw.
@@ -112,13 +113,17 @@ def patchwise(
         with watch("allocation"):
             file = folder / MEASURED
             chosen = _chosen_plan(subject, cost, plain, limit, allocation, share, key, score_images, notify, file)
-        if any(spec is not None and spec.token_bit_width for spec in plain.sites.values()):
+        given = plain
+        if _groups(given):
             plain = _plain_plan(None, cost, limit)
         chosen = replace(chosen, model=request.model)
         with watch("calibration"):
             plain_plan = switchable(plain, cost)
             probe = Probe(subject.model, subject.calibration(), plain_plan)
-            uniform, model = (probe.under(own) for own in (plain_plan, chosen))
+            uniform = probe.under(plain_plan)
+            if given is not plain:  # whose grids may be others
+                probe = Probe(subject.model, subject.calibration(), chosen)
+            model = probe.under(chosen)
         found: dict[str, Tensor] = {}
         truth, count = torch.zeros(0), len(subject.judged)
         for number, (name, own) in enumerate((("float", subject.model), ("uniform", uniform), ("patchwise", model))):
@@ -189,7 +194,8 @@ def _chosen_plan(
     file: Path,
 ) -> QuantPlan:
     """The patch-wise plan that the options ask for."""
-    if any(spec is not None and spec.token_bit_width for spec in plain.sites.values()):
+    groups = _groups(plain)
+    if groups and (allocation == "same" or not all(map(has_class_width, groups))):
         return plain
     if allocation == "same":
         return patchwise_plan(plain, cost, 0.5 if share is None else share, key=key)
@@ -212,6 +218,11 @@ def _chosen_plan(
     room = limit if allocation == "free" else cost.bit_operations(plain.widths())
     splits = allocate_splits(plain, cost, candidates, damages, room, key=key)
     return split_plan(plain, cost, splits, key=key, name=f"{plain.name}-patchwise-{allocation}")
+
+
+def _groups(plan: QuantPlan) -> list[TensorSpec]:
+    """What a resolved plan says of the tensors whose tokens differ in width."""
+    return [spec for spec in plan.sites.values() if spec is not None and spec.token_bit_width is not None]
 
 
 def _splits_of(plan: QuantPlan) -> dict[str, dict[str, Any]]:

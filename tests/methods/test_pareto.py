@@ -16,9 +16,12 @@ from qvit.deploy.integer.reference import integer_form
 from qvit.errors import QvitError, UsageError
 from qvit.measure import partial as partial_module
 from qvit.measure.token_places import load_places, save_places
+from qvit.methods import create_method
 from qvit.methods.ptq.images import Progress
 from qvit.models.convert import freeze
+from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan
+from qvit.plan.spec import TensorSpec
 from qvit.report import load_runs
 from qvit.report.page import render_page
 from qvit.runs.packed import write_packed
@@ -86,6 +89,37 @@ def test_options_decide_what_is_tried(tmp_path: Path) -> None:
     assert not (tmp_path / "none" / "token_places.safetensors").exists()
 
 
+def test_training_starts_from_such_a_plan(run: Path, tmp_path: Path) -> None:
+    plan, expected = QuantPlan.load(run), json.loads((run / "result.json").read_text())
+    split = [site for site, spec in plan.sites.items() if spec is not None and spec.ranks_tokens]
+    own = small_config(method="lsq", plan=str(run / "plan.json"), epochs=1)
+    assert train(own, tmp_path / "lsq", quiet=True)["bit_operations"] == expected["bit_operations"]
+    trained, before = load_run(tmp_path / "lsq"), load_run(run)
+    for site in split:
+        spec = plan.sites[site]
+        assert spec is not None and spec.token_bit_width is not None
+        quantizer: Any = trained.get_submodule(f"{site}_quantizer")
+        assert quantizer.spec.token_bit_width == spec.token_bit_width
+        start: Any = before.get_submodule(f"{site}_quantizer")
+        assert not torch.equal(quantizer.active_scale(), start.active_scale())
+    cost = inspect_model(before)
+    learned = create_method(small_config(method="qvit", budget="4bit", plan=str(run / "plan.json"))).plan(cost)
+    assert learned is not None
+    for site in split:
+        spec, own_spec = plan.sites[site], learned.sites[site]
+        assert spec is not None and own_spec is not None and own_spec.learn_bit_width
+        mean = sum(token_widths(spec, cost.sites[site].tokens)) / cost.sites[site].tokens
+        assert own_spec.token_bit_width is None and set(own_spec.widths) == {round(mean)}
+
+
+def token_widths(spec: TensorSpec, tokens: int) -> list[int]:
+    """The width of every token, the class token first."""
+    split = spec.token_bit_width
+    assert split is not None
+    high = spec.widths[0] if split.high is None else split.high
+    return [spec.widths[0] if n == 0 else high if n < int(split.share * tokens) else split.low for n in range(tokens)]
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing in the library may catch it."""
 
@@ -130,6 +164,8 @@ def test_mistakes(tmp_path: Path) -> None:
         train(config().model_copy(update={"budget": None}), tmp_path / "a", quiet=True)
     with pytest.raises(UsageError, match="takes a --plan or a --max-drop"):
         train(config(max_drop=1.0), tmp_path / "b", quiet=True)
+    with pytest.raises(UsageError, match="leave out the reconstruction, or set --no-patches"):
+        train(config(reconstruct=True), tmp_path / "b", quiet=True)
     with pytest.raises(QvitError, match="takes between"):
         train(config("0.1M"), tmp_path / "c", quiet=True)
     with pytest.raises(UsageError, match="shares"):

@@ -34,6 +34,7 @@ from qvit.methods.pmq import (
     switchable,
     token_blocks,
 )
+from qvit.methods.ptq.class_token import with_class_token
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, plan_of, quantize, quantizers_disabled
 from qvit.models.create import create_model
@@ -481,6 +482,12 @@ class TestSplits:
             "blocks.0.mlp.fc1.input": (8, 7),
         }
         assert found["blocks.0.attn.query"] == (4, 6)
+        class_token = with_class_token(mixed, cost, 8)
+        assert class_token is not None and block_widths(class_token, cost) == {"blocks.0": 4, "blocks.1": 4}
+        found = split_plan(class_token, cost, {"blocks.0": Split(6, 3, 0.5), "blocks.1": Split(5, 5, 1.0)}).widths()
+        three, two = (found[f"blocks.{n}.attn.qkv.input"] for n in (0, 1))
+        assert isinstance(three, TokenWidths) and (three[0], three.split) == (8, TokenSplit(0.5, 3, 6))
+        assert isinstance(two, TokenWidths) and (two[0], two.split) == (8, TokenSplit(0, 5))
         floats = plain.with_rules(*(Rule(site, None) for site in token_blocks(cost)["blocks.1"]))
         with pytest.raises(UsageError, match=r"has all activations of blocks\.1 in float"):
             block_widths(floats, cost)
@@ -595,6 +602,18 @@ class TestEndToEnd:
         )  # fmt: skip
         assert result["bit_operations"] <= result["uniform_bit_operations"] < result["budget"]
         assert set(result["splits"]) == {"blocks.0", "blocks.1"}
+
+    def test_a_width_for_the_class_token_is_kept_beside_splits(self, cost: CostModel, tmp_path: Path) -> None:
+        plan = with_class_token(QuantPlan.preset("w4a4"), cost, 8)
+        assert plan is not None
+        plan.save(tmp_path / "class.json")
+        options: dict[str, Any] = {"budget": "60%", "plan": tmp_path / "class.json", "score_images": 8}
+        result = patchwise(self.REQUEST, tmp_path / "run", allocation="average", share=0.5, **options)
+        found = QuantPlan.load(tmp_path / "run" / "plan.json").sites["blocks.0.mlp.fc1.input"]
+        assert found is not None and found.widths == (8,) and found.token_bit_width is not None
+        assert result["splits"]["blocks.0"]["high"] == (found.token_bit_width.high or 4)
+        as_it_is = patchwise(self.REQUEST, tmp_path / "same", **options)
+        assert as_it_is["bit_operations"] == cost.bit_operations(plan.widths())
 
     def test_the_page_shows_every_low_patch(self, tmp_path: Path) -> None:
         patchwise(self.REQUEST, tmp_path, budget="4bit", picture=2)

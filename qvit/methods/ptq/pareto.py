@@ -60,6 +60,10 @@ class PMQMethod(PTQMethod):
             raise UsageError("method 'pmq' chooses widths within a budget: give --budget, such as 4bit")
         if self.config.plan is not None or self.options.max_drop is not None:
             raise UsageError("method 'pmq' chooses widths within a budget: `qvit ptq` takes a --plan or a --max-drop")
+        if self.options.patches and (self.options.reconstruct or self.options.effort is not None):
+            raise UsageError(
+                "blocks that rank patches are not reconstructed: leave out the reconstruction, or set --no-patches"
+            )
         return super().plan(cost)
 
     def _allocated(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> QuantPlan:
