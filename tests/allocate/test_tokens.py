@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from tiny_models import digit_batches, digits_model
+from tiny_models import digit_batches, digits_model, shake
+from torch import nn
 
 from qvit.allocate.frontier import lower_hull
 from qvit.allocate.program import solve
@@ -27,6 +28,7 @@ from qvit.measure.metric import Task
 from qvit.measure.token_places import Places, measure_places, spread
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
+from qvit.models.create import create_model
 from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
@@ -134,10 +136,17 @@ def test_options_by_hand() -> None:
     assert sum_of(TokenOption(8, high), 4, 1) == 8 + 5 + 3 + 3
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-def test_places_add_up_to_the_metric(class_token: bool) -> None:
-    further = {} if class_token else {"class_token": False, "global_pool": "avg"}
-    model, batches = digits_model(depth=2, **further), digit_batches(1, 6)
+def swin() -> nn.Module:
+    kwargs = {"img_size": 32, "window_size": 4, "depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16}
+    return shake(create_model("swin_tiny_patch4_window7_224", **kwargs)).eval()
+
+
+@pytest.mark.parametrize("which", ["class token", "none", "windows"])
+def test_places_add_up_to_the_metric(which: str) -> None:
+    further = {} if which == "class token" else {"class_token": False, "global_pool": "avg"}
+    model, batches = (swin(), [torch.randn(4, 3, 32, 32)]) if which == "windows" else (
+        digits_model(depth=2, **further), digit_batches(1, 6)
+    )  # fmt: skip
     sites = [name for name, site in inspect_model(model).sites.items() if site.tokens]
     measured = measure_sensitivity(model, batches, metric="fisher", widths=WIDTHS, seed=5)
     plan = QuantPlan("default").resolve(inspect_model(model).sites)
@@ -146,6 +155,12 @@ def test_places_add_up_to_the_metric(class_token: bool) -> None:
         assert places[site].shape == (inspect_model(model).sites[site].tokens, len(WIDTHS))
         np.testing.assert_allclose(places[site].sum(0), measured.raw[site].sum(0), rtol=1e-4)
         np.testing.assert_allclose(spread(places, measured)[site].sum(0), measured.table[site].sum(0), rtol=0.2)
+    own = inspect_model(model)
+    problem = token_choices(own, measured, spread(places, measured), TokenCandidates())
+    low, high = problem.extremes()
+    answer = solve(problem.within(0.5 * (low + high)))
+    assert own.bit_operations(problem.widths(answer)) == problem.problem.cost(answer) <= 0.5 * (low + high)
+    assert own.bit_operations(own.uniform(3)) == low
 
 
 def test_places_are_those_of_the_ranking() -> None:
