@@ -159,13 +159,18 @@ def test_a_model_whose_tokens_are_all_alike(tmp_path: Path) -> None:
     assert result["search"]["chosen"]["split"] == 0
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_mistakes(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="give --budget"):
         train(config().model_copy(update={"budget": None}), tmp_path / "a", quiet=True)
     with pytest.raises(UsageError, match="takes a --plan or a --max-drop"):
         train(config(max_drop=1.0), tmp_path / "b", quiet=True)
     with pytest.raises(UsageError, match="leave out the reconstruction, or set --no-patches"):
         train(config(reconstruct=True), tmp_path / "b", quiet=True)
+    with pytest.raises(UsageError, match="leave out image_sizes"):
+        train(config(image_sizes=["8"]), tmp_path / "b", quiet=True)
+    measured = {"sensitivity": str(run / "sensitivity.json")}
+    with pytest.raises(UsageError, match="of 3 bits: widths that can be chosen here are 4, 5, 6, 7, 8"):
+        train(config("6bit", class_token=3, min_width=4, **measured), tmp_path / "b", quiet=True)
     with pytest.raises(QvitError, match="takes between"):
         train(config("0.1M"), tmp_path / "c", quiet=True)
     with pytest.raises(UsageError, match="shares"):

@@ -60,6 +60,8 @@ class PMQMethod(PTQMethod):
             raise UsageError("method 'pmq' chooses widths within a budget: give --budget, such as 4bit")
         if self.config.plan is not None or self.options.max_drop is not None:
             raise UsageError("method 'pmq' chooses widths within a budget: `qvit ptq` takes a --plan or a --max-drop")
+        if self.options.image_sizes:
+            raise UsageError("tokens are counted at the model's own image size: leave out image_sizes")
         if self.options.patches and (self.options.reconstruct or self.options.effort is not None):
             raise UsageError(
                 "blocks that rank patches are not reconstructed: leave out the reconstruction, or set --no-patches"
@@ -74,7 +76,9 @@ class PMQMethod(PTQMethod):
         places, seconds = self._places(model, grids, allowed, cost, given)
         started = time.monotonic()
         with given.watch("allocate"):
-            problem = token_choices(cost, allowed, spread(places, allowed), self._candidates(), boundary=self._boundary)
+            problem = token_choices(
+                cost, allowed, spread(places, allowed), self._candidates(allowed), boundary=self._boundary
+            )
             answer = within_budget(problem, Unit(BIT_OPERATIONS), limit, cost)
             corners = lower_hull(problem, self.options.points)
         took = time.monotonic() - started
@@ -99,24 +103,31 @@ class PMQMethod(PTQMethod):
         plan = token_plan(cost, allowed, chosen, f"pmq-{measured.metric}-{budget}")
         self.plan_name = plan.name
         counted = _counted(chosen)
-        given.notify(
-            f"of {len(places)} activations {counted['class_token']} have a width for the class token alone, "
-            f"{counted['split']} have patches of two widths; searched in {measured.seconds + seconds + took:.0f} s"
-        )
+        if places:
+            given.notify(
+                f"of {len(places)} activations {counted['class_token']} have a width for the class token alone, "
+                f"{counted['split']} have patches of two widths"
+            )
+        given.notify(f"widths chosen by {measured.metric} in {measured.seconds + seconds + took:.0f} s")
         return plan
 
-    def _candidates(self) -> TokenCandidates:
-        """The widths of tokens that are tried."""
+    def _candidates(self, sensitivity: Sensitivity) -> TokenCandidates:
+        """The widths of tokens that are tried, as far as they were measured. Raises UsageError for one that was not."""
         option = self.options.class_token
-        class_widths = () if option == "off" else (option if isinstance(option, int) else TRIED,)
-        return TokenCandidates(class_widths, tuple(self.options.shares) if self.options.patches else ())
+        width = option if isinstance(option, int) else TRIED
+        if isinstance(option, int) and width not in sensitivity.widths:
+            tried = ", ".join(map(str, sensitivity.widths))
+            raise UsageError(f"a class token of {width} bits: widths that can be chosen here are {tried}")
+        class_widths = (width,) if option != "off" and width in sensitivity.widths else ()
+        several = self.options.patches and len(sensitivity.widths) > 1
+        return TokenCandidates(class_widths, tuple(self.options.shares) if several else ())
 
     def _places(
         self, model: nn.Module, grids: QuantPlan, sensitivity: Sensitivity, cost: CostModel, given: Preparation
     ) -> tuple[Places, float]:
         """The damages by token of the activations whose tokens may differ, and the seconds that they took."""
-        candidates, kept = self._candidates(), given.run / PLACES
-        if not candidates.class_widths and not candidates.shares:
+        candidates, kept = self._candidates(sensitivity), given.run / PLACES
+        if len(sensitivity.widths) < 2 or not (candidates.class_widths or candidates.shares):
             return {}, 0.0
         if not any(site.tokens for site in cost.sites.values()):
             given.notify("the tokens of this model cannot differ in width: widths of components are chosen alone")
