@@ -266,12 +266,33 @@ class Gate(GateTrials):
     search_images: Count
 
 
+class FrontierPoint(Document):
+    """A plan on a frontier, and how many activations have a width for the class token alone, or split patches."""
+
+    bit_operations: Count
+    predicted_loss: Positive
+    class_token: Count
+    split: Count
+
+
+class Search(Document):
+    """How method `pmq` chose its widths, see `methods/ptq/pareto.py`; seconds by part."""
+
+    metric: Name
+    images: Count
+    seconds: Annotated[dict[Name, Positive], Field(max_length=100)]
+    exact: bool
+    chosen: FrontierPoint
+    frontier: Annotated[list[FrontierPoint], Field(min_length=1, max_length=1000)]
+
+
 class Result(_Scores):
     """`result.json`: the outcome of a finished run. Accuracies are percent, the other numbers plain counts."""
 
     method: Name | None = None
     float_accuracy: Percent | None = None
     gate: Gate | None = None
+    search: Search | None = None
 
 
 class Outcome(_Scores):

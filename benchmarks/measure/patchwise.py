@@ -135,7 +135,7 @@ def measure(
                 "bit_operations": cost.bit_operations(plan.widths()),
                 "only_this_right": gained,
                 "only_uniform_right": lost,
-                "p_value": _sign_test(gained, lost),
+                "p_value": sign_test(gained, lost),
                 "splits": {
                     block: [spec.widths[0], spec.token_bit_width.low, spec.token_bit_width.share]
                     for block in pmq.token_blocks(cost)
@@ -153,7 +153,7 @@ def measure(
     }
 
 
-def _sign_test(gained: int, lost: int) -> float:
+def sign_test(gained: int, lost: int) -> float:
     """Two-sided exact p-value that as many images are gained as lost by chance (McNemar's test)."""
     total, least = gained + lost, min(gained, lost)
     tail = sum(math.comb(total, n) for n in range(least + 1)) / 2**total

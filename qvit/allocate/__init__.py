@@ -4,7 +4,7 @@ problem.py     what is chosen                          choices.py    sites, head
 program.py     the integer program                     units.py      budgets: bit operations, bytes, milliseconds
 relaxation.py  Lagrangian bounds, exact on forests     frontier.py   the Pareto frontier
 rounding.py    learned widths → integers (Q-ViT)       plans.py      a sensitivity and a budget → a plan
-latency.py     milliseconds by pairs of widths
+latency.py     milliseconds by pairs of widths         tokens.py     groups of tokens as options of an activation
 """
 
 from qvit.allocate.frontier import Point, frontier, frontier_report

@@ -55,12 +55,12 @@ def allocate_plan(
     """
     kind = Unit.of(unit, cost, sensitivity.model)
     problem = choices(cost, sensitivity, kind, pins, ties, boundary)
-    widths = within_budget(problem, kind, budget, cost)
+    widths = problem.widths(within_budget(problem, kind, budget, cost))
     return plan_with_widths(cost, sensitivity, widths, name or f"{sensitivity.metric}-{budget}")
 
 
-def within_budget(problem: Choices, unit: Unit, budget: str | float, cost: CostModel) -> dict[str, tuple[int, ...]]:
-    """The widths of least damage. Raises QvitError if nothing fits."""
+def within_budget(problem: Choices, unit: Unit, budget: str | float, cost: CostModel) -> list[int]:
+    """The answer of least damage. Raises QvitError if nothing fits."""
     limit = unit.parse(budget, cost)
     smallest, largest = problem.extremes()
     if smallest > limit:
@@ -68,7 +68,7 @@ def within_budget(problem: Choices, unit: Unit, budget: str | float, cost: CostM
             f"budget '{budget}' ({unit.format(limit)}) is impossible: with these pins this model takes between "
             f"{unit.format(smallest)} and {unit.format(largest)}"
         )
-    return problem.widths(solve(problem.within(limit)))
+    return solve(problem.within(limit))
 
 
 def plan_with_widths(cost: CostModel, sensitivity: Sensitivity, widths: Widths, name: str) -> QuantPlan:

@@ -212,5 +212,8 @@ def bits(value: int | list[int], tokens: Mapping[str, Any] | None = None) -> str
     own = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     if tokens is None:
         return own
-    which = f"tokens: {100 * tokens['share']:g} %" if tokens["share"] else "prefix tokens"
+    share = f"{100 * tokens['share']:g} %"
+    if "high" in tokens:
+        return f"{own} | {tokens['high']} | {tokens['low']} (prefix tokens | tokens: {share} | rest)"
+    which = f"tokens: {share}" if tokens["share"] else "prefix tokens"
     return f"{own} | {tokens['low']} ({which} | rest)"

@@ -167,7 +167,7 @@ def _kind(annotation: Any) -> tuple[Any, str | None]:
     origin = get_origin(kinds[0])
     if origin is dict:
         return list[str], "KEY=VALUE"
-    return (list[get_args(kinds[0])[0]] if origin is Sequence else kinds[0]), None
+    return (list[types_of(get_args(kinds[0])[0])[0]] if origin is Sequence else kinds[0]), None
 
 
 def _expanded(function: Callable[..., None]) -> Callable[..., None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,7 +92,7 @@ def _decision(spec: TensorSpec | None) -> tuple[str, str, str]:
         return "float", "", ""
     grid = "signed" if spec.signed else "unsigned" if spec.symmetric else "unsigned + offset"
     split = spec.token_bit_width
-    return bits(list(spec.widths), None if split is None else asdict(split)), grid, spec.to_json()["granularity"]
+    return bits(list(spec.widths), None if split is None else split.to_json()), grid, spec.to_json()["granularity"]
 
 
 @command("plan diff", order=11)

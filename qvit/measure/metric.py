@@ -48,7 +48,7 @@ class Task:
     def probe(self) -> Probe:
         """The model's probe, calibrated with the images."""
         changes = {
-            "bit_width": self.widths[0],
+            "bit_width": self.widths[-1],
             "bit_width_range": [self.widths[0], self.widths[-1]],
             "learn_bit_width": False,
             "switchable_scale": len(self.widths) > 1,

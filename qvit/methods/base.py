@@ -108,6 +108,11 @@ class Method(ComposedHooks):
         return ()
 
     @property
+    def pictures(self) -> int:
+        """How many test images are drawn with the widths of their patches, where these differ."""
+        return 0
+
+    @property
     def deciding_images(self) -> int:
         """How many further training images `quantized` decides by; fewer will do if there are no more."""
         return 0

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from statistics import mode
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from qvit.measure.probe import Probe
 from qvit.plan.budget import format_bops
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule
+from qvit.plan.spec import TensorSpec
 
 LOW, HIGH = 2, 8
 
@@ -91,18 +93,30 @@ def split_plan(
     Args:
         plan: The plain plan; its widths of the split activations are replaced.
         cost: The model's sites.
-        splits: By path of the block; a block that is not named stays plain, as does a split of equal widths.
+        splits: By path of the block, for a tensor of its width (`block_widths`); one that is so many bits wider or
+            narrower has both groups that much wider or narrower, as far as widths go. One with a width of its own for
+            prefix tokens keeps it; one in float or with heads of several widths stays as it is. A block that is not
+            named stays plain, as does a split of equal widths.
         key: Whether the keys are split, too.
     """
-    blocks = token_blocks(cost, key=key)
+    blocks, base, widths = token_blocks(cost, key=key), switchable(plan, cost), block_widths(plan, cost, key=key)
     rules = []
     for block, split in splits.items():
         if block not in blocks:
             raise UsageError(f"'{block}' is no block with tokens: there are {', '.join(blocks)}")
-        tokens = None if split.high == split.low else {"share": split.share, "low": split.low}
-        changes = {"bit_width": split.high, "token_bit_width": tokens}
-        rules += [Rule(site, changes) for site in blocks[block]]
-    return switchable(plan, cost).with_rules(*rules, name=name).resolve(cost.sites)
+        for site in blocks[block]:
+            spec = base.sites[site]
+            if spec is None or len(set(spec.widths)) > 1:
+                continue
+            further = _patch_width(spec) - widths[block]
+            high, low = (min(max(width + further, LOW), HIGH) for width in (split.high, split.low))
+            if has_class_width(spec) and spec.widths[0] > high:
+                tokens = {"share": 0, "low": low} if high == low else {"share": split.share, "low": low, "high": high}
+                rules.append(Rule(site, {"token_bit_width": tokens}))
+                continue
+            tokens = None if high == low else {"share": split.share, "low": low}
+            rules.append(Rule(site, {"bit_width": high, "token_bit_width": tokens}))
+    return base.with_rules(*rules, name=name).resolve(cost.sites)
 
 
 def patchwise_plan(plan: QuantPlan, cost: CostModel, share: float, *, key: bool = False, steps: int = 0) -> QuantPlan:
@@ -151,17 +165,31 @@ def _no_split(widths: Sequence[int], share: float, steps: int) -> str:
 
 
 def block_widths(plan: QuantPlan, cost: CostModel, *, key: bool = False) -> dict[str, int]:
-    """The width of the activations that are split, by block. Raises UsageError if those of a block differ."""
+    """The width of the activations that are split, by block; the most frequent one, and the least of several such.
+
+    Raises UsageError if all of a block's are in float.
+    """
     resolved, widths = plan.resolve(cost.sites), {}
     for block, sites in token_blocks(cost, key=key).items():
-        found = {width for site in sites if (spec := resolved.sites[site]) is not None for width in spec.widths}
-        if len(found) != 1 or any(resolved.sites[site] is None for site in sites):
-            raise UsageError(
-                f"plan '{plan.name}' has {sorted(found)} bits for the activations of {block}: "
-                "splits are allocated where they have one width; take the same split for all blocks"
-            )
-        widths[block] = found.pop()
+        specs = [spec for site in sites if (spec := resolved.sites[site]) is not None]
+        found = sorted(
+            width for spec in specs for width in ([_patch_width(spec)] if has_class_width(spec) else set(spec.widths))
+        )
+        if not found:
+            raise UsageError(f"plan '{plan.name}' has all activations of {block} in float: there is nothing to split")
+        widths[block] = mode(found)
     return widths
+
+
+def has_class_width(spec: TensorSpec) -> bool:
+    """Whether prefix tokens alone have another width than the other tokens."""
+    return spec.token_bit_width is not None and not spec.token_bit_width.ranks
+
+
+def _patch_width(spec: TensorSpec) -> int:
+    """The width of the tokens that a split is about."""
+    split = spec.token_bit_width
+    return split.low if split is not None and not split.ranks else spec.widths[0]
 
 
 def switchable(plan: QuantPlan, cost: CostModel) -> QuantPlan:

@@ -143,14 +143,23 @@ class QViTMethod(Method):
         budget = self.budget(cost)
         given = self.config.plan
         start = self.start(cost, budget) if given is None else plan_from(given).resolve(cost.sites)
-        changes = {"learn_bit_width": True, "bit_width_range": [LOW, HIGH], **self.spec_changes()}
+        changes = {
+            "token_bit_width": None,
+            "learn_bit_width": True,
+            "bit_width_range": [LOW, HIGH],
+            **self.spec_changes(),
+        }
         rules = []
         for name, site in cost.sites.items():
             spec = start.sites[name]
             if spec is None:
                 continue
             heads = site.layout.num_heads if self.options.head_wise and site.layout.heads else 1
-            widths = spec.widths if len(spec.widths) == heads else (round(sum(spec.widths) / len(spec.widths)),) * heads
+            widths, split = spec.widths, spec.token_bit_width
+            if split is not None:  # learned is one width for all tokens, from their mean on
+                totals = (split.total(width, site.tokens, site.layout.prefix_tokens) for width in widths)
+                widths = tuple(round(total / site.tokens) for total in totals)
+            widths = widths if len(widths) == heads else (round(sum(widths) / len(widths)),) * heads
             widths = [min(max(width, LOW), HIGH) for width in widths]
             rules.append(Rule(name, {**changes, "bit_width": widths if heads > 1 else widths[0]}))
         rules += [*offset_rules(self.options.asymmetric), *scale_rules(self.scales, cost.sites.values())]

@@ -12,15 +12,15 @@ Every matmul is counted once, at the operand in the weight's place: the weight o
 `value` for probs·v. So the rows of `CostModel.report` add up to its totals, and sites that are only the other operand
 show zero.
 
-Where the tokens of an operand form two groups of different widths (`TokenWidths`), a product costs the sum over the
-groups, for q·kᵀ over the pairs of groups, each with the MACs of its tokens.
+Where the tokens of an operand form groups of different widths (`TokenWidths`), a product costs the sum over the groups,
+for q·kᵀ over the pairs of groups, each with the MACs of its tokens.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from qvit.errors import UsageError
@@ -32,11 +32,11 @@ FLOAT_BITS = 32
 
 @dataclass(frozen=True)
 class TokenWidths(Sequence[int]):
-    """Widths of a tensor whose tokens form two groups: a sequence of those of the important tokens.
+    """Widths of a tensor whose tokens form groups: a sequence of the tensor's own, those of the most important tokens.
 
     Attributes:
-        high: The widths of the important tokens, one or one per head.
-        split: Their share, and the width of the others.
+        high: The tensor's widths, one or one per head.
+        split: The groups, and the widths of the others.
     """
 
     high: tuple[int, ...]
@@ -152,8 +152,7 @@ class CostModel:
         if not isinstance(own, TokenWidths):
             return 1, list(own)
         site = self.sites[name]
-        high = own.split.important(site.tokens, site.layout.prefix_tokens)
-        return site.tokens, [high * width + (site.tokens - high) * own.split.low for width in own]
+        return site.tokens, [own.split.total(width, site.tokens, site.layout.prefix_tokens) for width in own]
 
     @staticmethod
     def _split(matmul: Matmul, left: int, right: int) -> tuple[int, int]:
@@ -172,4 +171,4 @@ class CostModel:
 
 def _token_groups(own: Sequence[int]) -> dict[str, Any]:
     """The part of a report's row on token groups, where there are any."""
-    return {"token_bit_width": asdict(own.split)} if isinstance(own, TokenWidths) else {}
+    return {"token_bit_width": own.split.to_json()} if isinstance(own, TokenWidths) else {}

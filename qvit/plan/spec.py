@@ -91,16 +91,28 @@ class Layout:
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """Two groups of tokens with widths of their own, told apart for every image anew (PMQ, Xiao et al. 2023).
+    """Groups of tokens with widths of their own, told apart for every image anew (PMQ, Xiao et al. 2023).
 
     Attributes:
         share: Share of the tokens, class and other prefix tokens included, that have the tensor's `bit_width`: the most
             important ones. Rounded down to whole tokens. 0: prefix tokens alone have it, so nothing is ranked.
         low: Width of the others.
+        high: Width of the important ones that are no prefix tokens; None: the tensor's.
     """
 
     share: float
     low: int
+    high: int | None = None
+
+    def total(self, width: int, tokens: int, prefix: int = 0) -> int:
+        """The sum of the widths of `tokens`, the first `prefix` of which have `width`."""
+        important = self.important(tokens, prefix)
+        high = width if self.high is None else self.high
+        return prefix * width + (important - prefix) * high + (tokens - important) * self.low
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; a width that is not there is left out."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
 
     @property
     def ranks(self) -> bool:
@@ -169,13 +181,18 @@ class TensorSpec:
     def _check_tokens(self, split: TokenSplit) -> None:
         if not isinstance(split, TokenSplit):
             raise UsageError(f'token_bit_width must be {{"share": 0.5, "low": 3}} or null, not {shown(split)}')
-        low, share = split.low, split.share
+        low, share, high = split.low, split.share, split.high
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
             raise UsageError(f"the share of important tokens must lie between 0 and 1, unlike {shown(share)}")
         if not self.bit_width_range[0] <= _whole(low) <= min(self.widths):
             raise UsageError(
                 f"the width of less important tokens must be an integer from {self.bit_width_range[0]} to the "
                 f"tensor's width, {min(self.widths)}, unlike {shown(low)}"
+            )
+        if high is not None and not (split.ranks and low <= _whole(high) <= min(self.widths)):
+            raise UsageError(
+                f"the width of important tokens beside that of prefix tokens must be an integer from that of the "
+                f"others, {low}, to the tensor's, {min(self.widths)}, unlike {shown(high)}, and needs a share above 0"
             )
 
     @property
@@ -185,7 +202,7 @@ class TensorSpec:
 
     @property
     def ranks_tokens(self) -> bool:
-        """Whether it has two groups of tokens that follow the image."""
+        """Whether it has groups of tokens that follow the image."""
         return self.token_bit_width is not None and self.token_bit_width.ranks
 
     def changed(self, changes: Mapping[str, Any]) -> TensorSpec:
@@ -209,7 +226,7 @@ class TensorSpec:
                     raise UsageError(f"unknown granularity {shown(value)}{close} ({', '.join(GRANULARITIES)})")
                 value = GRANULARITIES[value]
             if key == "token_bit_width" and isinstance(value, Mapping):
-                if set(value) != {"share", "low"}:
+                if set(value) - {"high"} != {"share", "low"}:
                     raise UsageError(
                         f'token_bit_width must be {{"share": 0.5, "low": 3}} or null, not {shown(dict(value))}'
                     )
@@ -232,7 +249,7 @@ class TensorSpec:
             elif name != "token_bit_width":
                 values[name] = list(value) if isinstance(value, tuple) else value
             elif value is not None:  # left out otherwise: plans without token groups read as they always did
-                values[name] = dataclasses.asdict(value)
+                values[name] = value.to_json()
         return values
 
 

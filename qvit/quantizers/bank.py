@@ -69,9 +69,10 @@ class BankQuantizer(Quantizer):
             width = self.integer_bit_width().expand(self.groups)
             bank.copy_(_largest(active, places).unsqueeze(-1).expand_as(bank))
             split = self.spec.token_bit_width
+            lower = {} if split is None else {split.high: f"high_{name}", split.low: f"low_{name}"}
             for column, candidate in enumerate(self.bank_widths):
-                if split is not None and candidate == split.low:
-                    bank[..., column] = values[f"low_{name}"]
+                if candidate in lower:
+                    bank[..., column] = values[lower[candidate]]
                 own = width == candidate
                 if bool(own.any()):
                     there = _largest(own.to(active.dtype), places) > 0

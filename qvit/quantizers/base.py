@@ -122,7 +122,7 @@ class Quantizer(nn.Module):
         return x if self.layout.view is None else x.view(self.layout.view)
 
     def token_bit_width(self, x: Tensor, rank: Tensor | None) -> Tensor:
-        """The width of every token, to broadcast against `x`: b where it is important, else the lower one.
+        """The width of every token, to broadcast against `x`: b where it is important, else a lower one.
 
         Args:
             x: (B, N, C), or (B, H, N, d).
@@ -135,15 +135,22 @@ class Quantizer(nn.Module):
             return torch.where(places < self.layout.prefix_tokens, self.bit_width, float(split.low))
         if split is None or rank is None:
             raise UsageError("this tensor has two groups of tokens, and its module was given no ranking of them")
-        important = (rank < split.important(rank.shape[1])).unsqueeze(-1)
-        important = important if x.dim() == 3 else important.unsqueeze(1)
-        return torch.where(important, self.bit_width, float(split.low))
+        rank = rank.unsqueeze(-1) if x.dim() == 3 else rank[:, None, :, None]
+        lower = torch.full_like(self.bit_width, split.low)
+        if split.high is not None:
+            lower = torch.where(rank < split.important(rank.shape[-2]), float(split.high), lower)
+        own = rank < (split.important(rank.shape[-2]) if split.high is None else 0)
+        return torch.where(own, self.bit_width, lower)
 
-    def group_widths(self) -> tuple[Tensor, Tensor]:
-        """The widths of important tokens and of the others, shaped like `bit_width`; for a tensor with two groups."""
+    def group_widths(self) -> tuple[Tensor, ...]:
+        """The different widths of tokens, shaped like `bit_width`, for a tensor with groups of them.
+
+        The first is that of prefix tokens, the last that of the least important ones.
+        """
         split = self.spec.token_bit_width
         assert split is not None
-        return self.bit_width, torch.full_like(self.bit_width, split.low)
+        lower = [width for width in (split.high, split.low) if width is not None]
+        return self.bit_width, *(torch.full_like(self.bit_width, width) for width in lower)
 
     def forward(self, x: Tensor, rank: Tensor | None = None) -> Tensor:
         if self.held is not None:
@@ -217,7 +224,10 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def restore(self, values: Mapping[str, Tensor]) -> None:
-        """Takes `scale` and `offset` back as `grid` returned them; `low_scale`, `low_offset` of a lower width."""
+        """Takes `scale` and `offset` back as `grid` returned them; `low_scale`, `low_offset` of a lower width.
+
+        `high_scale`, `high_offset` are those of the width between.
+        """
         self.get_buffer("scale").copy_(values["scale"])
 
     def create_observer(self, name: str = "mse") -> HistogramObserver:

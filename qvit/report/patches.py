@@ -15,6 +15,10 @@ from qvit.report.markup import Canvas, escape
 from qvit.report.shell import document, write_page_of
 
 SIDE = 140
+RANKING = (
+    "Patches are ranked by the attention that they received from the class token in the block before (first block, and "
+    "models without one: by the mean magnitude of their activations)."
+)
 
 
 def write_patches_page(data: str | Path, out: str | Path, *, title: str | None = None) -> Path:
@@ -29,15 +33,12 @@ def render_patches(record: Mapping[str, Any], *, title: str | None = None) -> st
         f'<div class="verdict"><p>Plan {escape(record["plan"])}. Violet patches have the lower width of their block, '
         "all others the higher one; the widths are below each drawing.</p></div>"
     )
-    parts = [(f"image-{n}", f"Image {n + 1}", _image(n, image)) for n, image in enumerate(record["images"])]
-    footer = (
-        "Patches are ranked by the attention that they received from the class token in the block before (first block, "
-        "and models without one: by the mean magnitude of their activations)."
-    )
-    return document(heading, header, parts, Canvas(), footer=footer)
+    parts = [(f"image-{n}", f"Image {n + 1}", draw_image(str(n), image)) for n, image in enumerate(record["images"])]
+    return document(heading, header, parts, Canvas(), footer=RANKING)
 
 
-def _image(number: int, image: Mapping[str, Any]) -> str:
+def draw_image(number: str, image: Mapping[str, Any]) -> str:
+    """An image, and once per block with the patches of the lower width in violet; `number` is its name in the page."""
     source = f"data:image/png;base64,{escape(image['png'])}"
     width, height = image.get("width", 1), image.get("height", 1)
     sides = tuple(max(1.0, SIDE * side / max(width, height)) for side in (width, height))

@@ -22,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qvit.documents import EVENTS, Costs, Document, OtherEvent, Plan, Result, RunHead, StartEvent, checked
+from qvit.documents import EVENTS, Costs, Document, OtherEvent, Patches, Plan, Result, RunHead, StartEvent, checked
 from qvit.errors import QvitError
 from qvit.files import MissingFile, parse_json, read_object, read_text
 from qvit.report.runs import Log, Run
@@ -74,6 +74,7 @@ def load_run(path: str | Path) -> Run:
         cost=cost,
         result=result,
         log=_read_log(directory / "log.jsonl"),
+        patches=_read(directory / "patches.json", "patches", Patches),
     )
 
 

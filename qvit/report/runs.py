@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qvit.documents import Costs, DiagnosticsEvent, EpochEvent, FreezeEvent, PlannedSite, Result, StepEvent
+from qvit.documents import Costs, DiagnosticsEvent, EpochEvent, FreezeEvent, Patches, PlannedSite, Result, StepEvent
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Run:
         cost: The costs, or None where they are not written yet.
         result: The outcome, or None for an unfinished run.
         log: The events.
+        patches: Test images and the widths of their patches, or None where none were drawn.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Run:
     cost: Costs | None
     result: Result | None
     log: Log
+    patches: Patches | None = None
 
     @property
     def finished(self) -> bool:

@@ -4,6 +4,8 @@ RUN/config.json         every option, versions, hardware, command, class names: 
 RUN/plan.json           the plan: that of the start while the run is going on, then the final one
 RUN/cost.json           costs per site, as `qvit cost --json` prints them
 RUN/sensitivity.json    what mixed widths were chosen by, by method `ptq`
+RUN/token_places.safetensors  what each token adds to that, by method `pmq`
+RUN/patches.json        test images and the widths of their patches, by method `pmq`
 RUN/gate.json           what an accuracy gate of method `ptq` tried
 RUN/blocks/             reconstructed blocks of an interrupted run, by method `ptq`: it goes on with the next one
 RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
@@ -31,16 +33,16 @@ from qvit.errors import QvitError, UsageError
 from qvit.files import MissingFile
 from qvit.locks import BeingWritten, is_leftover, writer_of, writing
 from qvit.methods.ptq.gate import GATE
-from qvit.methods.ptq.method import BLOCKS, PARTIAL, SENSITIVITY
+from qvit.methods.ptq.method import BLOCKS, PARTIAL, PLACES, PLACES_PARTIAL, SENSITIVITY
 from qvit.models.architecture import check_name
 from qvit.models.create import WEIGHTS_FILE
 from qvit.training.checkpoint import FOLDER, last_checkpoint
 from qvit.training.config import TrainConfig
 
 CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
-PACKED = "packed.safetensors"
+PACKED, PATCHES = "packed.safetensors", "patches.json"
 #: What a method measured before it chose widths: valid as long as the config is.
-MEASURED = (SENSITIVITY, PARTIAL, GATE)
+MEASURED = (SENSITIVITY, PARTIAL, PLACES, PLACES_PARTIAL, GATE)
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def _claim(run: Path, overwrite: bool) -> None:
 
 def own_files() -> tuple[str, ...]:
     """Names of the files of a run, in the order in which they are deleted: first what makes it a finished one."""
-    return (RESULT, PACKED, PLAN, COST, *MEASURED, LOG, WEIGHTS_FILE, CONFIG)
+    return (RESULT, PACKED, PATCHES, PLAN, COST, *MEASURED, LOG, WEIGHTS_FILE, CONFIG)
 
 
 def clear(run: Path, *, interrupted: bool = False) -> None:

@@ -36,6 +36,7 @@ from qvit.methods.pmq import (
     allocate_splits,
     block_widths,
     candidate_splits,
+    has_class_width,
     measure_splits,
     patchwise_plan,
     split_plan,
@@ -48,10 +49,11 @@ from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, plan_from
 from qvit.plan.spec import TensorSpec
 from qvit.quantizers import quantizers_of
+from qvit.runs.directory import COST, PATCHES, PLAN
 from qvit.runs.subject import Progress, Request, Subject, answers, open_subject, percent_equal
 from qvit.training.log import Stopwatch
 
-RESULT, PLAN, COST, PATCHES = "patchwise.json", "plan.json", "cost.json", "patches.json"
+RESULT = "patchwise.json"
 #: Splits measured so far, until the result is there: a call that was interrupted goes on from them.
 MEASURED = "splits.partial"
 ALLOCATIONS = ("same", "average", "free")
@@ -82,7 +84,7 @@ def patchwise(
         allocation: `same`: every block has the narrowest split that keeps its average. `average`: for every block the
             best that keeps its average, or none. `free`: the best set of splits within the budget.
         plan: The plain plan; None: the widest uniform one within the budget. A plan with token groups is taken as it
-            is.
+            is; where splits are allocated, one with a width for the class token alone is split further.
         key: Whether the keys are split, too.
         score_images: How many training images the splits are chosen by; others than the calibration images.
         picture: How many judged images to draw.
@@ -111,13 +113,17 @@ def patchwise(
         with watch("allocation"):
             file = folder / MEASURED
             chosen = _chosen_plan(subject, cost, plain, limit, allocation, share, key, score_images, notify, file)
-        if any(spec is not None and spec.token_bit_width for spec in plain.sites.values()):
+        given = plain
+        if _groups(given):
             plain = _plain_plan(None, cost, limit)
         chosen = replace(chosen, model=request.model)
         with watch("calibration"):
             plain_plan = switchable(plain, cost)
             probe = Probe(subject.model, subject.calibration(), plain_plan)
-            uniform, model = (probe.under(own) for own in (plain_plan, chosen))
+            uniform = probe.under(plain_plan)
+            if given is not plain:  # whose grids may be others
+                probe = Probe(subject.model, subject.calibration(), chosen)
+            model = probe.under(chosen)
         found: dict[str, Tensor] = {}
         truth, count = torch.zeros(0), len(subject.judged)
         for number, (name, own) in enumerate((("float", subject.model), ("uniform", uniform), ("patchwise", model))):
@@ -148,8 +154,7 @@ def patchwise(
         chosen.save(folder / PLAN)
         write_json(folder / COST, cost.report(chosen.widths(), model=request.model, plan=chosen.name))
         if picture:
-            pictures = _pictures(subject, model, picture)
-            write_json(folder / PATCHES, {"model": request.model, "plan": chosen.name, "images": pictures})
+            write_patches(subject, model, folder, picture, chosen.name)
         write_json(folder / RESULT, result)
         (folder / MEASURED).unlink(missing_ok=True)
         return result
@@ -189,7 +194,8 @@ def _chosen_plan(
     file: Path,
 ) -> QuantPlan:
     """The patch-wise plan that the options ask for."""
-    if any(spec is not None and spec.token_bit_width for spec in plain.sites.values()):
+    groups = _groups(plain)
+    if groups and (allocation == "same" or not all(map(has_class_width, groups))):
         return plain
     if allocation == "same":
         return patchwise_plan(plain, cost, 0.5 if share is None else share, key=key)
@@ -214,13 +220,19 @@ def _chosen_plan(
     return split_plan(plain, cost, splits, key=key, name=f"{plain.name}-patchwise-{allocation}")
 
 
+def _groups(plan: QuantPlan) -> list[TensorSpec]:
+    """What a resolved plan says of the tensors whose tokens differ in width."""
+    return [spec for spec in plan.sites.values() if spec is not None and spec.token_bit_width is not None]
+
+
 def _splits_of(plan: QuantPlan) -> dict[str, dict[str, Any]]:
     """The splits of a plan by block, read at the input of fc1."""
     found = {}
     for name, spec in plan.sites.items():
         if spec is not None and name.endswith(".mlp.fc1.input"):
             split = spec.token_bit_width
-            own = Split(spec.widths[0], split.low if split else spec.widths[0], split.share if split else 1.0)
+            high = (split and split.high) or spec.widths[0]
+            own = Split(high, split.low if split else high, split.share if split else 1.0)
             found[name.removesuffix(".mlp.fc1.input")] = asdict(own)
     return found
 
@@ -267,8 +279,14 @@ def important_patches(model: nn.Module, images: Tensor) -> dict[str, tuple[Tenso
         else:
             prefix = int((rank[0] < 0).sum())
             important = rank[:, prefix:] < split.important(rank.shape[1])
-        found[block] = (important.unflatten(1, grid), spec.widths[0], split.low)
+        found[block] = (important.unflatten(1, grid), split.high or spec.widths[0], split.low)
     return found
+
+
+def write_patches(subject: Subject, model: nn.Module, folder: Path, count: int, plan: str) -> None:
+    """Writes `patches.json` of the first judged images."""
+    pictures = _pictures(subject, model, count)
+    write_json(folder / PATCHES, {"model": subject.options.model, "plan": plan, "images": pictures})
 
 
 def _pictures(subject: Subject, model: nn.Module, count: int) -> list[dict[str, Any]]:

@@ -52,11 +52,13 @@ from qvit.methods.ptq.method import BLOCKS
 from qvit.models.convert import plan_of, quantize
 from qvit.models.create import WEIGHTS_FILE, create_model, without_storage
 from qvit.models.families import inspect_model
+from qvit.models.families.tokens import ranks_tokens
 from qvit.models.features import answers_with_features, feature_function
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear, read_config, require_finished, written
 from qvit.runs.features import compare_features
+from qvit.runs.patchwise import write_patches
 from qvit.runs.scores import counted_so_far
 from qvit.runs.subject import Subject, float_model, open_images, open_subject
 from qvit.tensors import total_bytes
@@ -535,6 +537,8 @@ class _Run:
         formulas = {"plain_operators": plain} if (plain := trial.plain()) else {}
         log.write("end", step=steps, accuracy=result["accuracy"], seconds=result["seconds"]["total"], **formulas)
         if self.processes.is_main:
+            if method.pictures and ranks_tokens(plan.sites):
+                write_patches(self.subject, model, self.folder, method.pictures, method.plan_name)
             write_json(self.folder / RESULT, result)
             shutil.rmtree(self.folder / BLOCKS, ignore_errors=True)
         return result

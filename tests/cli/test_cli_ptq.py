@@ -14,6 +14,7 @@ from image_sets import make_images, make_tar
 from safetensors.torch import load_file, save_file
 from tiny_models import events
 
+from qvit.cli.console import bits
 from qvit.runs.run import load_run
 
 SMALL_VIT = ["deit_tiny_patch16_224"]
@@ -201,3 +202,22 @@ def test_images_of_several_sizes(ptq: Any, qvit: Qvit, tmp_path: Path) -> None: 
     assert qvit("pack", tmp_path / "free").code == 0
     scores = ("evaluate", tmp_path / "free" / "packed.safetensors", "--data", "digits", "--json")
     assert qvit(*scores, "--image-size", "8x12").json["images"] == 597
+
+
+def test_pmq(qvit: Qvit, float_run: Path, tmp_path: Path) -> None:  # noqa: F811
+    command = ["pmq", *SMALL_DIGITS, "--weights", float_run, "--out", tmp_path / "run", *OPTIONS, "--share", "0.5"]
+    out = qvit(*command, "--budget", "4bit", "--points", "5").out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    chosen, search = result["search"]["chosen"], result["search"]
+    assert result["method"] == "pmq" and len(search["frontier"]) == 5
+    words = " ".join(out.split())
+    assert f"{chosen['class_token']} activations with a width for the class token alone" in words
+    assert f"{chosen['split']} with patches of two widths" in words
+    rows = qvit("plan", "show", tmp_path / "run", "--json").json["sites"].values()
+    groups = [row["token_bit_width"] for row in rows if row and "token_bit_width" in row]
+    assert sum(own["share"] == 0 for own in groups) == chosen["class_token"]
+    assert sum(own["share"] > 0 for own in groups) == chosen["split"] and groups
+    assert bits(8, {"share": 0.5, "high": 5, "low": 3}) == "8 | 5 | 3 (prefix tokens | tokens: 50 % | rest)"
+    assert "give --budget, such as 4bit" in qvit(*command, "--overwrite").failed(2)
+    help_text = qvit("pmq", "--help").out
+    assert "--no-patches" in help_text and "--max-drop" not in help_text

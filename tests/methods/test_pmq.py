@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 from tiny_models import calibrated_model, digit_batches, digits_model, shake
 from torch import nn
 
+from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.integer.reference import integer_form
+from qvit.deploy.integer.torch import TorchArithmetic
 from qvit.errors import QvitError, UsageError
 from qvit.measure import partial as partial_module
 from qvit.methods import pmq
@@ -31,6 +34,7 @@ from qvit.methods.pmq import (
     switchable,
     token_blocks,
 )
+from qvit.methods.ptq.class_token import with_class_token
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, plan_of, quantize, quantizers_disabled
 from qvit.models.create import create_model
@@ -62,6 +66,37 @@ def cost() -> CostModel:
 @pytest.fixture(scope="module")
 def plain(cost: CostModel) -> QuantPlan:
     return QuantPlan.preset("w4a4").resolve(cost.sites)
+
+
+def mixed_groups(plain: QuantPlan, cost: CostModel) -> QuantPlan:
+    """Two blocks in which splits, a width of the class token, and widths of heads and tensors of their own meet."""
+    three = {"share": 0.5, "high": 5, "low": 3}
+    changes: dict[str, dict[str, Any]] = {
+        "blocks.0.attn.key": {"bit_width": [3, 5]},
+        "blocks.0.attn.query": {"bit_width": [8, 7], "token_bit_width": three},
+        "blocks.0.attn.value": {"bit_width": 8, "token_bit_width": three},
+        "blocks.0.mlp.fc1.input": {"bit_width": 8, "token_bit_width": three},
+        "blocks.0.mlp.fc2.weight": {"bit_width": 3},
+        "blocks.1.attn.qkv.input": {"bit_width": 8, "token_bit_width": {"share": 0, "low": 3}},
+        "blocks.1.attn.value": {"bit_width": [6, 4], "token_bit_width": {"share": 0.25, "low": 2}},
+    }
+    rules = [Rule(site, own) for site, own in changes.items()]
+    return switchable(plain, cost).with_rules(*rules).resolve(cost.sites)
+
+
+def token_widths(plan: QuantPlan, cost: CostModel, site: str) -> list[list[int]]:
+    """The width of every token of every head of a site; one token where all are alike."""
+    spec = plan.sites[site]
+    assert spec is not None
+    split, tokens, prefix = spec.token_bit_width, cost.sites[site].tokens, cost.sites[site].layout.prefix_tokens
+    if split is None:
+        return [[width] for width in spec.widths]
+    found = []
+    for width in spec.widths:
+        middle = width if split.high is None else split.high
+        high = max(prefix, math.floor(split.share * tokens))
+        found.append([width if n < prefix else middle if n < high else split.low for n in range(tokens)])
+    return found
 
 
 def swin() -> nn.Module:
@@ -166,6 +201,11 @@ class TestQuantizer:
             ({"token_bit_width": {"share": 1.5, "low": 3}}, "between 0 and 1, unlike 1.5"),
             ({"token_bit_width": {"share": 0.5}}, "must be .* or null"),
             ({"token_bit_width": 3}, "must be .* or null, not 3"),
+            (
+                {"token_bit_width": {"share": 0.5, "low": 3, "high": 6}},
+                "others, 3, to the tensor's, 5, unlike 6",
+            ),
+            ({"token_bit_width": {"share": 0, "low": 3, "high": 4}}, "needs a share above 0"),
             ({"token_bit_width": {"share": 0.5, "low": 3}, "switchable_scale": False}, "need a scale for each"),
             ({"token_bit_width": {"share": 0.5, "low": 3}, "learn_bit_width": True}, "fixed widths"),
         ],
@@ -246,6 +286,42 @@ class TestModel:
         other.load_state_dict(model.state_dict())
         assert torch.equal(other(digit_batches(1)[0]), model.eval()(digit_batches(1)[0]))
 
+    def test_three_groups_have_the_widths_of_their_tokens(self, cost: CostModel, plain: QuantPlan) -> None:
+        model = calibrate(quantize(digits_model(depth=2), mixed_groups(plain, cost)), digit_batches()).eval()
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def note(site: str) -> Any:
+            def hook(quantizer: Any, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+                seen[site] = (quantizer.token_bit_width(*inputs), inputs[1])
+
+            return hook
+
+        for site, quantizer in quantizers_of(model):
+            if quantizer.spec.ranks_tokens:
+                quantizer.register_forward_pre_hook(note(site))
+        model(digit_batches(1)[0])
+        assert len(seen) == 4
+        for site, (widths, rank) in seen.items():
+            widths = widths.squeeze(-1) if widths.dim() == 4 else widths.transpose(1, 2)
+            order = rank.argsort(1)
+            for head, own in enumerate(token_widths(mixed_groups(plain, cost), cost, site)):
+                assert (widths[:, head].gather(1, order) == torch.tensor(own)).all()
+
+    @pytest.mark.parametrize("arithmetic", [None, TorchArithmetic()])
+    def test_mixed_plans_are_packed_and_run_on_integers(
+        self, cost: CostModel, plain: QuantPlan, tmp_path: Path, arithmetic: Any
+    ) -> None:
+        plan, images = mixed_groups(plain, cost), digit_batches(1)[0]
+        model = freeze(calibrate(quantize(digits_model(depth=2), plan), digit_batches()).eval())
+        with torch.no_grad():
+            expected = model(images)
+            assert torch.allclose(integer_form(model, arithmetic)(images), expected, atol=1e-5)
+            kwargs = {"depth": 2, "embed_dim": 16, "num_heads": 2}
+            Artifact.from_model(model, model_name="vit_digits", model_kwargs=kwargs).save(tmp_path / "packed")
+            artifact = Artifact.load(tmp_path / "packed")
+            assert artifact.plan.sites == plan_of(model).sites
+            assert torch.equal(artifact.model()(images), expected)
+
     @pytest.mark.slow
     def test_it_compiles_into_one_graph(self) -> None:
         model = split_model({"blocks.0": Split(5, 3, 0.5), "blocks.1": Split(6, 2, 0.5)})
@@ -308,6 +384,20 @@ class TestCost:
         report = cost.report(widths, model="", plan="")
         assert report["bit_operations"] == sum(row["bit_operations"] for row in report["sites"]) == total
         assert sum("token_bit_width" in row for row in report["sites"]) == len(splits) * (6 if key else 5)
+
+    def test_mixed_widths_by_brute_force(self, cost: CostModel, plain: QuantPlan) -> None:
+        """Every token of every head, where groups, widths of heads and a width of the class token meet."""
+        plan = mixed_groups(plain, cost)
+        total = 0
+        for matmul in cost.matmuls:
+            sides = [token_widths(plan, cost, site) for site in (matmul.left, matmul.right)]
+            heads = max(map(len, sides))
+            each, rest = divmod(matmul.macs, heads * len(sides[0][0]) * len(sides[1][0]))
+            assert rest == 0
+            for head in range(heads):
+                left, right = (side[head % len(side)] for side in sides)
+                total += each * sum(left) * sum(right)
+        assert cost.bit_operations(plan.widths()) == total
 
     def test_deit_by_hand(self) -> None:
         """197 tokens, 98 of them at 5 bits and 99 at 3: the input of fc1 has 3.9949 bits in the mean."""
@@ -381,11 +471,26 @@ class TestSplits:
         with pytest.raises(UsageError, match="'blocks.7' is no block with tokens"):
             split_plan(plain, cost, {"blocks.7": Split(5, 3, 0.5)})
 
-    def test_one_width_per_block(self, cost: CostModel, plain: QuantPlan) -> None:
-        assert block_widths(plain, cost) == {"blocks.0": 4, "blocks.1": 4}
-        mixed = plain.with_rules(Rule("blocks.0.attn.value", {"bit_width": 5}))
-        with pytest.raises(UsageError, match=r"has \[4, 5\] bits for the activations of blocks.0"):
-            block_widths(mixed, cost)
+    def test_splits_of_mixed_plans_keep_the_distance_of_widths(self, cost: CostModel, plain: QuantPlan) -> None:
+        widths = {"blocks.0.attn.value": 5, "blocks.0.attn.query": [4, 6], "blocks.0.mlp.fc1.input": 8}
+        mixed = plain.with_rules(*(Rule(site, {"bit_width": bits}) for site, bits in widths.items()))
+        assert block_widths(mixed, cost) == {"blocks.0": 4, "blocks.1": 4}
+        found = split_plan(mixed, cost, {"blocks.0": Split(6, 3, 0.5)}).widths()
+        groups = {site: (own[0], own.split.low) for site, own in found.items() if isinstance(own, TokenWidths)}
+        assert groups == {f"blocks.0.{leaf}": (6, 3) for leaf in ("attn.qkv.input", "mlp.fc2.input")} | {
+            "blocks.0.attn.value": (7, 4),
+            "blocks.0.mlp.fc1.input": (8, 7),
+        }
+        assert found["blocks.0.attn.query"] == (4, 6)
+        class_token = with_class_token(mixed, cost, 8)
+        assert class_token is not None and block_widths(class_token, cost) == {"blocks.0": 4, "blocks.1": 4}
+        found = split_plan(class_token, cost, {"blocks.0": Split(6, 3, 0.5), "blocks.1": Split(5, 5, 1.0)}).widths()
+        three, two = (found[f"blocks.{n}.attn.qkv.input"] for n in (0, 1))
+        assert isinstance(three, TokenWidths) and (three[0], three.split) == (8, TokenSplit(0.5, 3, 6))
+        assert isinstance(two, TokenWidths) and (two[0], two.split) == (8, TokenSplit(0, 5))
+        floats = plain.with_rules(*(Rule(site, None) for site in token_blocks(cost)["blocks.1"]))
+        with pytest.raises(UsageError, match=r"has all activations of blocks\.1 in float"):
+            block_widths(floats, cost)
 
     def test_mixed_plans_keep_the_average_of_each_tensor(self, cost: CostModel, plain: QuantPlan) -> None:
         widths = {"blocks.0.attn.value": 5, "blocks.0.attn.query": [4, 6], "blocks.1.mlp.fc1.input": 8}
@@ -486,6 +591,29 @@ class TestEndToEnd:
         assert {k: again[k] for k in ("top1", "agreement", "splits", "bit_operations", "uniform_top1")} == {
             k: result[k] for k in ("top1", "agreement", "splits", "bit_operations", "uniform_top1")
         }
+
+    def test_splits_of_a_mixed_plan(self, tmp_path: Path) -> None:
+        rules = (Rule("blocks.*.mlp.*", {"bit_width": 3}), Rule("blocks.0.attn.key", {"bit_width": [3, 5]}))
+        mixed = QuantPlan.preset("w4a4").with_rules(*rules)
+        mixed.save(tmp_path / "mixed.json")
+        result = patchwise(
+            self.REQUEST, tmp_path / "run", budget="4bit", allocation="average", plan=tmp_path / "mixed.json",
+            score_images=8,
+        )  # fmt: skip
+        assert result["bit_operations"] <= result["uniform_bit_operations"] < result["budget"]
+        assert set(result["splits"]) == {"blocks.0", "blocks.1"}
+
+    def test_a_width_for_the_class_token_is_kept_beside_splits(self, cost: CostModel, tmp_path: Path) -> None:
+        plan = with_class_token(QuantPlan.preset("w4a4"), cost, 8)
+        assert plan is not None
+        plan.save(tmp_path / "class.json")
+        options: dict[str, Any] = {"budget": "60%", "plan": tmp_path / "class.json", "score_images": 8}
+        result = patchwise(self.REQUEST, tmp_path / "run", allocation="average", share=0.5, **options)
+        found = QuantPlan.load(tmp_path / "run" / "plan.json").sites["blocks.0.mlp.fc1.input"]
+        assert found is not None and found.widths == (8,) and found.token_bit_width is not None
+        assert result["splits"]["blocks.0"]["high"] == (found.token_bit_width.high or 4)
+        as_it_is = patchwise(self.REQUEST, tmp_path / "same", **options)
+        assert as_it_is["bit_operations"] == cost.bit_operations(plan.widths())
 
     def test_the_page_shows_every_low_patch(self, tmp_path: Path) -> None:
         patchwise(self.REQUEST, tmp_path, budget="4bit", picture=2)

@@ -313,12 +313,23 @@ def test_a_reconstruction_trains_the_scales_of_patches_alone() -> None:
     assert moved  # a block that did not get better is put back; not all of them are
 
 
-@pytest.mark.parametrize("further", [{}, {"rounding": "nearest", "reconstruct": QUICK}])
-def test_tokens_that_are_ranked_are_not_rounded_by_blocks(further: dict[str, Any]) -> None:
-    plan = class_token_plan(CLASS_TOKEN | {"token_bit_width": {"share": 0.5, "low": 4}})
-    with pytest.raises(UsageError, match="set rounding to nearest, or give the plan's token groups a share of 0"):
-        ptq(digits_model(depth=2), plan, digit_batches(2, 16), **further)
-    ptq(digits_model(depth=2), plan, digit_batches(2, 16), rounding="nearest")
+@pytest.mark.parametrize("split", [{"share": 0.5, "low": 4}, {"share": 0.75, "low": 3, "high": 5}])
+def test_tokens_that_are_ranked_are_rounded_as_if_they_were_not(split: dict[str, Any]) -> None:
+    plan, batches = class_token_plan(CLASS_TOKEN | {"token_bit_width": split}), digit_batches(2, 16)
+    with pytest.raises(UsageError, match="leave out the reconstruction, or give the plan's token groups a share of 0"):
+        ptq(digits_model(depth=2), plan, batches, reconstruct=QUICK)
+    plain = class_token_plan(CLASS_TOKEN | {"token_bit_width": {"share": 0, "low": split.get("high", 4)}})
+    options = {"observer": "minmax", "bias_correction": False}
+    ranked, alike, nearest = (
+        ptq(digits_model(depth=2), own, batches, **options, **further).state_dict()  # type: ignore[arg-type]
+        for own, further in ((plan, {}), (plain, {}), (plan, {"rounding": "nearest"}))
+    )
+    weight = "blocks.1.mlp.fc1.weight"
+    assert torch.equal(ranked[weight], alike[weight]) and not torch.equal(ranked[weight], nearest[weight])
+    assert torch.equal(ranked["blocks.1.mlp.fc1.bias"], alike["blocks.1.mlp.fc1.bias"])
+    found = ptq(digits_model(depth=2), plan, batches)
+    split_sites = [site for site, quantizer in quantizers_of(found) if quantizer.spec.ranks_tokens]
+    assert len(split_sites) == 2 * len(TOKEN_SITES) and torch.isfinite(found(batches[0])).all()
 
 
 def run_record(tmp_path: Path, **options: Any) -> dict[str, Any]:

@@ -74,11 +74,11 @@ def test_sections_stand_by_their_order_and_empty_ones_nowhere(tmp_path: Path, mo
 def test_each_section_draws_groups_on_its_own(tmp_path: Path) -> None:
     groups = group_runs([load_run(write_run(tmp_path / "run"))])
     orders = [one.order for one in SECTIONS.values()]
-    assert len(set(orders)) == len(orders) == 11
+    assert len(set(orders)) == len(orders) == 12
     for name, one in SECTIONS.items():
         canvas = Canvas()
         body = one.render(groups, canvas)
-        assert name == one.name and (body or name in ("oscillation", "gate"))
+        assert name == one.name and (body or name in ("oscillation", "gate", "patches"))
         assert all(f'id="plot-{figure}"' in body for figure in canvas.figures)
 
 

@@ -5,7 +5,8 @@ one per head, so of the bank only what that width picks is kept:
 
     scale        what `grid()` returns; `(groups)` where scales are switchable, else `scale_shape`
     offset       the same, where the grid has one (LSQ+ in float units; statsq: scale/2)
-    low_scale    the scale (and `low_offset` the offset) of the lower width, where tokens form two groups
+    low_scale    the scale (and `low_offset` the offset) of the lower width, where tokens form groups
+    high_scale   the same of the width between, where they form three
     others       further parameters of the quantizer: `gain` and `shift` of `irm`
 
 How they get back into a bank is the quantizer's (`Quantizer.restore`).
@@ -34,9 +35,12 @@ def grid_values(quantizer: Quantizer) -> dict[str, Tensor]:
     scale, offset = quantizer.grid()
     values = {"scale": scale} if offset is None else {"scale": scale, "offset": offset}
     split = quantizer.spec.token_bit_width
-    if split is not None:
-        low = zip(("low_scale", "low_offset"), quantizer.grid(scale.new_tensor(float(split.low))), strict=True)
-        values |= {name: value for name, value in low if value is not None}
+    for group, width in () if split is None else (("low", split.low), ("high", split.high)):
+        if width is not None:
+            own = zip(
+                (f"{group}_scale", f"{group}_offset"), quantizer.grid(scale.new_tensor(float(width))), strict=True
+            )
+            values |= {name: value for name, value in own if value is not None}
     others = {name: value for name, value in quantizer.state_dict().items() if name not in _GRID}
     return {name: value.detach() for name, value in (values | others).items()}
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +124,7 @@ def _row(site: str, spec: TensorSpec | None, elements: int, numbers: int) -> dic
         "numel": elements,
         "bytes": math.ceil(_bits(elements, widths) / 8),
         "scale_bytes": numbers * _FLOAT32,
-    } | ({} if spec is None or spec.token_bit_width is None else {"token_bit_width": asdict(spec.token_bit_width)})
+    } | ({} if spec is None or spec.token_bit_width is None else {"token_bit_width": spec.token_bit_width.to_json()})
 
 
 def _bits(elements: int, widths: tuple[int, ...]) -> int:

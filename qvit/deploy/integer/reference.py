@@ -182,7 +182,7 @@ class IntegerAttention:
 
 
 class RankedIntegerAttention(IntegerAttention):
-    """The same over ranked tokens; values of the two groups, whose scales differ, are weighted apart."""
+    """The same over ranked tokens; values of the groups, whose scales differ, are weighted apart."""
 
     def ranked_operand(self, name: str, x: Tensor, rank: Tensor) -> Any:
         if ("weigh" if name == "value" else "scores") in self.simulated:
@@ -190,13 +190,14 @@ class RankedIntegerAttention(IntegerAttention):
         x, grid = for_all_heads(x, self.num_heads), self.grids[name]
         if name != "value" or not grid.splits_tokens:
             return self.arithmetic.operand(grid, x, rank)
-        own, low = grid.quantizer.group_widths()
-        important = grid.quantizer.token_bit_width(x, rank) == own
-        groups = [
-            (self.arithmetic.encode_tokens(grid, x, width), group)
-            for width, group in ((own, important), (low, ~important))
-        ]
-        return [replace(operand, codes=operand.codes * group) for operand, group in groups]
+        found, own = [], grid.quantizer.token_bit_width(x, rank)
+        left = torch.ones_like(own, dtype=torch.bool)
+        for width in grid.quantizer.group_widths():
+            group = left & (own == width)
+            operand = self.arithmetic.encode_tokens(grid, x, width)
+            found.append(replace(operand, codes=operand.codes * group))
+            left = left & ~group
+        return found
 
     def weigh(self, probs: Tensor, v: Any) -> Tensor:
         if not isinstance(v, list):

@@ -197,7 +197,7 @@ def record_of(decision: ClassToken | None) -> dict[str, Any]:
 def step_of(quantizer: Quantizer) -> float:
     """The mean scale of a quantizer; where prefix tokens have a width of their own, of the other tokens."""
     split = quantizer.spec.token_bit_width
-    scale, _ = quantizer.grid() if split is None else quantizer.grid(quantizer.group_widths()[1])
+    scale, _ = quantizer.grid() if split is None else quantizer.grid(quantizer.group_widths()[-1])
     return float(scale.mean())
 
 

@@ -62,9 +62,10 @@ from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
 from qvit.methods.ptq.residual_rotation import rotate_residual
 from qvit.methods.ptq.token_weights import worth_of
+from qvit.methods.ptq.unranked import take_weights, unranked
 from qvit.models.block_inputs import attention_blocks
 from qvit.models.calibrate import calibrate
-from qvit.models.convert import plan_of, quantize
+from qvit.models.convert import quantize
 from qvit.models.families import inspect_model
 from qvit.models.families.tokens import ranks_tokens
 from qvit.models.features import answers_with_features
@@ -82,6 +83,8 @@ ROTATED_UP_TO = 5
 SENSITIVITY = "sensitivity.json"
 #: What of it is measured so far.
 PARTIAL = f"{SENSITIVITY}.partial"
+#: What each token adds to it, by method `pmq`, and what of that is measured so far.
+PLACES, PLACES_PARTIAL = "token_places.safetensors", "token_places.partial"
 #: The folder of the blocks that are reconstructed already, there.
 BLOCKS = "blocks"
 Stage = Callable[[str, float], None]
@@ -249,7 +252,7 @@ class PTQMethod(Method):
             options.objective,
             self.unit,
             options.min_width or 3,
-            None if options.boundary == "free" else options.boundary,
+            self._boundary,
             lambda plan, final: self._made(model, plan, given, final=final),
             lambda grids: self._sensitivity(model, grids, given),
             searching,
@@ -267,9 +270,7 @@ class PTQMethod(Method):
         sensitivity = self._sensitivity(model, grids, given)
         budget = (self.config.budget or "").strip()
         limit = bit_operations_of(budget, cost)
-        narrowest = options.min_width or (3 if cost.bit_operations(cost.uniform(3)) <= limit else 2)
-        allowed = sensitivity.at_widths(width for width in sensitivity.widths if width >= narrowest)
-        boundary = None if options.boundary == "free" else options.boundary
+        allowed, boundary = self._allowed(sensitivity, cost, limit), self._boundary
 
         def allocated(within: int) -> QuantPlan:
             with given.watch("allocate"):
@@ -283,6 +284,16 @@ class PTQMethod(Method):
             self.plan_name = plan.name
             return plan
         return chosen
+
+    def _allowed(self, sensitivity: Sensitivity, cost: CostModel, limit: int) -> Sensitivity:
+        """What of a sensitivity widths are chosen from."""
+        narrowest = self.options.min_width or (3 if cost.bit_operations(cost.uniform(3)) <= limit else 2)
+        return sensitivity.at_widths(width for width in sensitivity.widths if width >= narrowest)
+
+    @property
+    def _boundary(self) -> int | None:
+        """Width of the first and the last layer; None where they are chosen like the others."""
+        return None if self.options.boundary == "free" else self.options.boundary
 
     def _sensitivity(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> Sensitivity:
         """What widths are chosen by; what is measured is kept with the run, and measured once.
@@ -301,7 +312,8 @@ class PTQMethod(Method):
         source = self._reparameterized(model, grids, images)
         layers = rounded_layers(source, found.raw)
         left = damage_left(source, set(layers.values()), images)
-        return found.scaled({site: left[layer] for site, layer in layers.items()})
+        # A layer whose weight the model multiplies by itself, without a call, shows no inputs (`Eva`).
+        return found.scaled({site: left[layer] for site, layer in layers.items() if layer in left})
 
     def _measured(self, model: nn.Module, grids: QuantPlan, given: Preparation, partial: Path) -> Sensitivity:
         """That of a file, or one measured on the reparameterized model and the grids that it will have."""
@@ -407,7 +419,12 @@ def ptq(
     clock = _Clock(stage)
     source = copy.deepcopy(model).eval()
     resolved = plan_from(plan).resolve(inspect_model(model).sites)
-    fine = is_fine(resolved)
+    fine, ranks = is_fine(resolved), ranks_tokens(resolved.sites)
+    if reconstruct is not None and ranks:
+        raise UsageError(
+            "blocks whose important tokens follow the image get their ranking from the block before, so they are not "
+            "reconstructed one by one: leave out the reconstruction, or give the plan's token groups a share of 0"
+        )
     feedback = rounding == "feedback" or (rounding == "auto" and not fine)
     rotate = rotation_for(resolved) if rotate == "auto" else rotate
     if reparameterize:
@@ -426,13 +443,11 @@ def ptq(
         clock.note("fit probabilities")
     # Without folds of heads both are equal but for last digits, which decide edges of codes.
     reference = model if fine and rotate == "none" and not feedback else original
-    if (feedback or reconstruct is not None) and ranks_tokens(plan_of(quantized).sites):
-        raise UsageError(
-            "blocks whose important tokens follow the image are not rounded with feedback or reconstructed: set "
-            "rounding to nearest, or give the plan's token groups a share of 0"
-        )
     if feedback and attention_blocks(quantized):
-        round_layers(quantized, original, alike, calibration_images, worth, progress)
+        rounded = unranked(quantized, original) if ranks else quantized
+        round_layers(rounded, original, alike, calibration_images, worth, progress)
+        if ranks:
+            take_weights(quantized, rounded)
         clock.note("round")
     if reconstruct is not None:
         if bias_correction:

@@ -185,3 +185,22 @@ class PTQOptions(MethodOptions):
         if options is None:
             return None
         return {"steps": options.steps, "images": options.images, "batch_size": options.batch_size}
+
+
+class PMQOptions(PTQOptions):
+    """Options of `pmq`."""
+
+    class_token: Annotated[int, Field(ge=3, le=8)] | Literal["auto", "off"] = Field(
+        "auto",
+        description="width that the class token and registers may have where other tokens have fewer bits; `auto`: 8. "
+        "The program gives it to the activations where it pays",
+    )
+    patches: bool = Field(True, description="let the patches of an activation have two widths, by their importance")
+    shares: Sequence[Annotated[float, Field(gt=0, lt=1)]] = Field(
+        (0.25, 0.5, 0.75), description="shares of important tokens that are tried"
+    )
+    key: bool = Field(False, description="let the tokens of the keys differ in width, too")
+    points: int = Field(100, ge=2, le=1000, description="largest number of points of the frontier")
+    picture: int = Field(
+        4, ge=0, le=100, description="how many test images are drawn with the widths of their patches in the report"
+    )
