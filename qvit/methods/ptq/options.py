@@ -104,8 +104,8 @@ class PTQOptions(MethodOptions):
     )
     metric: str | None = Field(
         None,
-        description="choose mixed widths by sensitivities, measured by `fisher`, `kl`, `hessian`, `relevance` or "
-        "`mix-qvit`; of models that answer with features by `features` or `cosine`",
+        description="choose mixed widths by sensitivities, measured by `fisher`, `kl`, `hessian`, `relevance`, "
+        "`mix-qvit` or `nuclear-norm`; of models that answer with features by `features` or `cosine`",
     )
     sensitivity: str | None = Field(
         None, description="choose mixed widths by a measured sensitivity, such as another run's `sensitivity.json`"
