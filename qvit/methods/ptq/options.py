@@ -111,7 +111,7 @@ class PTQOptions(MethodOptions):
     metric: str | None = Field(
         None,
         description="choose mixed widths by sensitivities, measured by `fisher`, `kl`, `hessian`, `relevance`, "
-        "`mix-qvit` or `nuclear-norm`; of models that answer with features by `features` or `cosine`",
+        "`mix-qvit`, `nuclear-norm` or `lampq`; of models that answer with features by `features`, `cosine` or `lampq`",
     )
     sensitivity: str | None = Field(
         None, description="choose mixed widths by a measured sensitivity, such as another run's `sensitivity.json`"
