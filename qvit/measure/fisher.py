@@ -83,6 +83,9 @@ class Sums:
         else:
             self._sums[name] = values.square()
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._sums
+
     def __getitem__(self, name: str) -> Tensor:
         return self._sums[name]
 

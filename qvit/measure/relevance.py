@@ -105,13 +105,13 @@ def relevance(task: Task) -> Table:
             if probe.sites[site].role == "weight":
                 sums.add(f"carried:{site}", own)
             else:
-                sums.add(site, own[:, None] * _relative_errors(task, site, tensor))
+                sums.add(site, own[:, None] * relative_errors(task, site, tensor))
         for site, weight in sums.weights.items():
-            sums.add(site, sums[f"carried:{site}"][:, None] * _relative_errors(task, site, weight))
+            sums.add(site, sums[f"carried:{site}"][:, None] * relative_errors(task, site, weight))
     return sums.table()
 
 
-def _relative_errors(task: Task, site: str, tensor: Tensor) -> Tensor:
+def relative_errors(task: Task, site: str, tensor: Tensor) -> Tensor:
     """||t̂ - t||²/||t||² by head and width."""
     probe = task.probe
     squares = probe.squares_per_head(site, probe.quantizers[site].view(tensor)).double().clamp_min(1e-30)

@@ -362,5 +362,16 @@ def test_requests_that_cannot_be_meant() -> None:
         model.get_parameter("head.weight").fill_(float("nan"))
     with pytest.raises(QvitError, match="NaN or infinite"):
         measure_sensitivity(model, batches)
-    known = {"fisher", "hessian", "kl", "learned", "features", "cosine", "relevance", "mix-qvit"}
+    known = {
+        "fisher",
+        "hessian",
+        "kl",
+        "learned",
+        "features",
+        "cosine",
+        "relevance",
+        "mix-qvit",
+        "nuclear-norm",
+        "lampq",
+    }
     assert set(METRICS) == known

@@ -6,6 +6,7 @@
                       are centred and share one range                                       `head_folds.py`)
     quantize          weights per channel, probabilities on a logarithmic grid up to 4 bits
     calibrate         scales and offsets of least squared error                            (`models/calibrate.py`)
+    search scales     by the similarity of outputs; optional                    Liu et al. (`similarity_scales.py`)
     fit probabilities their scales, by the error of the values' weighted sums              (`probability_scales.py`)
     round             weights, so that outputs change least                     GPTQ       (`layer_rounding.py`)
     reconstruct       each block answers like its float original; optional      BRECQ      (`reconstruction.py`)
@@ -61,6 +62,8 @@ from qvit.methods.ptq.reconstruction import ReconstructOptions
 from qvit.methods.ptq.reconstruction import reconstruct as reconstruct_blocks
 from qvit.methods.ptq.reparameterization import reparameterize as even_out_channels
 from qvit.methods.ptq.residual_rotation import rotate_residual
+from qvit.methods.ptq.similarity_scales import IMAGES as SEARCHED
+from qvit.methods.ptq.similarity_scales import fit_similarity_scales
 from qvit.methods.ptq.token_weights import worth_of
 from qvit.methods.ptq.unranked import take_weights, unranked
 from qvit.models.block_inputs import attention_blocks
@@ -225,6 +228,7 @@ class PTQMethod(Method):
             plan,
             given.images,
             observer=options.observer,
+            scale_search=options.scale_search,
             **options.grids(),
             reparameterize=options.reparameterize,
             rotate=options.rotate,
@@ -371,6 +375,7 @@ def ptq(
     batches: Iterable[Tensor],
     *,
     observer: str = "mse",
+    scale_search: str = "error",
     weights: str = "per-channel",
     probs: str = "auto",
     heads: str = "auto",
@@ -395,7 +400,8 @@ def ptq(
         batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
             device. They are iterated several times: a list, or anything that yields the same images each time. Batches
             of several sizes take part equally; what looks at one size alone (`images.py`) takes the first batch's.
-        observer, weights, probs, heads, positions, reparameterize, rotate, bias_correction, rounding: See `PTQOptions`.
+        observer, scale_search, weights, probs, heads, positions, reparameterize, rotate, bias_correction, rounding: See
+            `PTQOptions`.
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
         stage: Called with the name of each part and the seconds that it took.
@@ -435,6 +441,10 @@ def ptq(
     quantized = quantize(source, grids, in_place=True)
     calibrate(quantized, few.told("calibrating", progress), observer=observer)
     clock.note("calibrate")
+    if scale_search != "error":
+        told = FirstImages(alike, SEARCHED, "searching scales", progress)
+        fit_similarity_scales(quantized, told, ranking=scale_search == "ranking")
+        clock.note("search scales")
     layers = [path for path, layer in corrected_layers(quantized).items() if isinstance(layer, nn.Linear)]
     weighting = OfFirstSize(few.told("weighting tokens", progress))
     worth = {} if fine and not feedback else worth_of(original, layers, weighting, seed)

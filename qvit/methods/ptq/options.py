@@ -29,6 +29,12 @@ class PTQOptions(MethodOptions):
         "for a model that takes any, see [Image sizes](models.md#image-sizes); by default the model's own",
     )
     observer: Literal["mse", "percentile", "minmax"] = Field("mse", description="how ranges of activations are chosen")
+    scale_search: Literal["error", "similarity", "ranking"] = Field(
+        "error",
+        description="what scales are chosen by once ranges are; `error`: each operand's own error; `similarity`: the "
+        "correlation of linear layers' outputs, and of the scores of attention, with the float ones; `ranking`: for q "
+        "and k the order of the scores, too",
+    )
     weights: Literal["per-channel", "per-head"] = Field(
         "per-channel", description="what shares a scale in a weight; `per-head` where it has heads"
     )
@@ -104,8 +110,8 @@ class PTQOptions(MethodOptions):
     )
     metric: str | None = Field(
         None,
-        description="choose mixed widths by sensitivities, measured by `fisher`, `kl`, `hessian`, `relevance` or "
-        "`mix-qvit`; of models that answer with features by `features` or `cosine`",
+        description="choose mixed widths by sensitivities, measured by `fisher`, `kl`, `hessian`, `relevance`, "
+        "`mix-qvit`, `nuclear-norm` or `lampq`; of models that answer with features by `features`, `cosine` or `lampq`",
     )
     sensitivity: str | None = Field(
         None, description="choose mixed widths by a measured sensitivity, such as another run's `sensitivity.json`"
