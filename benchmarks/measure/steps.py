@@ -4,7 +4,7 @@ For every seed a float model is trained; then each row starts from it with the s
 of epochs, and learns from soft labels alone:
 
     direct       the uniform widths from the beginning, the float model as teacher
-    8, 4, ...    a third (a half) of the epochs at each width, each step's teacher the one before (`runs/steps.py`)
+    8, 4, ...    a third of the epochs at each width, each step's teacher the one before (`runs/steps.py`)
 
 Nothing here was chosen by test images. Finished runs are not run again.
 
@@ -29,7 +29,7 @@ from qvit.runs.jobs import Job, run_jobs
 from qvit.training.config import TrainConfig
 
 #: Widths of the blocks, and chains that end there; one width is the direct run.
-CHAINS = {"w3a3": ("w3a3", "w8a8,w3a3", "w8a8,w4a4,w3a3"), "w2a2": ("w2a2", "w4a4,w2a2", "w8a8,w4a4,w2a2")}
+CHAINS = {"w2a2": ("w2a2", "w8a8,w4a4,w2a2"), "w3a3": ("w3a3", "w8a8,w4a4,w3a3")}
 
 
 def main() -> None:
