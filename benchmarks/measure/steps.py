@@ -4,7 +4,7 @@ For every seed a float model is trained; then each row starts from it with the s
 of epochs, and learns from soft labels alone:
 
     direct       the uniform widths from the beginning, the float model as teacher
-    8, 4, ...    a third of the epochs at each width, each step's teacher the one before (`runs/steps.py`)
+    8, 4, ...    an equal share of the epochs at each width, each step's teacher the one before (`runs/steps.py`)
 
 Nothing here was chosen by test images. Finished runs are not run again.
 
@@ -14,7 +14,6 @@ Nothing here was chosen by test images. Finished runs are not run again.
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,12 @@ from qvit.runs.jobs import Job, run_jobs
 from qvit.training.config import TrainConfig
 
 #: Widths of the blocks, and chains that end there; one width is the direct run.
-CHAINS = {"w2a2": ("w2a2", "w8a8,w4a4,w2a2"), "w3a3": ("w3a3", "w8a8,w4a4,w3a3")}
+CHAINS = {"w3a3": ("w3a3", "w8a8,w3a3"), "w2a2": ("w2a2", "w8a8,w4a4,w2a2")}
 
 
 def main() -> None:
     options = parse()
-    console, started = Console(stderr=True), time.perf_counter()
+    console = Console(stderr=True)
     settings, common = SETS[options.set], common_of(options)
     cut = {"epochs": 3, "warmup_epochs": 0} if options.short else {}
     run_jobs(options.runs, float_jobs(options, cut), workers=options.workers, console=console)
@@ -54,7 +53,7 @@ def main() -> None:
         for chain in chains
     ]
     data = {"set": options.set, "settings": settings, "method": "lsq+", "distill": 1.0, "rows": rows}
-    data |= {"seconds": round(time.perf_counter() - started, 1), **record_of(device=options.device, threads=1)}
+    data |= record_of(device=options.device, threads=1)
     write_json(options.out or RESULTS / f"steps_{options.set}.json", data)
 
 
@@ -74,7 +73,6 @@ def summary(runs: Path, target: str, chain: str, jobs: list[Job], direct: list[J
         "epochs": results[0]["epochs"],
         "images": results[0]["images"],
         "seeds": [result["seed"] for result in results],
-        "training_seconds_mean": spread("s", [result["seconds"]["train"] for result in results])["s_mean"],
     }
 
 

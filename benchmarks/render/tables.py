@@ -259,12 +259,11 @@ def steps_tables(data: dict[str, Any]) -> str:
                 ", ".join(row["steps"]) if chained else "direct",
                 spread(row["accuracy_mean"], row["accuracy_std"], seeds),
                 spread(row["above_direct_mean"], row["above_direct_std"], seeds) if chained else "",
-                f"{row['training_seconds_mean']:.0f}",
             ]
         )
     first = data["rows"][0]
     floats = first["float_accuracies"]
-    header = ["widths", "steps", "top-1 (%)", "above direct (points)", "training (s)"]
+    header = ["widths", "steps", "top-1 (%)", "above direct (points)"]
     note = (
         f"`{data['set']}`, `{data['method']}`, soft labels alone, {first['epochs']} epochs in all: {first['images']} "
         f"test images, float {sum(floats) / len(floats):.2f} %. Mean ± standard deviation over seeds "
