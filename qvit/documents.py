@@ -192,6 +192,17 @@ class FeatureResult(Document):
     knn_reference: Percent | None = None
 
 
+class StepResult(Document):
+    """What one of several steps of a run came to, see `runs/steps.py`."""
+
+    name: Name
+    accuracy: Percent | None
+    agreement: Percent | None = None
+    bit_operations: Count
+    weight_bytes: Count
+    epochs: Step
+
+
 class _Scores(Document):
     """What results say.
 
@@ -218,6 +229,7 @@ class _Scores(Document):
     budget: Name | None = None
     seed: Count | None = None
     epochs: Step | None = None
+    steps: Annotated[list[StepResult] | None, Field(max_length=100)] = None
 
     @classmethod
     def upgraded(cls, data: dict[str, Any]) -> dict[str, Any]:

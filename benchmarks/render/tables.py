@@ -8,6 +8,7 @@
     patchwise     patchwise*.json     what `benchmarks/measure/patchwise.py` measured, one table per budget
     sensitivity   sensitivity.json    what `benchmarks/measure/sensitivity.py` measured: search times, correlations
     two_bits      two_bits*.json      what `benchmarks/measure/two_bits.py` measured, one table per file
+    steps         steps*.json         what `benchmarks/measure/steps.py` measured, one table per file
     regularizer   regularizer.json    what `benchmarks/measure/regularizer.py` measured
     labels        labels.json         what `benchmarks/measure/labels.py` measured
     deploy        deploy.json         what `benchmarks/measure/deploy.py` measured: a table per model and batch size
@@ -243,6 +244,32 @@ def two_bits_tables(data: dict[str, Any]) -> str:
         "the middle of the training and at its end."
     )
     return "\n\n".join([table(header, rows, left=3), f"{note} {origin(data)}"])
+
+
+@table_of("steps*.json", "`python benchmarks/measure/steps.py --help`")
+def steps_tables(data: dict[str, Any]) -> str:
+    """Chains of runs at fewer and fewer bits beside direct training, a table for each file."""
+    rows = []
+    for row in data["rows"]:
+        seeds = len(row["seeds"])
+        chained = len(row["steps"]) > 1
+        rows.append(
+            [
+                row["widths"],
+                ", ".join(row["steps"]) if chained else "direct",
+                spread(row["accuracy_mean"], row["accuracy_std"], seeds),
+                spread(row["above_direct_mean"], row["above_direct_std"], seeds) if chained else "",
+            ]
+        )
+    first = data["rows"][0]
+    floats = first["float_accuracies"]
+    header = ["widths", "steps", "top-1 (%)", "above direct (points)"]
+    note = (
+        f"`{data['set']}`, `{data['method']}`, soft labels alone, {first['epochs']} epochs in all: {first['images']} "
+        f"test images, float {sum(floats) / len(floats):.2f} %. Mean ± standard deviation over seeds "
+        f"{', '.join(map(str, first['seeds']))}, of the difference seed by seed."
+    )
+    return "\n\n".join([table(header, rows, left=2), f"{note} {origin(data)}"])
 
 
 @table_of("regularizer.json", "`python benchmarks/measure/regularizer.py`")

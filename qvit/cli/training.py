@@ -43,8 +43,8 @@ def train(
         Given,
         Fields(
             TrainConfig,
-            "eval_data class_map unlabelled on_bad_image accumulate distill distill_features teacher augment precision "
-            "integer_forward workers tensorboard",
+            "eval_data class_map unlabelled on_bad_image accumulate distill distill_features teacher start steps "
+            "augment precision integer_forward workers tensorboard",
             panel="Settings that --set takes, too",
         ),
     ],
@@ -84,6 +84,9 @@ def train(
     method_options.searching_ratio=0.5 --out runs/deit[/]
 
     [cyan]qvit train recipes/deit-tiny-4bit-qvit.toml --dry-run[/]
+
+    [cyan]qvit train vit_digits --method lsq+ --weights runs/float --distill 1 --steps 8bit,4bit,2bit --out
+    runs/steps[/]
 
     [cyan]qvit train --resume runs/qvit[/]
     """

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
+from qvit.models.inherit import inherit
 from qvit.models.sizes import Size
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
@@ -52,6 +53,7 @@ class Preparation:
         progress: Called with a text, what is done, how much there is, and figures as text.
         deciding: Two sets of batches of images and class indices (negative without labels), together of
             `Method.deciding_images` training images, none of them in `images`; none where none were asked for.
+        start: A quantized model to continue, on the images' device; None to begin from the float model.
     """
 
     images: Iterable[Tensor]
@@ -60,6 +62,7 @@ class Preparation:
     notify: Callable[[str], None]
     progress: Callable[[str, int, int, str], None] | None = None
     deciding: Sequence[Iterable[tuple[Tensor, Tensor]]] = ()
+    start: nn.Module | None = None
 
 
 class Method(ComposedHooks):
@@ -121,6 +124,8 @@ class Method(ComposedHooks):
         """The calibrated model with the quantizers of `plan`, made of a float model, which stays as it is."""
         given.notify(f"calibrating on {self.config.calibration_images} training images")
         with given.watch("calibrate"):
+            if given.start is not None:
+                return inherit(quantize(model, plan), given.start, given.images)
             return calibrate(quantize(model, plan), given.images)
 
     def record(self) -> dict[str, Any]:

@@ -10,6 +10,11 @@ from qvit.plan.cost import CostModel
 _BUDGET = re.compile(r"(?P<number>\d{1,18}(?:\.\d{1,18})?)\s*(?P<unit>bits?|g|m|%|)", re.IGNORECASE)
 
 
+def is_budget(text: str) -> bool:
+    """Whether `parse_budget` understands a text; names of plans, such as `w4a4`, are none."""
+    return _BUDGET.fullmatch(text.strip()) is not None
+
+
 def parse_budget(text: str, cost: CostModel) -> int:
     """A budget in BOPs.
 

@@ -62,6 +62,8 @@ class Quantizer(nn.Module):
     splits_tokens: ClassVar[bool] = False
     #: Whether its values are scale·q + offset.
     uniform: ClassVar[bool] = True
+    #: Whether its values are multiples of the scale that its codes stand for, without being these codes: `multiples`.
+    has_multiples: ClassVar[bool] = False
     #: Whether its codes, once frozen, are x laid on `grid` and rounded, with nothing before that.
     rounds_only: ClassVar[bool] = False
     #: Names of the parameters that decide a learned width: they have a learning rate of their own, and end with it.
@@ -248,6 +250,14 @@ class Quantizer(nn.Module):
         """
         scale, offset = self.grid()
         return dequantize(self.view(q), scale, offset).view_as(q)
+
+    def multiples(self, x: Tensor) -> Tensor:
+        """The integers n of x̂ = scale·n + offset, in the shape of `x`: what products of integers multiply."""
+        return self.to_int(x)
+
+    def largest_multiple(self) -> int:
+        """The largest |n|."""
+        return int(torch.stack([limit.abs().max() for limit in self.quant_range()]).max())
 
     @torch.no_grad()
     def freeze(self, bit_width: tuple[int, ...] | int | None = None) -> None:

@@ -7,6 +7,7 @@ RUN/sensitivity.json    what mixed widths were chosen by, by method `ptq`
 RUN/token_places.safetensors  what each token adds to that, by method `pmq`
 RUN/patches.json        test images and the widths of their patches, by method `pmq`
 RUN/gate.json           what an accuracy gate of method `ptq` tried
+RUN/steps/              the steps of a run that has some, each a run's directory
 RUN/blocks/             reconstructed blocks of an interrupted run, by method `ptq`: it goes on with the next one
 RUN/log.jsonl           one JSON object a line: start, step, epoch, freeze, end
 RUN/tensorboard/        the same figures for TensorBoard, on request
@@ -41,6 +42,7 @@ from qvit.training.config import TrainConfig
 
 CONFIG, RESULT, PLAN, COST, LOG = "config.json", "result.json", "plan.json", "cost.json", "log.jsonl"
 PACKED, PATCHES = "packed.safetensors", "patches.json"
+STEPS = "steps"
 #: What a method measured before it chose widths: valid as long as the config is.
 MEASURED = (SENSITIVITY, PARTIAL, PLACES, PLACES_PARTIAL, GATE)
 
@@ -65,7 +67,8 @@ def claimed(run: Path, overwrite: bool) -> Iterator[None]:
 
 def _claim(run: Path, overwrite: bool) -> None:
     if (run / CONFIG).is_file():
-        started = last_checkpoint(run) or any((run / BLOCKS).glob("*.safetensors"))
+        parts = ((BLOCKS, "*.safetensors"), (STEPS, f"*/{CONFIG}"))
+        started = last_checkpoint(run) or any(any((run / folder).glob(name)) for folder, name in parts)
         if not overwrite and ((run / RESULT).is_file() or started):
             state = (
                 "a finished run"
@@ -89,7 +92,7 @@ def clear(run: Path, *, interrupted: bool = False) -> None:
     for name in others:
         if not (interrupted and name in MEASURED):
             (run / name).unlink(missing_ok=True)
-    for folder in (FOLDER, "tensorboard") if interrupted else (FOLDER, BLOCKS, "tensorboard"):
+    for folder in (FOLDER, "tensorboard") if interrupted else (FOLDER, BLOCKS, STEPS, "tensorboard"):
         shutil.rmtree(run / folder, ignore_errors=True)
     if not interrupted:
         (run / config).unlink(missing_ok=True)

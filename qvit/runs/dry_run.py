@@ -35,6 +35,7 @@ from qvit.plan.cost import FLOAT_BITS
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
 from qvit.runs.run import require_what_teaches
+from qvit.runs.steps import step_configs, without_steps
 from qvit.runs.subject import float_model, open_images
 from qvit.training.config import TrainConfig
 from qvit.training.loop import micro_batch
@@ -55,6 +56,8 @@ def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
     Raises:
         QvitError: Unknown names, an impossible budget, a batch that cannot be shared, data that are not there.
     """
+    if config.steps is not None:
+        return _dry_steps(config, with_data=with_data)
     method = create_method(config)
     if not method.trains:
         raise UsageError(f"method '{config.method}' has no training to plan: leave out --dry-run")
@@ -93,6 +96,16 @@ def dry_run(config: TrainConfig, *, with_data: bool = True) -> dict[str, Any]:
         "memory": _memory(config, model, micro, quantizes=method.quantizes),
         "config": config.model_dump(),
     }
+
+
+def _dry_steps(config: TrainConfig, *, with_data: bool) -> dict[str, Any]:
+    """The last of several steps, with the epochs of all; its teacher is the step before, as large as itself."""
+    step_configs(config, Path())
+    report = dry_run(without_steps(config), with_data=with_data)
+    parts = report["memory"]["parts"]
+    parts["teacher"] = parts["parameters"]
+    report["memory"]["total"] = sum(parts.values())
+    return report | {"config": config.model_dump()}
 
 
 def _count_images(bundle: DataBundle) -> dict[str, int]:

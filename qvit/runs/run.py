@@ -60,6 +60,7 @@ from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear,
 from qvit.runs.features import compare_features
 from qvit.runs.patchwise import write_patches
 from qvit.runs.scores import counted_so_far
+from qvit.runs.steps import conclude, step_configs
 from qvit.runs.subject import Subject, float_model, open_images, open_subject
 from qvit.tensors import total_bytes
 from qvit.training.checkpoint import (
@@ -115,6 +116,8 @@ def train(
         claimed(run, overwrite) if processes.is_main else contextlib.nullcontext(),
     ):
         processes.wait()
+        if config.steps is not None:
+            return _in_steps(config, run, processes, quiet=quiet, notify=notify, progress=progress)
         return _execute(config, run, processes, None, quiet=quiet, notify=notify, progress=progress)
 
 
@@ -132,6 +135,8 @@ def resume(
         config, _ = read_config(run)  # as it is now that nobody else writes
         if (run / RESULT).is_file():
             return _finished(run, notify)
+        if config.steps is not None:
+            return _in_steps(config, run, processes, quiet=quiet, notify=notify, progress=progress)
         state = None
         if last_checkpoint(run):
             state = load_checkpoint(run)
@@ -288,6 +293,7 @@ def _execute(
     if state is not None:
         require_same_labels(folder)
     method = create_method(config)
+    _require_start(config, method)
     if not method.trains and not processes.alone:
         raise UsageError("post-training quantization takes one process: start it without a launcher")
     subject = open_subject(config, processes, notify, new_classifier=method.trains)
@@ -307,6 +313,42 @@ def _execute(
     log = RunLog(folder / LOG, tensorboard=config.tensorboard)
     log.write("start", step=0, time=time.time(), **run.budgets())
     return run.end(model, log, 0)
+
+
+def _in_steps(
+    config: TrainConfig,
+    run: Path,
+    processes: Processes,
+    *,
+    quiet: bool,
+    notify: Notify,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Makes a run of several steps, see `runs/steps.py`, or goes on with the one that was interrupted."""
+    steps = step_configs(config, run)
+    subject = open_subject(config, processes)
+    cost = inspect_model(subject.model)
+    for step in steps.values():  # all are refused before the first one takes hours
+        _require_start(step, create_method(step))
+        create_method(step).plan(cost)
+    if processes.is_main and not (run / CONFIG).is_file():
+        write_json(run / CONFIG, run_record(config, subject, processes))
+    del subject
+    results = {}
+    for number, (folder, step) in enumerate(steps.items(), 1):
+        begun = (folder / CONFIG).is_file()
+        processes.wait()
+        if processes.is_main:
+            notify(f"step {number} of {len(steps)}: {step.budget or step.plan}, {step.epochs} epoch(s)")
+        telling: dict[str, Any] = {"quiet": quiet, "notify": notify, "progress": progress}
+        results[folder] = resume(folder, **telling) if begun else train(step, folder, **telling)
+    return conclude(run, results, write=processes.is_main)
+
+
+def _require_start(config: TrainConfig, method: Method) -> None:
+    """Raises UsageError if a run is to continue another one and its method cannot."""
+    if config.start is not None and not (method.quantizes and method.trains):
+        raise UsageError(f"method '{config.method}' continues no quantized run: leave out start={config.start!r}")
 
 
 def _silence(_: str) -> None: ...
@@ -354,6 +396,8 @@ class _Run:
         size = min(method.calibration_batch, self.config.calibration_images)
         images = subject.calibration_images(method.images, size, method.image_sizes)
         given = Preparation(images, self.folder, self.watch, self.notify, progress)
+        if self.config.start is not None:
+            given = replace(given, start=load_run(self.config.start, subject.device))
         if method.deciding_images:
             given = replace(given, deciding=subject.deciding_images(method.deciding_images, method.images))
         return self.processes.share(method.quantized(subject.model, plan, given))

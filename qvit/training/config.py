@@ -249,6 +249,17 @@ class TrainConfig(SubjectOptions):
     teacher_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="arguments of the teacher, as `model_kwargs`"
     )
+    start: Location | None = Field(
+        None,
+        description="a finished run of the same model, at higher widths: training starts from its weights, and from "
+        "its scales, carried over to the new widths; the float model stays that of `weights`",
+    )
+    steps: Location | None = Field(
+        None,
+        description="widths of several steps, such as `8bit,4bit,2bit` or `w8a8,w4a4,w2a2`, in place of `budget` and "
+        "`plan`: each step starts from the one before and learns from it; `epochs` is for all together, see "
+        "[Multi-step distillation](two-bits.md#multi-step-distillation)",
+    )
     stochastic_depth: bool = Field(
         False, description="dropout and stochastic depth during training, where the model has them"
     )
@@ -276,7 +287,9 @@ class TrainConfig(SubjectOptions):
         True, description="at the end of each epoch, log which weights oscillate, and the variation of weights"
     )
 
-    @field_validator("data", "eval_data", "class_map", "weights", "plan", "teacher", "teacher_weights", "labels")
+    @field_validator(
+        "data", "eval_data", "class_map", "weights", "plan", "start", "teacher", "teacher_weights", "labels"
+    )
     @classmethod
     def _absolute_if_it_exists(cls, value: str | None) -> str | None:
         """Paths become absolute, so that a run can be resumed from another directory."""

@@ -90,6 +90,8 @@ PLANS: dict[str, Any] = {
     "irm": lambda m: rules(("blocks.*.attn.query", {"quantizer": "irm"}), ("blocks.*.attn.key", {"quantizer": "irm"})),
     "log2": lambda m: rules(("blocks.*.attn.probs", {"quantizer": "log2"})),
     "log-sqrt2": lambda m: rules(("blocks.*.attn.probs", {"quantizer": "log-sqrt2", "switchable_scale": True})),
+    "twin": lambda m: rules(("blocks.*.attn.probs", {"quantizer": "twin", "switchable_scale": True}),
+                            ("blocks.*.mlp.fc2.input", {"quantizer": "twin", "signed": True, "symmetric": True})),
     "patchwise": lambda m: patchwise(),
     "float-third": lambda m: rules(("blocks.*.attn.qkv.key_weight", None)),
     "float-tensors": lambda m: rules(("blocks.*.mlp.*", None), ("head.*", None), (QKV_WEIGHTS, None)),

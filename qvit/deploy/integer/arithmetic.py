@@ -32,7 +32,7 @@ class Grid(nn.Module):
         low, high: Buffers, smallest and largest code, shaped like the widths.
         step: The scale as a number, where there is a single one.
         limits: Smallest and largest code as numbers, where all heads have the same.
-        largest: The largest |code|.
+        largest: The largest integer that is multiplied, without its sign.
         unit: What its codes are multiplied in, as the arithmetic decided in `prepare`.
         is_right: Whether it is the right operand of a product of two activations.
     """
@@ -54,7 +54,7 @@ class Grid(nn.Module):
         self.register_buffer("high", high.detach().clone())
         self.step = float(scale) if scale.numel() == 1 else None
         same = bool((high == high.flatten()[0]).all())
-        self.largest = int(torch.maximum(low.abs(), high.abs()).max())
+        self.largest = quantizer.largest_multiple()
         self.limits = (int(low.flatten()[0]), int(high.flatten()[0])) if same else None
 
     @property
@@ -105,7 +105,7 @@ class Arithmetic:
 
     def encode(self, grid: Grid, x: Tensor) -> Operand:
         """The integers of an activation, with scale and offset."""
-        return Operand(grid.quantizer.to_int(x), grid.scale, grid.offset)
+        return Operand(grid.quantizer.multiples(x), grid.scale, grid.offset)
 
     def operand(self, grid: Grid, x: Tensor, rank: Tensor | None = None) -> Operand:
         """The same for tokens that may differ in width, by their ranking where that decides."""
@@ -173,6 +173,10 @@ class Arithmetic:
 
 
 def exact_product(left: Tensor, right: Tensor) -> Tensor:
-    """The product of integers, whatever their dtype, rounded once to float32."""
-    unit = torch.float64 if left.is_cuda else torch.int32
+    """The product of integers, whatever their dtype, rounded once to float32.
+
+    In int64 where one of them is: multiples of twin grids may have more bits than int32 has room for.
+    """
+    wide = torch.int64 in (left.dtype, right.dtype)
+    unit = torch.float64 if left.is_cuda else torch.int64 if wide else torch.int32
     return (left.to(unit) @ right.to(unit)).float()

@@ -242,7 +242,8 @@ def integer_form(
             new.arithmetic = arithmetic
             new.simulated = simulated_products(module, projects=isinstance(module.proj, IntegerLinear))
             found = {name: quantizer_at(module, name) for name in (*QKV, "probs", "output")}
-            grids = {name: Grid(own) for name, own in found.items() if own is not None and own.uniform}
+            known = {name: own for name, own in found.items() if own is not None}
+            grids = {name: Grid(own) for name, own in known.items() if own.uniform or own.has_multiples}
             for product, names in (("scores", ("query", "key")), ("weigh", ("probs", "value"))):
                 if product not in new.simulated:
                     arithmetic.prepare(tuple(grids[name] for name in names))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qvit.errors import UsageError
 from qvit.models.layers import QuantConv2d, quantizer_at, weight_parts
 from qvit.plan.spec import PerPosition
-from qvit.quantizers import Quantizer
+from qvit.quantizers import Quantizer, quantizers_of
 
 WIDEST = 8
 
@@ -38,13 +39,25 @@ def why_simulated(module: nn.Module, quantizer: Quantizer | None) -> str | None:
     return None
 
 
+def require_codes(model: nn.Module) -> None:
+    """Raises UsageError unless all activations are multiplied as their codes, which have at most 8 bits."""
+    for site, quantizer in quantizers_of(model):
+        if quantizer.has_multiples:
+            raise UsageError(
+                f"'{site}' has a twin grid, whose products take integers of more than 8 bits: such a model runs with "
+                "the engines 'reference' and 'torch' alone"
+            )
+
+
 def _no_integers(quantizer: Quantizer | None, weight: Tensor | None = None) -> str | None:
     if quantizer is None:
         return "an operand in float"
     if not quantizer.enabled:  # a packed model's weights lie on their grids already
         if weight is None or not torch.equal(quantizer.from_int(quantizer.to_int(weight)), weight):
             return "an operand in float"
-    if not quantizer.uniform:
+    if quantizer.has_multiples and weight is not None:
+        return "a weight on a twin grid"
+    if not (quantizer.uniform or quantizer.has_multiples):
         return "a logarithmic grid"
     if max(quantizer.spec.widths) > WIDEST:
         return f"more than {WIDEST} bits"

@@ -43,12 +43,16 @@ class TorchArithmetic(Arithmetic):
         if weight is not None:
             below = grids[0].largest * int(weight.abs().sum(1, dtype=torch.int64).max()) < EXACT_BELOW
             fits = int(weight.min()) >= -128 and int(weight.max()) <= 127 and not grids[0].ranks_tokens
+            fits = fits and not grids[0].quantizer.has_multiples
             grids[0].unit = "int8" if self.int8 and fits else "float32" if below else "float64"
             return
         for grid in grids:
             grid.unit = "float32"
 
     def encode(self, grid: Grid, x: Tensor) -> Operand:
+        if grid.quantizer.has_multiples:
+            n = grid.quantizer.multiples(x)
+            return Operand(n.to(_unit_of(grid)), grid.scale, grid.offset, largest=grid.largest)
         x = grid.quantizer.rectify(x).float()
         x = (x if grid.offset is None else x - grid.offset) / grid.scale
         codes = (

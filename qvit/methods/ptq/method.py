@@ -33,7 +33,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -76,6 +76,7 @@ from qvit.models.sizes import Size, parse_size, shown_size
 from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
+from qvit.plan.spec import Site
 from qvit.training.config import validated
 
 #: The largest width at which probabilities get a logarithmic grid unless another is asked for, and which.
@@ -378,6 +379,7 @@ def ptq(
     scale_search: str = "error",
     weights: str = "per-channel",
     probs: str = "auto",
+    gelu: str = "uniform",
     heads: str = "auto",
     positions: str = "none",
     reparameterize: bool = True,
@@ -400,8 +402,8 @@ def ptq(
         batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
             device. They are iterated several times: a list, or anything that yields the same images each time. Batches
             of several sizes take part equally; what looks at one size alone (`images.py`) takes the first batch's.
-        observer, scale_search, weights, probs, heads, positions, reparameterize, rotate, bias_correction, rounding: See
-            `PTQOptions`.
+        observer, scale_search, weights, probs, gelu, heads, positions, reparameterize, rotate, bias_correction, rounding:
+            See `PTQOptions`.
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
         stage: Called with the name of each part and the seconds that it took.
@@ -437,7 +439,7 @@ def ptq(
         _reparameterize(source, few.told("reparameterizing", progress), rotate, fine=fine)
         clock.note("reparameterize")
     original = copy.deepcopy(source)
-    grids = ptq_plan(source, plan, weights=weights, probs=probs, heads=heads, positions=positions)
+    grids = ptq_plan(source, plan, weights=weights, probs=probs, gelu=gelu, heads=heads, positions=positions)
     quantized = quantize(source, grids, in_place=True)
     calibrate(quantized, few.told("calibrating", progress), observer=observer)
     clock.note("calibrate")
@@ -502,11 +504,13 @@ def ptq_plan(
     *,
     weights: str = "per-channel",
     probs: str = "auto",
+    gelu: str = "uniform",
     heads: str = "auto",
     positions: str = "none",
 ) -> QuantPlan:
     """The plan with the granularity of scales and the grid of probabilities that suit post-training quantization."""
-    validated(PTQOptions, {"weights": weights, "probs": probs, "heads": heads, "positions": positions})
+    given = {"weights": weights, "probs": probs, "gelu": gelu, "heads": heads, "positions": positions}
+    validated(PTQOptions, given)
     sites = inspect_model(model).sites
     resolved = plan_from(plan).resolve(sites)
     known = [site for name, site in sites.items() if resolved.sites[name] is not None]
@@ -523,8 +527,22 @@ def ptq_plan(
             grid = next((name for most, name in LOG_PROBS.items() if max(spec.widths) <= most), "uniform")
         if grid != "uniform":
             rules.append(Rule(site.name, {"quantizer": grid}))
+    if gelu == "twin":
+        rules += _twin_rules(resolved, known)
     rules += position_rules(model, sites, resolved, positions)
     return resolved.with_rules(*rules).resolve(sites)
+
+
+def _twin_rules(plan: QuantPlan, sites: Iterable[Site]) -> Iterator[Rule]:
+    """Twin grids at the activations that have an offset by default; with one width, where prefix tokens had another."""
+    for site in sites:
+        spec = plan.sites[site.name]
+        if spec is None or site.role != "activation" or site.default.symmetric:
+            continue
+        changes: dict[str, Any] = {"quantizer": "twin", "signed": True, "symmetric": True}
+        if (split := spec.token_bit_width) is not None and not split.ranks:
+            changes |= {"bit_width": split.low, "token_bit_width": None}
+        yield Rule(site.name, changes)
 
 
 class _Clock:

@@ -38,10 +38,16 @@ class PTQOptions(MethodOptions):
     weights: Literal["per-channel", "per-head"] = Field(
         "per-channel", description="what shares a scale in a weight; `per-head` where it has heads"
     )
-    probs: Literal["auto", "uniform", "log2", "log-sqrt2"] = Field(
+    probs: Literal["auto", "uniform", "log2", "log-sqrt2", "twin"] = Field(
         "auto",
         description="grid of the attention probabilities; `auto`: `log2` up to 3 bits, `log-sqrt2` with 4, else "
-        "`uniform`",
+        "`uniform`; `twin`: fine steps near zero and coarse ones above, for the engines `reference` and `torch`",
+    )
+    gelu: Literal["uniform", "twin"] = Field(
+        "uniform",
+        description="grid of the output of the GELU, and of other activation functions that go a little below zero: "
+        "`uniform` with an offset, or `twin`: steps of their own for negative values, for the engines `reference` and "
+        "`torch`",
     )
     heads: Literal["auto", "per-head", "per-tensor"] = Field(
         "auto",
@@ -158,8 +164,8 @@ class PTQOptions(MethodOptions):
     )
 
     def grids(self) -> dict[str, str]:
-        """What shares a scale, and the grid of the probabilities, as `ptq_plan` takes them."""
-        return {name: getattr(self, name) for name in ("weights", "probs", "heads", "positions")}
+        """What shares a scale, and the grids of probabilities and GELUs, as `ptq_plan` takes them."""
+        return {name: getattr(self, name) for name in ("weights", "probs", "gelu", "heads", "positions")}
 
     def reconstruction(self, seed: int) -> ReconstructOptions | None:
         """Options of the reconstruction; None if there is none."""
