@@ -1,7 +1,7 @@
 """Figure 2a of the Q-ViT paper as the paper made it, on a model that trains in minutes: every point is fine-tuned.
 
-A small ViT learns the digits in float. Then GELU outputs, fully-connected layers or attention alone are quantized, once
-without training (calibrated) and once by a run of `lsq+` from the float weights. Each seed has float weights of its own.
+A small ViT learns the digits in float. Then GELU outputs, fully-connected layers or attention alone are quantized: once
+calibrated alone, and once by a run of `lsq+` from the float weights, of which each seed has its own.
 
     python benchmarks/measure/fragile_trained.py --seeds 0 1 2
 """

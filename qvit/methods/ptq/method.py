@@ -402,8 +402,8 @@ def ptq(
         batches: Images (B, channels, height, width) of the training data under the evaluation transform, on the model's
             device. They are iterated several times: a list, or anything that yields the same images each time. Batches
             of several sizes take part equally; what looks at one size alone (`images.py`) takes the first batch's.
-        observer, scale_search, weights, probs, gelu, heads, positions, reparameterize, rotate, bias_correction, rounding:
-            See `PTQOptions`.
+        observer, scale_search, weights, probs, gelu, heads, positions, reparameterize, rotate, bias_correction: See
+            `PTQOptions`, as for `rounding`.
         reconstruct: Options of the block reconstruction; None leaves it out.
         calibration_images: How many of the images everything but the reconstruction looks at.
         stage: Called with the name of each part and the seconds that it took.
