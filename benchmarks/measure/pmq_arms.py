@@ -10,7 +10,8 @@ half and is scored on the other, both ways, and McNemar's p is that of all score
 and below the narrowest width is 2: at a width of 3 that budget has nothing to choose from. The arms of a budget share
 one sensitivity. Every run has a directory of its own; runs that are there are not made again.
 
-The second part times the search: the metric `fisher` with what each token adds, beside `kl`, one tensor at a time.
+Each row has the seconds of its search. The second part times two metrics alone: `fisher`, and `kl`, which measures one
+tensor, head and width at a time.
 
     python benchmarks/measure/pmq_arms.py --weights W.safetensors --images IMAGES.tar --class-map classes.txt
 """
@@ -142,7 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ways", nargs="*", type=int, default=[0, 1], help="halves that are calibrated on")
     parser.add_argument("--calibration-images", type=int, default=128)
     parser.add_argument("--fisher-images", type=int, default=16, help="of the timing; 0 for none")
-    parser.add_argument("--kl-images", type=int, default=16, help="of the timing, an hour for DeiT-T; 0 for none")
+    parser.add_argument("--kl-images", type=int, default=16, help="of the timing, thousands of passes; 0 for none")
     parser.add_argument("--split-seed", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
