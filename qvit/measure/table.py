@@ -125,6 +125,13 @@ class Sensitivity:
         """The same with the losses of some sites multiplied by a factor."""
         return self._with({site: values * factors.get(site, 1.0) for site, values in self.raw.items()}, self.widths)
 
+    def scaled_by_head(self, factors: Mapping[str, NDArray[np.float64]]) -> Sensitivity:
+        """The same with the losses of some sites multiplied by factors (heads,)."""
+        raw = {
+            site: values * factors[site][:, None] if site in factors else values for site, values in self.raw.items()
+        }
+        return self._with(raw, self.widths)
+
     def _with(self, raw: Table, widths: tuple[int, ...]) -> Sensitivity:
         names = ("model", "metric", "images", "seed", "seconds", "plan", "type_normalised")
         return Sensitivity.from_raw(raw, widths=widths, **{name: getattr(self, name) for name in names})

@@ -45,11 +45,13 @@ from qvit.allocate.units import Unit
 from qvit.errors import UsageError
 from qvit.measure import Sensitivity, default_metric, measure_sensitivity
 from qvit.measure.distance import distance_of
+from qvit.measure.metric import Task
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq import relu
 from qvit.methods.ptq.bias_correction import correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import IMAGES, ClassToken, choose, divergences, leaving_room, record_of
+from qvit.methods.ptq.feedback import QuantizedFeedback, Round, updated
 from qvit.methods.ptq.gate import UNITS, FeatureJudge, Gate, Judge
 from qvit.methods.ptq.head_folds import fold_heads
 from qvit.methods.ptq.images import FirstImages, OfFirstSize, Progress
@@ -112,6 +114,8 @@ class PTQMethod(Method):
     original: nn.Module
     #: What giving the MLPs a ReLU did to each.
     mlps: Sequence[relu.MlpError] = ()
+    #: The rounds in which mixed widths were chosen; none if there was one.
+    rounds: Sequence[Round] = ()
     #: What an accuracy gate found.
     gate: dict[str, Any] | None = None
 
@@ -125,6 +129,10 @@ class PTQMethod(Method):
         config = self.config
         if [config.budget, config.plan, self.options.max_drop].count(None) != 2:
             raise UsageError("give either --budget, such as w8a8 or 6bit, or --plan, a plan file, or --max-drop")
+        if self.options.rounds > 1 and (not self.mixed or self.options.max_drop is not None):
+            raise UsageError(
+                "--rounds are of mixed widths within a budget: give --metric and --budget, or leave it out"
+            )
         if (self.options.objective == "latency") != (self.options.latency_table is not None):
             raise UsageError("--objective latency and --latency-table FILE go together")
         if self.options.max_drop is not None:
@@ -277,10 +285,16 @@ class PTQMethod(Method):
         limit = bit_operations_of(budget, cost)
         allowed, boundary = self._allowed(sensitivity, cost, limit), self._boundary
 
-        def allocated(within: int) -> QuantPlan:
+        def by(losses: Sensitivity, within: int) -> QuantPlan:
             with given.watch("allocate"):
                 name = f"{sensitivity.metric}-{budget}"
-                return allocate_plan(cost, allowed, within, boundary=boundary, name=name)
+                return allocate_plan(cost, losses, within, boundary=boundary, name=name)
+
+        if options.rounds > 1:
+            allowed = self._updated(model, grids, allowed, lambda losses: by(losses, limit), given)
+
+        def allocated(within: int) -> QuantPlan:
+            return by(allowed, within)
 
         plan = allocated(limit)
         self.plan_name = plan.name
@@ -299,6 +313,27 @@ class PTQMethod(Method):
     def _boundary(self) -> int | None:
         """Width of the first and the last layer; None where they are chosen like the others."""
         return None if self.options.boundary == "free" else self.options.boundary
+
+    def _updated(
+        self,
+        model: nn.Module,
+        grids: QuantPlan,
+        sensitivity: Sensitivity,
+        allocated: Callable[[Sensitivity], QuantPlan],
+        given: Preparation,
+    ) -> Sensitivity:
+        """The sensitivity of the best plan of some rounds, see `feedback.py`."""
+        options, calibration = self.options, self.config.calibration_images
+        few = FirstImages(given.images, min(calibration, options.sensitivity_images or calibration))
+        with given.watch("sensitivity"):
+            source = self._reparameterized(model, grids, FirstImages(given.images, calibration))
+            plan = ptq_plan(source, grids, **options.grids())
+            task = Task("feedback", source, sensitivity.widths, plan, list(OfFirstSize(few)), self.config.seed)
+            own = QuantizedFeedback(task)
+            found, self.rounds = updated(sensitivity, allocated, own.judge, own.factors, options.rounds)
+        told = ", ".join(f"{each.divergence:.4g}" for each in self.rounds)
+        given.notify(f"{own.distance.name} of the plans of {len(self.rounds)} rounds: {told}; the best is kept")
+        return found
 
     def _sensitivity(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> Sensitivity:
         """What widths are chosen by; what is measured is kept with the run, and measured once.
@@ -358,6 +393,7 @@ class PTQMethod(Method):
             "calibration_images": self.config.calibration_images,
             "reconstruction": self.options.reconstruction_record(),
             **record_of(self.class_token),
+            **({"rounds": [asdict(each) for each in self.rounds]} if self.rounds else {}),
             **({"relu": [asdict(error) for error in self.mlps]} if self.mlps else {}),
             **({} if self.gate is None else {"gate": self.gate}),
         }

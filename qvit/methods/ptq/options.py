@@ -128,6 +128,14 @@ class PTQOptions(MethodOptions):
         description="calibration images that a sensitivity is measured with; by default all. `kl` passes them through "
         "the model a few thousand times: give it 16",
     )
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=20,
+        description="plans of mixed widths that are tried, at most: each further one by sensitivities that the model "
+        "quantized by the one before gives, until a plan repeats; the one nearest to the float model on calibration "
+        "images is kept (LampQ). Not with `max_drop`",
+    )
     min_width: int | None = Field(
         None,
         ge=2,

@@ -60,6 +60,8 @@ class PMQMethod(PTQMethod):
             raise UsageError("method 'pmq' chooses widths within a budget: give --budget, such as 4bit")
         if self.config.plan is not None or self.options.max_drop is not None:
             raise UsageError("method 'pmq' chooses widths within a budget: `qvit ptq` takes a --plan or a --max-drop")
+        if self.options.rounds > 1:
+            raise UsageError("method 'pmq' chooses widths once: rounds are of `qvit ptq`")
         if self.options.image_sizes:
             raise UsageError("tokens are counted at the model's own image size: leave out image_sizes")
         if self.options.patches and (self.options.reconstruct or self.options.effort is not None):
