@@ -241,7 +241,11 @@ def test_agreement_counts_answers_right_or_wrong() -> None:
 
 @pytest.mark.slow
 def test_deit_tiny_at_8_bits_agrees_with_float(real_data: Path) -> None:
-    """On 500 photographs, calibrated on other ones; measured 96.8 %, and no loss of accuracy."""
+    """On 500 photographs, calibrated on others, upscaled from 64 pixels.
+
+    Of 500 answers some are near ties, so their agreement varies by a point between grids that are equally near to the
+    float model (95.6 to 97.2 % of 250 at divergences from 0.008 to 0.019 nats): divergence is the sharper bound.
+    """
     model = qvit.create_model("deit_tiny_patch16_224", weights=real_data / "deit_tiny_patch16_224.safetensors").eval()
     transform, classes = qvit.data_config_of(model), real_data / "imagenet-classes.txt"
     source = open_source(real_data / "tiny-imagenet-train-0.tar", class_map=classes)
@@ -249,7 +253,7 @@ def test_deit_tiny_at_8_bits_agrees_with_float(real_data: Path) -> None:
     batches = list(qvit.calibration_batches(source, transform, images=128, batch_size=32))
     quantized = ptq(model, "w8a8", batches)
     scores = evaluate(quantized, qvit.eval_loader(test, transform, batch_size=50), reference=model)
-    assert scores["images"] == 500 and scores["agreement"] >= 96.0
+    assert scores["images"] == 500 and scores["divergence"] <= 0.015 and scores["agreement"] >= 94.0
     assert scores["top1"] >= scores["top1_reference"] - 1.0
 
 
