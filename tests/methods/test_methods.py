@@ -119,7 +119,7 @@ def test_contradictions_between_method_and_budget(
 
 
 def test_unknown_methods_and_options_show_the_nearest() -> None:
-    names = {"float", "lsq", "lsq+", "irm", "ofq", "ptq", "qvit", "vvtq", "qvit+vvtq", "dq", "edmips"}
+    names = {"float", "lsq", "lsq+", "irm", "ofq", "ptq", "pmq", "qvit", "vvtq", "qvit+vvtq", "dq", "edmips"}
     assert set(METHODS) == names
     with pytest.raises(UsageError, match="unknown method 'qvitt'; did you mean 'qvit'"):
         create_method(small_config(method="qvitt"))
