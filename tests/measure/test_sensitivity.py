@@ -373,5 +373,6 @@ def test_requests_that_cannot_be_meant() -> None:
         "mix-qvit",
         "nuclear-norm",
         "lampq",
+        "ompq",
     }
     assert set(METRICS) == known
