@@ -77,7 +77,7 @@ def test_products_are_those_of_integers(offsets: bool) -> None:
     check(make_dyadic(model), images, equal=True)
 
 
-@pytest.mark.parametrize("class_token", [False, True])
+@pytest.mark.parametrize("class_token", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_engines_answer_alike(class_token: bool, tmp_path: Path) -> None:
     model, images = frozen("vit", plan_of(class_token=class_token))
     same_answers(model, images)

@@ -273,7 +273,13 @@ def test_a_structure_that_nobody_saved_is_refused(structure: Any, message: str) 
 
 
 @pytest.mark.filterwarnings("ignore:It is highly recommended to have 'opt_einsum'")
-@pytest.mark.parametrize("opt", list_optimizers(exclude_filters=["bnb*", "fused*"]))
+@pytest.mark.parametrize(
+    "opt",
+    [  # kron compiles
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("kron") else name
+        for name in list_optimizers(exclude_filters=["bnb*", "fused*"])
+    ],
+)
 def test_every_optimizer_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, opt: str) -> None:
     def started() -> tuple[nn.Module, Callable[[], torch.optim.Optimizer]]:
         torch.manual_seed(0)
