@@ -158,8 +158,9 @@ def ptq_halves_tables(data: dict[str, Any]) -> str:
     header = ["plan", "effort", "reconstruction", "float (%)", "top-1 (%)", "loss", "each way", "same answer (%)"]
     cells = table([*header, "processor time (s)"], rows, left=3)
     note = f"{data['model']} on {data['images']}, cut into two halves by class (seed {data['split_seed']}): calibrated "
-    note += f"on {data['calibration_images']} images of one, judged on the other. Means of both ways; processor time "
-    note += "is that of all threads, scoring included. "
+    note += f"on {data['calibration_images']} images of one, judged on the other. Means of both ways; "
+    note += "a row with one number in `each way` was measured one way alone. Processor time is that of all threads, "
+    note += "scoring included. "
     return "\n\n".join([cells, f"{note}{origin(data)}"])
 
 
