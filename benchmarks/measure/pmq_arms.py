@@ -28,8 +28,8 @@ from unittest import mock
 import torch
 from patchwise import RANKINGS, sign_test
 from ptq import config_of
-from ptq_halves import halves
-from record import RESULTS, record_of
+from ptq_halves import add_subject, halves, head_of
+from record import RESULTS
 
 from qvit.files import write_json
 from qvit.measure import measure_sensitivity
@@ -54,18 +54,7 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     parts = halves(options.images, options.runs, options.split_seed)
-    data: dict[str, Any] = {
-        "model": options.model,
-        "weights": Path(options.weights).name,
-        "images": options.images.name,
-        "calibration_images": options.calibration_images,
-        "split_seed": options.split_seed,
-        "seed": options.seed,
-        "ways": len(options.ways),
-        **record_of(device=options.device, threads=options.threads),
-        "rows": [],
-        "search": [],
-    }
+    data: dict[str, Any] = {**head_of(options), "rows": [], "search": []}
     for budget in options.budgets:
         plain: list[list[bool]] = []
         for arm in options.arms:
@@ -134,19 +123,11 @@ def search(options: argparse.Namespace, metric: str, images: int, data: str, eva
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deit_tiny_patch16_224")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--images", type=Path, required=True, help="archive of class folders, to be cut in two")
-    parser.add_argument("--class-map", required=True)
+    add_subject(parser)
     parser.add_argument("--budgets", nargs="*", default=["6bit", "4bit", "3bit"])
     parser.add_argument("--arms", nargs="*", choices=list(ARMS), default=list(ARMS), help="the first is compared with")
-    parser.add_argument("--ways", nargs="*", type=int, default=[0, 1], help="halves that are calibrated on")
-    parser.add_argument("--calibration-images", type=int, default=128)
     parser.add_argument("--fisher-images", type=int, default=16, help="of the timing; 0 for none")
     parser.add_argument("--kl-images", type=int, default=16, help="of the timing, thousands of passes; 0 for none")
-    parser.add_argument("--split-seed", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/pmq-arms"))
     parser.add_argument("--out", type=Path, default=RESULTS / "pmq_arms.json")

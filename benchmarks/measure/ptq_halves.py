@@ -94,7 +94,25 @@ def summed_up(ways: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    data = {
+    write_json(options.out, head_of(options) | {"rows": rows})
+
+
+def add_subject(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every measurement on halves: model, images, and how they are cut."""
+    parser.add_argument("--model", default="deit_tiny_patch16_224")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--images", type=Path, required=True, help="archive of class folders, to be cut in two")
+    parser.add_argument("--class-map", required=True)
+    parser.add_argument("--ways", nargs="*", type=int, default=[0, 1], help="halves that are calibrated on")
+    parser.add_argument("--calibration-images", type=int, default=128)
+    parser.add_argument("--split-seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+
+
+def head_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a file of results on halves says of itself."""
+    return {
         "model": options.model,
         "weights": Path(options.weights).name,
         "images": options.images.name,
@@ -103,29 +121,19 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "seed": options.seed,
         "ways": len(options.ways),
         **record_of(device=options.device, threads=options.threads),
-        "rows": rows,
     }
-    write_json(options.out, data)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="deit_tiny_patch16_224")
-    parser.add_argument("--weights", required=True)
-    parser.add_argument("--images", type=Path, required=True, help="archive of class folders, to be cut in two")
-    parser.add_argument("--class-map", required=True)
+    add_subject(parser)
     parser.add_argument("--plans", nargs="*", default=["w8a8", "w6a6", "w4a4", "w3a3"])
     parser.add_argument("--efforts", nargs="*", default=[], help="of reconstructions: fast, standard, full")
     parser.add_argument("--no-plain", dest="plain", action="store_false", help="reconstructed rows only")
-    parser.add_argument("--ways", nargs="*", type=int, default=[0, 1], help="halves that are calibrated on")
     parser.add_argument(
         "--option", nargs="*", default=[], type=lambda word: tuple(word.split("=", 1)), help="KEY=VALUE of the method"
     )
-    parser.add_argument("--calibration-images", type=int, default=128)
     parser.add_argument("--recon-images", type=int, default=250, help="of a half, in place of those of the effort")
-    parser.add_argument("--split-seed", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/ptq-halves"))
     parser.add_argument("--out", type=Path, default=RESULTS / "ptq_halves.json")

@@ -30,6 +30,11 @@ _FLAGS = {
     "heads": ["--head-scales"],
     "positions": ["--position-scales"],
 }
+_HELP = {
+    "data": "calibration images, as for `qvit train`; labels are not used and need not be there",
+    "calibration_images": "images for ranges, sensitivities and biases",
+    "batch_size": "images per batch of the evaluation",
+}
 Out = Annotated[Path, typer.Option("--out", help="The run's directory.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out.")]
 
@@ -46,9 +51,7 @@ def ptq(
                 "budget": "`w8a8`: that plan. `6bit`: the uniform plan; with `--metric`, mixed widths of at most its "
                 "bit operations. `21.455G`, `0.25`: bit operations, with `--metric` only",
                 "plan": "a plan file in place of a budget",
-                "data": "calibration images, as for `qvit train`; labels are not used and need not be there",
-                "calibration_images": "images for ranges, sensitivities and biases",
-                "batch_size": "images per batch of the evaluation",
+                **_HELP,
             },
             defaults={"calibration_images": 128},
         ),
@@ -96,9 +99,7 @@ def pmq(
             "batch_size seed device workers threads model_kwargs",
             help={
                 "budget": "bit operations of the whole model: `4bit` (those of the uniform model), `21.455G`, `0.25`",
-                "data": "calibration images, as for `qvit train`; labels are not used and need not be there",
-                "calibration_images": "images for ranges, sensitivities and biases",
-                "batch_size": "images per batch of the evaluation",
+                **_HELP,
             },
             defaults={"calibration_images": 128},
         ),

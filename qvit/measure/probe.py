@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qvit.errors import QvitError, UsageError
 from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
+from qvit.models.convert import quantize, take_weights
 from qvit.models.families import inspect_model
 from qvit.models.features import answers_with_features
 from qvit.plan.quant_plan import QuantPlan
@@ -61,9 +61,7 @@ class Probe:
     def under(self, plan: QuantPlan) -> nn.Module:
         """Another copy, in eval mode: quantized by a plan of the same grids, with the scales of this calibration."""
         model = quantize(self.float_model, plan).eval()
-        own = model.state_dict()
-        scales = self.model.state_dict()
-        model.load_state_dict({key: own[key] if key.endswith(".bit_width") else scales[key] for key in scales})
+        take_weights(model, self.model)
         return model
 
     @contextmanager

@@ -126,3 +126,11 @@ def quantizers_disabled(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for quantizer, enabled in before:
             quantizer.enabled = enabled
+
+
+def take_weights(model: nn.Module, other: nn.Module) -> None:
+    """Gives a quantized model the weights, biases and scales of another one, which differs from it in widths alone."""
+    own = model.state_dict()
+    model.load_state_dict(
+        {key: own[key] if key.endswith(".bit_width") else value for key, value in other.state_dict().items()}
+    )

@@ -370,9 +370,11 @@ def _add(
     total = step * (len(missing) + 1)
     start = time.perf_counter()
     notify("calibrating", 0, total)
-    probe = AnalysisProbe(subject.model, subject.calibration())
-    if training is not None:
-        probe = TrainedProbe(subject, file.parent / TRAINED, training)
+    probe = (
+        AnalysisProbe(subject.model, subject.calibration())
+        if training is None
+        else TrainedProbe(subject, file.parent / TRAINED, training)
+    )
     loader = subject.loader()
     of_float, truth = probe.float_answers(loader, lambda n: notify("float", n, total))
     top1 = percent_equal(of_float, truth)

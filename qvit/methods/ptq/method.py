@@ -67,10 +67,10 @@ from qvit.methods.ptq.residual_rotation import rotate_residual
 from qvit.methods.ptq.similarity_scales import IMAGES as SEARCHED
 from qvit.methods.ptq.similarity_scales import fit_similarity_scales
 from qvit.methods.ptq.token_weights import worth_of
-from qvit.methods.ptq.unranked import take_weights, unranked
+from qvit.methods.ptq.unranked import unranked
 from qvit.models.block_inputs import attention_blocks
 from qvit.models.calibrate import calibrate
-from qvit.models.convert import quantize
+from qvit.models.convert import quantize, take_weights
 from qvit.models.families import inspect_model
 from qvit.models.families.tokens import ranks_tokens
 from qvit.models.features import answers_with_features

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from qvit.models.convert import plan_of, quantize
+from qvit.models.convert import plan_of, quantize, take_weights
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan, Rule
 
@@ -33,11 +33,3 @@ def unranked(model: nn.Module, original: nn.Module) -> nn.Module:
     copy = quantize(original, plan).eval()
     take_weights(copy, model)
     return copy
-
-
-def take_weights(model: nn.Module, other: nn.Module) -> None:
-    """Gives a model the weights, biases and scales of another one, which differs in the widths of its tokens alone."""
-    own = model.state_dict()
-    model.load_state_dict(
-        {key: own[key] if key.endswith(".bit_width") else value for key, value in other.state_dict().items()}
-    )
