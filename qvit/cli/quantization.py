@@ -114,8 +114,6 @@ def pmq(
             flags=_FLAGS | {"shares": ["--share"]},
             help={
                 "metric": "the sensitivity that all is chosen by: `fisher` (the default), `kl`, `hessian`, ...",
-                "reconstruct": "train each block to answer like its float original, with `--no-patches`; implied by "
-                "`effort`",
             },
         ),
     ],

@@ -164,8 +164,6 @@ def test_mistakes(run: Path, tmp_path: Path) -> None:
         train(config().model_copy(update={"budget": None}), tmp_path / "a", quiet=True)
     with pytest.raises(UsageError, match="takes a --plan or a --max-drop"):
         train(config(max_drop=1.0), tmp_path / "b", quiet=True)
-    with pytest.raises(UsageError, match="leave out the reconstruction, or set --no-patches"):
-        train(config(reconstruct=True), tmp_path / "b", quiet=True)
     with pytest.raises(UsageError, match="leave out image_sizes"):
         train(config(image_sizes=["8"]), tmp_path / "b", quiet=True)
     measured = {"sensitivity": str(run / "sensitivity.json")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -320,8 +321,6 @@ def test_a_reconstruction_trains_the_scales_of_patches_alone() -> None:
 @pytest.mark.parametrize("split", [{"share": 0.5, "low": 4}, {"share": 0.75, "low": 3, "high": 5}])
 def test_tokens_that_are_ranked_are_rounded_as_if_they_were_not(split: dict[str, Any]) -> None:
     plan, batches = class_token_plan(CLASS_TOKEN | {"token_bit_width": split}), digit_batches(2, 16)
-    with pytest.raises(UsageError, match="leave out the reconstruction, or give the plan's token groups a share of 0"):
-        ptq(digits_model(depth=2), plan, batches, reconstruct=QUICK)
     plain = class_token_plan(CLASS_TOKEN | {"token_bit_width": {"share": 0, "low": split.get("high", 4)}})
     options = {"observer": "minmax", "bias_correction": False}
     ranked, alike, nearest = (
@@ -334,6 +333,18 @@ def test_tokens_that_are_ranked_are_rounded_as_if_they_were_not(split: dict[str,
     found = ptq(digits_model(depth=2), plan, batches)
     split_sites = [site for site, quantizer in quantizers_of(found) if quantizer.spec.ranks_tokens]
     assert len(split_sites) == 2 * len(TOKEN_SITES) and torch.isfinite(found(batches[0])).all()
+
+
+def test_blocks_whose_tokens_are_ranked_are_reconstructed_as_if_they_were_not() -> None:
+    batches, options = digit_batches(2, 16), {"observer": "minmax", "bias_correction": False}
+    steps = replace(QUICK, steps=40, float_inputs=0.0, float_rows=0.0, fisher=False)
+    ranked = class_token_plan(CLASS_TOKEN | {"token_bit_width": {"share": 0.5, "low": 4}})
+    before, trained, alike = (
+        ptq(digits_model(depth=2), own, batches, reconstruct=further, **options).state_dict()  # type: ignore[arg-type]
+        for own, further in ((ranked, None), (ranked, steps), (class_token_plan(), steps))
+    )
+    changed = [key for key, value in before.items() if key.endswith("weight") and not torch.equal(value, trained[key])]
+    assert changed and all(torch.equal(trained[key], alike[key]) for key in changed)
 
 
 def run_record(tmp_path: Path, **options: Any) -> dict[str, Any]:

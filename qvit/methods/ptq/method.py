@@ -464,11 +464,6 @@ def ptq(
     source = copy.deepcopy(model).eval()
     resolved = plan_from(plan).resolve(inspect_model(model).sites)
     fine, ranks = is_fine(resolved), ranks_tokens(resolved.sites)
-    if reconstruct is not None and ranks:
-        raise UsageError(
-            "blocks whose important tokens follow the image get their ranking from the block before, so they are not "
-            "reconstructed one by one: leave out the reconstruction, or give the plan's token groups a share of 0"
-        )
     feedback = rounding == "feedback" or (rounding == "auto" and not fine)
     rotate = rotation_for(resolved) if rotate == "auto" else rotate
     if reparameterize:
@@ -491,18 +486,18 @@ def ptq(
         clock.note("fit probabilities")
     # Without folds of heads both are equal but for last digits, which decide edges of codes.
     reference = model if fine and rotate == "none" and not feedback else original
+    by_block = unranked(quantized, original) if ranks and (feedback or reconstruct is not None) else quantized
     if feedback and attention_blocks(quantized):
-        rounded = unranked(quantized, original) if ranks else quantized
-        round_layers(rounded, original, alike, calibration_images, worth, progress)
-        if ranks:
-            take_weights(quantized, rounded)
+        round_layers(by_block, original, alike, calibration_images, worth, progress)
         clock.note("round")
     if reconstruct is not None:
         if bias_correction:
-            correct_biases(quantized, alike, reference=reference, worth=worth)
+            correct_biases(by_block, alike, reference=reference, worth=worth)
         given = OfFirstSize(batches)
-        reconstruct_blocks(quantized, reference, given, reconstruct, progress=progress, notify=notify, keep=keep)
+        reconstruct_blocks(by_block, reference, given, reconstruct, progress=progress, notify=notify, keep=keep)
         clock.note("reconstruct")
+    if by_block is not quantized:
+        take_weights(quantized, by_block)
     if bias_correction:
         correct_biases(quantized, alike, reference=reference, worth=worth)
         clock.note("correct biases")

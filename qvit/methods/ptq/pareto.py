@@ -64,10 +64,6 @@ class PMQMethod(PTQMethod):
             raise UsageError("method 'pmq' chooses widths once: rounds are of `qvit ptq`")
         if self.options.image_sizes:
             raise UsageError("tokens are counted at the model's own image size: leave out image_sizes")
-        if self.options.patches and (self.options.reconstruct or self.options.effort is not None):
-            raise UsageError(
-                "blocks that rank patches are not reconstructed: leave out the reconstruction, or set --no-patches"
-            )
         return super().plan(cost)
 
     def _allocated(self, model: nn.Module, grids: QuantPlan, given: Preparation) -> QuantPlan:

@@ -1,9 +1,9 @@
-"""Rounding with feedback where the tokens of a block are ranked: in a model whose patches are all alike.
+"""Rounding and reconstruction where the tokens of a block are ranked: in a model whose patches are all alike.
 
-Weights are rounded block by block, and a block that ranks its tokens does not run alone (`models/families/tokens.py`).
-What the rounding needs of the activations are second moments of their errors, which the ranking hardly changes. So the
-weights are rounded in a copy without ranking, with the same scales: its patches have the width that most of them have
-in the model, its prefix tokens have theirs. Biases are corrected afterwards in the model itself.
+Both go block by block, and a block that ranks its tokens does not run alone (`models/families/tokens.py`). What the
+rounding needs of the activations are second moments of their errors, which the ranking hardly changes; a reconstruction
+sees errors of the width that most patches have. So both work on a copy without ranking, with the same scales: its
+patches have that width, its prefix tokens have theirs. Biases are corrected afterwards in the model itself.
 """
 
 from __future__ import annotations
