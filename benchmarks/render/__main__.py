@@ -24,11 +24,12 @@ import evidence_figures
 import evidence_fragile
 import evidence_tables
 import headlines
+import systems
 import tables
 from rendering import FIGURES, TABLES, RenderError, figure_text, read, wrapped
 
 #: Where tables and figures are registered.
-REGISTERED = (tables, bits, headlines, evidence_tables, evidence_figures, evidence_fragile)
+REGISTERED = (tables, bits, headlines, systems, evidence_tables, evidence_figures, evidence_fragile)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -44,6 +45,7 @@ DOCUMENTS = (
     "docs/deployment.md",
     "docs/cli.md",
     "docs/models.md",
+    "docs/methods.md",
 )
 _BLOCK = re.compile(r"<!-- results:(\w+):begin -->\n(.*?)<!-- results:(\w+):end -->", re.DOTALL)
 _PLACE = re.compile(r'data-figure="figures/([^"]+)"')

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import plotly.graph_objects as go
-from rendering import Data, figures_of, origin, place, table, table_of
+from rendering import Data, figures_of, origin, place, spread, table, table_of
 
 from qvit.report.analysis import PART_NAMES
 from qvit.report.figures import COLOURS, DASHED, SYMBOLS, label, level, line, marks, new_figure
@@ -57,9 +57,10 @@ def fragile_figures(data: Data) -> dict[str, go.Figure]:
     return {name: make(data) for name, make in _figures(data).items()}
 
 
-@table_of("fragile_trained.json", "`python benchmarks/measure/fragile_trained.py --seeds 0 1 2`")
+@table_of("fragile_trained*.json", "`python benchmarks/measure/fragile_trained.py --seeds 0 1 2`")
 def fragile_trained_tables(data: Data) -> str:
     """Points lost by part and width, with and without training, mean and deviation over seeds."""
+    seeds = len(data["seeds"])
     widths = sorted({row["bit_width"] for row in data["rows"]})
     lost = {(row["part"], row["bit_width"], row["trained"]): row for row in data["rows"]}
     parts = list(dict.fromkeys(row["part"] for row in data["rows"]))
@@ -67,7 +68,7 @@ def fragile_trained_tables(data: Data) -> str:
     for trained in (False, True):
         for part in parts:
             rows = [lost[part, width, trained] for width in widths]
-            own = [f"{row['drop']:.2f} ± {row['drop_deviation']:.2f}".replace("-", "−") for row in rows]
+            own = [spread(row["drop"], row["drop_deviation"] or 0.0, seeds).replace("-", "−") for row in rows]
             cells.append([f"{PART_NAMES[part]} alone", "trained" if trained else "calibrated", *own])
     said = []
     for trained, how in ((False, "Calibrated"), (True, "Trained")):
@@ -75,9 +76,12 @@ def fragile_trained_tables(data: Data) -> str:
         named = ", ".join(f"{PART_NAMES[part]} at {width}" for part, width in zip(worst, widths, strict=True))
         said.append(f"{how}, the part that loses most is, by bits: {named}.")
     floats = ", ".join(f"{value:.2f}" for value in data["float"])
+    over = f", mean and standard deviation over {seeds} seeds" if seeds > 1 else ""
+    on = f"{data['train_images']} images" if "train_images" in data else "digits"
+    epochs = "1 epoch" if data["epochs"] == 1 else f"{data['epochs']} epochs"
     note = (
-        f"`{data['model']}` on digits: points of top-1 lost against float ({floats} %) on {data['images']} test "
-        f"images, mean and standard deviation over {len(data['seeds'])} seeds; trained for {data['epochs']} epochs."
+        f"{data.get('title') or '`' + data['model'] + '`'}: points of top-1 lost against float ({floats} %) on "
+        f"{data['images']} test images{over}; trained for {epochs} of {on}."
     )
     header = ["quantized", "how", *(f"{width} bits" for width in widths)]
     return "\n\n".join([note, table(header, cells, left=2), *said, origin(data)])

@@ -1,0 +1,88 @@
+"""Systems beside each other: what `benchmarks/measure/systems.py` measured after training, and training's evidence.
+
+The evidence of small ViTs has more rows than systems: parts of methods and their settings stay on its own page.
+"""
+
+from __future__ import annotations
+
+from rendering import Data, origin, spread, table, table_of
+
+#: Systems that train, by the names of their rows in the evidence.
+TRAINED = {
+    "lsq+": "LSQ+",
+    "qvit": "Q-ViT",
+    "qvit, the published search": "Q-ViT, the paper's settings throughout",
+    "vvtq": "VVTQ, without soft labels",
+    "qvit+vvtq": "Q-ViT and VVTQ",
+    "qvit+vvtq, the widths' rate falling over the run": "Q-ViT and VVTQ, the widths' rate falling over the run",
+    "FracBits": "FracBits",
+    "DQ": "DQ",
+    "EdMIPS": "EdMIPS",
+    "OFQ": "OFQ",
+    "IRM": "Q-ViT (Y. Li et al.), IRM",
+    "Fisher + integer program": "Fisher plan, LSQ+",
+    "Fisher + integer program, all layers": "Fisher plan of all layers, LSQ+",
+    "KL one by one + integer program": "KL one by one, LSQ+",
+    "KL one by one + integer program, all layers": "KL one by one of all layers, LSQ+",
+}
+
+
+@table_of("systems.json", "`python benchmarks/measure/systems.py --help`")
+def systems_tables(data: Data) -> str:
+    """Post-training systems by budget: one width everywhere, and mixed widths by a metric."""
+    return "\n\n".join([_note(data), *_by_budget(data, "uniform"), origin(data)])
+
+
+@table_of("pmq_arms.json", "`python benchmarks/measure/systems.py --arms plain class splits chance`")
+def pmq_arms_tables(data: Data) -> str:
+    """The parts of PMQ by budget."""
+    return "\n\n".join([_note(data), *_by_budget(data, "plain"), origin(data)])
+
+
+@table_of("evidence_*.json", "`python benchmarks/measure/evidence.py --help`")
+def trained_systems_tables(data: Data) -> str:
+    """Accuracy of what was trained at 3 and 2 bits, and the seconds of a run."""
+    found = {(row["row"], row["budget"]): row for row in data["rows"] if row["part"] in ("budgets", "rivals")}
+    budgets = [own for own in ("3bit", "2bit") if ("lsq+", own) in found]
+    names = [name for name in TRAINED if any((name, budget) in found for budget in budgets)]
+    cells = []
+    for name in names:
+        rows = [found.get((name, budget)) for budget in budgets]
+        numbers = ["" if row is None else spread(row["accuracy_mean"], row["accuracy_std"], 3) for row in rows]
+        seconds = ["" if row is None else f"{row['seconds_mean']:.0f}" for row in rows]
+        cells.append([TRAINED[name], *numbers, *seconds])
+    header = ["trained", *(f"{own}, top-1 (%)" for own in budgets), *(f"{own}, seconds of a run" for own in budgets)]
+    title = data["title"] or f"`{data['settings']['common']['model']}` on {data['set']}"
+    return "\n\n".join([f"{title}:", table(header, cells, left=1), origin(data)])
+
+
+def _note(data: Data) -> str:
+    return (
+        f"{data['model']} on {data['images']}, cut into two halves by class (seed {data['split_seed']}): calibrated "
+        f"on {data['calibration_images']} images of one, judged on the other, both ways."
+    )
+
+
+def _by_budget(data: Data, first: str) -> list[str]:
+    """A table for each budget; p compares with the row `first`."""
+    parts = []
+    for budget in dict.fromkeys(row["budget"] for row in data["rows"]):
+        rows = [row for row in data["rows"] if row["budget"] == budget]
+        cells = []
+        for row in rows:
+            counts = f"{row['only_this_right']} / {row['only_first_right']}" if row["arm"] != first else ""
+            p_value = f"{row['p_value']:.2g}" if row["arm"] != first else ""
+            search = row.get("search_seconds")
+            seconds = row.get("metric_seconds", 0.0) + (sum(search) / len(search) if search else 0.0)
+            numbers = [f"{row['top1']:.1f}", f"{row['agreement']:.1f}", counts, p_value]
+            bits = f"{max(row['bit_operations']) / 1e9:.3f}"
+            took = [f"{seconds:.0f}" if seconds else "", f"{row['processor_seconds']:.0f}"]
+            cells.append([f"`{row['arm']}`", *numbers, bits, *took])
+        header = ["system", "top-1 (%)", "same answer (%)", f"only this / only {first} right", "p"]
+        header += ["bit operations (G)", "search (s)", "processor time of all (s)"]
+        images = sum(rows[0]["images"])
+        parts += [
+            f"Budget `{budget}`, {images} images, float {rows[0]['top1_float']:.1f} %:",
+            table(header, cells, left=1),
+        ]
+    return parts
