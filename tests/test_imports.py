@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"plan", "kernels"},
     {"documents"},
     {"data", "report"},
-    {"quantizers"},
+    {"quantizers", "nonlinear"},
     {"models"},
     {"measure", "training", "deploy"},
     {"allocate"},
@@ -39,6 +39,7 @@ LAYERS: list[set[str]] = [
 NARROWER: dict[str, set[str]] = {
     "plan": {"errors", "files", "registry"},  # plain data, and arithmetic on it: no torch
     "quantizers": {"errors", "plan", "functional", "kernels", "registry"},
+    "nonlinear": {"functional", "registry"},
     "report": {"errors", "files", "documents", "registry", "plan"},  # reads JSON only: runs can be looked at anywhere
 }
 

@@ -1,0 +1,61 @@
+"""Integer forms as layers call them: float values in and out, the integer form's values forward, float gradients back.
+
+Forward, x is rounded to fixed point (half to even, clamped to the range of `base.py`), the form computes, and its codes
+times a power of two are the values: exact in float32. Backward, the gradient is that of the float function at x,
+straight through the integers. What follows, such as a quantizer, sees numbers of the grid of the form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from qvit.functional import straight_through
+from qvit.nonlinear.base import GELU, INPUT_BITS, LARGEST, LAYERNORM, OUTPUT_BITS, SOFTMAX, affine
+
+
+def softmax(form: str, scores: Float[Tensor, "... M"]) -> Float[Tensor, "... M"]:
+    """Probabilities of scores, over the last axis; masked scores may be -inf."""
+
+    def values() -> Tensor:
+        return SOFTMAX[form](fixed("softmax", scores)) * 2.0 ** -OUTPUT_BITS["softmax"]
+
+    return _through(lambda: scores.softmax(-1), values, scores)
+
+
+def gelu(form: str, x: Float[Tensor, "..."], approximate: str = "none") -> Float[Tensor, "..."]:
+    """GELU; `approximate` is of the float function whose gradient is taken, as in `F.gelu`."""
+
+    def values() -> Tensor:
+        return GELU[form](fixed("gelu", x)) * 2.0 ** -OUTPUT_BITS["gelu"]
+
+    return _through(lambda: F.gelu(x, approximate=approximate), values, x)
+
+
+def layer_norm(
+    form: str, x: Float[Tensor, "... C"], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Float[Tensor, "... C"]:
+    """LayerNorm over the last axis; `eps` is of the float function."""
+
+    def values() -> Tensor:
+        codes, unit = affine(LAYERNORM[form](fixed("layernorm", x)), weight, bias)
+        return codes * unit
+
+    return _through(lambda: F.layer_norm(x, x.shape[-1:], weight, bias, eps), values, x)
+
+
+def fixed(operation: str, x: Float[Tensor, "..."]) -> Tensor:
+    """x in the fixed point of an operation's input: round(x·2^f), clamped, int64."""
+    most = LARGEST[operation]
+    return (x.detach().float() * 2.0 ** INPUT_BITS[operation]).round().clamp(-most, most).long()
+
+
+def _through(exact: Callable[[], Tensor], values: Callable[[], Tensor], x: Tensor) -> Tensor:
+    """The values, with the gradient of the exact function; NaN where x is NaN, which no integer can say."""
+    with torch.no_grad():
+        found = torch.where(x.isnan(), x, values().to(x.dtype))
+    return straight_through(exact(), found) if torch.is_grad_enabled() else found
