@@ -7,6 +7,7 @@
     ptq_peers     ptq_peers.json      what `benchmarks/measure/ptq_peers.py` measured
     patchwise     patchwise*.json     what `benchmarks/measure/patchwise.py` measured, one table per budget
     sensitivity   sensitivity.json    what `benchmarks/measure/sensitivity.py` measured: search times, correlations
+    solvers       solvers.json        what `benchmarks/measure/solvers.py` measured: greedy descent against the program
     two_bits      two_bits*.json      what `benchmarks/measure/two_bits.py` measured, one table per file
     steps         steps*.json         what `benchmarks/measure/steps.py` measured, one table per file
     regularizer   regularizer.json    what `benchmarks/measure/regularizer.py` measured
@@ -339,6 +340,26 @@ def sensitivity_tables(data: dict[str, Any]) -> str:
         f"tensors drawn at random, in all and by width, and the median of predicted over measured."
     )
     return "\n\n".join([search, table(header, rows, left=1), f"{note} {origin(data)}"])
+
+
+@table_of("solvers.json", "`QVIT_DATA=FOLDER python benchmarks/measure/solvers.py`")
+def solvers_tables(data: dict[str, Any]) -> str:
+    """Predicted loss of greedy answers over that of the integer program."""
+    found = {(tuple(row["widths"]), row["budget"], row["solver"]): row for row in data["rows"]}
+    rows = []
+    for widths, budget in dict.fromkeys(key[:2] for key in found):
+        least = found[widths, budget, "program"]
+        cells = [", ".join(map(str, widths)), budget, f"{least['predicted_loss']:.4f}", f"{least['seconds']:.2f}"]
+        for solver in ("greedy", "descent"):
+            row = found[widths, budget, solver]
+            cells.append(f"{100 * (row['predicted_loss'] / least['predicted_loss'] - 1):+.2f} %")
+        rows.append([*cells, f"{found[widths, budget, 'greedy']['seconds']:.2f}"])
+    header = ["widths", "budget", "program", "its seconds", "greedy", "descent alone", "greedy's seconds"]
+    note = (
+        f"Predicted loss (`fisher`, {data['images']} images) of {data['model']}, {data['units']} widths: the integer "
+        "program's, and by how much greedy answers exceed it."
+    )
+    return "\n\n".join([table(header, rows, left=2), f"{note} {origin(data)}"])
 
 
 @table_of("deploy_native.json", "`python benchmarks/measure/deploy.py --engines qvit-native ...`, see its `--help`")

@@ -5,6 +5,7 @@ program.py     the integer program                     units.py      budgets: bi
 relaxation.py  Lagrangian bounds, exact on forests     frontier.py   the Pareto frontier
 rounding.py    learned widths → integers (Q-ViT)       plans.py      a sensitivity and a budget → a plan
 latency.py     milliseconds by pairs of widths         tokens.py     groups of tokens as options of an activation
+greedy.py      one width lowered at a time
 """
 
 from qvit.allocate.frontier import Point, frontier, frontier_report

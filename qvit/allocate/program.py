@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from qvit.allocate.greedy import greedy
 from qvit.allocate.problem import Problem, filled
 from qvit.allocate.relaxation import products_of, reduced
-from qvit.errors import QvitError
 
 _log = logging.getLogger(__name__)
 #: Nodes of the tree that are searched for a proof; about twenty seconds for DeiT-T, after `relaxation.py`.
@@ -62,32 +62,9 @@ def solve(problem: Problem, *, exact: bool = True) -> list[int]:
         excluded.append(found)  # over the budget by less than the solver's tolerance
         found = _integer_program(smaller, exact, excluded)
     candidates += [] if found is None else [found]
-    candidates += [] if candidates and exact else [_greedy(problem)]
+    candidates += [] if candidates and exact else [greedy(problem)]
     fitting = [answer for answer in candidates if problem.cost(answer) <= problem.budget]
     return filled(problem, min(fitting, key=problem.damage), steps=1)
-
-
-def _greedy(problem: Problem) -> list[int]:
-    """Widths by greedy descent from the least damage everywhere.
-
-    One unit is lowered at a time: the one that adds the least damage per BOP saved.
-    """
-    widths = [
-        options[int(np.argmin(damages))] for options, damages in zip(problem.options, problem.damages, strict=True)
-    ]
-    while problem.cost(widths) > problem.budget:
-        best: tuple[float, int, int] | None = None
-        for unit, (options, damages) in enumerate(zip(problem.options, problem.damages, strict=True)):
-            position = options.index(widths[unit])
-            saved = -problem.extra(widths, unit, options[position - 1]) if position else 0
-            if saved > 0:
-                price = (damages[position - 1] - damages[position]) / saved
-                if best is None or price < best[0]:
-                    best = (price, unit, options[position - 1])
-        if best is None:
-            raise QvitError(f"no allocation fits into a budget of {problem.budget}")
-        widths[best[1]] = best[2]
-    return widths
 
 
 def _integer_program(problem: Problem, exact: bool, excluded: Sequence[Sequence[int]]) -> list[int] | None:

@@ -210,6 +210,12 @@ def allocate(
     boundary: Annotated[
         str, typer.Option(help="Width of the first and the last layer; free: allocated like the others.")
     ] = "8",
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="program: the least predicted loss of all plans; greedy: one width lowered at a time (MPTQ-ViT)."
+        ),
+    ] = "program",
     frontier: Annotated[
         Path | None, typer.Option(help="The whole frontier: an .html page with a slider, or a .json file.")
     ] = None,
@@ -253,7 +259,7 @@ def allocate(
         plans = {}
         for done, text in enumerate(budgets):
             show("plans", done, jobs)
-            plans[text] = allocate_plan(cost, measured, text, **options)
+            plans[text] = allocate_plan(cost, measured, text, solver=solver, **options)
         show("plans", len(budgets), jobs)
         report = None
         if frontier is not None:

@@ -108,8 +108,8 @@ def pmq(
         Given,
         Fields(
             PMQOptions,
-            "metric sensitivity sensitivity_images class_token patches shares key min_width boundary points picture "
-            "observer weights probs heads positions reparameterize rotate rounding bias_correction "
+            "metric sensitivity sensitivity_images class_token patches shares key min_width boundary solver points "
+            "picture observer weights probs heads positions reparameterize rotate rounding bias_correction "
             "effort reconstruct steps recon_images recon_batch",
             flags=_FLAGS | {"shares": ["--share"]},
             help={

@@ -112,7 +112,7 @@ def test_training_starts_from_an_allocated_plan(
 def test_several_budgets_pins_ties_and_the_frontier(measured: Path, folder: Path, qvit: Qvit) -> None:
     page, out = folder / "frontier.html", folder / "plans" / "digits.json"
     options = ("--budget", "65%", "--budget", "80%", "--pin", "blocks.0.mlp.*=8", "--frontier", page)
-    tie = ("--tie", "blocks.*.attn.query=blocks.*.attn.key", "--boundary", "free")
+    tie = ("--tie", "blocks.*.attn.query=blocks.*.attn.key", "--boundary", "free", "--solver", "greedy")
     answer = qvit("allocate", measured, *ARGS, *options, *tie, "--out", out, "--json").json
     assert [row["budget"] for row in answer["plans"]] == ["65%", "80%"]
     for row in answer["plans"]:
@@ -142,6 +142,7 @@ def test_wrong_use_is_said_in_one_line(measured: Path, folder: Path, weights: Pa
     assert "give --budget and --out" in qvit(*allocate, "--budget", "4bit").failed(2)
     assert "must end in .html or .json" in qvit(*allocate, "--frontier", "x.txt").failed(2)
     assert "boundary 'first'" in qvit(*allocate, *plan, "--budget", "4bit", "--boundary", "first").failed(2)
+    assert "unknown solver 'x'" in qvit(*allocate, *plan, "--budget", "4bit", "--solver", "x").failed(2)
     assert "impossible" in qvit(*allocate, *plan, "--budget", "0.01%").failed(1)
     assert "lacks" in qvit(
         "allocate", measured, "-m", "depth=2", "-m", "embed_dim=16", *plan, "--budget", "4bit"

@@ -58,7 +58,7 @@ OPTIONS = {
         "--out --data --weights --pretrained --class-map --images --metric --widths --plan --type-normalised "
         "--seed --device --workers --model-arg -m"
     ),
-    "allocate": "--out --budget --unit --pin --tie --boundary --frontier --against --points --model-arg -m",
+    "allocate": "--out --budget --unit --pin --tie --boundary --solver --frontier --against --points --model-arg -m",
     "analyze": (
         "--data --out --what --eval-data --weights --pretrained --class-map --images --calibration-images "
         "--widths --part --layer --layers --low-bits --high-bits --batch-size --seed --device --workers "

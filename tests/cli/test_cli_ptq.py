@@ -126,7 +126,8 @@ def test_a_measured_sensitivity_serves_other_budgets(ptq: Any, tmp_path: Path) -
     sites = json.loads((tmp_path / "narrow" / "plan.json").read_text())["sites"].values()
     widths = {w for site in sites for w in (site["bit_width"] if isinstance(site["bit_width"], list) else [9])}
     assert min(widths) == 3 and narrow["bit_operations"] <= again["bit_operations"] * 1.1
-    ptq("--budget", "4bit", "--sensitivity", kept, "--boundary", "free", out="free")
+    ptq("--budget", "4bit", "--sensitivity", kept, "--boundary", "free", "--solver", "greedy", out="free")
+    assert json.loads((tmp_path / "free" / "plan.json").read_text())["name"].startswith("fisher-4bit-greedy")
     of_ends = [
         json.loads((tmp_path / run / "plan.json").read_text())["sites"]["patch_embed.proj.weight"]["bit_width"]
         for run in ("again", "free")

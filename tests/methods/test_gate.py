@@ -106,7 +106,8 @@ class Trials:
 def gate(trials: Trials, run: Path, *, cost: CostModel = COST, said: list[str] | None = None, **options: Any) -> Gate:
     numbers, labels = torch.arange(IMAGES), torch.zeros(IMAGES, dtype=torch.int64)
     judges = [Judge(Answers([0] * IMAGES), [(numbers, labels)]) for _ in range(2)]
-    given: dict[str, Any] = {"max_drop": 2.0, "objective": "bops", "narrowest": 3, "boundary": 8} | options
+    given: dict[str, Any] = {"max_drop": 2.0, "objective": "bops", "narrowest": 3, "boundary": 8, "solver": "program"}
+    given |= options
     given.setdefault("unit", Unit(UNITS.get(given["objective"], "")))
     return Gate(
         cost, quantize=trials.quantize, sensitivity=trials.sensitivity, searching=judges[0], confirming=judges[1],

@@ -229,6 +229,7 @@ class Gate:
         unit: In which that is counted.
         narrowest: Narrowest width.
         boundary: Width of the first and the last layer in mixed plans; None for free.
+        solver: What chooses mixed widths, see `allocate_plan`.
         quantize: Makes a calibrated model of a plan; True for the one that is returned.
         sensitivity: Measures one on the grids of a plan.
         searching, confirming: The two halves of the images that decide.
@@ -242,6 +243,7 @@ class Gate:
     unit: Unit
     narrowest: int
     boundary: int | None
+    solver: str
     quantize: Callable[[QuantPlan, bool], nn.Module]
     sensitivity: Callable[[QuantPlan], Sensitivity]
     searching: Judge | FeatureJudge
@@ -343,7 +345,7 @@ class _Search:
         low = max(low, choices(gate.cost, allowed, self.unit, boundary=gate.boundary).extremes()[0])
         while high > low * RESOLUTION:
             middle = math.sqrt(low * high)
-            plan = allocate_plan(gate.cost, allowed, middle, unit=self.unit, boundary=gate.boundary)
+            plan = allocate_plan(gate.cost, allowed, middle, unit=self.unit, boundary=gate.boundary, solver=gate.solver)
             plan = replace(plan, name=f"{found.metric}-{self.short(middle)}")
             if self.passes(plan):
                 high = self.price(plan)

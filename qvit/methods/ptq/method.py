@@ -266,6 +266,7 @@ class PTQMethod(Method):
             self.unit,
             options.min_width or 3,
             self._boundary,
+            options.solver,
             lambda plan, final: self._made(model, plan, given, final=final),
             lambda grids: self._sensitivity(model, grids, given),
             searching,
@@ -287,8 +288,8 @@ class PTQMethod(Method):
 
         def by(losses: Sensitivity, within: int) -> QuantPlan:
             with given.watch("allocate"):
-                name = f"{sensitivity.metric}-{budget}"
-                return allocate_plan(cost, losses, within, boundary=boundary, name=name)
+                name = f"{sensitivity.metric}-{budget}" + ("" if options.solver == "program" else f"-{options.solver}")
+                return allocate_plan(cost, losses, within, boundary=boundary, name=name, solver=options.solver)
 
         if options.rounds > 1:
             allowed = self._updated(model, grids, allowed, lambda losses: by(losses, limit), given)

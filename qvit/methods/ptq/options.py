@@ -172,6 +172,12 @@ class PTQOptions(MethodOptions):
         8, description="width of the first and the last layer where widths are mixed; `free`: chosen like the others"
     )
 
+    solver: Literal["program", "greedy"] = Field(
+        "program",
+        description="how mixed widths are chosen: by the integer `program`, the least predicted loss of all plans, or "
+        "`greedy`, one width lowered at a time where that costs least (MPTQ-ViT)",
+    )
+
     def grids(self) -> dict[str, str]:
         """What shares a scale, and the grids of probabilities and GELUs, as `ptq_plan` takes them."""
         return {name: getattr(self, name) for name in ("weights", "probs", "gelu", "heads", "positions")}

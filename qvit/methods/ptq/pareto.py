@@ -77,7 +77,7 @@ class PMQMethod(PTQMethod):
             problem = token_choices(
                 cost, allowed, spread(places, allowed), self._candidates(allowed), boundary=self._boundary
             )
-            answer = within_budget(problem, Unit(BIT_OPERATIONS), limit, cost)
+            answer = within_budget(problem, Unit(BIT_OPERATIONS), limit, cost, self.options.solver)
             corners = lower_hull(problem, self.options.points)
         took = time.monotonic() - started
 
