@@ -19,6 +19,7 @@ from torch import nn
 
 from qvit.errors import UsageError
 from qvit.models.families import family_of, inspect_model
+from qvit.models.integer_functions import forms_of, in_float, use_forms
 from qvit.plan.quant_plan import QuantPlan, plan_from
 from qvit.quantizers import quantizers_of
 
@@ -62,6 +63,7 @@ def quantize(model: nn.Module, plan: QuantPlan | str | Path, *, in_place: bool =
     resolved = plan_from(plan).resolve(sites)
     target = model if in_place else copy.deepcopy(model)
     family_of(target).swap(target, sites, resolved.sites)
+    use_forms(target, resolved.nonlinear)
     return target
 
 
@@ -78,7 +80,7 @@ def plan_of(model: nn.Module, name: str = "model", model_name: str | None = None
             continue
         widths = [int(width) for width in quantizer.integer_bit_width().detach().flatten().tolist()]
         specs[site] = quantizer.spec.changed({"bit_width": widths if len(quantizer.spec.widths) > 1 else widths[0]})
-    return QuantPlan(name, (), specs, model_name)
+    return QuantPlan(name, (), specs, model_name, forms_of(model))
 
 
 def freeze(model: nn.Module, widths: Mapping[str, tuple[int, ...]] | None = None) -> nn.Module:
@@ -117,12 +119,13 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def quantizers_disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model computes in float: every quantizer passes its input on."""
+    """Within the block the model computes in float: quantizers pass their inputs on, functions have no integers."""
     before = [(quantizer, quantizer.enabled) for _, quantizer in quantizers_of(model)]
     try:
         for quantizer, _ in before:
             quantizer.enabled = False
-        yield model
+        with in_float(model):
+            yield model
     finally:
         for quantizer, enabled in before:
             quantizer.enabled = enabled

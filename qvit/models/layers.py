@@ -242,7 +242,7 @@ class AttentionSites(nn.Module):
         drops = dropout.training and getattr(dropout, "p", 0.0) > 0
         changed = own.scores is not AttentionSites.scores or own.weigh is not AttentionSites.weigh
         learns_factor = isinstance(scale, Tensor) and scale.requires_grad
-        if drops or changed or learns_factor or k.shape[1] != q.shape[1]:
+        if drops or changed or learns_factor or k.shape[1] != q.shape[1] or self._integer_softmax():
             return None
         counts = {"query": q.numel(), "key": k.numel(), "value": v.numel()}
         counts["probs"] = q.shape[:-1].numel() * k.shape[2]
@@ -259,8 +259,17 @@ class AttentionSites(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What `attend` returns, and the attention probabilities before they are quantized, (B, H, N, M)."""
         scores = self.scores(q, k, scale)
-        probs = dropout((scores if bias is None else scores + bias).softmax(dim=-1))
+        probs = dropout(self.probabilities(scores if bias is None else scores + bias))
         return self.weigh(probs, v), probs
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """The softmax of scores, by the module's integer form where it has one (`integer_functions.py`)."""
+        own = self._integer_softmax()
+        return scores.softmax(dim=-1) if own is None else own(scores)
+
+    def _integer_softmax(self) -> nn.Module | None:
+        own = self._modules.get("softmax")
+        return None if type(own) is nn.Softmax else own  # Swin has one, and does not use it here
 
     def scores(self, q: Tensor, k: Tensor, scale: float | Tensor) -> Tensor:
         """q̂·k̂ᵀ·scale, (B, H, N, M); arguments as for `attend`."""

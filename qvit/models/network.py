@@ -3,7 +3,8 @@
 A packed file holds this document (docs/packed-files.md), and the native engine builds its network from it. It describes
 timm's VisionTransformer with plain pre-norm blocks (any number of prefix tokens, LayerScale, qk-norm, gated MLPs,
 LayerNorm or RmsNorm, any pooling) and SwinTransformer, each with a classifier or without. Names of tensors are timm's
-and are not repeated; whether a bias, a norm or a LayerScale is there, the tensors of the file say.
+and are not repeated; whether a bias, a norm or a LayerScale is there, the tensors of the file say. Where LayerNorm,
+softmax or GELU have integer forms, `nonlinear` says which, as the plan does.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from timm.models.vision_transformer import Attention, Block, LayerScale, VisionT
 from torch import nn
 
 from qvit.errors import UsageError
+from qvit.models.integer_functions import forms_of
 
 Network = dict[str, Any]
 _ACTIVATIONS = {GELUTanh: "gelu-tanh", QuickGELU: "quick-gelu", nn.SiLU: "silu", nn.ReLU: "relu"}
@@ -49,6 +51,7 @@ def network_of(model: nn.Module) -> Network:
         "mlp": _mlp(_blocks(model)[0][1].mlp),
         "stages": [_stage(stage.blocks) for stage in vit.layers] if swin else [_stage(vit.blocks)],
         **({"map": _map(vit)} if pool == "map" else {}),
+        **({"nonlinear": forms} if (forms := forms_of(model)) else {}),
     }
 
 
@@ -93,7 +96,7 @@ def differences(model: nn.Module) -> Iterator[str]:
     norms = _norms(model)
     for path, norm in norms:
         plain = isinstance(norm, (nn.LayerNorm, RmsNorm)) and norm.weight is not None and norm.eps is not None
-        if not plain or (type(norm), norm.eps) != (type(norms[0][1]), norms[0][1].eps):
+        if not plain or (norm_kind(norm), norm.eps) != (norm_kind(norms[0][1]), norms[0][1].eps):
             yield f"{path} is a {type(norm).__name__}, or differs from other norms"
 
 
@@ -158,7 +161,10 @@ def _of_mlp(path: str, mlp: Any, first: Any) -> Iterator[str]:
     kind = _mlp(mlp)
     if kind is None:
         yield f"{path} has an MLP of another kind: {type(mlp).__name__}"
-    elif activation_name(mlp.act) is None or (kind, type(mlp.act)) != (_mlp(first), type(first.act)):
+    elif activation_name(mlp.act) is None or (kind, activation_name(mlp.act)) != (
+        _mlp(first),
+        activation_name(first.act),
+    ):
         yield f"{path} has the activation {type(mlp.act).__name__}"
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qvit.kernels.gpu_norm import Norm
 from qvit.models.families.vit import QuantAttention
+from qvit.models.integer_functions import IntegerLayerNorm
 from qvit.models.layers import QuantLinear, QuantQKV, Unnormed, adopt
 from qvit.models.network import is_plain_block, is_plain_mlp, norm_kind
 from qvit.quantizers.base import has_hooks
@@ -75,4 +76,5 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, tuple[nn.Module,
 
 
 def _can_defer(norm: nn.Module) -> bool:
-    return norm_kind(norm) is not None and not getattr(norm, "_fast_norm", False)
+    by_integers = isinstance(norm, IntegerLayerNorm)
+    return norm_kind(norm) is not None and not by_integers and not getattr(norm, "_fast_norm", False)

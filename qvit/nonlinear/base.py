@@ -20,7 +20,6 @@ No form looks at a float.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -100,9 +99,7 @@ def divided(y: Int[Tensor, "... C"], root: Int[Tensor, "... 1"], one: int, bits:
     return shifted(y * ((one << length) // root), length + bits)
 
 
-def affine(
-    n: Int[Tensor, "... C"], weight: Tensor | None, bias: Tensor | None
-) -> tuple[Int[Tensor, "... C"], Tensor | float]:
+def affine(n: Int[Tensor, "... C"], weight: Tensor | None, bias: Tensor | None) -> tuple[Int[Tensor, "... C"], Tensor]:
     """n·weight + bias for normalised values with 10 fraction bits: codes, |q| ≤ 2^23, and the power of two they count.
 
     Constants, made once, in double precision, rounded half to even:
@@ -120,5 +117,5 @@ def affine(
         own = torch.ldexp(bias.detach().double(), shift + OUTPUT_BITS["layernorm"]).round()
         total = total + own.clamp(-_LARGEST_BIAS, _LARGEST_BIAS).long()
     codes = ((total + (1 << (_AFFINE_SHIFT - 1))) >> _AFFINE_SHIFT).clamp(-_LARGEST_OUTPUT, _LARGEST_OUTPUT)
-    unit: Any = torch.ldexp(torch.ones_like(weight.flatten()[0]), _AFFINE_SHIFT - OUTPUT_BITS["layernorm"] - shift)
+    unit = torch.ldexp(torch.ones_like(weight.flatten()[0]), _AFFINE_SHIFT - OUTPUT_BITS["layernorm"] - shift)
     return codes, unit

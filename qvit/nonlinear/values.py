@@ -15,34 +15,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qvit.functional import straight_through
-from qvit.nonlinear.base import GELU, INPUT_BITS, LARGEST, LAYERNORM, OUTPUT_BITS, SOFTMAX, affine
+from qvit.nonlinear.base import INPUT_BITS, LARGEST, OUTPUT_BITS, Form, affine
 
 
-def softmax(form: str, scores: Float[Tensor, "... M"]) -> Float[Tensor, "... M"]:
+def softmax(form: Form, scores: Float[Tensor, "... M"]) -> Float[Tensor, "... M"]:
     """Probabilities of scores, over the last axis; masked scores may be -inf."""
 
     def values() -> Tensor:
-        return SOFTMAX[form](fixed("softmax", scores)) * 2.0 ** -OUTPUT_BITS["softmax"]
+        return form(fixed("softmax", scores)) * 2.0 ** -OUTPUT_BITS["softmax"]
 
     return _through(lambda: scores.softmax(-1), values, scores)
 
 
-def gelu(form: str, x: Float[Tensor, "..."], approximate: str = "none") -> Float[Tensor, "..."]:
+def gelu(form: Form, x: Float[Tensor, "..."], approximate: str = "none") -> Float[Tensor, "..."]:
     """GELU; `approximate` is of the float function whose gradient is taken, as in `F.gelu`."""
 
     def values() -> Tensor:
-        return GELU[form](fixed("gelu", x)) * 2.0 ** -OUTPUT_BITS["gelu"]
+        return form(fixed("gelu", x)) * 2.0 ** -OUTPUT_BITS["gelu"]
 
     return _through(lambda: F.gelu(x, approximate=approximate), values, x)
 
 
 def layer_norm(
-    form: str, x: Float[Tensor, "... C"], weight: Tensor | None, bias: Tensor | None, eps: float
+    form: Form, x: Float[Tensor, "... C"], weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Float[Tensor, "... C"]:
     """LayerNorm over the last axis; `eps` is of the float function."""
 
     def values() -> Tensor:
-        codes, unit = affine(LAYERNORM[form](fixed("layernorm", x)), weight, bias)
+        codes, unit = affine(form(fixed("layernorm", x)), weight, bias)
         return codes * unit
 
     return _through(lambda: F.layer_norm(x, x.shape[-1:], weight, bias, eps), values, x)
@@ -58,4 +58,7 @@ def _through(exact: Callable[[], Tensor], values: Callable[[], Tensor], x: Tenso
     """The values, with the gradient of the exact function; NaN where x is NaN, which no integer can say."""
     with torch.no_grad():
         found = torch.where(x.isnan(), x, values().to(x.dtype))
-    return straight_through(exact(), found) if torch.is_grad_enabled() else found
+    if not torch.is_grad_enabled():
+        return found
+    float_values = exact()
+    return straight_through(float_values, found.to(float_values.dtype))

@@ -11,6 +11,9 @@ format:
     {"format": "qvit-plan", "version": 1, "name": "w4a4", "model": "deit_tiny_patch16_224",
      "sites": {"blocks.0.attn.query": {"bit_width": [3, 4, 3], ...}, ...}}
 
+Either may say which integer form LayerNorm, softmax and GELU have, by kind or by path, where a path wins
+(`models/integer_functions.py`): "nonlinear": {"layernorm": "i-vit", "softmax": "i-bert", "blocks.3.mlp.act": "i-vit"}.
+
 Presets are rules. A later rule wins. A rule or a site that matches nothing in the model is an error that names the
 nearest site: a typo must not become a silent default.
 """
@@ -68,6 +71,8 @@ class QuantPlan:
     rules: tuple[Rule, ...] = ()
     sites: Mapping[str, TensorSpec | None] = field(default_factory=dict)
     model: str | None = None
+    #: The integer form of each LayerNorm, softmax and GELU, by kind or by path; what is not named stays in float.
+    nonlinear: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def preset(cls, name: str, *, boundary_bits: int = 8) -> QuantPlan:
@@ -134,7 +139,7 @@ class QuantPlan:
                 with_tokens = [other for other, site in known.items() if site.tokens]
                 offered = nearest(name, with_tokens) or ("" if with_tokens else "; no site of this model can")
                 raise UsageError(f"the tokens of site '{name}' cannot differ in width{offered}")
-        return QuantPlan(self.name, (), specs, model or self.model)
+        return QuantPlan(self.name, (), specs, model or self.model, self.nonlinear)
 
     def _check_names(self, known: Mapping[str, Site]) -> None:
         unknown = [name for name in self.sites if name not in known]
@@ -186,6 +191,10 @@ class QuantPlan:
             for key in dict.fromkeys([*here, *there]):
                 if not _equal(here.get(key), there.get(key)):
                     rows.append({"site": site, "key": key, "here": here.get(key), "there": there.get(key)})
+        for place in dict.fromkeys([*self.nonlinear, *other.nonlinear]):
+            own, its = (plan.nonlinear.get(place) for plan in (self, other))
+            if own != its:
+                rows.append({"site": place, "key": "nonlinear", "here": own, "there": its})
         return rows
 
     def to_json(self) -> dict[str, Any]:
@@ -195,6 +204,8 @@ class QuantPlan:
             data["rules"] = [_rule_to_json(rule) for rule in self.rules]
         if self.sites:
             data["sites"] = {name: None if spec is None else spec.to_json() for name, spec in self.sites.items()}
+        if self.nonlinear:  # left out otherwise: plans of before read as they always did
+            data["nonlinear"] = dict(self.nonlinear)
         return data
 
     @classmethod
@@ -204,7 +215,7 @@ class QuantPlan:
             raise UsageError(f'not a plan: a plan is a JSON object with "format": "{FORMAT}"')
         if data.get("version") != VERSION:
             raise UsageError(f"plan of version {shown(data.get('version'))}; this qvit reads version {VERSION}")
-        allowed = {"format", "version", "name", "model", "rules", "sites"}
+        allowed = {"format", "version", "name", "model", "rules", "sites", "nonlinear"}
         for key in data:
             if key not in allowed:
                 raise UsageError(f"unknown key {shown(key)} in a plan{nearest(key, allowed)}")
@@ -226,7 +237,10 @@ class QuantPlan:
                 parsed[site] = None if value is None else TensorSpec().changed(value)
             except UsageError as error:
                 raise UsageError(f"site '{site}' of the plan: {error}") from None
-        return cls("plan" if name is None else name, tuple(_rule_from_json(rule) for rule in rules), parsed, model)
+        parsed_rules = tuple(_rule_from_json(rule) for rule in rules)
+        return cls(
+            "plan" if name is None else name, parsed_rules, parsed, model, checked_forms(data.get("nonlinear", {}))
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the plan as JSON; a reader sees the old file or the new one, never half of it."""
@@ -240,6 +254,16 @@ class QuantPlan:
             return cls.from_json(read_json(file, "plan"))
         except UsageError as error:
             raise UsageError(f"{file}: {error}") from None
+
+
+def checked_forms(value: Any) -> dict[str, str]:
+    """The integer forms of a plan in JSON. Raises UsageError for anything but names by names."""
+    if not isinstance(value, dict) or len(value) > MOST_SITES:
+        raise UsageError('"nonlinear" of a plan is an object such as {"softmax": "i-bert"}, not ' + shown(value))
+    for key, name in value.items():
+        if not isinstance(name, str) or max(len(key), len(name)) > _LONGEST_NAME:
+            raise UsageError(f'"nonlinear" of a plan names the form of {shown(key)} by a text, not by {shown(name)}')
+    return dict(value)
 
 
 def _checked_name(value: Any, key: str) -> str | None:

@@ -129,7 +129,7 @@ def test_layer_norms_are_close_whatever_the_size_of_their_input(name: str) -> No
     weight, bias = torch.randn(192) + 1, torch.randn(192)
     for size, bound in ((0.05, 0.15 if name == "i-bert" else 0.03), (1.0, 0.02), (500.0, 0.006)):
         x = torch.randn(30, 192) * size + size
-        y = layer_norm(name, x, weight, bias, 1e-6)
+        y = layer_norm(OPERATIONS["layernorm"][name], x, weight, bias, 1e-6)
         assert float((y - F.layer_norm(x, (192,), weight, bias, 1e-6)).abs().max()) < bound, size
     most = base.LARGEST["layernorm"]
     extreme = torch.full((1, base.MOST_CHANNELS), -most)
@@ -160,10 +160,10 @@ def test_the_affine_part_has_16_bit_weights_and_any_bias() -> None:
 def test_values_are_on_the_grid_and_gradients_those_of_the_float_function(operation: str) -> None:
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         if operation == "softmax":
-            return values.softmax("i-vit", x), x.softmax(-1)
+            return values.softmax(ivit.softmax, x), x.softmax(-1)
         if operation == "gelu":
-            return values.gelu("i-vit", x, "tanh"), F.gelu(x, approximate="tanh")
-        return values.layer_norm("i-vit", x, None, None, 1e-6), F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            return values.gelu(ivit.gelu, x, "tanh"), F.gelu(x, approximate="tanh")
+        return values.layer_norm(ivit.layer_norm, x, None, None, 1e-6), F.layer_norm(x, x.shape[-1:], eps=1e-6)
 
     x, weight = torch.randn(5, 24, requires_grad=True), torch.randn(5, 24)
     own, exact = both(x)
@@ -180,4 +180,4 @@ def test_values_are_on_the_grid_and_gradients_those_of_the_float_function(operat
 def test_masked_scores_have_no_probability() -> None:
     scores = torch.tensor([[1.0, float("-inf"), 2.0, -100.0]])
     for name in OPERATIONS["softmax"]:
-        assert values.softmax(name, scores)[0, [1, 3]].tolist() == [0, 0]
+        assert values.softmax(OPERATIONS["softmax"][name], scores)[0, [1, 3]].tolist() == [0, 0]

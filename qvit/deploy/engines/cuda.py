@@ -18,7 +18,7 @@ from torch import Tensor
 from qvit.deploy.engines.base import register_engine
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.integer.reference import integer_form, report_in_words, report_of
-from qvit.deploy.integer.simulated import require_codes
+from qvit.deploy.integer.simulated import require_codes, require_float_functions
 from qvit.deploy.integer.torch import TorchArithmetic
 from qvit.errors import UsageError, first_line
 
@@ -80,6 +80,7 @@ class CudaEngine:
             raise UsageError(f"engine 'cuda' is not for {self.device}: products of the largest codes are wrong there")
         model = artifact.model()
         require_codes(model)
+        require_float_functions(model, "engine 'cuda'")
         form = integer_form(model, TorchArithmetic(int8=False), artifact.integers)
         report = report_of(form)
         self.module = cuda_form(form).to(self.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qvit.deploy.engines.base import register_engine
 from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.integer.simulated import require_float_functions
 from qvit.deploy.native import NativeModel
 from qvit.errors import UsageError
 from qvit.models.layers import AttentionSites, QuantConv2d, QuantLinear
@@ -26,6 +27,7 @@ class NativeEngine:
     def __init__(self, artifact: Artifact, threads: int | None, *, form: str | None = None) -> None:
         split = [site for site, spec in artifact.plan.sites.items() if spec is not None and spec.ranks_tokens]
         model = artifact.skeleton
+        require_float_functions(model, "engine 'native'")
         reason = (
             f"'{split[0]}' has two groups of tokens that follow the image" if split else next(differences(model), None)
         )

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.integer.arithmetic import Arithmetic, Grid, Operand
 from qvit.deploy.integer.reference import IntegerLinear, arithmetic_in_words, integer_form
-from qvit.deploy.integer.simulated import require_codes
+from qvit.deploy.integer.simulated import require_codes, require_float_functions
 from qvit.deploy.packages import openvino_core, require
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_atomically
@@ -293,6 +293,7 @@ def onnx_model(
                 "so such a model runs with the engines 'reference' and 'torch' alone"
             )
     require_codes(model)
+    require_float_functions(model, "an exported graph")
     arithmetic.check_any_size(model, any_size)
     form = integer_form(model, arithmetic, integers)
     images, dynamic = traced_images(model, image_size, batch, any_size)

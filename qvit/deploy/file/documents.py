@@ -1,6 +1,6 @@
 """The words of a packed file: its JSON documents, written briefly, and read without trusting them.
 
-    plan         {"name", "kinds": [...], "sites": {...}}: see below
+    plan         {"name", "kinds": [...], "sites": {...}}: see below; "nonlinear" where functions have integer forms
     model        {"name": timm's name, "kwargs": {...}}
     data_config  timm's: input_size, interpolation, mean, std, crop_pct, crop_mode
     class_names  a list
@@ -107,6 +107,7 @@ def plan_to_text(plan: QuantPlan, values: Mapping[str, Mapping[str, Tensor]]) ->
         "name": plan.name,
         "kinds": [parse(text) for text in kinds],
         "sites": _grouped(indices),
+        **({"nonlinear": dict(plan.nonlinear)} if plan.nonlinear else {}),
     }
     return compact(document)
 
@@ -140,7 +141,9 @@ def plan_from_text(text: str, model: str) -> tuple[QuantPlan, dict[str, dict[str
 
     Raises QvitError for anything that is not such a document.
     """
-    document = _object(parse(text), "plan", {"name", "kinds", "sites"})
+    found = parse(text)
+    forms = {"nonlinear"} if isinstance(found, dict) and "nonlinear" in found else set()
+    document = _object(found, "plan", {"name", "kinds", "sites"} | forms)
     if not isinstance(document["name"], str):
         raise QvitError("the plan's name is no text")
     kinds = document["kinds"]
@@ -155,6 +158,7 @@ def plan_from_text(text: str, model: str) -> tuple[QuantPlan, dict[str, dict[str
         "name": document["name"],
         "model": model,
         "sites": {site: specs[index] for site, index in indices.items()},
+        **{key: document[key] for key in forms},
     }
     plan = QuantPlan.from_json(written)
     learned = [site for site, spec in plan.sites.items() if spec is not None and spec.learn_bit_width]

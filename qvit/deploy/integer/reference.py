@@ -13,7 +13,8 @@ blocks of columns of W_o. Scales of positions are those of rows, or for the keys
     (B, N, K) × (out, K)              linear layers, the patch embedding (patches are rows), q|k|v in one
     (B, H, N, d) × (B, H, d, M)       scores and weighted values, with the scales of each head
 
-What is not a product of integers stays as it was in training: LayerNorm, softmax, GELU, residuals, biases. A product is
+What is not a product of integers stays as it was in training: residuals, biases, and LayerNorm, softmax and GELU, each
+in float or by its integer form (`models/integer_functions.py`), the same code that training simulates. A product is
 *simulated*, computed in float from quantized values, where an operand has no uniform grid (logarithmic probabilities),
 more than 8 bits, a scale that varies along the summed axis (activations per channel), or stays in float, as one whose
 quantizer is switched off; `report_of` says which and why.
@@ -39,6 +40,7 @@ from qvit.deploy.integer.simulated import simulated_products, why_simulated
 from qvit.errors import UsageError
 from qvit.models.convert import Stage, stage_of
 from qvit.models.families.tokens import RankedLinear, RankedSites
+from qvit.models.integer_functions import functions_of, places
 from qvit.models.layers import QKV, AttentionSites, QuantConv2d, QuantLinear, for_all_heads, quantizer_at, weight_parts
 from qvit.quantizers import Quantizer
 
@@ -290,8 +292,19 @@ def report_of(model: nn.Module) -> dict[str, str | None]:
 
 
 def arithmetic_in_words(model: nn.Module) -> str:
-    """What `report_of` says, in one line."""
-    return report_in_words(report_of(model))
+    """What `report_of` says, in one line, and how many functions between the products are in integers."""
+    return ", ".join(filter(None, (report_in_words(report_of(model)), functions_in_words(model))))
+
+
+def functions_in_words(model: nn.Module) -> str:
+    """How many LayerNorms, softmaxes and GELUs of a model have an integer form; nothing if none has."""
+    kinds, own = places(model), {path for path, _ in functions_of(model)}
+    names = {"layernorm": "LayerNorms", "softmax": "softmaxes", "gelu": "GELUs"}
+    counts = [
+        (sum(kinds[path] == kind for path in own), sum(each == kind for each in kinds.values()), name)
+        for kind, name in names.items()
+    ]
+    return ", ".join(f"{found} of {total} {name} in integers" for found, total, name in counts if own and total)
 
 
 def report_in_words(report: Mapping[str, str | None]) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import UsageError
+from qvit.models.integer_functions import functions_of
 from qvit.models.layers import QuantConv2d, quantizer_at, weight_parts
 from qvit.plan.spec import PerPosition
 from qvit.quantizers import Quantizer, quantizers_of
@@ -47,6 +48,15 @@ def require_codes(model: nn.Module) -> None:
                 f"'{site}' has a twin grid, whose products take integers of more than 8 bits: such a model runs with "
                 "the engines 'reference' and 'torch' alone"
             )
+
+
+def require_float_functions(model: nn.Module, what: str) -> None:
+    """Raises UsageError if LayerNorm, softmax or GELU have integer forms: only the form in PyTorch has them."""
+    for path, function in functions_of(model):
+        raise UsageError(
+            f"{what} does not run '{path}' by the integer form '{function.form}': a model with integer forms of "
+            "LayerNorm, softmax or GELU runs with the engines 'reference' and 'torch' alone"
+        )
 
 
 def _no_integers(quantizer: Quantizer | None, weight: Tensor | None = None) -> str | None:

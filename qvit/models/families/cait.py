@@ -52,7 +52,7 @@ class QuantTalkingHeadAttention(AttentionSites, TalkingHeadAttn):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.fused_projection(x)
         scores = _heads_first(self.proj_l(_heads_last(self.scores(q, k, self.scale))))
-        probs = _heads_first(self.proj_w(_heads_last(scores.softmax(dim=-1))))
+        probs = _heads_first(self.proj_w(_heads_last(self.probabilities(scores))))
         return self.proj_drop(self.project(self.weigh(self.attn_drop(probs), v)))
 
 
