@@ -56,6 +56,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "mix-qvit": {},
     "nuclear-norm": {},
     "ompq": {},
+    "topological-entropy": {},
     "lampq": {"rounds": 3},
     "kl": {"sensitivity_images": 16},
 }

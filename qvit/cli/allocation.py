@@ -48,8 +48,9 @@ def sensitivity(
     metric: Annotated[
         str | None,
         typer.Option(
-            help="fisher (the default), hessian, relevance, nuclear-norm, lampq, ompq, kl (slow), mix-qvit (slow) or "
-            "learned (from a run); of models without classes features (their default) or cosine (slow)."
+            help="fisher (the default), hessian, relevance, nuclear-norm, lampq, ompq, topological-entropy, kl (slow), "
+            "mix-qvit (slow) or learned (from a run); of models without classes features (their default) or cosine "
+            "(slow)."
         ),
     ] = None,
     widths: Annotated[str, typer.Option(help="Candidate widths: 2-8, or a list such as 2,3,4,6,8.")] = "2-8",

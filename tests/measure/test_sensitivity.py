@@ -374,5 +374,6 @@ def test_requests_that_cannot_be_meant() -> None:
         "nuclear-norm",
         "lampq",
         "ompq",
+        "topological-entropy",
     }
     assert set(METRICS) == known

@@ -117,8 +117,8 @@ class PTQOptions(MethodOptions):
     metric: str | None = Field(
         None,
         description="choose mixed widths by sensitivities, measured by `fisher`, `kl`, `hessian`, `relevance`, "
-        "`mix-qvit`, `nuclear-norm`, `lampq` or `ompq`; of models that answer with features by `features`, `cosine` or "
-        "`lampq`",
+        "`mix-qvit`, `nuclear-norm`, `lampq`, `ompq` or `topological-entropy`; of models that answer with features by "
+        "`features`, `cosine` or `lampq`",
     )
     sensitivity: str | None = Field(
         None, description="choose mixed widths by a measured sensitivity, such as another run's `sensitivity.json`"
