@@ -25,6 +25,8 @@ from qvit.functional import SMALLEST_SCALE, integer_range
 BINS = 4096
 _SEARCH_STEPS = 32
 _REFINEMENTS = 12
+# Values of a search that are measured in one operation: 1 MiB.
+_AT_A_TIME = 2**18
 
 
 class HistogramObserver:
@@ -192,20 +194,29 @@ class _Fit:
         return ((top - bottom) / self.quant_max).clamp_min(SMALLEST_SCALE)
 
     def integers(self, scale: Tensor, offset: Tensor) -> Tensor:
-        return torch.round(torch.clamp((self.x - offset) / scale, self.quant_min, self.quant_max))
+        return (self.x - offset).div_(scale).clamp_(self.quant_min, self.quant_max).round_()
 
-    def error(self, scale: Tensor, offset: Tensor) -> Tensor:
-        return self.mean((self.x - self.integers(scale, offset) * scale - offset).square())
+    def error(self, integers: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+        error = integers * scale
+        return torch.sub(self.x, error, out=error).sub_(offset).square_().mul_(self.weight).sum(-1, keepdim=True)
 
     def measured(self, bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return bottom, top, self.error(self.scale(bottom, top), bottom)
+        scale = self.scale(bottom, top)
+        return bottom, top, self.error(self.integers(scale, bottom), scale, bottom)
 
     def search(
         self, best: tuple[Tensor, Tensor, Tensor], candidates: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The best of `best` and `candidates`, for every width on its own."""
-        for ends in candidates:
-            candidate = self.measured(*ends)
+        """The best of `best` and `candidates`, for every width on its own; of equals the first.
+
+        As many candidates at a time as fit a processor's cache, since each is a handful of operations on one histogram.
+        """
+        room = max(1, _AT_A_TIME // (best[2].numel() * self.x.shape[-1]))
+        for start in range(0, len(candidates), room):
+            bottoms, tops = (torch.stack(ends) for ends in zip(*candidates[start : start + room], strict=True))
+            found = self.measured(bottoms, tops)
+            first = found[2].nan_to_num(nan=math.inf, posinf=math.inf).argmin(dim=0, keepdim=True)
+            candidate = [part.gather(0, first).squeeze(0) for part in found]
             better = candidate[2] < best[2]
             best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))  # type: ignore[assignment]
         return best
@@ -213,15 +224,20 @@ class _Fit:
     def refined(self, scale: Tensor, offset: Tensor, error: Tensor, with_offset: bool) -> tuple[Tensor, Tensor]:
         """Least squares for the scale (and the offset) at fixed integers, and re-rounding, in turn."""
         best_scale, best_offset = scale, offset
+        mean_x = self.mean(self.x) if with_offset else 0.0
+        q = self.integers(scale, offset)
         for _ in range(_REFINEMENTS):
-            q = self.integers(scale, offset)
-            mean_q, mean_x = (self.mean(part) if with_offset else 0.0 for part in (q, self.x))
-            denominator = self.mean((q - mean_q).square())
+            mean_q = self.mean(q) if with_offset else 0.0
+            denominator = self.mean((q - mean_q).square_())
             updated = self.mean((self.x - mean_x) * (q - mean_q)) / denominator.clamp_min(1e-30)
+            before = scale, offset
             scale = torch.where((denominator > 0) & (updated > SMALLEST_SCALE), updated, scale)
             offset = mean_x - scale * mean_q if with_offset else offset
-            candidate = self.error(scale, offset)
+            q = self.integers(scale, offset)
+            candidate = self.error(q, scale, offset)
             better = candidate < error
             best_scale, best_offset = torch.where(better, scale, best_scale), torch.where(better, offset, best_offset)
             error = torch.minimum(candidate, error)
+            if torch.equal(scale, before[0]) and torch.equal(offset, before[1]):
+                break  # and what follows would be the same again
         return best_scale, best_offset
