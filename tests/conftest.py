@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import shutil
@@ -45,6 +46,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no CUDA device on this machine")
     if item.get_closest_marker("browser") and (reason := missing_browser()):
         pytest.skip(reason)
+
+
+def pytest_collection_finish() -> None:
+    """What torch, timm and the test files have loaded stays to the end, so nobody searches it for garbage."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from scipy.stats import spearmanr
 
 from qvit.errors import UsageError
 from qvit.measure.table import Sensitivity
@@ -58,5 +57,7 @@ def _rank_correlation(rows: list[list[Any]]) -> float | None:
     first, second = ([row[column] for row in rows] for column in (3, 4))
     if len(rows) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
         return None
+    from scipy.stats import spearmanr  # half a second, which commands that compare nothing need not wait
+
     answer: Any = spearmanr(first, second)
     return float(answer.statistic)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -80,15 +82,23 @@ def images_for(count: int = 6, size: int = 32) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(7))
 
 
-def require_the_reference(artifact: Artifact, images: Tensor, **options: Any) -> None:
-    """Answers as the reference's: equal but for values on the edge of two integers, which few images have."""
+def require_the_reference(
+    artifact: Artifact, images: Tensor, *, threads: tuple[int, ...] = (1,), names: Sequence[str] = ()
+) -> None:
+    """Answers as the reference's: equal but for values on the edge of two integers, which few images have.
+
+    Each number of threads is tried in each form that is named, or else in the one that the engine takes by itself.
+    """
     reference = integer_form(artifact.model(), None, artifact.integers)
     with torch.no_grad():
         expected = reference(images)
-    found = create_engine(artifact, "native", **options)(images)
-    assert found.shape == expected.shape
-    error = (found - expected).abs().flatten(1).amax(1) / expected.std()
-    assert found.isfinite().all() and float(error.median()) < 1e-4 and float(error.max()) < 0.3
+    for name, count in itertools.product(names or (None,), threads):
+        options = {} if name is None else {"form": name}
+        found = create_engine(artifact, "native", threads=count, **options)(images)
+        assert found.shape == expected.shape
+        error = (found - expected).abs().flatten(1).amax(1) / expected.std()
+        close = float(error.median()) < 1e-4 and float(error.max()) < 0.3
+        assert found.isfinite().all() and close, f"{name}, {count} threads: {error}"
 
 
 def prefix_plan(plan: str, width: int, sites: tuple[str, ...]) -> Any:
@@ -106,7 +116,6 @@ ROW_SITES = ("attn.qkv.input", "attn.query", "mlp.fc1.input", "mlp.fc2.input")
 TOKEN_SITES = (*ROW_SITES, "attn.key", "attn.value")
 
 
-@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(
     ("plan", "width", "probs", "kwargs"),
     [
@@ -122,13 +131,12 @@ TOKEN_SITES = (*ROW_SITES, "attn.key", "attn.value")
 )
 @pytest.mark.parametrize("sites", [ROW_SITES, TOKEN_SITES], ids=["rows", "all"])
 def test_a_width_for_prefix_tokens(
-    name: str, plan: str, width: int, probs: str, kwargs: dict[str, Any], sites: tuple[str, ...]
+    plan: str, width: int, probs: str, kwargs: dict[str, Any], sites: tuple[str, ...]
 ) -> None:
     size = kwargs.get("img_size", (32, 32))
     images = torch.randn(6, 3, *size, generator=torch.Generator().manual_seed(7))
     artifact = frozen(prefix_plan(plan, width, sites), images, probs=probs, **kwargs)
-    for threads in (1, 2):
-        require_the_reference(artifact, images, form=form(name), threads=threads)
+    require_the_reference(artifact, images, threads=(1, 2), names=forms())
 
 
 def test_a_prefix_width_is_seen_by_prefix_tokens_alone() -> None:
@@ -141,13 +149,12 @@ def test_a_prefix_width_is_seen_by_prefix_tokens_alone() -> None:
     assert torch.equal(plain, same) and not torch.equal(plain, other)
 
 
-@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(
     ("plan", "probs"),
     [("w8a8", "uniform"), ("w4a4", "uniform"), ("w3a3", "log2"), ("w4a4", "log-sqrt2"), ("w2a8", "uniform")],
 )
-def test_models_answer_as_the_reference(name: str, plan: str, probs: str) -> None:
-    require_the_reference(frozen(plan, images_for(), probs=probs), images_for(), form=form(name), threads=2)
+def test_models_answer_as_the_reference(plan: str, probs: str) -> None:
+    require_the_reference(frozen(plan, images_for(), probs=probs), images_for(), threads=(2,), names=forms())
 
 
 @pytest.mark.parametrize(
@@ -201,7 +208,6 @@ FEATURES: dict[str, Any] = {"num_classes": 0}
 ATTENTION: dict[str, Any] = {"global_pool": "map", "class_token": False}
 
 
-@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(
     ("model", "kwargs", "plan"),
     [
@@ -214,11 +220,11 @@ ATTENTION: dict[str, Any] = {"global_pool": "map", "class_token": False}
     ],
     ids=str,
 )
-def test_towers_answer_as_the_reference(name: str, model: str, kwargs: dict[str, Any], plan: str) -> None:
+def test_towers_answer_as_the_reference(model: str, kwargs: dict[str, Any], plan: str) -> None:
     """Pooled by attention, by the mean, or not at all; features, or a classifier behind them."""
     images = images_for(5, 64 if model == SWIN_NAME else 32)
     small: dict[str, Any] = {} if model == SWIN_NAME else SMALL
-    require_the_reference(frozen(plan, images, model, **(small | kwargs)), images, form=form(name), threads=2)
+    require_the_reference(frozen(plan, images, model, **(small | kwargs)), images, threads=(2,), names=forms())
 
 
 @pytest.mark.parametrize(
@@ -238,7 +244,7 @@ def test_towers_answer_as_the_reference(name: str, model: str, kwargs: dict[str,
 )
 def test_ways_to_pool_answer_as_the_reference(kwargs: dict[str, Any]) -> None:
     images = torch.randn(6, 3, *kwargs.get("img_size", (32, 32)), generator=torch.Generator().manual_seed(7))
-    require_the_reference(frozen("w8a8", images, **kwargs), images, threads=3)
+    require_the_reference(frozen("w8a8", images, **kwargs), images, threads=(3,))
 
 
 def test_the_answers_of_tokens_depend_on_neither_threads_nor_batch() -> None:
@@ -251,15 +257,14 @@ def test_the_answers_of_tokens_depend_on_neither_threads_nor_batch() -> None:
         assert torch.equal(torch.cat([engine(image[None]) for image in images]), expected)
 
 
-@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize(("plan", "probs"), [("w8a8", "uniform"), ("w4a4", "uniform"), ("w3a3", "log-sqrt2")])
 @pytest.mark.parametrize("img_size", [64, (32, 96)], ids=str)
-def test_swin_answers_as_the_reference(name: str, plan: str, probs: str, img_size: Any) -> None:
+def test_swin_answers_as_the_reference(plan: str, probs: str, img_size: Any) -> None:
     """Windows with shifts along both axes, and where a stage is one window high and does not shift along that axis."""
     sides = img_size if isinstance(img_size, tuple) else (img_size, img_size)
     images = torch.randn(4, 3, *sides, generator=torch.Generator().manual_seed(7))
     artifact = frozen(plan, images, SWIN_NAME, probs, img_size=img_size)
-    require_the_reference(artifact, images, form=form(name), threads=2)
+    require_the_reference(artifact, images, threads=(2,), names=forms())
 
 
 def test_rectified_queries_answer_as_the_reference() -> None:
@@ -334,7 +339,8 @@ def test_a_model_that_it_does_not_run(name: str, kwargs: dict[str, Any], reason:
     artifact = frozen("w8a8", images_for(2, kwargs["img_size"]), name, **kwargs)
     with pytest.raises(UsageError, match=f"engine 'native' does not run this model: .*{reason}"):
         create_engine(artifact, "native")
-    assert create_engine(artifact).name != "native"
+    if kwargs.get("depth") == 0:  # the quickest to open
+        assert create_engine(artifact).name != "native", "the next engine serves"
 
 
 RULES: dict[str, tuple[str, dict[str, Any], str]] = {
