@@ -112,7 +112,7 @@ def test_sensitivity_and_bench(qvit: Qvit, photos: Path, float_run: Path, tmp_pa
                 *SMALL_DIGITS[1:]).code == 0  # fmt: skip
     for path in broken:
         path.unlink()
-    bench = ["bench", *SMALL_VIT, "--data", photos, "--engine", "qvit-torch", "--calibration-images", "8"]
+    bench = ["bench", *SMALL_VIT, "--data", photos, "--engine", "qvit-reference", "--calibration-images", "8"]
     result = qvit(*bench, "--rounds", "1", "--seconds", "0.01", "--json").json
     assert result["compared_images"] == 10 and "without labels" in result["images"]
     assert "go with --data" in qvit("bench", *SMALL_VIT, "--unlabelled").failed(2)
