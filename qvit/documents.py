@@ -298,6 +298,13 @@ class Search(Document):
     frontier: Annotated[list[FrontierPoint], Field(min_length=1, max_length=1000)]
 
 
+class IntegerForms(Document):
+    """The integer forms of LayerNorm, softmax and GELU, and the SQNR in dB by which they were chosen, if they were."""
+
+    forms: Annotated[dict[Name, Name], Field(max_length=20_000)]
+    sqnr: Annotated[dict[Name, dict[Name, Number]], Field(max_length=20_000)] | None = None
+
+
 class Result(_Scores):
     """`result.json`: the outcome of a finished run. Accuracies are percent, the other numbers plain counts."""
 
@@ -305,6 +312,7 @@ class Result(_Scores):
     float_accuracy: Percent | None = None
     gate: Gate | None = None
     search: Search | None = None
+    nonlinear: IntegerForms | None = None
 
 
 class Outcome(_Scores):

@@ -7,6 +7,8 @@ r"""Post-training systems beside each other at equal bit operations, on real ima
     class         and 8 bits for the class token where the program gives them
     splits        and two widths for the patches of an activation, by their importance
     chance        the plan of `splits` with patches ranked by chance, everything else made anew
+    float-glue    a uniform width, LayerNorm, softmax and GELU in float; `i-bert`, `i-vit`: all three on integers by
+                  those forms; `fq-vit`: its softmax, the rest of `i-vit`; `sqnr`: the best form of each place
 
 An archive of class folders is cut into two halves by class (`ptq_halves.py`); every arm calibrates and chooses on one
 half and is scored on the other, both ways, and McNemar's p is that of all scored images, each scored once, against the
@@ -16,6 +18,8 @@ that are there are not made again.
 
     python benchmarks/measure/systems.py --weights W.safetensors --images IMAGES.tar --class-map classes.txt
     python benchmarks/measure/systems.py ... --arms plain class splits chance --out benchmarks/results/pmq_arms.json
+    python benchmarks/measure/systems.py ... --budgets 8bit 6bit --arms float-glue i-bert i-vit fq-vit sqnr
+        --out benchmarks/results/nonlinear.json
 """
 
 from __future__ import annotations
@@ -66,6 +70,14 @@ PMQ: dict[str, dict[str, Any]] = {
     "splits": {"class_token": 8, "patches": True},
     "chance": {},
 }
+#: Integer forms of LayerNorm, softmax and GELU at one width everywhere.
+GLUE: dict[str, str | None] = {
+    "float-glue": None,
+    "i-bert": "i-bert",
+    "i-vit": "i-vit",
+    "fq-vit": "layernorm=i-vit,softmax=fq-vit,gelu=i-vit",
+    "sqnr": "sqnr",
+}
 #: The predicted and the true class of every scored image, and seconds of the processor, in the directory of a run.
 ANSWERS = "answers.json"
 
@@ -114,9 +126,13 @@ def changes_of(arm: str, budget: str, folder: Path, shared: Path) -> dict[str, A
     """What of the config of a uniform run an arm changes."""
     if arm == "chance":
         return {"budget": None, "plan": str(folder / f"{budget}-splits" / PLAN)}
-    if arm in UNIFORM:
+    if arm in UNIFORM or arm in GLUE:
         width = budget.removesuffix("bit")
-        return {"budget": f"w{width}a{width}", "method_options": UNIFORM[arm]}
+        return {
+            "budget": f"w{width}a{width}",
+            "method_options": UNIFORM.get(arm, {}),
+            "nonlinear": GLUE.get(arm),
+        }
     own: dict[str, Any] = {"min_width": 2 if budget in ("2bit", "3bit") else None}
     own["sensitivity"] = str(shared) if shared.is_file() else None
     if arm in PMQ:
@@ -146,6 +162,10 @@ def summed_up(ways: list[dict[str, Any]], first: list[list[bool]]) -> dict[str, 
     }
     if all(way.get("metric_seconds") is not None for way in ways):
         row["metric_seconds"] = mean(way["metric_seconds"] for way in ways)
+    if any(way.get("nonlinear") for way in ways):
+        row["forms"] = [way["nonlinear"]["forms"] for way in ways]
+    if all("sqnr" in way.get("nonlinear", {}) for way in ways):
+        row["sqnr"] = [way["nonlinear"]["sqnr"] for way in ways]
     if all("search" in way for way in ways):
         row["chosen"] = [way["search"]["chosen"] for way in ways]
         row["search_seconds"] = [way["search"]["seconds"] for way in ways]
@@ -157,7 +177,11 @@ def parse() -> argparse.Namespace:
     add_subject(parser)
     parser.add_argument("--budgets", nargs="*", default=["6bit", "4bit", "3bit"])
     parser.add_argument(
-        "--arms", nargs="*", choices=[*UNIFORM, *MIXED, *PMQ], default=[*UNIFORM, *MIXED], help="the first is compared"
+        "--arms",
+        nargs="*",
+        choices=[*UNIFORM, *MIXED, *PMQ, *GLUE],
+        default=[*UNIFORM, *MIXED],
+        help="the first is compared",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/systems"))

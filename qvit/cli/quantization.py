@@ -46,7 +46,7 @@ def ptq(
         Fields(
             TrainConfig,
             "model budget plan data eval_data class_map unlabelled on_bad_image weights pretrained calibration_images "
-            "batch_size seed device workers threads model_kwargs",
+            "batch_size seed device workers threads model_kwargs nonlinear",
             help={
                 "budget": "`w8a8`: that plan. `6bit`: the uniform plan; with `--metric`, mixed widths of at most its "
                 "bit operations. `21.455G`, `0.25`: bit operations, with `--metric` only",
@@ -96,7 +96,7 @@ def pmq(
         Fields(
             TrainConfig,
             "model budget data eval_data class_map unlabelled on_bad_image weights pretrained calibration_images "
-            "batch_size seed device workers threads model_kwargs",
+            "batch_size seed device workers threads model_kwargs nonlinear",
             help={
                 "budget": "bit operations of the whole model: `4bit` (those of the uniform model), `21.455G`, `0.25`",
                 **_HELP,

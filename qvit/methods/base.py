@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import Tensor, nn
 
+from qvit.measure.nonlinear import choose_forms
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
 from qvit.models.inherit import inherit
@@ -79,6 +80,8 @@ class Method(ComposedHooks):
     trains: ClassVar[bool] = True
     #: Calibration images that pass through the model at a time.
     calibration_batch: ClassVar[int] = 64
+    #: The integer forms that LayerNorm, softmax and GELU were given, as a result says it; None for those of the plan.
+    nonlinear: dict[str, Any] | None = None
     #: Batches of an epoch, set before `width_lr` is read.
     steps_per_epoch: int
 
@@ -124,9 +127,12 @@ class Method(ComposedHooks):
         """The calibrated model with the quantizers of `plan`, made of a float model, which stays as it is."""
         given.notify(f"calibrating on {self.config.calibration_images} training images")
         with given.watch("calibrate"):
-            if given.start is not None:
-                return inherit(quantize(model, plan), given.start, given.images)
-            return calibrate(quantize(model, plan), given.images)
+            start = given.start
+            made = quantize(model, plan)
+            made = calibrate(made, given.images) if start is None else inherit(made, start, given.images)
+            if self.config.nonlinear is not None:
+                self.nonlinear = choose_forms(made, self.config.nonlinear, given.images)
+        return made
 
     def record(self) -> dict[str, Any]:
         """What `result.json` says about this method beside what it says about all."""

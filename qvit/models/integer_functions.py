@@ -8,20 +8,14 @@ A LayerNorm and a GELU become subclasses that share all parameters; an attention
 submodule `softmax` without parameters, in the place of timm's where it has one. Keys of a state dict do not change.
 Forms have no scales and nothing that is calibrated: their inputs are in fixed point (`qvit/nonlinear/base.py`). What
 they see and what they give are the values of the model, so the quantizers around them work as they always do.
-
-`sqnr` measures every form of every place on what the float model computes there, 10·log10(Σy² / Σ(y - ŷ)²), and takes
-the best (mixed non-linear quantization, 2407.18437, chooses by the same ratio; only its abstract was read).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
-import torch
 from timm.layers import GELU, GELUTanh, LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,10 +25,8 @@ from qvit.models.layers import AttentionSites, adopt
 from qvit.nonlinear import OPERATIONS, gelu, layer_norm, softmax
 from qvit.nonlinear.base import MOST_CHANNELS, Form
 
-#: What `nonlinear` may be beside the name of a form.
-FLOAT, SQNR = "float", "sqnr"
-#: Batches that forms are measured on, at most.
-MEASURED_BATCHES = 4
+#: In place of the name of a form: none.
+FLOAT = "float"
 Forms = Mapping[str, str]
 
 
@@ -186,7 +178,7 @@ def _function_at(model: nn.Module, path: str, operation: str) -> IntegerFunction
 
 
 def parse_forms(text: str, model: nn.Module) -> Forms:
-    """What `--nonlinear` says, for a quantized model; not for `sqnr`.
+    """The forms that a short text means for a quantized model.
 
     Args:
         text: `float`; the name of a form, for every operation that has one of that name; or
@@ -217,38 +209,3 @@ def in_float(model: nn.Module) -> Iterator[None]:
     finally:
         for function, integer in before:
             function.integer = integer
-
-
-@torch.no_grad()
-def measure_forms(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, dict[str, float]]:
-    """The SQNR in dB of every form at every place, on what a model computes there; 200 where nothing differs.
-
-    Args:
-        model: With an integer function at every place, computing in float.
-        batches: Images; `MEASURED_BATCHES` of them are looked at.
-    """
-    sums: dict[str, dict[str, list[float]]] = {path: {} for path, _ in functions_of(model)}
-
-    def compare(path: str, function: IntegerFunction, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        for name, form in OPERATIONS[function.operation].items():
-            error = (function.values(inputs[0], form) - output).double().square().sum()
-            own = sums[path].setdefault(name, [0.0, 0.0])
-            own[0] += float(output.double().square().sum())
-            own[1] += float(error)
-
-    with ExitStack() as stack:
-        for path, function in functions_of(model):
-            stack.enter_context(function.register_forward_hook(partial(_told, compare, path)))
-        for _, batch in zip(range(MEASURED_BATCHES), batches, strict=False):
-            model(batch)
-    return {path: {name: _decibels(*pair) for name, pair in own.items()} for path, own in sums.items()}
-
-
-def _told(compare: Any, path: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    compare(path, module, inputs, output)
-
-
-def _decibels(signal: float, noise: float) -> float:
-    if noise == 0 or signal == 0:
-        return 200.0 if noise == 0 else -200.0
-    return round(10 * math.log10(signal / noise), 2)

@@ -388,6 +388,8 @@ class _Run:
         subject, method = self.subject, self.method
         if plan is None:
             return subject.model
+        if self.config.nonlinear is not None:  # says it in place of the plan
+            plan = replace(plan, nonlinear={})
         if state is not None:
             model = quantize(subject.model, QuantPlan.from_json(_plan_of_checkpoint(self.folder, state)))
             return model.to(subject.device)
@@ -576,6 +578,7 @@ class _Run:
             "seconds": self.watch.record(),
             "seed": config.seed,
             "epochs": config.epochs if method.trains else 0,
+            **({"nonlinear": method.nonlinear or {"forms": plan.nonlinear}} if plan.nonlinear else {}),
             **method.record(),
         }
         formulas = {"plain_operators": plain} if (plain := trial.plain()) else {}

@@ -176,6 +176,13 @@ class TrainConfig(SubjectOptions):
         "widths for `qvit` and `dq`",
     )
 
+    nonlinear: Name | None = Field(
+        None,
+        description="LayerNorm, softmax and GELU by [integer forms](post-training.md#integer-forms): the name of one, "
+        "`i-bert` or `i-vit`, for all that has it; `sqnr`: the best form of each place on calibration images; "
+        "`softmax=i-bert,blocks.0.mlp.act=i-vit`; or `float`. By default what the plan says",
+    )
+
     augment: Literal["none", "light", "deit"] = Field(
         "light",
         description="`none`: images as in evaluation; `light`: crops of 60 to 100 % of the area, mirroring; `deit`: "

@@ -6,6 +6,7 @@
                       are centred and share one range                                       `head_folds.py`)
     quantize          weights per channel, probabilities on a logarithmic grid up to 4 bits
     calibrate         scales and offsets of least squared error                            (`models/calibrate.py`)
+    choose forms      of LayerNorm, softmax and GELU on integers; optional                 (`measure/nonlinear.py`)
     search scales     by the similarity of outputs; optional                    Liu et al. (`similarity_scales.py`)
     fit probabilities their scales, by the error of the values' weighted sums              (`probability_scales.py`)
     round             weights, so that outputs change least                     GPTQ       (`layer_rounding.py`)
@@ -34,7 +35,7 @@ import copy
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,6 +47,7 @@ from qvit.errors import UsageError
 from qvit.measure import Sensitivity, default_metric, measure_sensitivity
 from qvit.measure.distance import distance_of
 from qvit.measure.metric import Task
+from qvit.measure.nonlinear import MEASURED, choose_forms
 from qvit.methods.base import Method, Preparation, register_method
 from qvit.methods.lsq import scale_rules
 from qvit.methods.ptq import relu
@@ -250,6 +252,8 @@ class PTQMethod(Method):
             notify=given.notify,
             stage=timed,
             progress=given.progress,
+            nonlinear=self.config.nonlinear,
+            chosen=lambda forms: setattr(self, "nonlinear", forms),
         )
 
     def _gated(self, model: nn.Module, given: Preparation) -> nn.Module:
@@ -430,6 +434,8 @@ def ptq(
     notify: Callable[[str], None] | None = None,
     keep: Path | None = None,
     seed: int = 0,
+    nonlinear: str | None = None,
+    chosen: Callable[[dict[str, Any]], None] | None = None,
 ) -> nn.Module:
     """Quantizes a float model without training.
 
@@ -447,6 +453,8 @@ def ptq(
         progress: Called with a text, what is done, how much there is, and figures as text.
         notify, keep: Of the reconstruction, see `reconstruction.reconstruct`.
         seed: Draws the answers by which tokens are weighted, see `token_weights.worth_of`.
+        nonlinear: Integer forms in place of the plan's, see `TrainConfig`; `chosen` is called with those that were
+            given, as `measure.nonlinear.choose_forms` returns them.
 
     Returns:
         A calibrated model with fixed widths, in eval mode.
@@ -463,7 +471,8 @@ def ptq(
     alike = OfFirstSize(few)
     clock = _Clock(stage)
     source = copy.deepcopy(model).eval()
-    resolved = plan_from(plan).resolve(inspect_model(model).sites)
+    plan = plan_from(plan) if nonlinear is None else replace(plan_from(plan), nonlinear={})
+    resolved = plan.resolve(inspect_model(model).sites)
     fine, ranks = is_fine(resolved), ranks_tokens(resolved.sites)
     feedback = rounding == "feedback" or (rounding == "auto" and not fine)
     rotate = rotation_for(resolved) if rotate == "auto" else rotate
@@ -475,6 +484,11 @@ def ptq(
     quantized = quantize(source, grids, in_place=True)
     calibrate(quantized, few.told("calibrating", progress), observer=observer)
     clock.note("calibrate")
+    if nonlinear is not None:
+        forms = choose_forms(quantized, nonlinear, FirstImages(alike, MEASURED, "choosing integer forms", progress))
+        clock.note("choose forms")
+        if chosen is not None:
+            chosen(forms)
     if scale_search != "error":
         told = FirstImages(alike, SEARCHED, "searching scales", progress)
         fit_similarity_scales(quantized, told, ranking=scale_search == "ranking")
