@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from qvit.nonlinear.base import SOFTMAX, bit_length, exponential_input
+from qvit.nonlinear.base import SOFTMAX, bit_length, exponential_input, quotient
 from qvit.nonlinear.ibert import exponential
 
 _MOST = 15
@@ -25,7 +25,7 @@ def softmax(scores: Int[Tensor, "... M"]) -> Int[Tensor, "... M"]:
     """2^(15 - q), or 0: 15 fraction bits."""
     e = exponential(exponential_input(scores))
     own = e.clamp_min(1)
-    n = (e.sum(-1, keepdim=True) + (own >> 1)) // own
+    n = quotient(e.sum(-1, keepdim=True) + (own >> 1), own)
     whole = bit_length(n) - 1
     q = whole + ((n >> (whole - 1).clamp_min(0)) & (whole > 0))
     return torch.where((e > 0) & (q <= _MOST), 1 << (_MOST - q).clamp_min(0), 0)

@@ -29,6 +29,7 @@ from qvit.nonlinear.base import (
     exponential_input,
     gated,
     normalized,
+    quotient,
 )
 
 _LN2, _EXP_B, _EXP_C = 710, 1385, 1006166
@@ -44,7 +45,7 @@ def exponential(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     The factor 183·2^-14 stands for 0.3585·2^-5 and is the same for a whole row, so a softmax does not see its error.
     All products are below 2^30; z ≤ 46.
     """
-    z = (-x) // _LN2
+    z = quotient(-x, _LN2)
     p = x + _LN2 * z
     return (((p + _EXP_B).square() + _EXP_C) * 183) >> (14 + z)
 
@@ -63,7 +64,7 @@ def gate(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     v lies in [0, 2^24); sgn(0) = 0.
     """
     d = x.abs().clamp_max(_ERF_B) - _ERF_B
-    return ((_ERF_ONE + x.sign() * (_ERF_ONE - d.square())) << 14) // _ERF_ONE
+    return quotient((_ERF_ONE + x.sign() * (_ERF_ONE - d.square())) << 14, _ERF_ONE)
 
 
 @GELU.register("i-bert")

@@ -29,6 +29,7 @@ from qvit.nonlinear.base import (
     exponential_input,
     gated,
     normalized,
+    quotient,
 )
 
 _ONE, _FRACTION = 1 << 10, 10
@@ -60,7 +61,7 @@ def gate(x: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     """
     a = -(x.abs().clamp_max(1 << 14))
     e = exponential(a + (a >> 1) + (a >> 3) + (a >> 4))
-    return (torch.where(x >= 0, 1 << 15, e) << 15) // ((1 << 15) + e)
+    return quotient(torch.where(x >= 0, 1 << 15, e) << 15, (1 << 15) + e)
 
 
 @GELU.register("i-vit")

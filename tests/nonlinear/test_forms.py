@@ -177,6 +177,20 @@ def test_values_are_on_the_grid_and_gradients_those_of_the_float_function(operat
         assert bool(both(broken)[0][0, 0].isnan())
 
 
+def test_values_are_those_of_all_rows_at_once() -> None:
+    x = torch.randn(3, 5, 40, 197) * 3
+    for function, form, bits in ((values.softmax, fqvit.softmax, 15), (values.gelu, ibert.gelu, 14)):
+        own = function(form, x)
+        assert torch.equal(own * 2**bits, form(values.fixed(function.__name__, x)).float())
+
+
+def test_quotients_are_exact() -> None:
+    d = torch.randint(1, 2**24, (20000,))
+    q = torch.randint(0, 2**29, (20000,))
+    for n in (q * d, (q * d - 1).clamp_min(0), q * d + d - 1):
+        assert torch.equal(base.quotient(n, d), n // d)
+
+
 def test_masked_scores_have_no_probability() -> None:
     scores = torch.tensor([[1.0, float("-inf"), 2.0, -100.0]])
     for name in OPERATIONS["softmax"]:
