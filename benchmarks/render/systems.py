@@ -5,6 +5,8 @@ The evidence of small ViTs has more rows than systems: parts of methods and thei
 
 from __future__ import annotations
 
+from statistics import median
+
 from rendering import Data, origin, spread, table, table_of
 
 #: Systems that train, by the names of their rows in the evidence.
@@ -37,6 +39,32 @@ def systems_tables(data: Data) -> str:
 def pmq_arms_tables(data: Data) -> str:
     """The parts of PMQ by budget."""
     return "\n\n".join([_note(data), *_by_budget(data, "plain"), origin(data)])
+
+
+@table_of("nonlinear.json", "`python benchmarks/measure/systems.py --help`")
+def nonlinear_tables(data: Data) -> str:
+    """Integer forms of LayerNorm, softmax and GELU at one width everywhere, and the SQNR of each."""
+    parts = [_note(data), *_by_budget(data, "float-glue")]
+    measured = [place for row in data["rows"] for way in row.get("sqnr", ()) for place in way.items()]
+    if measured:
+        parts += ["SQNR of the forms, in dB: the median over places and ways (the least).", _ratios(measured)]
+    return "\n\n".join([*parts, origin(data)])
+
+
+def _ratios(measured: list[tuple[str, dict[str, float]]]) -> str:
+    """A table of forms by operation."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for place, ratios in measured:
+        leaf = place.rpartition(".")[2]
+        kind = {"softmax": "softmax", "act": "GELU"}.get(leaf, "LayerNorm")
+        for form, decibels in ratios.items():
+            found.setdefault(form, {}).setdefault(kind, []).append(decibels)
+    kinds = ("LayerNorm", "softmax", "GELU")
+    cells = [
+        [f"`{form}`", *(f"{median(own[kind]):.1f} ({min(own[kind]):.1f})" if kind in own else "" for kind in kinds)]
+        for form, own in found.items()
+    ]
+    return table(["form", *kinds], cells, left=1)
 
 
 @table_of("evidence_*.json", "`python benchmarks/measure/evidence.py --help`")
