@@ -113,11 +113,8 @@ def test_packed_models_keep_their_forms_and_the_reference_engine_equals_the_simu
 
 def test_engines_that_have_no_integer_forms_refuse_by_name() -> None:
     artifact = packed(frozen("vit", PLAN)[0])
-    with pytest.raises(UsageError, match=r"engine 'native' does not run .*norm1.* 'i-vit'.*'reference' and 'torch'"):
-        create_engine(artifact, "native")
-    with pytest.raises(UsageError, match="an exported graph does not run"):
+    with pytest.raises(UsageError, match=r"exported graph does not run .*norm1.* 'i-vit'.*'native', 'reference' and"):
         artifact_graph(artifact, OnnxRuntimeArithmetic())
-    assert create_engine(artifact).name == "torch"
 
 
 def test_a_changed_form_of_a_file_is_another_function() -> None:

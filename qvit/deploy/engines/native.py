@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qvit.deploy.engines.base import register_engine
 from qvit.deploy.file.artifact import Artifact
-from qvit.deploy.integer.simulated import require_float_functions
+from qvit.deploy.integer.reference import functions_in_words
 from qvit.deploy.native import NativeModel
 from qvit.errors import UsageError
 from qvit.models.layers import AttentionSites, QuantConv2d, QuantLinear
@@ -27,7 +27,6 @@ class NativeEngine:
     def __init__(self, artifact: Artifact, threads: int | None, *, form: str | None = None) -> None:
         split = [site for site, spec in artifact.plan.sites.items() if spec is not None and spec.ranks_tokens]
         model = artifact.skeleton
-        require_float_functions(model, "engine 'native'")
         reason = (
             f"'{split[0]}' has two groups of tokens that follow the image" if split else next(differences(model), None)
         )
@@ -40,7 +39,8 @@ class NativeEngine:
         modules = list(model.modules())
         products = sum(isinstance(module, (QuantLinear, QuantConv2d)) for module in modules)
         products += 2 * sum(isinstance(module, AttentionSites) for module in modules)
-        self.artifact, self.arithmetic = artifact, f"all {products} products in integers, {self.model.form}"
+        words = (f"all {products} products in integers", functions_in_words(model), self.model.form)
+        self.artifact, self.arithmetic = artifact, ", ".join(filter(None, words))
 
     def __call__(self, images: Tensor) -> Tensor:
         return torch.from_numpy(self.model(images.detach().cpu().float().numpy()))

@@ -51,11 +51,11 @@ def require_codes(model: nn.Module) -> None:
 
 
 def require_float_functions(model: nn.Module, what: str) -> None:
-    """Raises UsageError if LayerNorm, softmax or GELU have integer forms: only the form in PyTorch has them."""
+    """Raises UsageError if LayerNorm, softmax or GELU have integer forms."""
     for path, function in functions_of(model):
         raise UsageError(
             f"{what} does not run '{path}' by the integer form '{function.form}': a model with integer forms of "
-            "LayerNorm, softmax or GELU runs with the engines 'reference' and 'torch' alone"
+            "LayerNorm, softmax or GELU runs with the engines 'native', 'reference' and 'torch' alone"
         )
 
 

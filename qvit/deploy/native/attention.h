@@ -49,13 +49,13 @@ class Attention {
             const Grid* next = early ? &grids_.prefix_query : &grids_.query;
             if (next != query) begin_scores(*(query = next));
             score(begin, m);
-            if (block_.log_steps) {
+            if (block_.softmax != Integer::none)
+                whole_probabilities(m);
+            else if (block_.log_steps)
                 log_probabilities(m);
-                weigh_by_levels(begin, m);
-            } else {
+            else
                 probabilities(m);
-                weigh(begin, m);
-            }
+            block_.log_steps ? weigh_by_levels(begin, m) : weigh(begin, m);
         }
     }
 
@@ -124,9 +124,9 @@ class Attention {
         Panels& keys = own_.keys;
         keys.begin(keys.left, query.low, query.high - query.low, largest_key_);
         own_.key_scale.resize(size_t(columns_)), own_.key_add.resize(size_t(columns_));
-        constexpr double log2_e = 1.4426950408889634;
+        const double unit = block_.softmax == Integer::none ? 1.4426950408889634 : double(kScoreUnit);
         for (int j = 0; j < columns_; ++j) {
-            const double scale = double((j < prefix_ ? grids_.prefix_key : grids_.key).scale) * stage_.factor * log2_e;
+            const double scale = double((j < prefix_ ? grids_.prefix_key : grids_.key).scale) * stage_.factor * unit;
             own_.key_scale[size_t(j)] = float(query.scale * scale);
             // Columns behind the last token have probability 0, so that what follows runs over whole vectors.
             own_.key_add[size_t(j)] = j < area_ ? float(query.offset * scale * keys.sums[size_t(j)]) : -1e30f;
@@ -141,6 +141,7 @@ class Attention {
             queries = own_.queries.data();
         }
         std::fill_n(most_, m, Lanes(-1e30f));
+        const float unit = block_.score_unit();
         multiply(m, queries, place_ ? d_ : row_, own_.keys, own_.keys.left,
                  [&](int, int rows, int column, int, const int32_t* sums) {
                      for (int j = 0; j < kColumns; j += kLanes) {
@@ -151,7 +152,7 @@ class Attention {
                              if (bias_) x = x + Lanes(bias_ + size_t(begin + i) * columns_ + at);
                              if (region_) {
                                  const Lanes apart = Lanes(region_ + at) - Lanes(region_[begin + i]);
-                                 x = x - where_positive(apart * apart, Lanes(100.0f * kLog2E), Lanes(0.0f));
+                                 x = x - where_positive(apart * apart, Lanes(100.0f * unit), Lanes(0.0f));
                              }
                              x.store(own_.scores.data() + size_t(i) * columns_ + at);
                              most_[i] = greater_of(x, most_[i]);
@@ -180,16 +181,53 @@ class Attention {
             totals[i] = exponentials(i, [&](int j, const Lanes& e) { e.store(x + j); });
         }
         for (int i = 0; i < m; ++i) {
-            const float* x = own_.scores.data() + size_t(i) * columns_;
-            uint8_t* to = own_.probs.data() + size_t(i) * columns_;
             Grid grid = grids_.probs;
             grid.offset *= totals[i], grid.inverse /= totals[i];
-            const Coder<Lanes> coder(grid);
-            for (int j = 0; j < area_; j += kLanes) store(to + j, coder.bytes(Lanes(x + j)));
-            int32_t codes = 0;
-            for (int j = 0; grids_.value.offset != 0 && j < area_; ++j) codes += to[j];
-            prob_sums_[i] = float(codes + area_ * grids_.probs.low);
+            encode_probabilities(i, grid);
         }
+    }
+
+    void encode_probabilities(int i, const Grid& grid) {
+        const float* x = own_.scores.data() + size_t(i) * columns_;
+        uint8_t* to = own_.probs.data() + size_t(i) * columns_;
+        const Coder<Lanes> coder(grid);
+        for (int j = 0; j < area_; j += kLanes) store(to + j, coder.bytes(Lanes(x + j)));
+        int32_t codes = 0;
+        for (int j = 0; grids_.value.offset != 0 && j < area_; ++j) codes += to[j];
+        prob_sums_[i] = float(codes + area_ * grids_.probs.low);
+    }
+
+    // By an integer form of softmax, whose probabilities are rounded to their grid like any other. On a logarithmic
+    // one: as many levels down as there are bounds above.
+    void whole_probabilities(int m) {
+        own_.whole.resize(size_t(columns_));
+        float bounds[16];
+        for (int q = 0; q < grids_.probs.high && block_.log_steps; ++q)
+            bounds[q] = float(grids_.probs.scale * std::exp2(-(q + 0.5) / block_.log_steps));
+        for (int i = 0; i < m; ++i) {
+            float* x = own_.scores.data() + size_t(i) * columns_;
+            fix(x, area_, 1.0f, float(1 << 20), own_.whole.data());
+            soften(block_.softmax, own_.whole.data(), area_);
+            for (int j = 0; j < area_; ++j) x[j] = float(own_.whole[size_t(j)]) * kProbability;
+            for (int j = area_; j < columns_; ++j) x[j] = 0;
+            if (!block_.log_steps) {
+                encode_probabilities(i, grids_.probs);
+                continue;
+            }
+            for (int j = 0; j < area_; j += kLanes) {
+                const Lanes p(x + j);
+                Lanes q;
+                for (int level = 0; level < grids_.probs.high; ++level)
+                    q = q + where_positive(Lanes(bounds[level]) - p, Lanes(1.0f), Lanes(0.0f));
+                store_levels(i, j, bytes_of(q, 0));
+            }
+        }
+    }
+
+    void store_levels(int i, int j, const Bytes& codes) {
+        const size_t at = size_t(i) * columns_ + j;
+        store(own_.probs.data() + at, looked_up(levels_, codes));
+        if (two_operands_) store(own_.second.data() + at, looked_up(levels_ + 16, codes));
     }
 
     void tabulate_levels() {
@@ -211,14 +249,10 @@ class Attention {
         const Lanes by(-steps), highest(float(grids_.probs.high)), zero;
         for (int i = 0; i < m; ++i) {
             const float* x = own_.scores.data() + size_t(i) * columns_;
-            uint8_t *first = own_.probs.data() + size_t(i) * columns_,
-                    *second = own_.second.data() + size_t(i) * columns_;
             const Lanes most = most_[i], from(steps * of_one[i]);
             for (int j = 0; j < area_; j += kLanes) {
                 const Lanes q = mad(Lanes(x + j) - most, by, from);
-                const Bytes codes = bytes_of(lesser_of(greater_of(q, zero), highest), 0);
-                store(first + j, looked_up(levels_, codes));
-                if (two_operands_) store(second + j, looked_up(levels_ + 16, codes));
+                store_levels(i, j, bytes_of(lesser_of(greater_of(q, zero), highest), 0));
             }
         }
     }

@@ -3,9 +3,10 @@
 //   file.h      bytes -> tensors, sites, texts          json.h     JSON from strangers
 //   network.h   a file -> layers, norms, heads          memory.h   buffers and threads
 //   kernels.h   products of integers                    lanes.h    floats, sixteen at a time
+//   integers.h  LayerNorm, softmax, GELU without floats
 //   model.h     images -> answers                       attention.h  of it, what the heads do
 //
-// The last four are compiled once for each instruction set, in a namespace of its own; which one runs is decided when
+// The last five are compiled once for each instruction set, in a namespace of its own; which one runs is decided when
 // a model is loaded. Code of the standard library stays outside: it is the same for all processors.
 #include "qvit.h"
 
@@ -64,12 +65,15 @@ class Runner {
     virtual void after_fork() = 0;
 };
 
+enum class Function { norm, softmax, gelu };
+
 // What each instruction set offers.
 struct Form {
     const char* name;
     bool (*supported)();
     std::unique_ptr<Runner> (*make)(const Network&, int threads);
     void (*product)(int m, int n, int k, const uint8_t* a, int low, int most_left, const int8_t* w, int32_t* out);
+    void (*function)(Function, Integer, int rows, int n, const int32_t* x, int32_t* out);
 };
 
 }  // namespace qvit
@@ -202,13 +206,13 @@ bool always() { return true; }
 // The fastest first.
 const Form all_forms[] = {
 #if defined(QVIT_X86)
-    {"AVX-512 VNNI", has_avx512_vnni, avx512_vnni::make, avx512_vnni::product},
-    {"AVX-VNNI", has_avx_vnni, avx_vnni::make, avx_vnni::product},
-    {"AVX2", has_avx2, avx2::make, avx2::product},
+    {"AVX-512 VNNI", has_avx512_vnni, avx512_vnni::make, avx512_vnni::product, avx512_vnni::function},
+    {"AVX-VNNI", has_avx_vnni, avx_vnni::make, avx_vnni::product, avx_vnni::function},
+    {"AVX2", has_avx2, avx2::make, avx2::product, avx2::function},
 #elif defined(QVIT_ARM)
-    {"NEON dot", has_dot, dot::make, dot::product},
+    {"NEON dot", has_dot, dot::make, dot::product, dot::function},
 #endif
-    {"portable", always, portable::make, portable::product},
+    {"portable", always, portable::make, portable::product, portable::function},
 };
 
 const Form* form_at(int index) {
@@ -369,6 +373,16 @@ const char* qvit_kind(int index) { return index >= 0 && index < kKinds ? kind_na
 int qvit_multiply(const char* form, int m, int n, int k, const unsigned char* a, int low, int most_left,
                   const signed char* w, int* out) {
     return guarded([&] { form_named(form).product(m, n, k, a, low, most_left, w, out); });
+}
+
+int qvit_function(const char* form, const char* operation, const char* name, int rows, int n, const int* x, int* out) {
+    return guarded([&] {
+        const std::string what = operation, how = name;
+        const auto which = what == "layernorm" ? Function::norm : what == "softmax" ? Function::softmax
+                                                                                    : Function::gelu;
+        const auto whole = how == "i-bert" ? Integer::ibert : how == "i-vit" ? Integer::ivit : Integer::fqvit;
+        form_named(form).function(which, whole, rows, n, x, out);
+    });
 }
 
 int qvit_probe(void) {

@@ -16,3 +16,13 @@ inline void product(int m, int n, int k, const uint8_t* a, int low, int most_lef
                      std::copy_n(sums + i * kColumns, columns, out + size_t(row + i) * n + column);
              });
 }
+
+// LayerNorm without weight and bias, softmax or GELU of rows in fixed point (integers.h).
+inline void function(Function which, Integer form, int rows, int n, const int32_t* x, int32_t* out) {
+    std::copy_n(x, size_t(rows) * n, out);
+    for (int i = 0; i < rows; ++i, out += n) {
+        if (which == Function::norm) normalize(form, out, n);
+        if (which == Function::softmax) soften(form, out, n);
+        for (int j = 0; which == Function::gelu && j < n; ++j) out[j] = Gates::of(form)(out[j]);
+    }
+}

@@ -270,6 +270,8 @@ QVIT_INLINE T sigmoid(T x) {
     return where_positive(x, T(1.0f), e) / (T(1.0f) + e);
 }
 
+#include "integers.h"
+
 template <Activation kind, class T>
 QVIT_INLINE T activate(T x) {
     switch (kind) {
@@ -278,6 +280,8 @@ QVIT_INLINE T activate(T x) {
         case Activation::quick_gelu: return x * sigmoid(T(1.702f) * x);
         case Activation::silu: return x * sigmoid(x);
         case Activation::relu: return greater_of(x, T(0.0f));
+        case Activation::gelu_ibert: return gelu_of(Gates::of(Integer::ibert), x);
+        case Activation::gelu_ivit: return gelu_of(Gates::of(Integer::ivit), x);
     }
     return x;
 }
@@ -291,6 +295,8 @@ void with_activation(Activation kind, Use&& use) {
         case Activation::quick_gelu: return use(std::integral_constant<Activation, Activation::quick_gelu>());
         case Activation::silu: return use(std::integral_constant<Activation, Activation::silu>());
         case Activation::relu: return use(std::integral_constant<Activation, Activation::relu>());
+        case Activation::gelu_ibert: return use(std::integral_constant<Activation, Activation::gelu_ibert>());
+        case Activation::gelu_ivit: return use(std::integral_constant<Activation, Activation::gelu_ivit>());
     }
 }
 
@@ -351,7 +357,9 @@ struct Steps {
 template <Activation kind>
 Steps steps_of(const Grid& grid) {
     Steps steps;
-    if (grid.high - grid.low > Steps::kRises) return steps;
+    // Forms on integers may rise and fall by a unit on their way.
+    const bool whole = kind == Activation::gelu_ibert || kind == Activation::gelu_ivit;
+    if (whole || grid.high - grid.low > Steps::kRises) return steps;
     const Coder<float> coder(grid);
     auto code = [&](float x) {
         return int(nearest(coder(activate<kind>(x)))) - grid.low;

@@ -36,6 +36,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "qvit_kind": (c_char_p, (c_int,)),
     "qvit_probe": (c_int, ()),
     "qvit_multiply": (c_int, (c_char_p, c_int, c_int, c_int, _CODES, c_int, c_int, _BYTES, _INTS)),
+    "qvit_function": (c_int, (c_char_p, c_char_p, c_char_p, c_int, c_int, _INTS, _INTS)),
     "qvit_sources": (c_char_p, ()),
 }
 #: Seconds after which the compiler is given up. All forms take half a minute on a quiet processor.
@@ -111,4 +112,17 @@ def multiply(
     out = np.empty((len(codes), len(weight)), dtype=np.int32)
     shape = (len(codes), len(weight), codes.shape[1])
     call("qvit_multiply", form and form.encode(), *shape, codes, low, high - low, weight, out)
+    return out
+
+
+def function(operation: str, name: str, x: NDArray[np.int32], *, form: str | None = None) -> NDArray[np.int32]:
+    """`layernorm` without its affine part, `softmax` or `gelu` of rows in fixed point by an integer form.
+
+    Args:
+        operation, name: As in `qvit.nonlinear`.
+        x: (rows, n), within the range that `qvit/nonlinear/base.py` gives; at most 4,096 channels, 32,768 scores.
+        form: How the engine computes, as in `forms`; None for the fastest.
+    """
+    out = np.empty_like(x)
+    call("qvit_function", form and form.encode(), operation.encode(), name.encode(), *x.shape, x, out)
     return out

@@ -36,10 +36,14 @@ QVIT_INLINE float total_of(int n, F&& f) {
 struct Norm {
     bool there = false, centred = true;
     float epsilon = 0;
+    Integer form = Integer::none;
+    Affine affine;
     Buffer<float> weight, bias;
 
     Norm() = default;
-    explicit Norm(const NormNumbers& from) : there(from.there), centred(from.centred), epsilon(from.epsilon) {
+    explicit Norm(const NormNumbers& from)
+        : there(from.there), centred(from.centred), epsilon(from.epsilon), form(from.form) {
+        if (form != Integer::none) affine = Affine(from.weight, from.bias);
         const size_t size = size_t(round_up(int(from.weight.size()), kLanes) + kLanes);
         weight.assign(size, 0), bias.assign(size, 0);
         std::copy(from.weight.begin(), from.weight.end(), weight.begin());
@@ -48,6 +52,12 @@ struct Norm {
     // `use(j, values)` for sixteen of the n channels after the other. `first`: where in weight and bias they begin.
     template <class Use>
     QVIT_INLINE void each(const float* x, int n, int first, Use&& use) const {
+        if (form != Integer::none) {
+            float values[kMostNormed];
+            on_integers(x, n, first, values);
+            for (int j = 0; j < n; j += kLanes) use(j, load(values + j, n - j));
+            return;
+        }
         Lanes mean;
         if (centred) mean = Lanes(total_of(n, [&](int j) { return load(x + j, n - j); }) / float(n));
         const float squares = total_of(n, [&](int j) {
@@ -58,6 +68,12 @@ struct Norm {
         const float *by = weight.data() + first, *add = bias.data() + first;
         for (int j = 0; j < n; j += kLanes)
             use(j, (load(x + j, n - j) - mean) * factor * Lanes(by + j) + Lanes(add + j));
+    }
+    void on_integers(const float* x, int n, int first, float* to) const {
+        int32_t codes[kMostNormed];
+        fix(x, n, 4096.0f, float((1 << 24) - 1), codes);
+        normalize(form, codes, n);
+        affine(codes, n, first, to);
     }
     void operator()(const float* x, float* to, int n, int first = 0) const {
         each(x, n, first, [&](int j, const Lanes& y) { store(to + j, y, n - j); });
@@ -148,12 +164,17 @@ struct Block {
     Linear qkv, proj, fc1, gate, fc2;
     std::vector<HeadNumbers> heads;
     int log_steps = 0;
+    Activation activation;
+    Integer softmax;
     bool splits_queries, splits_keys, splits_values;
     Columns columns, prefix_columns;  // of all tokens, or but for prefix tokens; and of these
-    Buffer<float> position_bias;      // (heads, area, columns of scores), in units of log2(e); or none
+    Buffer<float> position_bias;      // (heads, area, columns of scores), in units of scores; or none
     Steps steps;                      // from outputs of fc1 to inputs of fc2
 
-    Block(const BlockNumbers& from, const StageNumbers& stage, Activation activation)
+    // What scores are multiplied by.
+    float score_unit() const { return softmax == Integer::none ? kLog2E : kScoreUnit; }
+
+    Block(const BlockNumbers& from, const StageNumbers& stage)
         : norm1(from.norm1),
           norm2(from.norm2),
           mlp_norm(from.mlp_norm),
@@ -166,6 +187,8 @@ struct Block {
           fc2(from.fc2),
           heads(from.heads),
           log_steps(from.log_steps),
+          activation(from.activation),
+          softmax(from.softmax),
           splits_queries(from.splits_queries),
           splits_keys(from.splits_keys),
           splits_values(from.splits_values),
@@ -177,7 +200,7 @@ struct Block {
         position_bias.assign(size_t(stage.heads) * area * wide, 0);
         for (int i = 0; i < stage.heads * area; ++i)
             for (int j = 0; j < area; ++j)
-                position_bias[size_t(i) * wide + j] = from.position_bias[size_t(i) * area + j] * kLog2E;
+                position_bias[size_t(i) * wide + j] = from.position_bias[size_t(i) * area + j] * score_unit();
     }
 };
 
@@ -193,7 +216,7 @@ struct Stage {
     Buffer<float> region;     // (windows, columns of scores), of shifted windows
     std::vector<char> mixed;  // windows that hold several regions
 
-    Stage(const StageNumbers& from, int prefix, Activation activation)
+    Stage(const StageNumbers& from, int prefix)
         : dim(from.dim),
           heads(from.heads),
           each(dim / heads),
@@ -206,7 +229,7 @@ struct Stage {
           factor(1.0f / std::sqrt(float(each))),
           merge_norm(from.merge_norm),
           merge(from.merge) {
-        for (const BlockNumbers& block : from.blocks) blocks.emplace_back(block, from, activation);
+        for (const BlockNumbers& block : from.blocks) blocks.emplace_back(block, from);
         if (!from.window_y) return;
         area = from.window_y * from.window_x, windows = tokens / area;
         const int across = columns / from.window_x, wide = round_up(area, kColumns);
@@ -235,6 +258,7 @@ struct Stage {
 struct Scratch {
     Buffer<uint8_t> codes, second_codes, hidden, probs, second, queries;
     Buffer<float> rows, scores, projected, wide;
+    Buffer<int32_t> whole;
     Panels keys, values, prefix_values;
     Buffer<float> key_add, key_scale;
     double seconds[kKinds] = {};
@@ -266,7 +290,6 @@ class Model final : public Runner {
           prefix(from.prefix),
           width(from.width),
           pool(from.pool),
-          activation(from.activation),
           mlp(from.mlp),
           embed(from.embed),
           head(from.head),
@@ -276,8 +299,8 @@ class Model final : public Runner {
           head_norm(from.head_norm),
           threads_(threads) {
         added.assign(from.added.begin(), from.added.end());
-        for (const StageNumbers& stage : from.stages) stages.emplace_back(stage, prefix, activation);
-        for (const StageNumbers& stage : from.map) map.emplace_back(stage, prefix, activation);
+        for (const StageNumbers& stage : from.stages) stages.emplace_back(stage, prefix);
+        for (const StageNumbers& stage : from.map) map.emplace_back(stage, prefix);
         for (const auto* list : {&stages, &map})
             for (const Stage& stage : *list)
                 most_channels = std::max(most_channels, std::max(stage.hidden, 4 * stage.dim));
@@ -307,7 +330,6 @@ class Model final : public Runner {
 
     int channels, side_y, side_x, patch_y, patch_x, prefix, width, most_channels = 0;
     Pool pool;
-    Activation activation;
     Mlp mlp;
     Linear embed, head;
     Norm patch_norm, first_norm, norm, head_norm;
@@ -579,7 +601,7 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     }
     Watch watch(watching, own.seconds[kFirst]);
     if (mlp == Mlp::plain && !block.mlp_norm.there) {
-        with_activation(activation, [&](auto kind) {
+        with_activation(block.activation, [&](auto kind) {
             linear_of_tokens(stage, block.fc1, first, count, own.codes.data(), lda,
                              [&](int row, int rows, int column, int columns, auto&& y) {
                                  activate_tile<decltype(kind)::value>(stage, block, first + row, rows,
@@ -600,7 +622,7 @@ void Model::hidden_codes(const Stage& stage, const Block& block, int first, int 
     if (gated) keep(block.gate, own.second_codes.data(), 0);
     keep(block.fc1, own.codes.data(), gated ? hidden : 0);
     const int active = mlp == Mlp::glu_last ? hidden : 0, factor = hidden - active;
-    with_activation(activation, [&](auto kind) {
+    with_activation(block.activation, [&](auto kind) {
         for (int i = 0; i < count; ++i) {
             float* row = own.wide.data() + size_t(i) * columns;
             for (int j = 0; j < hidden; j += kLanes) {

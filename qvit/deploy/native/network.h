@@ -4,11 +4,15 @@
 // on the way: a LayerScale into the layer before it, offsets of activations into biases (x̂ = s·q + β, so Σ β·ŵ per
 // row), prefix tokens and positions into one array.
 #pragma once
+#include <set>
+
 #include "file.h"
 
 namespace qvit {
 
-enum class Activation { gelu, gelu_tanh, quick_gelu, silu, relu };
+enum class Activation { gelu, gelu_tanh, quick_gelu, silu, relu, gelu_ibert, gelu_ivit };
+// Forms of LayerNorm, softmax and GELU on integers (integers.h); none: in float.
+enum class Integer { none, ibert, ivit, fqvit };
 enum class Mlp { plain, glu, glu_last, swiglu };
 // Of tokens: the first, the mean of those behind the prefix, that of all, two others of those behind the prefix; none
 // are pooled, so that each has an answer; a learned query attends to them.
@@ -36,6 +40,7 @@ struct LayerNumbers {
 struct NormNumbers {
     bool there = false, centred = true;  // centred: LayerNorm; else RMSNorm, which takes no mean off
     float epsilon = 0;
+    Integer form = Integer::none;
     std::vector<float> weight, bias;
 };
 
@@ -51,6 +56,8 @@ struct BlockNumbers {
     std::vector<HeadNumbers> heads;
     bool splits_queries = false, splits_keys = false, splits_values = false;  // prefix tokens have grids of their own
     int log_steps = 0;                 // of the probabilities: 0 for a uniform grid, else levels per octave
+    Activation activation = Activation::gelu;
+    Integer softmax = Integer::none;
     std::vector<float> position_bias;  // (heads, area, area), added to the scores; or none
 };
 
@@ -99,11 +106,13 @@ class NetworkReader {
     static constexpr int kMostBlocks = 256, kLargestSide = 1 << 13, kWidest = 1 << 16, kLongestSum = 1 << 15,
                          kMostTokens = 1 << 15;
     static constexpr int kLargestHead = 256, kMostLogBits = 4;
+    static constexpr int kMostNormed = 4096;  // more channels could overflow sums of squares
 
     Network all() {
         if (!document_.is(Json::Kind::object)) throw Problem("its network is no object");
         static const char* const keys[] = {"kind",       "image", "patch",   "prefix", "pool",   "classes",
-                                           "activation", "norm",  "epsilon", "mlp",    "stages", "map"};
+                                           "activation", "norm",  "epsilon", "mlp",    "stages", "map",
+                                          "nonlinear"};
         for (const auto& member : document_.members)
             if (std::find(std::begin(keys), std::end(keys), member.first) == std::end(keys))
                 throw Problem("its network has the unknown key '" + member.first + "'");
@@ -125,6 +134,7 @@ class NetworkReader {
         net_.activation = Activation(choice("activation", {"gelu", "gelu-tanh", "quick-gelu", "silu", "relu"}));
         net_.mlp = Mlp(choice("mlp", {"plain", "glu", "glu-last", "swiglu"}));
         if (net_.pool == Pool::token && net_.prefix == 0) throw Problem("its network pools by a token that it lacks");
+        if (const Json* forms = document_.find("nonlinear")) read_forms(*forms);
         const Json& stages = document_.at("stages");
         if (!stages.is(Json::Kind::list) || stages.items.empty() || stages.items.size() > 8 ||
             (!swin_ && stages.items.size() > 1) || (swin_ && net_.prefix))
@@ -148,7 +158,40 @@ class NetworkReader {
             throw Problem("its network has impossibly many answers");
         if (!swin_) read_positions(first);
         if (net_.pool == Pool::map) read_map(last);
+        for (const auto& [place, name] : forms_)
+            if (!used_.count(place)) throw Problem("its network has no '" + place + "' to compute on integers");
         return std::move(net_);
+    }
+
+    // Which forms LayerNorm, softmax and GELU have, by kind or by path.
+    void read_forms(const Json& forms) {
+        if (!forms.is(Json::Kind::object)) throw Problem("its network has impossible forms on integers");
+        for (const auto& [place, name] : forms.members) {
+            if (!name.is(Json::Kind::text)) throw Problem("its network has impossible forms on integers");
+            forms_[place] = name.text;
+        }
+    }
+
+    Integer form_of(const std::string& path, const std::string& operation) {
+        std::string name = "float";
+        for (const std::string& place : {operation, path}) {
+            const auto found = forms_.find(place);
+            if (found != forms_.end()) name = found->second, used_.insert(place);
+        }
+        if (name == "float") return Integer::none;
+        if (name == "i-bert") return Integer::ibert;
+        if (name == "i-vit") return Integer::ivit;
+        if (name == "fq-vit" && operation == "softmax") return Integer::fqvit;
+        throw Problem("'" + path + "' computes by the form '" + name + "', which the native engine does not know");
+    }
+
+    void read_functions(BlockNumbers& block, const std::string& softmax, const std::string& gelu) {
+        block.softmax = form_of(softmax, "softmax");
+        block.activation = net_.activation;
+        if (net_.activation != Activation::gelu && net_.activation != Activation::gelu_tanh) return;
+        const Integer form = form_of(gelu, "gelu");
+        if (form != Integer::none)
+            block.activation = form == Integer::ibert ? Activation::gelu_ibert : Activation::gelu_ivit;
     }
 
     // Attention pooling of a ViT. Its query sees no image: it is computed here, and becomes the bias of a q|k|v
@@ -185,7 +228,7 @@ class NetworkReader {
         block.proj = layer(path + ".proj", {path + ".proj.weight"}, path + ".output", dim, dim, map.heads);
         block.fc1 = layer(mlp + ".fc1", {mlp + ".fc1.weight"}, mlp + ".fc1.input", map.hidden, dim);
         block.fc2 = layer(mlp + ".fc2", {mlp + ".fc2.weight"}, mlp + ".fc2.input", dim, map.hidden);
-        read_heads(block, path, map);
+        read_heads(block, path, map), read_functions(block, path + ".softmax", mlp + ".act");
         if (net_.mlp != Mlp::plain) throw Problem("its network pools by an MLP of another kind than its blocks have");
         if (block.qkv.splits || block.fc1.splits || block.fc2.splits || block.splits_queries || block.splits_keys ||
             block.splits_values)
@@ -284,7 +327,7 @@ class NetworkReader {
         }
         block.mlp_norm = norm(mlp + ".norm", hidden);
         block.fc2 = layer(mlp + ".fc2", {mlp + ".fc2.weight"}, mlp + ".fc2.input", dim, hidden, 1, path + ".ls2.gamma");
-        read_heads(block, attention, stage);
+        read_heads(block, attention, stage), read_functions(block, attention + ".softmax", mlp + ".act");
         if (swin_) read_position_bias(block, attention, stage);
         return block;
     }
@@ -360,6 +403,9 @@ class NetworkReader {
         NormNumbers found;
         if (!file_.has(path + ".weight")) return found;
         found.there = true, found.centred = !rms_, found.epsilon = epsilon_;
+        if (!rms_) found.form = form_of(path, "layernorm");
+        if (found.form != Integer::none && n > kMostNormed)
+            throw Problem("'" + path + "' has too many channels for integers");
         found.weight = file_.floats(path + ".weight", n);
         found.bias = file_.has(path + ".bias") ? file_.floats(path + ".bias", n) : std::vector<float>(size_t(n), 0.0f);
         return found;
@@ -499,6 +545,8 @@ class NetworkReader {
 
     File& file_;
     const Json document_;
+    std::map<std::string, std::string> forms_;
+    std::set<std::string> used_;
     Network net_;
     bool swin_ = false, rms_ = false;
     float epsilon_ = 0;

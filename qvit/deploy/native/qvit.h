@@ -65,6 +65,11 @@ QVIT_API int qvit_probe(void);
 QVIT_API int qvit_multiply(const char* form, int m, int n, int k, const unsigned char* a, int low, int most_left,
                            const signed char* w, int* out);
 
+/* A function on integers by itself: `layernorm` (without weight and bias), `softmax` or `gelu` of rows (rows, n) in fixed
+   point, by the form `i-bert`, `i-vit` or `fq-vit`. */
+QVIT_API int qvit_function(const char* form, const char* operation, const char* name, int rows, int n, const int* x,
+                           int* out);
+
 /* The digest of the sources that this library was made of; empty if nobody said so when it was compiled. */
 QVIT_API const char* qvit_sources(void);
 
