@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from torch import Tensor
 
 from qvit.deploy.file.artifact import Artifact
+from qvit.deploy.file.nested import nested
 from qvit.deploy.file.resize import at_size
 from qvit.deploy.packages import missing
 from qvit.errors import QvitError, UsageError
@@ -166,6 +167,7 @@ def load(
     *,
     threads: int | None = None,
     image_size: Sequence[int] | None = None,
+    ratio: float | None = None,
     **options: Any,
 ) -> Engine:
     """Loads a packed model to run it.
@@ -174,15 +176,17 @@ def load(
         source: A packed file (`qvit pack`), a folder or a hub repository that `Artifact.from_pretrained` takes.
         engine, threads, options: See `create_engine`.
         image_size: Height and width of the images, where it is to run at another size than its own.
+        ratio: The share of channels whose 8-bit weights are narrowed to 4 bits, from 0 to 1; see `nested.py`.
 
     Returns:
         A callable: images (B, channels, height, width) to logits (B, classes).
 
     Raises:
         QvitError: A file that cannot be read or is not what it says.
-        UsageError: See `create_engine`; or the model cannot be taken to that size.
+        UsageError: See `create_engine`; or the model cannot be taken to that size or ratio.
     """
     path = Path(source)
     artifact = Artifact.load(path) if path.is_file() else Artifact.from_pretrained(str(source))
     artifact = artifact if image_size is None else at_size(artifact, image_size)
+    artifact = artifact if ratio is None else nested(artifact, ratio)
     return create_engine(artifact, engine, threads=threads, **options)
