@@ -8,6 +8,7 @@
     patchwise     patchwise*.json     what `benchmarks/measure/patchwise.py` measured, one table per budget
     sensitivity   sensitivity.json    what `benchmarks/measure/sensitivity.py` measured: search times, correlations
     solvers       solvers.json        what `benchmarks/measure/solvers.py` measured: greedy descent against the program
+    nested        nested.json         what `benchmarks/measure/nested.py` measured: 4-bit channels in an 8-bit model
     two_bits      two_bits*.json      what `benchmarks/measure/two_bits.py` measured, one table per file
     steps         steps*.json         what `benchmarks/measure/steps.py` measured, one table per file
     regularizer   regularizer.json    what `benchmarks/measure/regularizer.py` measured
@@ -360,6 +361,18 @@ def solvers_tables(data: dict[str, Any]) -> str:
         "program's, and by how much greedy answers exceed it."
     )
     return "\n\n".join([table(header, rows, left=2), f"{note} {origin(data)}"])
+
+
+@table_of("nested.json", "`python benchmarks/measure/nested.py --help`")
+def nested_tables(data: dict[str, Any]) -> str:
+    """Accuracy at each share of channels with 4-bit weights."""
+    rows = [[f"{row['ratio']:g}", f"{row['accuracy']:.1f}", f"{row['agreement']:.1f}"] for row in data["rows"]]
+    note = (
+        f"{data['model']} at 8 bits after training, {data['images']} images that did not calibrate; in float "
+        f"{data['float_accuracy']:.1f} % are right."
+    )
+    header = ["ratio", "top-1 (%)", "same answer as float (%)"]
+    return "\n\n".join([table(header, rows, left=0), f"{note} {origin(data)}"])
 
 
 @table_of("deploy_native.json", "`python benchmarks/measure/deploy.py --engines qvit-native ...`, see its `--help`")

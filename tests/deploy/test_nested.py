@@ -79,6 +79,7 @@ def test_parts_of_a_fused_weight_narrow_the_same_channels(eight: tuple[Artifact,
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("eight", ["vit"], indirect=True)
 def test_engines_run_it_as_any_model_and_files_keep_it(eight: tuple[Artifact, torch.Tensor], tmp_path: Path) -> None:
     artifact, images = eight
     file, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
