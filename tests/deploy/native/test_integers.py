@@ -14,6 +14,7 @@ from test_native import FORMS, SWIN_NAME, form, frozen, images_for, require_the_
 
 import qvit
 from qvit.deploy.engines import create_engine
+from qvit.deploy.native.library import forms as all_forms
 from qvit.deploy.native.library import function
 from qvit.nonlinear import OPERATIONS
 from qvit.nonlinear.base import LARGEST, MOST_CHANNELS
@@ -47,23 +48,21 @@ def with_forms(plan: str, forms: dict[str, str]) -> qvit.QuantPlan:
     return replace(qvit.QuantPlan.preset(plan), nonlinear=forms)
 
 
-@pytest.mark.parametrize("isa", FORMS)
 @pytest.mark.parametrize(
     ("name", "forms", "plan", "probs", "kwargs"),
     [
         ("vit_tiny_patch16_224", MIXED, "w8a8", "uniform", {"qk_norm": True}),
         ("vit_tiny_patch16_224", {"layernorm": "i-bert", "softmax": "fq-vit", "gelu": "i-vit"}, "w4a4", "log2", {}),
         ("vit_tiny_patch16_224", {"softmax": "i-vit", "gelu": "i-bert"}, "w4a4", "log-sqrt2", {"global_pool": "map"}),
-        (SWIN_NAME, {"layernorm": "i-vit", "softmax": "i-vit", "gelu": "i-vit"}, "w8a8", "uniform", {}),
+        (SWIN_NAME, {"layernorm": "i-vit", "softmax": "i-vit", "gelu": "i-vit"}, "w8a8", "uniform", {"img_size": 32}),
     ],
     ids=["mixed", "logarithms", "pooled", "windows"],
 )
 def test_models_answer_as_the_reference(
-    isa: str, name: str, forms: dict[str, str], plan: str, probs: str, kwargs: dict[str, Any]
+    name: str, forms: dict[str, str], plan: str, probs: str, kwargs: dict[str, Any]
 ) -> None:
-    images = images_for(4, 64 if name == SWIN_NAME else 32)
+    images = images_for(4)
     artifact = frozen(with_forms(plan, forms), images, name, probs=probs, **kwargs)
     assert artifact.plan.nonlinear == forms
-    for threads in (1, 2):
-        require_the_reference(artifact, images, threads=threads, form=form(isa))
+    require_the_reference(artifact, images, threads=(1, 2), names=all_forms())
     assert "softmaxes in integers" in create_engine(artifact, "native").arithmetic
