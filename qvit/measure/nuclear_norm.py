@@ -41,9 +41,11 @@ def nuclear_norms(matrices: Tensor) -> Tensor:
     return torch.linalg.svdvals(matrices.double()).sum(-1)
 
 
-def as_matrices(output: Tensor) -> Tensor:
-    """A layer's output as one matrix (tokens, channels) per image: maps (B, C, H, W), tokens (B, ..., C) or (B, C)."""
-    return output.flatten(2).mT if output.dim() == 4 else output.reshape(len(output), -1, output.shape[-1])
+def as_matrices(module: nn.Module, output: Tensor) -> Tensor:
+    """A module's output as one matrix (tokens, channels) per image: (B, C, H, W) of a convolution, else (B, ..., C)."""
+    if isinstance(module, nn.Conv2d):
+        return output.flatten(2).mT
+    return output.reshape(len(output), -1, output.shape[-1])
 
 
 def module_of(model: nn.Module, site: str) -> str:
@@ -90,10 +92,10 @@ def _float_pass(task: Task, places: Mapping[str, str]) -> tuple[dict[str, list[C
     with ExitStack() as stack:
         for path in calls:
 
-            def keep(_module: nn.Module, args: Any, kwargs: Any, output: Tensor, path: str = path) -> None:
+            def keep(module: nn.Module, args: Any, kwargs: Any, output: Tensor, path: str = path) -> None:
                 calls[path].append((args, kwargs, output))
                 if path not in maps:
-                    norms[path] += float(nuclear_norms(as_matrices(output)).sum())
+                    norms[path] += float(nuclear_norms(as_matrices(module, output)).sum())
 
             stack.enter_context(model.get_submodule(path).register_forward_hook(keep, with_kwargs=True))
         seen = stack.enter_context(probe.watched())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torch import nn
 from tiny_models import digit_batches, digits_model, shake
 
 from qvit.allocate import allocate_plan
@@ -23,8 +24,10 @@ def test_a_nuclear_norm_is_the_sum_of_singular_values() -> None:
     # A map that attends everywhere alike has rank one; one in which each token sees itself has full rank.
     assert float(nuclear_norms(torch.full((4, 4), 0.25))) == pytest.approx(1)
     assert float(nuclear_norms(torch.eye(4))) == pytest.approx(4)
-    assert as_matrices(torch.zeros(2, 8, 3, 4)).shape == (2, 12, 8)
-    assert as_matrices(torch.zeros(2, 5)).shape == (2, 1, 5)
+    layer = nn.Linear(5, 5)
+    assert as_matrices(nn.Conv2d(8, 8, 1), torch.zeros(2, 8, 3, 4)).shape == (2, 12, 8)
+    assert as_matrices(layer, torch.zeros(2, 3, 4, 5)).shape == (2, 12, 5)  # Swin's have rows and columns
+    assert as_matrices(layer, torch.zeros(2, 5)).shape == (2, 1, 5)
 
 
 def test_the_table_is_the_norm_of_the_maps_times_the_error_of_the_module() -> None:

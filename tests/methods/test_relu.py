@@ -98,5 +98,6 @@ def test_a_run_packs_and_every_engine_answers(tmp_path: Path) -> None:
     for engine in ("reference", "torch", "native", "onnxruntime", "openvino"):
         if engine in ("onnxruntime", "openvino"):
             pytest.importorskip(engine)
-        apart = (create_engine(artifact, engine)(images) - expected).abs().amax(-1) / expected.abs().max()
+        options = {"compiled": False} if engine == "torch" else {}
+        apart = (create_engine(artifact, engine, **options)(images) - expected).abs().amax(-1) / expected.abs().max()
         assert int((apart > 1e-4).sum()) <= 1 and float(apart.max()) < 0.2, (engine, apart)
