@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from torch import nn
 from tiny_models import digit_batches, digits_model, shake
+from torch import nn
 
 from qvit.allocate import allocate_plan
 from qvit.measure import measure_sensitivity
