@@ -16,13 +16,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from timm.layers import GELU, GELUTanh, LayerNorm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qvit.errors import UsageError, nearest
 from qvit.models.layers import AttentionSites, adopt
-from qvit.nonlinear import OPERATIONS, gelu, layer_norm, softmax
+from qvit.nonlinear import OPERATIONS, gelu, layer_norm, one_operator, softmax
 from qvit.nonlinear.base import MOST_CHANNELS, Form
 
 #: In place of the name of a form: none.
@@ -51,7 +52,12 @@ class IntegerFunction(nn.Module):
         self._form, self._function = name, OPERATIONS[self.operation][name]
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.values(input, self._function) if self.integer else self.exact(input)
+        if not self.integer:
+            return self.exact(input)
+        return self.values(input, self._operator if torch.compiler.is_compiling() else self._function)
+
+    def _operator(self, codes: Tensor) -> Tensor:
+        return one_operator(codes, self.operation, self._form)
 
     def exact(self, x: Tensor) -> Tensor:
         """The float function."""

@@ -3,6 +3,9 @@
 Forward, x is rounded to fixed point (half to even, clamped to the range of `base.py`), the form computes, and its codes
 times a power of two are the values: exact in float32. Backward, the gradient is that of the float function at x,
 straight through the integers. What follows, such as a quantizer, sees numbers of the grid of the form.
+
+To a compiler a form is one operator: inlined, its hundred operations on integers would be computed again wherever their
+result is read, which takes a compiler minutes for each layer.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from qvit.functional import straight_through
-from qvit.nonlinear.base import INPUT_BITS, LARGEST, OUTPUT_BITS, Form, affine
+from qvit.nonlinear.base import INPUT_BITS, LARGEST, OPERATIONS, OUTPUT_BITS, Form, affine
 
 #: Elements that are computed at a time on a CPU.
 _ELEMENTS = 1 << 15
@@ -50,6 +53,17 @@ def layer_norm(
         return codes * unit
 
     return _through(lambda: F.layer_norm(x, x.shape[-1:], weight, bias, eps), values, x)
+
+
+@torch.library.custom_op("qvit::integer_form", mutates_args=())
+def one_operator(codes: Tensor, operation: str, name: str) -> Tensor:
+    """A form of an operation as an operator of PyTorch, codes in and out."""
+    return OPERATIONS[operation][name](codes)
+
+
+@one_operator.register_fake
+def _(codes: Tensor, operation: str, name: str) -> Tensor:
+    return torch.empty_like(codes)
 
 
 def fixed(operation: str, x: Float[Tensor, "..."]) -> Tensor:

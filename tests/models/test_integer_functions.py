@@ -111,6 +111,18 @@ def test_packed_models_keep_their_forms_and_the_reference_engine_equals_the_simu
     assert "LayerNorm" not in without.arithmetic
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_models_have_a_form_as_one_operator(backend: str) -> None:
+    """Inlined, forms of a few layers took a compiler half an hour."""
+    torch._dynamo.reset()
+    model, images = frozen("vit", PLAN)
+    make_dyadic(model)
+    with torch.no_grad():
+        expected = model(images)
+        found = torch.compile(model, backend=backend, fullgraph=True)(images)
+    assert torch.allclose(found, expected, atol=1e-5 if backend == "aot_eager" else 1e-3)
+
+
 def test_engines_that_have_no_integer_forms_refuse_by_name() -> None:
     artifact = packed(frozen("vit", PLAN)[0])
     with pytest.raises(UsageError, match=r"exported graph does not run .*norm1.* 'i-vit'.*'native', 'reference' and"):
