@@ -46,7 +46,8 @@ from record import RESULTS, record_of
 from rich.console import Console
 from sets import SETS, add_arguments, common_of, float_jobs, float_of, parsed, spread
 
-from qvit.documents import Outcome, read_document
+from qvit.documents.base import read_document
+from qvit.documents.run import Outcome
 from qvit.errors import QvitError
 from qvit.files import write_json
 from qvit.plan.quant_plan import QuantPlan

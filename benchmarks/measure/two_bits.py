@@ -26,7 +26,8 @@ from record import RESULTS, record_of
 from rich.console import Console
 from sets import SETS, SMALL, add_arguments, common_of, float_jobs, parsed, spread
 
-from qvit.documents import Outcome, read_document
+from qvit.documents.base import read_document
+from qvit.documents.run import Outcome
 from qvit.files import write_json
 from qvit.runs.directory import LOG, RESULT
 from qvit.runs.jobs import Job, run_jobs

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qvit.documents import Count, Document, Name, Positive, Text, checked
+from qvit.documents.base import Count, Document, Name, Positive, Text, checked
 from qvit.errors import QvitError, UsageError, shown
 from qvit.plan.cost import CostModel, Matmul
 from qvit.plan.spec import MOST_SITES

@@ -21,7 +21,7 @@ import numpy as np
 from qvit.data.digits import DIGITS, TEST_IMAGES, DigitStore
 from qvit.data.images import NO_LABEL, HubStore, ImageSource, ImageStore, hub_splits, missing_path, open_files
 from qvit.data.shards import PREFIX, Shards, ShardSource, find_shards, open_shards
-from qvit.documents import MOST_CLASSES
+from qvit.documents.base import MOST_CLASSES
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.files import MissingFile, read_text
 

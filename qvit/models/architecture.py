@@ -18,7 +18,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
-from qvit.documents import MOST_CLASSES
+from qvit.documents.base import MOST_CLASSES
 from qvit.errors import UsageError, nearest, shown
 from qvit.plan.spec import MOST_BLOCKS, MOST_HEADS
 

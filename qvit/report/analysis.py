@@ -14,7 +14,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from qvit.documents import Analysis
+from qvit.documents.analysis import Analysis
 from qvit.report.figures import COLOURS, SYMBOLS, label, level, line, marks, new_figure
 from qvit.report.markup import Canvas, escape, folded, lead, table, table_of
 from qvit.report.shell import document, write_page_of

@@ -14,7 +14,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from qvit.documents import Bench
+from qvit.documents.bench import Bench
 from qvit.errors import UsageError
 from qvit.report.figures import COLOURS, label, marks, new_figure
 from qvit.report.markup import Canvas, escape, lead, log_axis, table, table_of

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qvit.documents import Result
+from qvit.documents.run import Result
 from qvit.report.runs import Run
 
 METHODS = ("float", "lsq", "lsq+")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvit.documents import Patches
+from qvit.documents.patches import Patches
 from qvit.report.markup import Canvas, escape
 from qvit.report.shell import document, write_page_of
 

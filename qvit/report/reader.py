@@ -22,7 +22,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from qvit.documents import EVENTS, Costs, Document, OtherEvent, Patches, Plan, Result, RunHead, StartEvent, checked
+from qvit.documents.base import Document, checked
+from qvit.documents.log import EVENTS, OtherEvent, StartEvent
+from qvit.documents.patches import Patches
+from qvit.documents.run import Costs, Plan, Result, RunHead
 from qvit.errors import QvitError
 from qvit.files import MissingFile, parse_json, read_object, read_text
 from qvit.report.runs import Log, Run

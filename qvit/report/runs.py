@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qvit.documents import Costs, DiagnosticsEvent, EpochEvent, FreezeEvent, Patches, PlannedSite, Result, StepEvent
+from qvit.documents.log import DiagnosticsEvent, EpochEvent, FreezeEvent, StepEvent
+from qvit.documents.patches import Patches
+from qvit.documents.run import Costs, PlannedSite, Result
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from qvit.documents import Document, read_document
+from qvit.documents.base import Document, read_document
 from qvit.files import write_atomically
 from qvit.report.markup import Canvas, embedded, escape
 

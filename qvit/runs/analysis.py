@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvit.documents import Analysis, read_document
+from qvit.documents.analysis import Analysis
+from qvit.documents.base import read_document
 from qvit.errors import QvitError, UsageError, nearest
 from qvit.files import write_json
 from qvit.locks import writing

@@ -23,7 +23,9 @@ from rich.console import Console
 
 from qvit.data.open import open_data
 from qvit.deploy.file.summary import describe
-from qvit.documents import DemoResults, Result, read_document
+from qvit.documents.base import read_document
+from qvit.documents.demo import DemoResults
+from qvit.documents.run import Result
 from qvit.errors import QvitError, UsageError
 from qvit.files import write_json
 from qvit.locks import writing

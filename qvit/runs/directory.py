@@ -29,7 +29,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qvit.documents import RunRecord, read_document
+from qvit.documents.base import read_document
+from qvit.documents.run import RunRecord
 from qvit.errors import QvitError, UsageError
 from qvit.files import MissingFile
 from qvit.locks import BeingWritten, is_leftover, writer_of, writing

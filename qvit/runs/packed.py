@@ -18,7 +18,8 @@ from qvit.deploy.engines import Engine, create_engine, load
 from qvit.deploy.file.artifact import FLOAT_ARGUMENTS, Artifact
 from qvit.deploy.file.container import is_packed
 from qvit.deploy.file.resize import at_size
-from qvit.documents import Result, read_document
+from qvit.documents.base import read_document
+from qvit.documents.run import Result
 from qvit.errors import UsageError
 from qvit.locks import writing_file
 from qvit.methods import create_method

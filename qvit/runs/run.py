@@ -41,7 +41,8 @@ from qvit.data.open import (
     require_labels,
     train_loader,
 )
-from qvit.documents import RESULT_VERSION, Outcome, read_document
+from qvit.documents.base import read_document
+from qvit.documents.run import RESULT_VERSION, Outcome
 from qvit.errors import QvitError, UsageError
 from qvit.files import parse_json, write_json
 from qvit.kernels import trial

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from qvit.documents import Name, mistakes
+from qvit.documents.base import Name, mistakes
 from qvit.errors import UsageError
 from qvit.models.architecture import check_arguments
 from qvit.models.transformers import resolved

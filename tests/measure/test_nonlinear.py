@@ -10,7 +10,7 @@ import torch
 from tiny_models import digit_batches, digits_model
 from torch import Tensor
 
-from qvit.documents import IntegerForms
+from qvit.documents.run import IntegerForms
 from qvit.measure.nonlinear import choose_forms
 from qvit.methods.ptq.method import ptq
 from qvit.models.calibrate import calibrate

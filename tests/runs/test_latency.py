@@ -12,7 +12,7 @@ from tiny_models import SMALL, digits_model
 
 from qvit.allocate.latency import LatencyTable
 from qvit.allocate.units import Unit
-from qvit.documents import checked
+from qvit.documents.base import checked
 from qvit.errors import QvitError, UsageError
 from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel

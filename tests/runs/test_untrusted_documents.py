@@ -22,7 +22,8 @@ from qvit import files
 from qvit.allocate.units import Unit
 from qvit.data.collection import read_class_map
 from qvit.deploy.file.skeleton import skeleton
-from qvit.documents import Costs, Outcome, Result, checked, read_document
+from qvit.documents.base import checked, read_document
+from qvit.documents.run import Costs, Outcome, Result
 from qvit.errors import QvitError, UsageError
 from qvit.measure import Sensitivity
 from qvit.models.architecture import Architecture, check_arguments

@@ -39,7 +39,8 @@ from torch import Tensor, nn
 from qvit.allocate import allocate_plan
 from qvit.allocate.choices import choices
 from qvit.allocate.units import BIT_OPERATIONS, WEIGHT_BYTES, Unit
-from qvit.documents import GateTrials, read_document
+from qvit.documents.base import read_document
+from qvit.documents.run import GateTrials
 from qvit.errors import QvitError
 from qvit.files import write_json
 from qvit.measure import Sensitivity

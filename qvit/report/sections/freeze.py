@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qvit.documents import ChangeEvent, FreezeEvent
+from qvit.documents.log import ChangeEvent, FreezeEvent
 from qvit.report.groups import Group, runs_of
 from qvit.report.markup import Canvas, escape, muted, select, table, table_of, variants
 from qvit.report.sections.base import section

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qvit.documents import Gate, GateTrial
+from qvit.documents.run import Gate, GateTrial
 from qvit.report.groups import Group, runs_of
 from qvit.report.markup import Canvas, escape, muted, table_of
 from qvit.report.sections.base import section

@@ -13,7 +13,7 @@ from statistics import fmean
 
 import plotly.graph_objects as go
 
-from qvit.documents import DiagnosticsEvent
+from qvit.documents.log import DiagnosticsEvent
 from qvit.report.figures import COLOURS, label, line, new_figure, with_room
 from qvit.report.groups import Group, runs_of
 from qvit.report.markup import Canvas, escape, folded, grid, muted, select, table

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from qvit.documents import Search
+from qvit.documents.run import Search
 from qvit.report.figures import COLOURS, marks, new_figure
 from qvit.report.frontier import LOG_AXIS
 from qvit.report.groups import Group, runs_of
