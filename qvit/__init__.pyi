@@ -28,8 +28,8 @@ from qvit.models.families import inspect_model as inspect_model
 from qvit.plan.quant_plan import QuantPlan as QuantPlan
 from qvit.plan.quant_plan import Rule as Rule
 from qvit.runs.dry_run import dry_run as dry_run
+from qvit.runs.finished import load_run as load_run
 from qvit.runs.packed import pack_run as pack_run
-from qvit.runs.run import load_run as load_run
 from qvit.runs.run import resume as resume
 from qvit.runs.run import train as train
 from qvit.training.config import TrainConfig as TrainConfig

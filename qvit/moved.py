@@ -29,8 +29,8 @@ MOVED: dict[str, dict[str, str]] = {
         "qvit.quantizers": "quantizers_of",
         "qvit.runs.analysis": "Probe analyze analyze_heads analyze_parts analyze_widths",
         "qvit.runs.dry_run": "plan_run:dry_run",
+        "qvit.runs.finished": "evaluate_run",
         "qvit.runs.labels": "LabelRequest write_labels",
-        "qvit.runs.run": "evaluate_run",
         "qvit.runs.subject": "Request",
         "qvit.training.recipe": "config_from_recipe",
     }.items()

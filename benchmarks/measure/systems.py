@@ -42,7 +42,8 @@ from record import RESULTS
 from qvit.files import write_json
 from qvit.models.families import tokens
 from qvit.runs.directory import PLAN, RESULT, SENSITIVITY
-from qvit.runs.run import load_run, train
+from qvit.runs.finished import load_run
+from qvit.runs.run import train
 from qvit.runs.subject import answers, open_subject
 from qvit.training.config import TrainConfig
 

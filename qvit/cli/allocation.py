@@ -88,7 +88,7 @@ def sensitivity(
             if request.data or request.weights:
                 raise UsageError("metric 'learned' reads a finished run: leave out --data and --weights")
             from qvit.runs.directory import read_config
-            from qvit.runs.run import load_run
+            from qvit.runs.finished import load_run
 
             options["name"] = read_config(Path(request.model))[0].model
             found = measure_sensitivity(load_run(request.model), **options)

@@ -160,7 +160,7 @@ def evaluate(
             }
             scores = evaluate_packed(model, data, **own, **common)
         else:
-            from qvit.runs.run import evaluate_run
+            from qvit.runs.finished import evaluate_run
 
             scores = evaluate_run(model, data, device=device, **common)
         if target is not None:

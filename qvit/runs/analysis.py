@@ -45,7 +45,8 @@ from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
 from qvit.plan.spec import Site, TensorSpec
 from qvit.runs.directory import CONFIG
-from qvit.runs.run import load_run, resume, train
+from qvit.runs.finished import load_run
+from qvit.runs.run import resume, train
 from qvit.runs.subject import (
     Progress,
     Request,

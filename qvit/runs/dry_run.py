@@ -34,9 +34,9 @@ from qvit.models.families import inspect_model
 from qvit.plan.cost import FLOAT_BITS
 from qvit.plan.quant_plan import QuantPlan
 from qvit.quantizers import quantizers_of
-from qvit.runs.run import require_what_teaches
 from qvit.runs.steps import step_configs, without_steps
 from qvit.runs.subject import float_model, open_images
+from qvit.runs.teaching import require_what_teaches
 from qvit.training.config import TrainConfig
 from qvit.training.loop import micro_batch
 from qvit.training.optimizer import create_optimizer

@@ -29,8 +29,8 @@ from qvit.locks import is_leftover, writing
 from qvit.models.create import create_model
 from qvit.runs.directory import CONFIG, read_config
 from qvit.runs.requests import LabelRequest
-from qvit.runs.run import teacher_model
 from qvit.runs.subject import open_images
+from qvit.runs.teaching import teacher_model
 from qvit.training.distill import Teacher, require_same_channels
 from qvit.training.processes import Processes
 

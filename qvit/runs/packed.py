@@ -28,7 +28,7 @@ from qvit.models.features import answers_with_features
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs.directory import PACKED, PLAN, RESULT, own_files, read_config, require_finished, written
 from qvit.runs.features import compare_features
-from qvit.runs.run import TO_SCORE_BY, load_run, quantized_arguments, require_all_classes
+from qvit.runs.finished import TO_SCORE_BY, load_run, quantized_arguments, require_all_classes
 from qvit.runs.scores import counted_so_far
 from qvit.training.config import TrainConfig
 from qvit.training.evaluate import evaluate

@@ -13,34 +13,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import platform
 import shutil
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from qvit.data.labels import SoftLabelStore
 from qvit.data.labels.loading import StoredLabels
 from qvit.data.loading import Source
-from qvit.data.open import (
-    AugmentConfig,
-    ImageSource,
-    Reading,
-    data_config_of,
-    eval_loader,
-    open_source,
-    require_apart,
-    require_labels,
-    train_loader,
-)
+from qvit.data.open import AugmentConfig, data_config_of, eval_loader, require_apart, train_loader
 from qvit.documents.base import read_document
 from qvit.documents.run import RESULT_VERSION, Outcome
 from qvit.errors import QvitError, UsageError
@@ -51,27 +37,21 @@ from qvit.methods.base import Preparation
 from qvit.methods.ptq.images import Progress
 from qvit.methods.ptq.method import BLOCKS
 from qvit.models.convert import plan_of, quantize
-from qvit.models.create import WEIGHTS_FILE, create_model, without_storage
+from qvit.models.create import WEIGHTS_FILE
 from qvit.models.families import inspect_model
 from qvit.models.families.tokens import ranks_tokens
 from qvit.models.features import answers_with_features, feature_function
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan
-from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear, read_config, require_finished, written
+from qvit.runs.directory import CONFIG, COST, LOG, PLAN, RESULT, claimed, clear, read_config, written
 from qvit.runs.features import compare_features
+from qvit.runs.finished import load_run
 from qvit.runs.patchwise import write_patches
-from qvit.runs.scores import counted_so_far
+from qvit.runs.record import run_record
 from qvit.runs.steps import conclude, step_configs
-from qvit.runs.subject import Subject, float_model, open_images, open_subject
-from qvit.tensors import total_bytes
-from qvit.training.checkpoint import (
-    last_checkpoint,
-    load_checkpoint,
-    load_state,
-    read_tensors,
-    save_weights,
-    seed_everything,
-)
+from qvit.runs.subject import Subject, open_subject
+from qvit.runs.teaching import require_same_labels, require_what_teaches, teacher_model
+from qvit.training.checkpoint import last_checkpoint, load_checkpoint, save_weights
 from qvit.training.config import TrainConfig
 from qvit.training.distill import Teacher
 from qvit.training.evaluate import evaluate
@@ -79,12 +59,7 @@ from qvit.training.log import RunLog, Stopwatch
 from qvit.training.loop import Trainer, micro_batch
 from qvit.training.processes import Processes
 from qvit.training.progress import TrainingProgress
-from qvit.version import __version__
 
-TO_SCORE_BY = "to score by; `qvit ptq` judges without labels, by the agreement with the float model"
-TO_TRAIN_BY = (
-    "to train by: give class folders, or learn from a teacher's answers (`qvit labels`, then --set labels=STORE)"
-)
 _log = logging.getLogger(__name__)
 Notify = Callable[[str], None]
 
@@ -155,122 +130,6 @@ def resume(
 def _finished(run: Path, notify: Notify) -> dict[str, Any]:
     notify(f"{run} is finished")
     return read_document(Outcome, run / RESULT, "result")
-
-
-def load_run(out: str | Path, device: str = "cpu") -> nn.Module:
-    """The trained model of a finished run, in eval mode. Raises QvitError for anything else."""
-    run = Path(out)
-    config, record = read_config(run)
-    require_finished(run)
-    config = config.model_copy(update={"model_kwargs": quantized_arguments(config)})
-    classes = int(record["num_classes"])
-    _require_bytes(run, without_storage(lambda: float_model(config, classes, load=False)))
-    model = float_model(config, classes, load=False)
-    if create_method(config).quantizes:
-        model = quantize(model, QuantPlan.load(run / PLAN), in_place=True)
-    try:
-        load_state(model, read_tensors(run / WEIGHTS_FILE, "weights", limit=total_bytes(model.state_dict().values())))
-    except QvitError as error:
-        raise QvitError(f"cannot read the weights of {run}: {error}") from None
-    return model.to(device).eval()
-
-
-def quantized_arguments(config: TrainConfig) -> dict[str, Any]:
-    """The arguments that a run's model is made with: the float model's, but for what the method changes."""
-    return config.model_kwargs | create_method(config).arguments
-
-
-def _require_bytes(run: Path, model: nn.Module) -> None:
-    """Raises QvitError if a run's file of weights cannot hold those of its model, given without storage."""
-    try:
-        there = (run / WEIGHTS_FILE).stat().st_size
-    except OSError as error:
-        raise QvitError(f"cannot read the weights of {run}: {error.strerror}") from None
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    if needed > there:
-        raise QvitError(
-            f"cannot read the weights of {run}: {WEIGHTS_FILE} has {there:,} bytes, its model takes {needed:,}"
-        )
-
-
-def evaluate_run(
-    out: str | Path,
-    data: str,
-    *,
-    features: bool = False,
-    weights: str | None = None,
-    class_map: str | Path | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
-    device: str = "auto",
-    progress: Callable[[int], None] | None = None,
-    start: Callable[[int], None] | None = None,
-    partial: Path | None = None,
-) -> dict[str, Any]:
-    """Scores a run's model on other images: `{"top1", "top5", "images"}` in percent.
-
-    Args:
-        out: The run.
-        data: Images, as for training.
-        features: Judges features beside those of the float model instead, see `measure.features`; a model that answers
-            with features is always judged so.
-        weights: With features: where the float model's weights are, if no longer where the run took them from.
-        class_map, batch_size, workers, device: See the command.
-        start, progress: Told how many images there are, and how many are done.
-        partial: File of what was counted so far; a repeated call goes on from there.
-    """
-    run = Path(out)
-    config, record = read_config(run)
-    place = Processes(device).device
-    model = load_run(run, place)
-    if features or answers_with_features(model):
-        if not create_method(config).quantizes:
-            raise UsageError(f"{run} holds a float model: its features are what those of quantized ones are judged by")
-        source = _images_to_score(config, {"class_names": []}, data, class_map)  # folders of any classes
-        seed_everything(config.seed)  # a model that was never trained has the weights of the seed
-        classes = int(record["num_classes"])
-        float_config = config if weights is None else config.model_copy(update={"weights": weights})
-        reference = float_model(float_config, classes).to(place).eval()
-        if start is not None:
-            start(len(source))
-        so_far = counted_so_far(
-            partial, source, data_config_of(model), batch_size, "features", models=[model, reference]
-        )
-        return compare_features(
-            model, reference, eval_loader(source, data_config_of(model), Reading(batch_size, workers, place)),
-            labelled=source.labelled, by_token=True, progress=progress, partial=so_far,
-        )  # fmt: skip
-    source = _images_to_score(config, record, data, class_map)
-    require_labels(source, TO_SCORE_BY)
-    if class_map is None and not record.get("class_names"):
-        require_all_classes(source, int(record["num_classes"]))
-    if start is not None:
-        start(len(source))
-    return evaluate(
-        model,
-        eval_loader(source, data_config_of(model), Reading(batch_size, workers, place)),
-        progress=progress,
-        partial=counted_so_far(partial, source, data_config_of(model), batch_size, models=[model]),
-    )
-
-
-def _images_to_score(config: TrainConfig, record: dict[str, Any], data: str, class_map: str | Path | None) -> Source:
-    """The images of `data`; where they are the run's own, of which a share was set aside, that share alone."""
-    own = data == config.data or Path(data).resolve() == Path(config.data)
-    same_classes = class_map is None or str(Path(class_map).resolve()) == config.class_map
-    if own and same_classes and config.eval_data is None:
-        return open_images(config).test
-    names = None if class_map else record["class_names"] or None
-    return open_source(data, class_map=class_map, class_names=names)
-
-
-def require_all_classes(source: Source, classes: int) -> None:
-    """Raises UsageError if folders cannot be told to be classes of a model that was made without labels."""
-    if isinstance(source, ImageSource) and source.num_classes != classes:
-        raise UsageError(
-            f"{source.name} has {source.num_classes} class folders, and the model {classes} classes whose folders it "
-            "does not know: give a class map with --class-map"
-        )
 
 
 def _execute(
@@ -597,79 +456,3 @@ def _plan_of_checkpoint(run: Path, state: dict[str, Any]) -> Any:
         return parse_json(state["plan"])
     except ValueError as error:
         raise QvitError(f"the checkpoint of {run} does not fit this run: its plan cannot be read: {error}") from None
-
-
-def require_what_teaches(config: TrainConfig, model: nn.Module, train: Source) -> None:
-    """Raises UsageError unless there is something to train by: labels, or the float model's features."""
-    if not answers_with_features(model):
-        if config.labels is None and not (config.distill_features and config.distill == 1):
-            require_labels(train, TO_TRAIN_BY)
-        if config.labels is None and not train.labelled and (config.mixup or config.cutmix):
-            raise UsageError(f"{train.name} has no labels to mix: leave out mixup and cutmix")
-        return
-    if not config.distill_features:
-        raise UsageError(
-            f"{config.model} answers with features, not with classes, so that labels teach it nothing: "
-            "--distill-features learns those of the float model"
-        )
-    for name in ("labels", "mixup", "cutmix", "label_smoothing", "distill", "monitor_share"):
-        if value := getattr(config, name):
-            raise UsageError(f"{config.model} answers with features: leave out {name}={value!r}, which needs classes")
-
-
-def require_same_labels(run: Path) -> None:
-    """Raises QvitError if the soft labels of a run are not those that it began with."""
-    config, record = read_config(run)
-    began_with = record.get("labels_digest")
-    if config.labels is not None and began_with is not None and SoftLabelStore(config.labels).digest != began_with:
-        raise QvitError(
-            f"{config.labels} holds other soft labels than those that {run} began with: put these back, or start anew"
-        )
-
-
-def teacher_model(name: str, weights: str | None, kwargs: Mapping[str, Any], num_classes: int) -> nn.Module:
-    """The model that is named as a teacher: that of a finished run, or timm's, with its weights from a file or the hub.
-
-    Args:
-        name: A run's directory, or timm's name.
-        weights: A file of weights for timm's model; None to take them from the hub.
-        kwargs: For `timm.create_model`.
-        num_classes: Classes of the student; those of timm's model where weights are given and `kwargs` say nothing.
-    """
-    if (Path(name) / CONFIG).is_file():
-        return load_run(name)
-    classes: dict[str, Any] = {} if weights is None else {"num_classes": num_classes}
-    return create_model(name, weights=weights, pretrained=weights is None, **(classes | dict(kwargs)))
-
-
-def run_record(config: TrainConfig, subject: Subject, processes: Processes) -> dict[str, Any]:
-    """The content of `config.json`: every option, and what is needed to understand the run later."""
-    bundle = subject.bundle
-    return config.model_dump() | {
-        "num_classes": _classes_of(subject),
-        "class_names": list(bundle.class_names),
-        "data_note": bundle.note,
-        "labels_digest": None if config.labels is None else SoftLabelStore(config.labels).digest,
-        "versions": {
-            "qvit": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
-        "hardware": _hardware(processes.device),
-        "processes": processes.world_size,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _classes_of(subject: Subject) -> int | None:
-    """Classes of a run's model: those of the data, or its own where it has none or the data have no labels."""
-    own = getattr(subject.model, "num_classes", None)
-    return own if own == 0 else subject.bundle.num_classes or own
-
-
-def _hardware(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(device))
-    return f"CPU, {os.cpu_count()} cores, {platform.machine()}"

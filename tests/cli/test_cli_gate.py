@@ -16,7 +16,8 @@ from qvit.data.open import beside_calibration, calibration_batches, eval_loader,
 from qvit.errors import UsageError
 from qvit.methods.ptq import method
 from qvit.models.create import create_model
-from qvit.runs.run import load_run, resume, train
+from qvit.runs.finished import load_run
+from qvit.runs.run import resume, train
 from qvit.runs.subject import open_subject
 
 OPTIONS = ["--device", "cpu", "--threads", "1", "--calibration-images", "32", "--deciding-images", "400"]

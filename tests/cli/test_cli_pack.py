@@ -14,7 +14,8 @@ from tiny_models import digit_batches, small_config
 import qvit as package
 from qvit.deploy.file.artifact import Artifact
 from qvit.errors import UsageError
-from qvit.runs.run import load_run, train
+from qvit.runs.finished import load_run
+from qvit.runs.run import train
 
 
 @pytest.fixture(scope="module")

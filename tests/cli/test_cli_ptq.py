@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import events
 
 from qvit.cli.console import bits
-from qvit.runs.run import load_run
+from qvit.runs.finished import load_run
 
 SMALL_VIT = ["deit_tiny_patch16_224"]
 for _argument in ("img_size=16", "patch_size=4", "embed_dim=16", "depth=1", "num_heads=2"):

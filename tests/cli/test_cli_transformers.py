@@ -16,7 +16,7 @@ from tiny_models import shake
 from qvit.deploy.engines import load
 from qvit.errors import QvitError
 from qvit.runs.directory import read_config
-from qvit.runs.run import load_run
+from qvit.runs.finished import load_run
 
 transformers: Any = pytest.importorskip("transformers")
 OPTIONS = ["--device", "cpu", "--threads", "1", "--calibration-images", "16", "--budget", "w8a8", "--json"]

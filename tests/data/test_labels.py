@@ -319,7 +319,7 @@ def test_the_loss_of_a_step_is_that_of_the_labels(tmp_path: Path, digits_store: 
     torch.manual_seed(0)
     labels = StoredLabels(SoftLabelStore(digits_store), 10, 4, single_from=1)
     from qvit.data.open import data_config_of
-    from qvit.runs.run import load_run
+    from qvit.runs.finished import load_run
 
     model = load_run(tmp_path / "run")
     loader = train_loader(open_data("digits").train, data_config_of(model), batch_size=200, labels=labels)

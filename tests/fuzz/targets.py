@@ -38,8 +38,9 @@ from qvit.errors import QvitError
 from qvit.models.create import create_model
 from qvit.plan.quant_plan import QuantPlan, Rule
 from qvit.runs import labels as labels_run
+from qvit.runs.finished import load_run
 from qvit.runs.labels import LabelRequest
-from qvit.runs.run import load_run, train
+from qvit.runs.run import train
 
 MODEL = ["vit_digits", *(word for key, value in SMALL.items() for word in ("-m", f"{key}={value}"))]
 PLAN = QuantPlan.preset("w3a3").with_rules(

@@ -24,8 +24,9 @@ from qvit.plan.quant_plan import QuantPlan
 from qvit.plan.spec import TensorSpec
 from qvit.report import load_runs
 from qvit.report.page import render_page
+from qvit.runs.finished import load_run
 from qvit.runs.packed import write_packed
-from qvit.runs.run import load_run, resume, train
+from qvit.runs.run import resume, train
 from qvit.training.config import TrainConfig
 
 

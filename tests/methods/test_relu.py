@@ -15,8 +15,9 @@ from qvit.deploy.engines import create_engine
 from qvit.deploy.file.artifact import Artifact
 from qvit.errors import QvitError, UsageError
 from qvit.methods.ptq.relu import ReluOptions, changed_mlps, to_relu
+from qvit.runs.finished import load_run
 from qvit.runs.packed import pack_run
-from qvit.runs.run import load_run, train
+from qvit.runs.run import train
 from qvit.training.config import TrainConfig
 
 

@@ -16,7 +16,8 @@ from qvit.methods.irm import similarity_distance
 from qvit.models.families import inspect_model
 from qvit.quantizers import quantizers_of
 from qvit.quantizers.statsq import StatsQuantizer
-from qvit.runs.run import load_run, resume, train
+from qvit.runs.finished import load_run
+from qvit.runs.run import resume, train
 from qvit.training import checkpoint as checkpoint_module
 
 

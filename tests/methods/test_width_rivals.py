@@ -27,8 +27,9 @@ from qvit.plan.spec import Layout, PerHead, TensorSpec
 from qvit.quantizers import create_quantizer, quantizers_of
 from qvit.quantizers.edmips import START
 from qvit.quantizers.lsq import LSQQuantizer
+from qvit.runs.finished import load_run
 from qvit.runs.packed import pack_run
-from qvit.runs.run import load_run, resume, train
+from qvit.runs.run import resume, train
 from qvit.training import checkpoint as checkpoint_module
 
 RIVALS = ["dq", "edmips"]

@@ -30,8 +30,9 @@ from qvit.files import cache_folder
 from qvit.report import load_runs, write_page
 from qvit.report.trial import Graph, Preparation, Trial
 from qvit.runs import trial as trial_module
+from qvit.runs.finished import load_run
 from qvit.runs.packed import write_packed
-from qvit.runs.run import load_run, train
+from qvit.runs.run import train
 from qvit.runs.trial import preparation_of, trial_of
 
 pytest.importorskip("onnxscript")

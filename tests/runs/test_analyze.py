@@ -33,7 +33,7 @@ from qvit.runs.analysis import (
     part_points,
     width_points,
 )
-from qvit.runs.run import load_run
+from qvit.runs.finished import load_run
 from qvit.runs.subject import (
     Request,
     fingerprint,

@@ -27,7 +27,8 @@ from qvit.models.convert import Stage, plan_of, stage_of
 from qvit.plan.quant_plan import QuantPlan
 from qvit.runs import run as runs
 from qvit.runs import subject as subjects
-from qvit.runs.run import evaluate_run, load_run, resume, train
+from qvit.runs.finished import evaluate_run, load_run
+from qvit.runs.run import resume, train
 from qvit.training.checkpoint import checkpoints_of
 from qvit.training.config import TrainConfig
 from qvit.training.loop import Trainer

@@ -17,7 +17,8 @@ from qvit.models.inherit import inherit
 from qvit.quantizers import quantizers_of
 from qvit.runs import run as runs
 from qvit.runs.dry_run import dry_run
-from qvit.runs.run import load_run, resume, train
+from qvit.runs.finished import load_run
+from qvit.runs.run import resume, train
 from qvit.runs.steps import step_configs
 
 CHAIN: dict[str, Any] = {"method": "lsq+", "steps": "w8a8, 2bit", "distill": 0.5, "epochs": 3, "seed": 5}

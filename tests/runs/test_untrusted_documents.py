@@ -34,8 +34,10 @@ from qvit.report import load_runs
 from qvit.report.analysis import write_analysis_page
 from qvit.report.page import render_page
 from qvit.runs.directory import read_config
+from qvit.runs.finished import evaluate_run, load_run
 from qvit.runs.jobs import Job, work
-from qvit.runs.run import evaluate_run, load_run, resume, teacher_model, train
+from qvit.runs.run import resume, train
+from qvit.runs.teaching import teacher_model
 from qvit.training.config import TrainConfig
 from qvit.training.recipe import read_recipe
 
