@@ -17,8 +17,8 @@ from qvit.deploy.export.onnx import export_openvino as export_openvino
 from qvit.deploy.file.artifact import Artifact as Artifact
 from qvit.errors import QvitError as QvitError
 from qvit.measure import measure_sensitivity as measure_sensitivity
-from qvit.methods.ptq.method import ptq as ptq
 from qvit.methods.ptq.reconstruction import ReconstructOptions as ReconstructOptions
+from qvit.methods.ptq.stages import ptq as ptq
 from qvit.models.calibrate import calibrate as calibrate
 from qvit.models.convert import freeze as freeze
 from qvit.models.convert import plan_of as plan_of

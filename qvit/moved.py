@@ -19,7 +19,7 @@ MOVED: dict[str, dict[str, str]] = {
         "qvit.errors": "UsageError",
         "qvit.measure": "Sensitivity",
         "qvit.methods.ptq.bias_correction": "correct_biases",
-        "qvit.methods.ptq.method": "post_training_quantize:ptq",
+        "qvit.methods.ptq.stages": "post_training_quantize:ptq",
         "qvit.methods.ptq.reconstruction": "reconstruct",
         "qvit.methods.ptq.reparameterization": "reparameterize",
         "qvit.models.convert": "Stage quantizers_disabled stage_of",

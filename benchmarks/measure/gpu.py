@@ -30,7 +30,7 @@ from qvit.deploy.engines import create_engine
 from qvit.deploy.file.artifact import Artifact
 from qvit.files import write_json
 from qvit.kernels.switches import FORMS
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 from qvit.models.create import create_model
 from qvit.runs.bench import bench
 from qvit.runs.requests import BenchRequest

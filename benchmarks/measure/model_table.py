@@ -41,7 +41,7 @@ from qvit.deploy.export.write import exported_runner
 from qvit.deploy.file.artifact import Artifact
 from qvit.errors import QvitError, first_line
 from qvit.files import write_json
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import quantize
 from qvit.models.create import create_model, create_shapes

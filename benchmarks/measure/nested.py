@@ -21,7 +21,7 @@ from qvit.data.open import calibration_batches, data_config_of, eval_loader, ope
 from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.nested import nested
 from qvit.files import write_json
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 from qvit.models.convert import freeze
 from qvit.models.create import create_model
 

@@ -34,7 +34,7 @@ from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.file.summary import describe
 from qvit.deploy.packages import missing
 from qvit.files import write_json
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 from qvit.models.create import create_model
 
 Batches = list[tuple[Tensor, Tensor]]

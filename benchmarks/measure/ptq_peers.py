@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from qvit.data.open import calibration_batches, data_config_of, eval_loader, open_source
 from qvit.deploy.packages import openvino_core
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 from qvit.models.create import create_model
 
 Answer = Callable[[Tensor], Tensor]

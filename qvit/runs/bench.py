@@ -36,7 +36,7 @@ from qvit.deploy.bench.peers import Material
 from qvit.deploy.bench.timing import RIGHT, RIGHT_COSINE, Progress, answers, batch_of, measure, profiles, rows_of
 from qvit.deploy.packages import missing
 from qvit.errors import QvitError, UsageError
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 from qvit.models.convert import plan_of
 from qvit.models.create import create_model
 from qvit.models.families import inspect_model

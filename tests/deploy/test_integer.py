@@ -25,7 +25,7 @@ from qvit.deploy.integer.reference import IntegerAttention, IntegerLinear, arith
 from qvit.deploy.integer.torch import TorchArithmetic
 from qvit.errors import UsageError
 from qvit.methods.pmq import Split, split_plan
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, quantize
 from qvit.models.families import inspect_model

@@ -20,7 +20,7 @@ from qvit.deploy.integer.reference import IntegerLinear, integer_form
 from qvit.deploy.integer.torch import EXACT_BELOW, TorchArithmetic
 from qvit.deploy.packages import cxx
 from qvit.methods.pmq import Split
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, quantize
 from qvit.plan.quant_plan import QuantPlan, Rule

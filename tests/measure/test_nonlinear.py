@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qvit.documents.run import IntegerForms
 from qvit.measure.nonlinear import choose_forms
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import plan_of, quantize, quantizers_disabled
 from qvit.models.integer_functions import functions_of, places

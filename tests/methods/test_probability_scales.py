@@ -7,8 +7,8 @@ import timm
 import torch
 
 import qvit
-from qvit.methods.ptq.method import ptq_plan
 from qvit.methods.ptq.probability_scales import FACTORS, IMAGES, fit_probability_scales
+from qvit.methods.ptq.stages import ptq_plan
 from qvit.methods.ptq.token_weights import Worth
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

@@ -19,8 +19,8 @@ from qvit.methods import create_method
 from qvit.methods.ptq.bias_correction import MOST_IMAGES, correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import ROWS, choose, with_class_token, without_class_token
 from qvit.methods.ptq.images import FirstImages
-from qvit.methods.ptq.method import ptq, ptq_plan
 from qvit.methods.ptq.reconstruction import ReconstructOptions
+from qvit.methods.ptq.stages import ptq, ptq_plan
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import Stage, plan_of, quantize, quantizers_disabled, stage_of
 from qvit.models.create import create_model, create_shapes

@@ -9,7 +9,6 @@ import torch
 from tiny_models import digit_batches, digits_model
 
 import qvit
-from qvit.methods.ptq.method import ptq, ptq_plan
 from qvit.methods.ptq.similarity_scales import (
     FACTORS,
     agreement,
@@ -19,6 +18,7 @@ from qvit.methods.ptq.similarity_scales import (
     ranking_loss,
     scores,
 )
+from qvit.methods.ptq.stages import ptq, ptq_plan
 
 
 def test_similarity_is_that_of_numpy() -> None:

@@ -21,7 +21,7 @@ from qvit.deploy.integer.simulated import require_codes
 from qvit.deploy.integer.torch import TorchArithmetic
 from qvit.errors import UsageError
 from qvit.methods.ptq.class_token import with_class_token
-from qvit.methods.ptq.method import ptq, ptq_plan
+from qvit.methods.ptq.stages import ptq, ptq_plan
 from qvit.models.calibrate import calibrate
 from qvit.models.convert import freeze, quantize
 from qvit.models.families import inspect_model

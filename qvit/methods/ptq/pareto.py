@@ -31,8 +31,9 @@ from qvit.methods.base import Preparation, register_method
 from qvit.methods.pmq import token_blocks
 from qvit.methods.ptq.class_token import TRIED
 from qvit.methods.ptq.images import FirstImages
-from qvit.methods.ptq.method import PLACES, PLACES_PARTIAL, PTQMethod, bit_operations_of, ptq_plan
+from qvit.methods.ptq.method import PLACES, PLACES_PARTIAL, PTQMethod, bit_operations_of
 from qvit.methods.ptq.options import PMQOptions
+from qvit.methods.ptq.stages import ptq_plan
 from qvit.models.families import inspect_model
 from qvit.plan.cost import CostModel, TokenWidths, Widths
 from qvit.plan.quant_plan import QuantPlan

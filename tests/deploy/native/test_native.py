@@ -22,7 +22,7 @@ from qvit.deploy.file.artifact import Artifact
 from qvit.deploy.integer.reference import integer_form
 from qvit.deploy.native.library import forms, kinds, multiply
 from qvit.errors import UsageError
-from qvit.methods.ptq.method import ptq
+from qvit.methods.ptq.stages import ptq
 
 pytestmark = pytest.mark.skipif(not (shutil.which("g++") or os.environ.get("CXX")), reason="needs a C++ compiler")
 FORMS = ("AVX-512 VNNI", "AVX-VNNI", "AVX2", "NEON dot", "portable")
