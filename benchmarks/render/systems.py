@@ -87,7 +87,8 @@ def trained_systems_tables(data: Data) -> str:
 def _note(data: Data) -> str:
     return (
         f"{data['model']} on {data['images']}, cut into two halves by class (seed {data['split_seed']}): calibrated "
-        f"on {data['calibration_images']} images of one, judged on the other, both ways."
+        f"on {data['calibration_images']} images of one, judged on the other, "
+        f"{'both ways' if data['ways'] == 2 else 'one way'}."
     )
 
 

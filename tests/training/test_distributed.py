@@ -222,24 +222,25 @@ from qvit.training.evaluate import evaluate
 from qvit.training.processes import Processes
 
 processes = Processes("cpu")
-count = int(sys.argv[1])
-targets = torch.arange(count) % 7
-logits = torch.nn.functional.one_hot((targets + (torch.arange(count) % 3 == 0)) % 7, 7).float()
-rows = torch.arange(count)[processes.rank :: processes.world_size]
-batches = Batches((logits[part], targets[part]) for part in rows.split(2) if len(part))
-print(json.dumps(evaluate(torch.nn.Identity(), batches, reduce=processes.sum)))
-print(json.dumps(processes.gather_objects(processes.rank)))
+for count in map(int, sys.argv[1:]):
+    targets = torch.arange(count) % 7
+    logits = torch.nn.functional.one_hot((targets + (torch.arange(count) % 3 == 0)) % 7, 7).float()
+    rows = torch.arange(count)[processes.rank :: processes.world_size]
+    batches = Batches((logits[part], targets[part]) for part in rows.split(2) if len(part))
+    print(json.dumps(evaluate(torch.nn.Identity(), batches, reduce=processes.sum)))
+    print(json.dumps(processes.gather_objects(processes.rank)))
 """
 
 
 def test_an_evaluation_counts_each_image_once(tmp_path: Path) -> None:
     """Also where a process has fewer images than another, or none."""
-    for count in (1, 5):
-        results = finish(launch(3, ["-c", SCORE, str(count)]))
-        assert all(code == 0 for code, _, _ in results), results
-        right = sum(number % 3 != 0 for number in range(count))
-        for _, text, _ in results:
-            scores, ranks = map(json.loads, text.splitlines())
+    counts = (1, 5)
+    results = finish(launch(3, ["-c", SCORE, *map(str, counts)]))
+    assert all(code == 0 for code, _, _ in results), results
+    for _, text, _ in results:
+        said = iter([json.loads(line) for line in text.splitlines()])
+        for count, scores, ranks in zip(counts, said, said, strict=True):
+            right = sum(number % 3 != 0 for number in range(count))
             assert scores["images"] == count and scores["top1"] == pytest.approx(100 * right / count)
             assert ranks == [0, 1, 2]
 
