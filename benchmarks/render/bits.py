@@ -142,8 +142,9 @@ def bits_in(plan: str) -> int:
 
 def kind_of(data: Data) -> str:
     """The kind of processor: the first of `PROCESSORS` that it has."""
-    return next((title for name, title in PROCESSORS.items() if name in (data["instructions"] or ())), "any processor")
+    kind = next((title for name, title in PROCESSORS.items() if name in (data["instructions"] or ())), "any processor")
+    return f"{kind}, {data['processor']}" if "processor" in data else kind
 
 
 def figure_name(data: Data, batch: int) -> str:
-    return f"bits-ms-{kind_of(data).lower().replace(' ', '-')}-batch-{batch}"
+    return f"bits-ms-{kind_of(data).lower().replace(',', '').replace(' ', '-')}-batch-{batch}"

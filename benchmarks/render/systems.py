@@ -102,7 +102,9 @@ def _by_budget(data: Data, first: str) -> list[str]:
             counts = f"{row['only_this_right']} / {row['only_first_right']}" if row["arm"] != first else ""
             p_value = f"{row['p_value']:.2g}" if row["arm"] != first else ""
             search = row.get("search_seconds")
-            seconds = row.get("metric_seconds", 0.0) + (sum(search) / len(search) if search else 0.0)
+            program = [sum(took for part, took in way.items() if part != "sensitivity") for way in search or ()]
+            searched = first != "plain" or bool(search)  # `chance` takes the plan of another arm
+            seconds = searched * row.get("metric_seconds", 0.0) + (sum(program) / len(program) if program else 0.0)
             numbers = [f"{row['top1']:.1f}", f"{row['agreement']:.1f}", counts, p_value]
             bits = f"{max(row['bit_operations']) / 1e9:.3f}"
             took = [f"{seconds:.0f}" if seconds else "", f"{row['processor_seconds']:.0f}"]
