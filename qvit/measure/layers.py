@@ -49,6 +49,13 @@ def outputs_by_layer(task: Task) -> Iterator[tuple[int, dict[str, list[Tensor]]]
             task.progress(number, len(task.batches))
 
 
+def as_matrices(module: nn.Module, output: Tensor) -> Tensor:
+    """A module's output as one matrix (tokens, channels) per image: (B, C, H, W) of a convolution, else (B, ..., C)."""
+    if isinstance(module, nn.Conv2d):
+        return output.flatten(2).mT
+    return output.reshape(len(output), -1, output.shape[-1])
+
+
 def table_by_layer(task: Task, worth: Mapping[str, float]) -> Table:
     """Ω by site from the worth of each layer: (heads, widths)."""
     if not all(math.isfinite(value) for value in worth.values()):

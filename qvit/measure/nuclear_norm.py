@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from qvit.errors import QvitError
+from qvit.measure.layers import as_matrices
 from qvit.measure.metric import Task, register_metric
 from qvit.measure.probe import Probe, require_finite
 from qvit.measure.table import Table
@@ -39,13 +40,6 @@ Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 def nuclear_norms(matrices: Tensor) -> Tensor:
     """The sum of the singular values of each matrix: (...) from (..., N, C)."""
     return torch.linalg.svdvals(matrices.double()).sum(-1)
-
-
-def as_matrices(module: nn.Module, output: Tensor) -> Tensor:
-    """A module's output as one matrix (tokens, channels) per image: (B, C, H, W) of a convolution, else (B, ..., C)."""
-    if isinstance(module, nn.Conv2d):
-        return output.flatten(2).mT
-    return output.reshape(len(output), -1, output.shape[-1])
 
 
 def module_of(model: nn.Module, site: str) -> str:

@@ -27,10 +27,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qvit.errors import QvitError
-from qvit.measure.layers import outputs_by_layer, table_by_layer
+from qvit.measure.layers import as_matrices, outputs_by_layer, table_by_layer
 from qvit.measure.metric import Task, register_metric
 from qvit.measure.table import Table
 
@@ -67,13 +67,12 @@ def entropy(labels: Tensor) -> Tensor:
     return -equal.log().mean(0)
 
 
-def square_maps(output: Tensor, images: int, *, channels_first: bool) -> Tensor:
-    """Maps (images, channels, n, n) of an output (B, channels, h, w) or (B, ..., channels), B a multiple of images.
+def square_maps(output: Tensor, images: int) -> Tensor:
+    """Maps (images, channels, n, n) of an output (B, tokens, channels), B a multiple of images.
 
     Windows of an image are channels of their own. Of more tokens than n·n the first are left out.
     """
-    rows = output.flatten(2) if channels_first else output.reshape(len(output), -1, output.shape[-1]).mT
-    rows = rows.reshape(images, -1, rows.shape[-1])
+    rows = output.mT.reshape(images, -1, output.shape[1])
     some = torch.linspace(0, rows.shape[1] - 1, min(CHANNELS, rows.shape[1])).round().long()
     side = math.isqrt(rows.shape[-1])
     return rows[:, some, rows.shape[-1] - side * side :].unflatten(-1, (side, side))
@@ -87,8 +86,8 @@ def topological_entropy(task: Task) -> Table:
     without_map = set()
     for images, outputs in outputs_by_layer(task):
         for path, calls in outputs.items():
-            first = isinstance(task.probe.model.get_submodule(path), nn.Conv2d)
-            maps = torch.cat([square_maps(own, images, channels_first=first) for own in calls], 1).cpu()
+            layer = task.probe.model.get_submodule(path)
+            maps = torch.cat([square_maps(as_matrices(layer, own), images) for own in calls], 1).cpu()
             if not bool(torch.isfinite(maps).all()):
                 raise QvitError(f"metric '{task.metric}': features of '{path}' are NaN or infinite")
             if maps.shape[-1] < FEWEST:

@@ -11,8 +11,9 @@ from torch import nn
 
 from qvit.allocate import allocate_plan
 from qvit.measure import measure_sensitivity
+from qvit.measure.layers import as_matrices
 from qvit.measure.metric import Task
-from qvit.measure.nuclear_norm import as_matrices, module_of, nuclear_norms
+from qvit.measure.nuclear_norm import module_of, nuclear_norms
 from qvit.models.families import inspect_model
 from qvit.plan.quant_plan import QuantPlan
 

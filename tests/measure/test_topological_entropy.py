@@ -11,10 +11,11 @@ from family_models import images_for, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import digit_batches, digits_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from qvit.errors import QvitError
 from qvit.measure import measure_sensitivity
+from qvit.measure.layers import as_matrices
 from qvit.measure.topological_entropy import births, entropy, square_maps
 
 
@@ -72,12 +73,12 @@ def test_entropy_by_its_definition(counts: list[int]) -> None:
 
 def test_maps_are_the_patches_of_an_image() -> None:
     tokens = torch.arange(2 * 17 * 3, dtype=torch.float32).reshape(2, 17, 3)  # a class token and 4 times 4 patches
-    maps = square_maps(tokens, 2, channels_first=False)
+    maps = square_maps(tokens, 2)
     assert maps.shape == (2, 3, 4, 4) and torch.equal(maps[1, 2].flatten(), tokens[1, 1:, 2])
-    assert torch.equal(square_maps(tokens[:, 1:].mT.unflatten(2, (4, 4)), 2, channels_first=True), maps)
+    assert torch.equal(square_maps(as_matrices(nn.Conv2d(3, 3, 1), tokens[:, 1:].mT.unflatten(2, (4, 4))), 2), maps)
     windows = torch.randn(6, 9, 5)  # three windows for each of two images
-    assert torch.equal(square_maps(windows, 2, channels_first=False)[1, 5 + 4], windows[4, :, 4].reshape(3, 3))
-    assert square_maps(torch.randn(2, 50, 768), 2, channels_first=False).shape == (2, 64, 7, 7)
+    assert torch.equal(square_maps(windows, 2)[1, 5 + 4], windows[4, :, 4].reshape(3, 3))
+    assert square_maps(torch.randn(2, 50, 768), 2).shape == (2, 64, 7, 7)
 
 
 def test_the_table_falls_by_the_layers_entropy_for_every_bit() -> None:
