@@ -9,6 +9,8 @@ import torch
 from tiny_models import digit_batches, digits_model
 
 import qvit
+from qvit.deploy.file.grids import grid_values
+from qvit.methods.ptq.class_token import with_class_token
 from qvit.methods.ptq.similarity_scales import (
     FACTORS,
     agreement,
@@ -19,6 +21,7 @@ from qvit.methods.ptq.similarity_scales import (
     scores,
 )
 from qvit.methods.ptq.stages import ptq, ptq_plan
+from qvit.models.families import inspect_model
 
 
 def test_similarity_is_that_of_numpy() -> None:
@@ -82,6 +85,32 @@ def test_outputs_are_at_least_as_similar_as_calibrated(ranking: bool) -> None:
     assert {"blocks.0.attn", "blocks.0.attn.qkv", "blocks.0.mlp.fc1", "head"} <= set(paths)
     assert similarity() > before
     assert all(quantizer.enabled for _, quantizer in qvit.quantizers.quantizers_of(quantized))
+
+
+@torch.no_grad()
+def test_where_the_class_token_has_a_width_of_its_own_the_others_scales_are_searched() -> None:
+    """Each head gets the best of the grid for them; the scales of 8 bits stay as calibrated."""
+    model, images = digits_model(), digit_batches(1, 8)[0]
+    plan = with_class_token(ptq_plan(model, "w3a3"), inspect_model(model), 8)
+    assert plan is not None
+    quantized = qvit.calibrate(qvit.quantize(model, plan), [images])
+    query = quantized.blocks[0].attn.query_quantizer
+    calibrated = grid_values(query)
+    assert {"blocks.0.attn", "blocks.0.mlp.fc1"} <= set(fit_similarity_scales(quantized, [images]))
+    start = grid_values(query)
+    assert torch.equal(start["scale"], calibrated["scale"])
+    for ratio in (start["low_scale"] / calibrated["low_scale"]).flatten().tolist():
+        assert min(abs(ratio - factor) for factor in FACTORS) < 1e-6
+    assert not torch.equal(start["low_scale"], calibrated["low_scale"])
+    q, k = torch.randn(2, 4, 2, 17, 8, generator=torch.Generator().manual_seed(3))
+    exact = scores(q, k)
+    found = best_factors(query, start["low_scale"], lambda: agreement(exact, scores(query(q), k), False))
+    for head in range(2):
+        values = []
+        for factor in FACTORS:
+            query.restore(start | {"low_scale": start["low_scale"] * factor})
+            values.append(float(agreement(exact, scores(query(q), k), False)[head]))
+        assert float(found.flatten()[head]) == pytest.approx(FACTORS[int(np.argmax(values))])
 
 
 @pytest.mark.parametrize("plan", ["w4a4", "w8a8"])

@@ -224,7 +224,8 @@ class Attention {
         }
     }
 
-    void store_levels(int i, int j, const Bytes& codes) {
+    template <class Codes>
+    void store_levels(int i, int j, const Codes& codes) {
         const size_t at = size_t(i) * columns_ + j;
         store(own_.probs.data() + at, looked_up(levels_, codes));
         if (two_operands_) store(own_.second.data() + at, looked_up(levels_ + 16, codes));
@@ -246,14 +247,17 @@ class Attention {
         for (int i = 0; i < m; ++i) of_one[i] = exponentials(i, [](int, const Lanes&) {}) * grids_.probs.scale;
         for (int i = 0; i < kRows; ++i) of_one[i] = logarithm(of_one[i]);
         const float steps = float(block_.log_steps);
-        const Lanes by(-steps), highest(float(grids_.probs.high)), zero;
+        const Lanes by(-steps), highest(float(grids_.probs.high));
         for (int i = 0; i < m; ++i) {
             const float* x = own_.scores.data() + size_t(i) * columns_;
             const Lanes most = most_[i], from(steps * of_one[i]);
-            for (int j = 0; j < area_; j += kLanes) {
-                const Lanes q = mad(Lanes(x + j) - most, by, from);
-                store_levels(i, j, bytes_of(lesser_of(greater_of(q, zero), highest), 0));
-            }
+            auto code = [&](int j) { return lesser_of(mad(Lanes(x + j) - most, by, from), highest); };
+            int j = 0;
+#if defined(QVIT_AVX512_VNNI)
+            for (; j + 4 * kLanes <= columns_; j += 4 * kLanes)
+                store_levels(i, j, bytes_of(code(j), code(j + kLanes), code(j + 2 * kLanes), code(j + 3 * kLanes)));
+#endif
+            for (; j < area_; j += kLanes) store_levels(i, j, bytes_of(greater_of(code(j), Lanes()), 0));
         }
     }
 

@@ -61,6 +61,13 @@ QVIT_INLINE Lanes of_integers(const int32_t* from) { return _mm512_cvtepi32_ps(_
 QVIT_INLINE __m128i bytes_of(Lanes x, int low) {
     return _mm512_cvtepi32_epi8(_mm512_sub_epi32(_mm512_cvtps_epi32(x.v), _mm512_set1_epi32(low)));
 }
+// 64 bytes of numbers that are rounded to integers and kept from 0 to 255; below 2^31.
+QVIT_INLINE __m512i bytes_of(Lanes a, Lanes b, Lanes c, Lanes d) {
+    const __m512i first = _mm512_packs_epi32(_mm512_cvtps_epi32(a.v), _mm512_cvtps_epi32(b.v)),
+                  second = _mm512_packs_epi32(_mm512_cvtps_epi32(c.v), _mm512_cvtps_epi32(d.v));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_permutexvar_epi32(order, _mm512_packus_epi16(first, second));
+}
 QVIT_INLINE __m256 lower(Lanes x) { return _mm512_castps512_ps256(x.v); }
 QVIT_INLINE __m256 upper(Lanes x) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1)); }
 
@@ -195,6 +202,12 @@ QVIT_INLINE void store(uint8_t* to, Bytes bytes) { _mm_storeu_si128((__m128i*)to
 QVIT_INLINE Bytes looked_up(const uint8_t* table, Bytes at) {
     return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)table), at);
 }
+#if defined(QVIT_AVX512_VNNI)
+QVIT_INLINE void store(uint8_t* to, __m512i bytes) { _mm512_storeu_si512(to, bytes); }
+QVIT_INLINE __m512i looked_up(const uint8_t* table, __m512i at) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), at);
+}
+#endif
 #else
 struct Bytes {
     uint8_t v[kLanes];

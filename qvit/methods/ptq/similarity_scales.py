@@ -15,8 +15,9 @@ others as they stand. A layer sees float inputs, so layers do not wait for each 
 
 The text was not available. Ours: the candidates, which are 0.5 to 1.2 times the calibrated scales in steps of 0.05; one
 factor for all channels of a weight; scores in units of the float scores' standard deviation, in which L and θ are
-measured, on some queries; and the weight 1 of L. Γ does not see a common factor of an output. Operands whose tokens
-have two widths, and q and k whose scales are not of heads, stay as calibrated.
+measured, on some queries; and the weight 1 of L. Γ does not see a common factor of an output. Where prefix tokens have
+a width of their own, the scales of the others are searched. Operands whose tokens are ranked, and q and k whose scales
+are not of heads, stay as calibrated.
 
 Cost: a forward of each layer over `IMAGES` images for each candidate, operand and round.
 """
@@ -122,9 +123,21 @@ def agreement(exact: Tensor, found: Tensor, ranking: bool) -> Tensor:
 
 def _searched(quantizer: Quantizer | None, *, by_head: bool = False) -> Quantizer | None:
     """The quantizer if its scales are chosen here; those of q and k belong to heads, or to all."""
-    if quantizer is None or quantizer.spec.token_bit_width is not None:
+    split = None if quantizer is None else quantizer.spec.token_bit_width
+    if quantizer is None or (split is not None and split.ranks):
         return None
-    return quantizer if not by_head or quantizer.grid()[0].numel() in (1, quantizer.num_groups) else None
+    return quantizer if not by_head or _scales(quantizer).numel() in (1, quantizer.num_groups) else None
+
+
+def _scales(quantizer: Quantizer) -> Tensor:
+    """What is searched: its scales, but not those of prefix tokens where these have a width of their own."""
+    split = quantizer.spec.token_bit_width
+    return (quantizer.grid() if split is None else quantizer.grid(quantizer.group_widths()[-1]))[0].clone()
+
+
+def _set_scales(quantizer: Quantizer, scales: Tensor) -> None:
+    split = quantizer.spec.token_bit_width
+    quantizer.restore({"scale": scales} if split is None else {"scale": quantizer.grid()[0], "low_scale": scales})
 
 
 def _alternate(quantizers: list[Quantizer], objective: Callable[[], Tensor]) -> None:
@@ -132,12 +145,12 @@ def _alternate(quantizers: list[Quantizer], objective: Callable[[], Tensor]) -> 
 
     `objective` answers with one number per head, or with one.
     """
-    starts = [own.grid()[0].clone() for own in quantizers]
+    starts = [_scales(own) for own in quantizers]
     for own in quantizers:
         own.enabled = True
     try:
         for own, start in [*zip(quantizers, starts, strict=True)] * ROUNDS:
-            own.restore({"scale": start * best_factors(own, start, objective)})
+            _set_scales(own, start * best_factors(own, start, objective))
     finally:
         for own in quantizers:
             own.enabled = False
@@ -147,7 +160,7 @@ def best_factors(quantizer: Quantizer, start: Tensor, objective: Callable[[], Te
     """The best of `FACTORS`: by scale, where the objective is by head and so are scales, or one for all, ()."""
     rows = []
     for factor in FACTORS:
-        quantizer.restore({"scale": start * factor})
+        _set_scales(quantizer, start * factor)
         rows.append(objective())
     gains = torch.stack(rows)
     count = start.numel() if gains.shape[1] > 1 else 1
