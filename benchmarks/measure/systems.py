@@ -58,7 +58,7 @@ MIXED: dict[str, dict[str, Any]] = {
     "fisher": {},
     "hessian": {},
     "relevance": {},
-    "mix-qvit": {},
+    "mix-qvit": {"sensitivity_images": 16},
     "nuclear-norm": {},
     "ompq": {},
     "topological-entropy": {},
