@@ -109,6 +109,16 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "σ = 0.9": {"searching_ratio": 0.9},
     "σ = 1.0": {"searching_ratio": 1.0},
 }
+#: Other metrics of `qvit sensitivity`, and what they need besides.
+METRICS: dict[str, dict[str, Any]] = {
+    "hessian": {},
+    "relevance": {},
+    "mix-qvit": {},
+    "nuclear-norm": {},
+    "lampq": {"rounds": 3},
+    "ompq": {},
+    "topological-entropy": {},
+}
 PARTS: dict[str, list[Row]] = {
     "budgets": [
         Row("lsq+", "lsq+"),
@@ -134,6 +144,7 @@ PARTS: dict[str, list[Row]] = {
         Row("Fisher + integer program, all layers", "lsq+", start="fisher-free"),
         Row("KL one by one + integer program", "lsq+", start="kl"),
         Row("KL one by one + integer program, all layers", "lsq+", start="kl-free"),
+        *(Row(f"{metric} + integer program", "lsq+", start=metric) for metric in METRICS),
         Row("OFQ", "ofq"),
         Row("IRM", "irm"),
     ],
@@ -155,8 +166,12 @@ PARTS: dict[str, list[Row]] = {
     ],
 }
 STARTS = {
-    name: Row(name, "ptq", {**GRIDS, "metric": name.split("-")[0], **({"boundary": "free"} if "-" in name else {})})
-    for name in ("fisher", "kl", "fisher-free", "kl-free")
+    metric: Row(metric, "ptq", {**GRIDS, "metric": metric, **METRICS.get(metric, {})})
+    for metric in ("fisher", "kl", *METRICS)
+}
+STARTS |= {
+    f"{metric}-free": Row(f"{metric}-free", "ptq", {**STARTS[metric].options, "boundary": "free"})
+    for metric in ("fisher", "kl")
 }
 STARTS["qvit"] = Row("qvit", "qvit")
 

@@ -26,6 +26,13 @@ TRAINED = {
     "Fisher + integer program, all layers": "Fisher plan of all layers, LSQ+",
     "KL one by one + integer program": "KL one by one, LSQ+",
     "KL one by one + integer program, all layers": "KL one by one of all layers, LSQ+",
+    "hessian + integer program": "HAWQ plan, LSQ+",
+    "relevance + integer program": "LRP-QViT plan, LSQ+",
+    "mix-qvit + integer program": "Mix-QViT plan, LSQ+",
+    "nuclear-norm + integer program": "PTQ for ViT's widths (nuclear norm), LSQ+",
+    "lampq + integer program": "LampQ plan, LSQ+",
+    "ompq + integer program": "OMPQ plan, LSQ+",
+    "topological-entropy + integer program": "GMPQ-TE plan, LSQ+",
 }
 
 
