@@ -463,6 +463,22 @@ def test_render_shows_speeds_of_each_model_and_batch(project: Path) -> None:
     assert render(project) == 2
 
 
+def test_render_shows_forms_of_the_native_engine(project: Path) -> None:
+    rows = [
+        {"form": "AVX2", "batch": 8, "plan": plan, "milliseconds_median": ms, "ratio_to_first": ms / 10}
+        for plan, ms in (("w8a8", 10.0), ("w4a4", 6.25))
+    ]
+    measured = {"command": "c", "hardware": "CPU", "date": "2020-01-02", "versions": {}, "model": "deit", "rows": rows}
+    document = project / "docs" / "deployment.md"
+    document.write_text("<!-- results:native_forms:begin -->\n<!-- results:native_forms:end -->")
+    (project / "results" / "native_forms.json").write_text(json.dumps({**measured, "plans": ["w8a8", "w4a4"]}))
+    assert render(project) == 0
+    text = unwrapped(document)
+    assert "w4a4, ms (÷ w8a8) |" in text and "| AVX2 | 8 | 10.00 (1.00) | 6.25 (0.62) |" in text
+    (project / "results" / "native_forms.json").write_text("{}")
+    assert render(project) == 2
+
+
 def test_render_shows_bits_against_milliseconds(project: Path) -> None:
     """A table and a figure for each batch size: plans by their width, peers as lines, the wrong one named."""
 

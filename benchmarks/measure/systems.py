@@ -13,8 +13,9 @@ r"""Post-training systems beside each other at equal bit operations, on real ima
 An archive of class folders is cut into two halves by class (`ptq_halves.py`); every arm calibrates and chooses on one
 half and is scored on the other, both ways, and McNemar's p is that of all scored images, each scored once, against the
 first arm. At 3 bits the narrowest width is 2: at a width of 3 that budget has nothing to choose from. A sensitivity is
-measured once per metric and way, for all budgets and for all arms of `pmq`. Every run has a directory of its own; runs
-that are there are not made again.
+measured once per metric and way, for all budgets and for all arms of `pmq`. What measuring a metric takes is processor
+time: that of the run which did it, less that of the same arm at another budget, which did not. Every run has a
+directory of its own; runs that are there are not made again.
 
     python benchmarks/measure/systems.py --weights W.safetensors --images IMAGES.tar --class-map classes.txt
     python benchmarks/measure/systems.py ... --arms plain class splits chance --out benchmarks/results/pmq_arms.json
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -41,7 +43,7 @@ from record import RESULTS
 
 from qvit.files import write_json
 from qvit.models.families import tokens
-from qvit.runs.directory import PLAN, RESULT, SENSITIVITY
+from qvit.runs.directory import CONFIG, PLAN, RESULT, SENSITIVITY
 from qvit.runs.finished import load_run
 from qvit.runs.run import train
 from qvit.runs.subject import answers, open_subject
@@ -96,6 +98,12 @@ def main() -> None:
             data["rows"].append({"budget": budget, "arm": arm, **summed_up(ways, first)})
             sys.stderr.write(json.dumps(data["rows"][-1]) + "\n")
             write_json(options.out, data)
+    for row in data["rows"]:
+        own = "plain" if row["arm"] in PMQ else row["arm"]
+        took = [metric_seconds(options, own, way) for way in options.ways if own in MIXED or own in PMQ]
+        if took and not math.isnan(sum(took)):
+            row["metric_seconds"] = mean(took)
+    write_json(options.out, data)
 
 
 def measure(options: argparse.Namespace, budget: str, arm: str, parts: tuple[Path, Path], way: int) -> dict[str, Any]:
@@ -118,9 +126,19 @@ def measure(options: argparse.Namespace, budget: str, arm: str, parts: tuple[Pat
     if (run / SENSITIVITY).is_file() and not shared.is_file():
         shared.write_bytes((run / SENSITIVITY).read_bytes())
     result, found = (json.loads((run / name).read_text(encoding="utf-8")) for name in (RESULT, ANSWERS))
-    seconds = json.loads(shared.read_text(encoding="utf-8"))["seconds"] if shared.is_file() else None
     right = [own == true for own, true in zip(found["predicted"], found["truth"], strict=True)]
-    return result | {"right": right, "metric_seconds": seconds, "processor_seconds": found["processor_seconds"]}
+    return result | {"right": right, "processor_seconds": found["processor_seconds"]}
+
+
+def metric_seconds(options: argparse.Namespace, arm: str, way: int) -> float:
+    """Processor time of measuring a metric; NaN where no other budget was run."""
+    measured, given = [], []
+    for run in sorted((options.runs / f"seed{options.seed}-way{way}").glob(f"*bit-{arm}")):
+        if (run / ANSWERS).is_file():
+            took = json.loads((run / ANSWERS).read_text(encoding="utf-8"))["processor_seconds"]
+            config = json.loads((run / CONFIG).read_text(encoding="utf-8"))
+            (given if config["method_options"].get("sensitivity") else measured).append(took)
+    return measured[0] - mean(given) if measured and given else math.nan
 
 
 def changes_of(arm: str, budget: str, folder: Path, shared: Path) -> dict[str, Any]:
@@ -161,8 +179,6 @@ def summed_up(ways: list[dict[str, Any]], first: list[list[bool]]) -> dict[str, 
         "bit_operations": [way["bit_operations"] for way in ways],
         "processor_seconds": mean(way["processor_seconds"] for way in ways),
     }
-    if all(way.get("metric_seconds") is not None for way in ways):
-        row["metric_seconds"] = mean(way["metric_seconds"] for way in ways)
     if any(way.get("nonlinear") for way in ways):
         row["forms"] = [way["nonlinear"]["forms"] for way in ways]
     if all("sqnr" in way.get("nonlinear", {}) for way in ways):

@@ -1,7 +1,8 @@
 """Bits against milliseconds: tables and figures of bits_ms*.json, one file for each kind of processor.
 
 Written by `benchmarks/measure/bits_ms.py`. The native engine's rows stand beside the fastest peer that answers as the
-float model does; peers that do not are drawn, too, and named as wrong.
+float model does; peers that do not are drawn, too, and named as wrong. `forms.py` has the engine's instruction sets
+beside each other.
 """
 
 from __future__ import annotations
@@ -44,6 +45,26 @@ def bits_ms_tables(data: Data) -> str:
     notes.append(f"Threads: {data['threads']}. {ENGINE}: {_arithmetic(run['rows'])}. Instructions of the processor:")
     notes.append(f"{', '.join(f'`{name}`' for name in data['instructions'] or ['not known'])}. {origin(data)}")
     return "\n\n".join([*parts, " ".join(notes)])
+
+
+@table_of("native_forms.json", "`python benchmarks/measure/forms.py`")
+def native_forms_tables(data: Data) -> str:
+    """Milliseconds by instruction set and plan, and over those of the first plan."""
+    found = {(row["batch"], row["form"], row["plan"]): row for row in data["rows"]}
+    cells = [
+        [
+            form,
+            str(batch),
+            *(
+                f"{row['milliseconds_median']:.2f} ({row['ratio_to_first']:.2f})"
+                for plan in data["plans"]
+                for row in [found[batch, form, plan]]
+            ),
+        ]
+        for batch, form in dict.fromkeys(key[:2] for key in found)
+    ]
+    header = ["instructions", "batch", *(f"{plan}, ms (÷ {data['plans'][0]})" for plan in data["plans"])]
+    return f"`{data['model']}`:\n\n{table(header, cells, left=1)}\n\n{origin(data)}"
 
 
 def _table(rows: list[Row]) -> str:
