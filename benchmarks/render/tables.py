@@ -455,7 +455,7 @@ def _deploy_verdict(rows: list[dict[str, Any]]) -> str:
     ratio = best["milliseconds_median"] / rival["milliseconds_median"]
     relation = "faster than" if ratio < 1 else "not faster than"
     return (
-        f"Our fastest engine, `{best['engine']}`, is {relation} the fastest peer, {rival['engine']} "
+        f"The fastest of these engines of ours, `{best['engine']}`, is {relation} the fastest peer, {rival['engine']} "
         f"{rival['precision']}: it takes {ratio:.2f} times as long."
     )
 
