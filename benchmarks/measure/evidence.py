@@ -45,6 +45,7 @@ from controls import on_wrong_axis, with_blocks_reversed
 from record import RESULTS, record_of
 from rich.console import Console
 from sets import SETS, add_arguments, common_of, float_jobs, float_of, parsed, spread
+from systems import MIXED
 
 from qvit.documents.base import read_document
 from qvit.documents.run import Outcome
@@ -109,16 +110,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "σ = 0.9": {"searching_ratio": 0.9},
     "σ = 1.0": {"searching_ratio": 1.0},
 }
-#: Other metrics of `qvit sensitivity`, and what they need besides.
-METRICS: dict[str, dict[str, Any]] = {
-    "hessian": {},
-    "relevance": {},
-    "mix-qvit": {},
-    "nuclear-norm": {},
-    "lampq": {"rounds": 3},
-    "ompq": {},
-    "topological-entropy": {},
-}
+#: Metrics whose plans are trained besides those of Fisher and KL.
+METRICS = {metric: options for metric, options in MIXED.items() if metric not in ("fisher", "kl")}
 PARTS: dict[str, list[Row]] = {
     "budgets": [
         Row("lsq+", "lsq+"),

@@ -194,11 +194,15 @@ def record_of(decision: ClassToken | None) -> dict[str, Any]:
     return {} if decision is None else {"class_token": asdict(decision)}
 
 
-def step_of(quantizer: Quantizer) -> float:
-    """The mean scale of a quantizer; where prefix tokens have a width of their own, of the other tokens."""
+def scales_of(quantizer: Quantizer) -> Tensor:
+    """The scales of a quantizer; where prefix tokens have a width of their own, of the other tokens."""
     split = quantizer.spec.token_bit_width
-    scale, _ = quantizer.grid() if split is None else quantizer.grid(quantizer.group_widths()[-1])
-    return float(scale.mean())
+    return (quantizer.grid() if split is None else quantizer.grid(quantizer.group_widths()[-1]))[0]
+
+
+def step_of(quantizer: Quantizer) -> float:
+    """The mean of `scales_of`."""
+    return float(scales_of(quantizer).mean())
 
 
 @contextmanager

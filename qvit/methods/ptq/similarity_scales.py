@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvit.methods.ptq.class_token import scales_of
 from qvit.methods.ptq.images import FirstImages
 from qvit.models.convert import in_eval_mode, quantizers_disabled
 from qvit.models.layers import AttentionSites, QuantLinear, for_all_heads, quantizer_at, weight_parts
@@ -126,16 +127,11 @@ def _searched(quantizer: Quantizer | None, *, by_head: bool = False) -> Quantize
     split = None if quantizer is None else quantizer.spec.token_bit_width
     if quantizer is None or (split is not None and split.ranks):
         return None
-    return quantizer if not by_head or _scales(quantizer).numel() in (1, quantizer.num_groups) else None
-
-
-def _scales(quantizer: Quantizer) -> Tensor:
-    """What is searched: its scales, but not those of prefix tokens where these have a width of their own."""
-    split = quantizer.spec.token_bit_width
-    return (quantizer.grid() if split is None else quantizer.grid(quantizer.group_widths()[-1]))[0].clone()
+    return quantizer if not by_head or scales_of(quantizer).numel() in (1, quantizer.num_groups) else None
 
 
 def _set_scales(quantizer: Quantizer, scales: Tensor) -> None:
+    """Replaces what `scales_of` returns."""
     split = quantizer.spec.token_bit_width
     quantizer.restore({"scale": scales} if split is None else {"scale": quantizer.grid()[0], "low_scale": scales})
 
@@ -145,7 +141,7 @@ def _alternate(quantizers: list[Quantizer], objective: Callable[[], Tensor]) -> 
 
     `objective` answers with one number per head, or with one.
     """
-    starts = [_scales(own) for own in quantizers]
+    starts = [scales_of(own).clone() for own in quantizers]
     for own in quantizers:
         own.enabled = True
     try:

@@ -157,6 +157,13 @@ def test_models_answer_as_the_reference(plan: str, probs: str) -> None:
     require_the_reference(frozen(plan, images_for(), probs=probs), images_for(), threads=(2,), names=forms())
 
 
+@pytest.mark.parametrize(("plan", "probs"), [("w3a3", "log2"), ("w4a4", "log-sqrt2")])
+def test_long_rows_of_logarithmic_probabilities(plan: str, probs: str) -> None:
+    """65 keys: codes are looked up 64 at a time where that can be done, and one is left."""
+    images = images_for(2, 64)
+    require_the_reference(frozen(plan, images, probs=probs, img_size=64), images, threads=(2,), names=forms())
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
