@@ -298,6 +298,13 @@ def test_rows_that_were_added_later_tell_where_they_are_from(project: Path) -> N
     assert found in page(project, data)
 
 
+def test_no_benchmark_hides_another() -> None:
+    """Both folders may stand in `sys.path` of one process: by what is imported first, a shared name means either."""
+    folders = ROOT / "benchmarks/measure", ROOT / "benchmarks/render"
+    measure, rendering = ({file.stem for file in folder.glob("*.py")} for folder in folders)
+    assert measure and rendering and not measure & rendering
+
+
 def test_later_rows_take_the_place_of_those_of_their_name() -> None:
     evidence = benchmark("evidence")
     before = measured()

@@ -24,12 +24,12 @@ import evidence_figures
 import evidence_fragile
 import evidence_tables
 import headlines
-import systems
+import systems_tables
 import tables
 from rendering import FIGURES, TABLES, RenderError, figure_text, read, wrapped
 
 #: Where tables and figures are registered.
-REGISTERED = (tables, bits, headlines, systems, evidence_tables, evidence_figures, evidence_fragile)
+REGISTERED = (tables, bits, headlines, systems_tables, evidence_tables, evidence_figures, evidence_fragile)
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
