@@ -298,6 +298,20 @@ def test_rows_that_were_added_later_tell_where_they_are_from(project: Path) -> N
     assert found in page(project, data)
 
 
+def test_trained_systems_have_the_seconds_of_their_search(project: Path) -> None:
+    data = measured()
+    plan = row("rivals", "3bit", "hessian + integer program", [40.0, 41.0], search_seconds_mean=12.4, seconds_mean=3.0)
+    data["rows"].append(plan)
+    data["added"] = [{**ORIGIN, "rows": [["rivals", "3bit", plan["row"]], ["ablations", "3bit", "σ = 0.5"]]}]
+    (project / "docs/methods.md").write_text(
+        "<!-- results:trained_systems:begin -->\n<!-- results:trained_systems:end -->"
+    )
+    page(project, data)
+    text = unwrapped(project / "docs/methods.md")
+    assert "| HAWQ plan, LSQ+ | 40.50 ± 1.00 | 3 | 12 |" in text and "| LSQ+ | 41.00 ± 1.00 | 1 |  |" in text
+    assert "Added later: hessian + integer program (3bit). Measured" in text
+
+
 def test_no_benchmark_hides_another() -> None:
     """Both folders may stand in `sys.path` of one process: by what is imported first, a shared name means either."""
     folders = ROOT / "benchmarks/measure", ROOT / "benchmarks/render"

@@ -111,7 +111,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "σ = 1.0": {"searching_ratio": 1.0},
 }
 #: Metrics whose plans are trained besides those of Fisher and KL.
-METRICS = {metric: options for metric, options in MIXED.items() if metric not in ("fisher", "kl")}
+METRICS = {metric: options for metric, options in MIXED.items() if metric not in ("fisher", "greedy", "kl")}
 PARTS: dict[str, list[Row]] = {
     "budgets": [
         Row("lsq+", "lsq+"),
@@ -135,6 +135,7 @@ PARTS: dict[str, list[Row]] = {
         Row("EdMIPS", "edmips"),
         Row("Fisher + integer program", "lsq+", start="fisher"),
         Row("Fisher + integer program, all layers", "lsq+", start="fisher-free"),
+        Row("Fisher + greedy descent", "lsq+", start="fisher-greedy"),
         Row("KL one by one + integer program", "lsq+", start="kl"),
         Row("KL one by one + integer program, all layers", "lsq+", start="kl-free"),
         *(Row(f"{metric} + integer program", "lsq+", start=metric) for metric in METRICS),
@@ -166,6 +167,7 @@ STARTS |= {
     f"{metric}-free": Row(f"{metric}-free", "ptq", {**STARTS[metric].options, "boundary": "free"})
     for metric in ("fisher", "kl")
 }
+STARTS["fisher-greedy"] = Row("fisher-greedy", "ptq", {**GRIDS, **MIXED["greedy"]})
 STARTS["qvit"] = Row("qvit", "qvit")
 
 
@@ -200,7 +202,9 @@ def main() -> None:
         found = [own for own in found if own]
         if found:
             about = {"part": part, "budget": budget, "row": row.name, "method": row.method, "start": row.start}
-            rows.append({**about, "method_options": row.options, **summary(found)})
+            plans = [runs / jobs.place(budget, STARTS[row.start], seed) for seed in options.seeds] if row.start else []
+            search = {} if row.start == "qvit" else searched(plans)
+            rows.append({**about, "method_options": row.options, **summary(found), **search})
     everything = [runs / name for name in [job.name for job in floats] + list(jobs.all)]
     finished = [run for run in everything if (run / RESULT).is_file()]
     data = {
@@ -234,8 +238,8 @@ class Jobs:
     def place(self, budget: str, row: Row, seed: int, repeat: int = 0) -> str:
         """The directory of a row's run."""
         if row.method == "ptq":
-            of_ends = f"-{row.options['boundary']}" if "boundary" in row.options else ""
-            return f"plan-{row.options['metric']}{of_ends}-{budget}-seed{seed}"
+            made = [row.options[name] for name in ("metric", "boundary", "solver") if name in row.options]
+            return f"plan-{'-'.join(made)}-{budget}-seed{seed}"
         words = "".join(c if c.isalnum() else " " for c in row.name).split()
         return f"{budget}-{'-'.join(words)}-seed{seed}" + (f"-run{repeat + 1}" if repeat else "")
 
@@ -330,6 +334,13 @@ def summary(by_seed: list[list[Path]]) -> dict[str, Any]:
         "seconds_mean": statistics.mean(result["seconds"]["total"] for result in results),
         "seeds": [own[0]["seed"] for own in of_seeds],
     }
+
+
+def searched(plans: list[Path]) -> dict[str, float]:
+    """What finding the widths of plans took: all but calibrating and judging them; nothing where none was made."""
+    found = [read(plan)["seconds"] for plan in plans if (plan / RESULT).is_file()]
+    took = [own["total"] - own["calibrate"] - own["evaluate"] for own in found]
+    return {"search_seconds_mean": statistics.mean(took)} if took else {}
 
 
 def widths_by_kind(plan: QuantPlan) -> dict[str, list[int]]:

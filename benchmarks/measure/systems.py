@@ -1,12 +1,14 @@
 r"""Post-training systems beside each other at equal bit operations, on real images: accuracy and seconds of search.
 
     uniform       one width everywhere: the plan w6a6, w4a4, w3a3
-    twin          the same with the grids of PTQ4ViT; `similarity`, `ranking`: with the scales of Liu et al. (2021)
-    fisher ...    mixed widths within the same budget by that metric; `lampq` in three rounds
-    plain         method `pmq`: widths of components alone, one per head
-    class         and 8 bits for the class token where the program gives them
-    splits        and two widths for the patches of an activation, by their importance
-    chance        the plan of `splits` with patches ranked by chance, everything else made anew
+    log2, twin    the same with the probabilities of FQ-ViT; with the grids of PTQ4ViT
+    similarity    the same with the scales of Liu et al. (2021); `ranking`: and with their ranking loss
+    fisher ...    mixed widths within the same budget by that metric; `lampq` in three rounds; `greedy`: Fisher's by
+                  greedy descent
+    pmq           method `pmq`: widths per head, 8 bits for the class token where the program gives them, and two widths
+                  for the patches of an activation, by their importance
+    plain, class  the same without the class token's width and the patches'; without the patches'
+    chance        the plan of `pmq` with patches ranked by chance, everything else made anew
     float-glue    a uniform width, LayerNorm, softmax and GELU in float; `i-bert`, `i-vit`: all three on integers by
                   those forms; `fq-vit`: its softmax, the rest of `i-vit`; `sqnr`: the best form of each place
 
@@ -18,7 +20,7 @@ time: that of the run which did it, less that of the same arm at another budget,
 directory of its own; runs that are there are not made again.
 
     python benchmarks/measure/systems.py --weights W.safetensors --images IMAGES.tar --class-map classes.txt
-    python benchmarks/measure/systems.py ... --arms plain class splits chance --out benchmarks/results/pmq_arms.json
+    python benchmarks/measure/systems.py ... --arms plain class pmq chance --out benchmarks/results/pmq_arms.json
     python benchmarks/measure/systems.py ... --budgets 8bit 6bit --arms float-glue i-bert i-vit fq-vit sqnr
         --out benchmarks/results/nonlinear.json
 """
@@ -51,13 +53,15 @@ from qvit.training.config import TrainConfig
 
 UNIFORM: dict[str, dict[str, Any]] = {
     "uniform": {},
+    "log2": {"probs": "log2"},
     "twin": {"probs": "twin", "gelu": "twin"},
     "similarity": {"scale_search": "similarity"},
     "ranking": {"scale_search": "ranking"},
 }
-#: Mixed widths by a metric of `qvit ptq`.
+#: Mixed widths by a metric of `qvit ptq`, that of the arm's name where none is given.
 MIXED: dict[str, dict[str, Any]] = {
     "fisher": {},
+    "greedy": {"metric": "fisher", "solver": "greedy"},
     "hessian": {},
     "relevance": {},
     "mix-qvit": {"sensitivity_images": 16},
@@ -70,7 +74,7 @@ MIXED: dict[str, dict[str, Any]] = {
 PMQ: dict[str, dict[str, Any]] = {
     "plain": {"class_token": "off", "patches": False},
     "class": {"class_token": 8, "patches": False},
-    "splits": {"class_token": 8, "patches": True},
+    "pmq": {"class_token": 8, "patches": True},
     "chance": {},
 }
 #: Integer forms of LayerNorm, softmax and GELU at one width everywhere.
@@ -99,7 +103,7 @@ def main() -> None:
             sys.stderr.write(json.dumps(data["rows"][-1]) + "\n")
             write_json(options.out, data)
     for row in data["rows"]:
-        own = "plain" if row["arm"] in PMQ else row["arm"]
+        own = "plain" if row["arm"] in PMQ else MIXED.get(row["arm"], {}).get("metric", row["arm"])
         took = [metric_seconds(options, own, way) for way in options.ways if own in MIXED or own in PMQ]
         if took and not math.isnan(sum(took)):
             row["metric_seconds"] = mean(took)
@@ -110,7 +114,8 @@ def measure(options: argparse.Namespace, budget: str, arm: str, parts: tuple[Pat
     """The result of an arm, one way, and which of the scored images it is right about."""
     folder = options.runs / f"seed{options.seed}-way{way}"
     run = folder / f"{budget}-{arm}"
-    shared = folder / f"sensitivity-{'pmq' if arm in PMQ else arm}.json"
+    metric = "pmq" if arm in PMQ else MIXED.get(arm, {}).get("metric", arm)
+    shared = folder / f"sensitivity-{metric}.json"
     config = config_of(options, budget, {}, str(parts[way]), str(parts[1 - way]))
     config = TrainConfig.create(**(config.model_dump() | changes_of(arm, budget, folder, shared)))
     ranking = RANKINGS["random"] if arm == "chance" else tokens.rank_tokens
@@ -144,7 +149,7 @@ def metric_seconds(options: argparse.Namespace, arm: str, way: int) -> float:
 def changes_of(arm: str, budget: str, folder: Path, shared: Path) -> dict[str, Any]:
     """What of the config of a uniform run an arm changes."""
     if arm == "chance":
-        return {"budget": None, "plan": str(folder / f"{budget}-splits" / PLAN)}
+        return {"budget": None, "plan": str(folder / f"{budget}-pmq" / PLAN)}
     if arm in UNIFORM or arm in GLUE:
         width = budget.removesuffix("bit")
         return {
@@ -156,7 +161,7 @@ def changes_of(arm: str, budget: str, folder: Path, shared: Path) -> dict[str, A
     own["sensitivity"] = str(shared) if shared.is_file() else None
     if arm in PMQ:
         return {"method": "pmq", "method_options": own | PMQ[arm] | {"picture": 0}}
-    return {"method_options": own | MIXED[arm] | {"metric": arm}}
+    return {"method_options": own | {"metric": arm} | MIXED[arm]}
 
 
 def summed_up(ways: list[dict[str, Any]], first: list[list[bool]]) -> dict[str, Any]:
@@ -197,7 +202,7 @@ def parse() -> argparse.Namespace:
         "--arms",
         nargs="*",
         choices=[*UNIFORM, *MIXED, *PMQ, *GLUE],
-        default=[*UNIFORM, *MIXED],
+        default=[*UNIFORM, *MIXED, "pmq"],
         help="the first is compared",
     )
     parser.add_argument("--threads", type=int, default=1)

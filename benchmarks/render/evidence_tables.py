@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 
 from evidence_data import ABLATIONS, KINDS, Gain, Row, figure_names, floats_of, learned, paired, reference_of, rows_of
-from rendering import Data, origin, place, spread, table, table_of
+from rendering import Data, added, origin, place, spread, table, table_of
 
 from qvit.report.units import column, difference, titled
 
@@ -46,7 +46,7 @@ def evidence_tables(data: Data) -> str:
     pieces += _ablations(data, shown)
     pieces += _widths(data, shown)
     hours = f" All runs together: {data['hours']:.1f} hours." if data.get("hours") else ""
-    return "\n\n".join([*pieces, origin(data) + hours + _added(data) + _where(data)])
+    return "\n\n".join([*pieces, origin(data) + hours + added(data) + _where(data)])
 
 
 @table_of("evidence_tiny-imagenet.json", "`python benchmarks/measure/evidence.py --help`")
@@ -147,18 +147,6 @@ def verdict(rows: list[Row], gains: list[Gain | None], reference: str) -> str:
         f"By more than the deviation of the paired differences above `{reference}`: {above}. Below it: {below}. "
         f"Within the deviation: {rest}."
     )
-
-
-def _added(data: Data) -> str:
-    """Rows that were measured later than the others, and with which command."""
-    pieces = []
-    for one in data.get("added", []):
-        rows: dict[str, list[str]] = {}
-        for _, budget, name in one["rows"]:
-            rows.setdefault(name, []).append(budget)
-        named = "; ".join(f"{name} ({', '.join(dict.fromkeys(budgets))})" for name, budgets in rows.items())
-        pieces.append(f"\n\nAdded later: {named}. {origin(one)}")
-    return "".join(pieces)
 
 
 def _where(data: Data) -> str:

@@ -165,6 +165,19 @@ def origin(data: Data) -> str:
     return f"Measured with `{data['command'].strip()}` on {where}."
 
 
+def added(data: Data, names: Iterable[str] | None = None) -> str:
+    """Rows of evidence (of these names) that were measured later than the others, and with which command."""
+    pieces = []
+    for one in data.get("added", []):
+        rows: dict[str, list[str]] = {}
+        for _, budget, name in one["rows"]:
+            if names is None or name in names:
+                rows.setdefault(name, []).append(budget)
+        named = "; ".join(f"{name} ({', '.join(dict.fromkeys(budgets))})" for name, budgets in rows.items())
+        pieces += [f"\n\nAdded later: {named}. {origin(one)}"] if rows else []
+    return "".join(pieces)
+
+
 def kinds_of(data: Data) -> dict[str, list[Data]]:
     """The rows of each kind of processor; an empty name where a file does not tell kinds apart."""
     kinds: dict[str, list[Data]] = {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from rendering import Data, origin, spread, table, table_of
+from rendering import Data, added, origin, spread, table, table_of
 
 #: Systems that train, by the names of their rows in the evidence.
 TRAINED = {
@@ -24,6 +24,7 @@ TRAINED = {
     "IRM": "Q-ViT (Y. Li et al.), IRM",
     "Fisher + integer program": "Fisher plan, LSQ+",
     "Fisher + integer program, all layers": "Fisher plan of all layers, LSQ+",
+    "Fisher + greedy descent": "MPTQ-ViT's greedy widths by Fisher, LSQ+",
     "KL one by one + integer program": "KL one by one, LSQ+",
     "KL one by one + integer program, all layers": "KL one by one of all layers, LSQ+",
     "hessian + integer program": "HAWQ plan, LSQ+",
@@ -76,7 +77,7 @@ def _ratios(measured: list[tuple[str, dict[str, float]]]) -> str:
 
 @table_of("evidence_*.json", "`python benchmarks/measure/evidence.py --help`")
 def trained_systems_tables(data: Data) -> str:
-    """Accuracy of what was trained at 3 and 2 bits, and the seconds of a run."""
+    """Accuracy of what was trained at 3 and 2 bits, and the seconds of a run and of the search before it."""
     found = {(row["row"], row["budget"]): row for row in data["rows"] if row["part"] in ("budgets", "rivals")}
     budgets = [own for own in ("3bit", "2bit") if ("lsq+", own) in found]
     names = [name for name in TRAINED if any((name, budget) in found for budget in budgets)]
@@ -85,10 +86,12 @@ def trained_systems_tables(data: Data) -> str:
         rows = [found.get((name, budget)) for budget in budgets]
         numbers = ["" if row is None else spread(row["accuracy_mean"], row["accuracy_std"], 3) for row in rows]
         seconds = ["" if row is None else f"{row['seconds_mean']:.0f}" for row in rows]
-        cells.append([TRAINED[name], *numbers, *seconds])
+        search = [row["search_seconds_mean"] for row in rows if row and "search_seconds_mean" in row]
+        cells.append([TRAINED[name], *numbers, *seconds, f"{max(search):.0f}" if search else ""])
     header = ["trained", *(f"{own}, top-1 (%)" for own in budgets), *(f"{own}, seconds of a run" for own in budgets)]
+    header += ["search (s)"]
     title = data["title"] or f"`{data['settings']['common']['model']}` on {data['set']}"
-    return "\n\n".join([f"{title}:", table(header, cells, left=1), origin(data)])
+    return "\n\n".join([f"{title}:", table(header, cells, left=1), origin(data) + added(data, TRAINED)])
 
 
 def _note(data: Data) -> str:
