@@ -134,6 +134,13 @@ class Method(ComposedHooks):
                 self.nonlinear = choose_forms(made, self.config.nonlinear, given.images)
         return made
 
+    def state_dict(self) -> dict[str, Any]:
+        """What choosing integer forms has measured: the forms themselves are the plan's."""
+        return {"nonlinear": self.nonlinear} if self.nonlinear else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.nonlinear = state["nonlinear"]
+
     def record(self) -> dict[str, Any]:
         """What `result.json` says about this method beside what it says about all."""
         return {}

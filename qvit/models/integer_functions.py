@@ -147,6 +147,8 @@ def forms_of(model: nn.Module) -> dict[str, str]:
 def use_forms(model: nn.Module, forms: Forms) -> None:
     """Gives the operations of a quantized model these forms, in place; a place that has one already gets the new one.
 
+    `float` leaves a place as it is: it excepts one from the form of its operation, and takes no form away.
+
     Raises:
         UsageError: A kind or a path that the model does not have, or no such form.
     """

@@ -66,6 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "monitor_share": 0.1,
         "method_options": {"searching_ratio": 1.0, "width_gradient": "interpolation"},
     },
+    "lsq+ on integers": {"method": "lsq+", "budget": "4bit", "nonlinear": "sqnr"},
 }
 EPOCHS = 6
 TRAIN = """
@@ -268,6 +269,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     [
         ("float", [9]),
         ("lsq+", [7, 20]),
+        ("lsq+ on integers", [9]),
         ("qvit", [8, 17, 19, 36]),  # searching, its last epoch, just frozen, the last step
         ("qvit to the end", [12, 29]),
     ],
