@@ -7,8 +7,8 @@
 //   x       = scale * Σ q k (+ a bias for each pair) (- 100 between regions that do not see one another)
 //   uniform   2^(x - most) and their sum; codes of these on the grid of probabilities times the sum; one product
 //   log       their sum alone: q = steps * (log2(sum * scale) - (x - most)) is linear in x. Levels 2^(-q / steps), the
-//             last of them 0, are two operands of powers of two: even and odd codes (log-sqrt2), or the eight largest
-//             levels and the others (log2); two products, or one where there are no others
+//             last of them 0, are two operands of powers of two for every 16 codes: even and odd codes (log-sqrt2), or
+//             the eight largest levels and the others (log2); two products, or one where there are no others
 
 class Attention {
   public:
@@ -38,7 +38,7 @@ class Attention {
         if (values_apart_) pack_values(own_.prefix_values, 0, prefix_);
         if (block_.log_steps) tabulate_levels();
         own_.scores.resize(size_t(kRows) * columns_), own_.queries.resize(size_t(kRows) * d_);
-        own_.probs.resize(size_t(kRows) * columns_), own_.second.resize(size_t(kRows) * columns_);
+        own_.probs.resize(size_t(sixteens_) * kRows * columns_), own_.second.resize(own_.probs.size());
         // Queries of prefix tokens go first where their grid is another one.
         const int border = block_.splits_queries ? std::min(std::max(prefix_, first), last) : first;
         const Grid* query = nullptr;
@@ -201,7 +201,7 @@ class Attention {
     // one: as many levels down as there are bounds above.
     void whole_probabilities(int m) {
         own_.whole.resize(size_t(columns_));
-        float bounds[16];
+        float bounds[256];
         for (int q = 0; q < grids_.probs.high && block_.log_steps; ++q)
             bounds[q] = float(grids_.probs.scale * std::exp2(-(q + 0.5) / block_.log_steps));
         for (int i = 0; i < m; ++i) {
@@ -226,18 +226,23 @@ class Attention {
 
     template <class Codes>
     void store_levels(int i, int j, const Codes& codes) {
-        const size_t at = size_t(i) * columns_ + j;
-        store(own_.probs.data() + at, looked_up(levels_, codes));
-        if (two_operands_) store(own_.second.data() + at, looked_up(levels_ + 16, codes));
+        for (int part = 0; part < sixteens_; ++part) {
+            const auto places = sixteens_ > 1 ? within(codes, 16 * part) : codes;
+            const size_t at = (size_t(part) * kRows + i) * columns_ + j;
+            store(own_.probs.data() + at, looked_up(levels_[part], places));
+            if (two_operands_) store(own_.second.data() + at, looked_up(levels_[part] + 16, places));
+        }
     }
 
     void tabulate_levels() {
         const int high = grids_.probs.high, steps = block_.log_steps;
         two_operands_ = steps == 2 || high > 8;
-        for (int q = 0; q < 16; ++q) {
+        sixteens_ = std::min((high + 15) / 16, kMostOctaves * steps / 16);
+        for (int q = 0; q < 16 * sixteens_; ++q) {
             const bool other = steps == 2 ? q & 1 : q & 8;
             const int level = q < high ? 128 >> ((q >> (steps - 1)) & 7) : 0;
-            levels_[q] = uint8_t(other ? 0 : level), levels_[16 + q] = uint8_t(other ? level : 0);
+            levels_[q / 16][q % 16] = uint8_t(other ? 0 : level);
+            levels_[q / 16][16 + q % 16] = uint8_t(other ? level : 0);
         }
     }
 
@@ -304,22 +309,24 @@ class Attention {
     }
 
     void weigh_by_levels(int begin, int m) {
-        const float one = grids_.probs.scale * grids_.value.scale / 128.0f;
         const float other = block_.log_steps == 2 ? 0.70710678f : 1 / 256.0f;
-        const float of_prefix = grids_.probs.scale / 128.0f;
         const Panels& values = own_.values;
-        alignas(64) int32_t sums[kRows * kColumns], second[kRows * kColumns];
+        alignas(64) int32_t sums[kRows * kColumns];
         alignas(64) float y[kRows * kColumns];
         for (int column = 0; column < d_; column += kColumns) {
-            multiply_tile(m, own_.probs.data(), columns_, values, values.left, column, sums);
-            const Lanes by(one), other_by(one * other);
-            for (int t = 0; t < m * kColumns; t += kLanes) (of_integers(sums + t) * by).store(y + t);
-            add_prefix_values(m, own_.probs.data(), of_prefix, column, y);
-            if (two_operands_) {
-                multiply_tile(m, own_.second.data(), columns_, values, values.left, column, second);
+            float one = grids_.probs.scale / 128.0f;
+            std::fill_n(y, m * kColumns, 0.0f);
+            auto add = [&](const uint8_t* levels, float scale) {
+                multiply_tile(m, levels, columns_, values, values.left, column, sums);
+                const Lanes by(scale * grids_.value.scale);
                 for (int t = 0; t < m * kColumns; t += kLanes)
-                    (Lanes(y + t) + of_integers(second + t) * other_by).store(y + t);
-                add_prefix_values(m, own_.second.data(), of_prefix * other, column, y);
+                    (Lanes(y + t) + of_integers(sums + t) * by).store(y + t);
+                add_prefix_values(m, levels, scale, column, y);
+            };
+            for (int part = 0; part < sixteens_; ++part, one *= block_.log_steps == 2 ? 1 / 256.0f : 1 / 65536.0f) {
+                const size_t from = size_t(part) * kRows * columns_;
+                add(own_.probs.data() + from, one);
+                if (two_operands_) add(own_.second.data() + from, one * other);
             }
             encode_outputs(begin, m, column, y);
         }
@@ -337,10 +344,13 @@ class Attention {
     const uint8_t* const qkv_;
     uint8_t* const merged_;
     bool values_apart_ = false, two_operands_ = false;
-    int largest_key_ = 0;
+    int largest_key_ = 0, sixteens_ = 1;
     Lanes most_[kRows];  // of each row of scores: lane by lane, then in all lanes
     float prob_sums_[kRows];
-    uint8_t levels_[32];  // of codes: first operand, second operand
+    // Levels of 16 codes each: first operand, second operand. So many octaves below the largest one, a level is nothing
+    // beside the rounding of a float, and taken for 0.
+    static constexpr int kMostOctaves = 48;
+    uint8_t levels_[kMostOctaves / 8][32];
 };
 
 inline void Model::attend(const Stage& stage, const Block& block, bool shifted, int image, int window, int head,

@@ -198,12 +198,19 @@ QVIT_INLINE void store(float* to, const Lanes& x, int count) {
 #if defined(QVIT_SHUFFLES)
 using Bytes = __m128i;
 QVIT_INLINE void store(uint8_t* to, Bytes bytes) { _mm_storeu_si128((__m128i*)to, bytes); }
-// Bytes of a table at places from 0 to 15.
+// Places less `first`, or from 128 on if they are not in the 16 from there.
+QVIT_INLINE Bytes within(Bytes at, int first) {
+    return _mm_adds_epu8(_mm_sub_epi8(at, _mm_set1_epi8(char(first))), _mm_set1_epi8(0x70));
+}
+// Bytes of a table at places from 0 to 15; 0 at places from 128 on.
 QVIT_INLINE Bytes looked_up(const uint8_t* table, Bytes at) {
     return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)table), at);
 }
 #if defined(QVIT_AVX512_VNNI)
 QVIT_INLINE void store(uint8_t* to, __m512i bytes) { _mm512_storeu_si512(to, bytes); }
+QVIT_INLINE __m512i within(__m512i at, int first) {
+    return _mm512_adds_epu8(_mm512_sub_epi8(at, _mm512_set1_epi8(char(first))), _mm512_set1_epi8(0x70));
+}
 QVIT_INLINE __m512i looked_up(const uint8_t* table, __m512i at) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), at);
 }
@@ -213,9 +220,14 @@ struct Bytes {
     uint8_t v[kLanes];
 };
 QVIT_INLINE void store(uint8_t* to, const Bytes& bytes) { std::memcpy(to, bytes.v, kLanes); }
+QVIT_INLINE Bytes within(const Bytes& at, int first) {
+    Bytes to;
+    for (int t = 0; t < kLanes; ++t) to.v[t] = uint8_t(at.v[t] - first) < 16 ? uint8_t(at.v[t] - first) : 128;
+    return to;
+}
 QVIT_INLINE Bytes looked_up(const uint8_t* table, const Bytes& at) {
     Bytes to;
-    for (int t = 0; t < kLanes; ++t) to.v[t] = table[at.v[t] & 15];
+    for (int t = 0; t < kLanes; ++t) to.v[t] = at.v[t] < 128 ? table[at.v[t] & 15] : 0;
     return to;
 }
 // Of numbers that are rounded to integers, less `low`.

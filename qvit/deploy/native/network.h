@@ -105,7 +105,7 @@ class NetworkReader {
 
     static constexpr int kMostBlocks = 256, kLargestSide = 1 << 13, kWidest = 1 << 16, kLongestSum = 1 << 15,
                          kMostTokens = 1 << 15;
-    static constexpr int kLargestHead = 256, kMostLogBits = 4;
+    static constexpr int kLargestHead = 256;
     static constexpr int kMostNormed = 4096;  // more channels could overflow sums of squares
 
     Network all() {
@@ -360,10 +360,6 @@ class NetworkReader {
             }
             if (part < 3 && !site.is_signed) throw Problem("'" + name + "' has an unsigned grid");
             if (part == 3 && site.is_signed) throw Problem("'" + name + "' has a signed grid");
-            if (logarithmic)
-                for (int width : site.widths)
-                    if (width > kMostLogBits)
-                        throw Problem("'" + name + "' has more than 4 bits on a logarithmic grid");
             if (site.quantizer != "irm") continue;
             NormNumbers& norm = part == 0 ? block.query_norm : block.key_norm;
             if (part > 1) throw Problem("'" + name + "' is rectified, which only queries and keys are");

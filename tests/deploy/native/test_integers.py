@@ -54,9 +54,10 @@ def with_forms(plan: str, forms: dict[str, str]) -> qvit.QuantPlan:
         ("vit_tiny_patch16_224", MIXED, "w8a8", "uniform", {"qk_norm": True}),
         ("vit_tiny_patch16_224", {"layernorm": "i-bert", "softmax": "fq-vit", "gelu": "i-vit"}, "w4a4", "log2", {}),
         ("vit_tiny_patch16_224", {"softmax": "i-vit", "gelu": "i-bert"}, "w4a4", "log-sqrt2", {"global_pool": "map"}),
+        ("vit_tiny_patch16_224", {"softmax": "i-bert"}, "w5a5", "log-sqrt2", {}),
         (SWIN_NAME, {"layernorm": "i-vit", "softmax": "i-vit", "gelu": "i-vit"}, "w8a8", "uniform", {"img_size": 32}),
     ],
-    ids=["mixed", "logarithms", "pooled", "windows"],
+    ids=["mixed", "logarithms", "pooled", "wide logarithms", "windows"],
 )
 def test_models_answer_as_the_reference(
     name: str, forms: dict[str, str], plan: str, probs: str, kwargs: dict[str, Any]

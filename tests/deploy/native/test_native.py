@@ -164,6 +164,30 @@ def test_long_rows_of_logarithmic_probabilities(plan: str, probs: str) -> None:
     require_the_reference(frozen(plan, images, probs=probs, img_size=64), images, threads=(2,), names=forms())
 
 
+@pytest.mark.parametrize("probs", ["log2", "log-sqrt2"])
+def test_wide_logarithmic_probabilities(probs: str) -> None:
+    """Codes behind 16 are other operands: attention that is sharp has all of them, up to those that are taken for 0."""
+    images, kwargs = images_for(3, 64), SMALL | {"img_size": 64}
+    torch.manual_seed(5)
+    model: Any = shake(timm.create_model("vit_tiny_patch16_224", **kwargs)).eval()
+    for block in model.blocks:
+        block.attn.qkv.weight.data[: 2 * 48] *= 8
+    widths = {"quantizer": probs, "bit_width": (8, 5, 4)}
+    quantized = qvit.quantize(model, qvit.QuantPlan.preset("w8a8").with_rules(qvit.Rule("blocks.*.attn.probs", widths)))
+    qvit.calibrate(quantized, [images])
+    qvit.freeze(quantized)
+    site: Any = quantized.get_submodule("blocks.1.attn.probs_quantizer")
+    seen: list[Tensor] = []
+    site.register_forward_hook(lambda module, inputs, output: seen.append(module.to_int(inputs[0])))
+    with torch.no_grad():
+        quantized(images)
+    most, codes = 96 if probs == "log-sqrt2" else 48, torch.cat(seen)
+    inside, narrow = ((codes[:, 0] > 16) & (codes[:, 0] < most)).sum(), ((codes[:, 1] > 15) & (codes[:, 1] < 31)).sum()
+    assert inside > 100 and narrow > 100 and (codes[:, 0] > most).any() and (codes[:, 1] == 31).any()
+    artifact = Artifact.from_model(quantized, model_name="vit_tiny_patch16_224", model_kwargs=kwargs)
+    require_the_reference(artifact, images, threads=(2,), names=forms())
+
+
 @pytest.mark.parametrize(
     "kwargs",
     [
