@@ -181,6 +181,7 @@ def summed_up(ways: list[dict[str, Any]], first: list[list[bool]]) -> dict[str, 
         "only_this_right": gained,
         "only_first_right": lost,
         "p_value": sign_test(gained, lost),
+        "right": "".join("01"[own] for own, _ in pairs),
         "bit_operations": [way["bit_operations"] for way in ways],
         "processor_seconds": mean(way["processor_seconds"] for way in ways),
     }

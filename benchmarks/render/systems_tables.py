@@ -8,6 +8,7 @@ from __future__ import annotations
 from statistics import median
 
 from rendering import Data, added, origin, spread, table, table_of
+from scipy.stats import binomtest
 
 #: Systems that train, by the names of their rows in the evidence.
 TRAINED = {
@@ -45,8 +46,19 @@ def systems_tables(data: Data) -> str:
 
 @table_of("pmq_arms.json", "`python benchmarks/measure/systems.py --arms plain class splits chance`")
 def pmq_arms_tables(data: Data) -> str:
-    """The parts of PMQ by budget."""
-    return "\n\n".join([_note(data), *_by_budget(data, "plain"), origin(data)])
+    """The parts of PMQ by budget, and all of it beside each of its parts."""
+    right = {(row["budget"], row["arm"]): row["right"] for row in data["rows"]}
+    budgets = dict.fromkeys(budget for budget, _ in right)
+    cells = []
+    for other in ("chance", "class"):
+        pairs = [list(zip(right[budget, "pmq"], right[budget, other], strict=True)) for budget in budgets]
+        counts = [(own.count(("1", "0")), own.count(("0", "1"))) for own in pairs]
+        p_values = [binomtest(gained, gained + lost).pvalue if gained + lost else 1.0 for gained, lost in counts]
+        told = [f"{gained} / {lost} ({p:.2g})" for (gained, lost), p in zip(counts, p_values, strict=True)]
+        cells.append([f"`{other}`", *told])
+    beside = "Images that only `pmq`, or only the other, is right about (p):\n\n"
+    beside += table(["`pmq` beside", *(f"`{budget}`" for budget in budgets)], cells, left=1)
+    return "\n\n".join([_note(data), *_by_budget(data, "plain"), beside, origin(data)])
 
 
 @table_of("nonlinear.json", "`python benchmarks/measure/systems.py --help`")
