@@ -406,6 +406,15 @@ def test_mixed_widths_leave_room_for_the_class_token(tmp_path: Path, option: str
     assert bool(split) is decision["used"] and (option == "auto" or decision["used"])
 
 
+def test_a_budget_without_room_for_the_class_token_is_met_without_it(tmp_path: Path) -> None:
+    """Ends of chosen widths bring 2 bits near their least cost."""
+    result = run_record(tmp_path, budget="2bit", metric="fisher", boundary="free")
+    cost, decision = inspect_model(create_model("vit_digits")), result["class_token"]
+    limit = cost.bit_operations(cost.uniform(2))
+    assert 0.95 * limit < result["bit_operations"] <= limit
+    assert not decision["used"] and "exceed the budget" in decision["reason"]
+
+
 def test_a_width_that_is_asked_for_is_not_measured_but_must_be_possible(tmp_path: Path) -> None:
     assert run_record(tmp_path, class_token=6)["class_token"] | {"reason": ""} == {
         "width": 6,

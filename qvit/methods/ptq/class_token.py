@@ -146,13 +146,16 @@ def choose(
 
 
 def leaving_room(
-    plan: QuantPlan, cost: CostModel, option: int | str, limit: int, allocated: Callable[[int], QuantPlan]
+    plan: QuantPlan, cost: CostModel, option: int | str, limit: int, least: float, allocated: Callable[[int], QuantPlan]
 ) -> QuantPlan:
     """A plan of mixed widths that has room within the limit for the class token's bits, as `choose` will add them.
+
+    Where not even the narrowest widths leave that room, `choose` finds that those bits exceed the limit.
 
     Args:
         plan: What was allocated within the limit.
         cost, option, limit: As for `choose`.
+        least: Bit operations of the narrowest widths.
         allocated: The plan for a smaller limit.
     """
     within = limit
@@ -162,6 +165,8 @@ def leaving_room(
         if over <= 0:
             break
         within -= over + limit // _SLACK
+        if within < least:
+            break
         plan = allocated(within)
     return plan
 

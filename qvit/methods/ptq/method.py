@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from qvit.allocate import allocate_plan
-from qvit.allocate.units import Unit
+from qvit.allocate.choices import choices
+from qvit.allocate.units import BIT_OPERATIONS, Unit
 from qvit.errors import UsageError
 from qvit.measure import Sensitivity, default_metric, measure_sensitivity
 from qvit.measure.distance import distance_of
@@ -253,7 +254,9 @@ class PTQMethod(Method):
 
         plan = allocated(limit)
         self.plan_name = plan.name
-        chosen = self._with_class_token(model, leaving_room(plan, cost, options.class_token, limit, allocated), given)
+        least = choices(cost, allowed, Unit(BIT_OPERATIONS), boundary=boundary).extremes()[0]
+        roomy = leaving_room(plan, cost, options.class_token, limit, least, allocated)
+        chosen = self._with_class_token(model, roomy, given)
         if self.class_token is not None and not self.class_token.used:
             self.plan_name = plan.name
             return plan
