@@ -15,6 +15,7 @@ import torch
 from test_file import mutations
 from test_native import SWIN_NAME, frozen, images_for
 
+from qvit import QuantPlan, Rule
 from qvit.deploy.native import NativeModel, library, sources
 
 ROOT = Path(__file__).parents[3]
@@ -43,10 +44,11 @@ def program(folder: Path, *options: str, prefix: str = "") -> Path:
 def material(folder: Path) -> list[tuple[Path, Path, np.ndarray]]:
     """Packed files, images, and the answers to them: a ViT that pools by attention, and a Swin."""
     found = []
+    plan = QuantPlan.preset("w4a4").with_rules(Rule("blocks.*.attn.probs", {"bit_width": (3, 4, 6)}))
     vit = {"probs": "log2", "global_pool": "map", "num_classes": 0}
-    for name, side, options in (("vit_tiny_patch16_224", 32, vit), (SWIN_NAME, 64, {})):
+    for name, side, own, options in (("vit_tiny_patch16_224", 32, plan, vit), (SWIN_NAME, 64, "w4a4", {})):
         images = images_for(3, side)
-        content = frozen("w4a4", images, name, **options).to_bytes()
+        content = frozen(own, images, name, **options).to_bytes()
         (folder / f"{side}.safetensors").write_bytes(content)
         images.numpy().tofile(folder / f"{side}.f32")
         expected = NativeModel(content, form="portable")(images.numpy())
