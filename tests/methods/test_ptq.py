@@ -16,6 +16,8 @@ import qvit
 from qvit.data.open import open_source
 from qvit.errors import QvitError, UsageError
 from qvit.methods import create_method
+from qvit.methods.ptq import method as ptq_method
+from qvit.methods.ptq import stages
 from qvit.methods.ptq.bias_correction import MOST_IMAGES, correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import ROWS, choose, with_class_token, without_class_token
 from qvit.methods.ptq.images import FirstImages
@@ -413,6 +415,27 @@ def test_a_budget_without_room_for_the_class_token_is_met_without_it(tmp_path: P
     limit = cost.bit_operations(cost.uniform(2))
     assert 0.95 * limit < result["bit_operations"] <= limit
     assert not decision["used"] and "exceed the budget" in decision["reason"]
+
+
+@pytest.mark.parametrize("budget", ["4bit", "6bit", "w8a8"])
+@pytest.mark.parametrize("options", [{}, {"metric": "lampq", "rounds": 2}, {"min_width": 6}], ids=str)
+def test_mixed_widths_are_measured_on_the_model_that_gets_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, options: dict[str, Any]
+) -> None:
+    """Sensitivities, rounds, the class token's trial and the model itself see one rotation."""
+    seen: list[str] = []
+    whole = stages.rotate_and_even_out
+
+    def noted(model: nn.Module, batches: Any, rotate: str, *, fine: bool) -> None:
+        seen.append(rotate)
+        whole(model, batches, rotate, fine=fine)
+
+    for module in (stages, ptq_method):
+        monkeypatch.setattr(module, "rotate_and_even_out", noted)
+    if options.get("min_width") and budget == "4bit":
+        pytest.skip("6 bits everywhere exceed it")
+    run_record(tmp_path, budget=budget, **({"metric": "fisher"} | options))
+    assert len(seen) >= 2 and set(seen) == {"heads" if options.get("min_width") else "all"}
 
 
 def test_a_width_that_is_asked_for_is_not_measured_but_must_be_possible(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from qvit.methods.ptq.gate import UNITS, FeatureJudge, Gate, Judge
 from qvit.methods.ptq.images import FirstImages, OfFirstSize
 from qvit.methods.ptq.layer_rounding import damage_left, rounded_layers
 from qvit.methods.ptq.options import PTQOptions
-from qvit.methods.ptq.stages import ptq, ptq_plan, rotate_and_even_out, rotation_for
+from qvit.methods.ptq.stages import ROTATED_UP_TO, ptq, ptq_plan, rotate_and_even_out, rotation_for
 from qvit.models.families import inspect_model
 from qvit.models.features import answers_with_features
 from qvit.models.sizes import Size, parse_size, shown_size
@@ -193,7 +193,7 @@ class PTQMethod(Method):
             scale_search=options.scale_search,
             **options.grids(),
             reparameterize=options.reparameterize,
-            rotate=options.rotate,
+            rotate=self.rotate,
             bias_correction=options.bias_correction,
             rounding=options.rounding,
             reconstruct=reconstruction,
@@ -206,6 +206,14 @@ class PTQMethod(Method):
             nonlinear=self.config.nonlinear,
             chosen=lambda forms: setattr(self, "nonlinear", forms),
         )
+
+    @property
+    def rotate(self) -> str:
+        """What is rotated. Mixed widths are measured on what they are chosen for: the narrowest of them decides."""
+        options = self.options
+        if options.rotate != "auto" or not self.mixed or options.max_drop is not None:
+            return options.rotate
+        return "all" if (options.min_width or 3) <= ROTATED_UP_TO else "heads"
 
     def _gated(self, model: nn.Module, given: Preparation) -> nn.Module:
         """The model of the cheapest plan that loses no more than was allowed."""
@@ -341,7 +349,7 @@ class PTQMethod(Method):
         """A copy of the float model as it is before quantization by a plan that is not of 8 bits throughout."""
         source, options = copy.deepcopy(model).eval(), self.options
         if options.reparameterize:
-            rotate = rotation_for(plan) if options.rotate == "auto" else options.rotate
+            rotate = rotation_for(plan) if self.rotate == "auto" else self.rotate
             rotate_and_even_out(source, batches, rotate, fine=False)
         return source
 
