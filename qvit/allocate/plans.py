@@ -75,8 +75,9 @@ def within_budget(
     limit = unit.parse(budget, cost)
     smallest, largest = problem.extremes()
     if smallest > limit:
+        given = f"'{budget}' ({unit.format(limit)})" if isinstance(budget, str) else unit.format(limit)
         raise QvitError(
-            f"budget '{budget}' ({unit.format(limit)}) is impossible: with these pins this model takes between "
+            f"budget {given} is impossible: with the widths that may be chosen this model takes between "
             f"{unit.format(smallest)} and {unit.format(largest)}"
         )
     return SOLVERS[solver](problem.within(limit))

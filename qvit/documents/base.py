@@ -9,6 +9,7 @@ turns what pydantic finds into one sentence that names file and key:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -67,7 +68,7 @@ def mistakes(error: ValidationError, cls: type[BaseModel]) -> str:
 
 
 def _in_short(error: ValidationError, cls: type[BaseModel], say: Callable[[str, ErrorDetails, str], str]) -> str:
-    found = error.errors(include_url=False)
+    found = _together(error.errors(include_url=False))
     lines = []
     for item in found[:_SHOWN_MISTAKES]:
         key = ".".join(str(part) for part in item["loc"] if part != "[key]")[:200]
@@ -78,6 +79,18 @@ def _in_short(error: ValidationError, cls: type[BaseModel], say: Callable[[str, 
     return "; ".join(lines) + (f"; and {more} more" if more else "")
 
 
+def _together(found: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Mistakes, those as one that pydantic finds for each type that a value may have: their places end in its name."""
+    places: dict[tuple[int | str, ...], ErrorDetails] = {}
+    for item in found:
+        place = item["loc"][:-1] if item["loc"] and _TYPE.fullmatch(str(item["loc"][-1])) else item["loc"]
+        if place in places:
+            places[place]["msg"] += f" or {item['msg'].removeprefix('Input should be ')}"
+        else:
+            places[place] = {**item, "loc": place}
+    return list(places.values())
+
+
 def _of_options(key: str, item: ErrorDetails, close: str) -> str:
     if item["type"] == "extra_forbidden":
         return f"unknown option '{key}'{close}"
@@ -86,6 +99,7 @@ def _of_options(key: str, item: ErrorDetails, close: str) -> str:
     return f"{key} = {shown(item['input'])}: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
+_TYPE = re.compile(r"constrained-\w+|literal\[.*\]")
 _KINDS = {
     "int": "a whole number", "float": "a number", "string": "a text", "bool": "true or false",
     "list": "a list", "dict": "an object", "model": "an object", "tuple": "a list", "model_attributes": "an object",

@@ -73,7 +73,10 @@ def measure_sensitivity(
     known = name or _name_of(model)
     if not chosen.reads_images:
         if plan is not None:
-            raise UsageError(f"metric '{metric}' has the grids of the trained model: leave out the plan")
+            raise UsageError(
+                f"metric '{metric}' has the grids of a trained model, and no plan: measure the run with "
+                f"`qvit sensitivity RUN --metric {metric}`, and give that file as --sensitivity"
+            )
         raw = chosen.table(task)
         grids = QuantPlan(metric, (), plan_of(model).sites, known)
     else:

@@ -49,7 +49,9 @@ from qvit.models.convert import freeze
 from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
+from qvit.plan.spec import Site
 from qvit.quantizers import Quantizer, quantizers_of
+from qvit.quantizers.base import QUANTIZERS
 from qvit.training.config import TrainConfig
 from qvit.training.loop import Trainer
 from qvit.training.optimizer import drop_widths
@@ -161,7 +163,8 @@ class QViTMethod(Method):
                 widths = tuple(round(total / site.tokens) for total in totals)
             widths = widths if len(widths) == heads else (round(sum(widths) / len(widths)),) * heads
             widths = [min(max(width, LOW), HIGH) for width in widths]
-            rules.append(Rule(name, {**changes, "bit_width": widths if heads > 1 else widths[0]}))
+            grid = {} if QUANTIZERS[spec.quantizer].uniform else _grid(site)
+            rules.append(Rule(name, {**grid, **changes, "bit_width": widths if heads > 1 else widths[0]}))
         rules += [*offset_rules(self.options.asymmetric), *scale_rules(self.scales, cost.sites.values())]
         return start.with_rules(*rules, name=f"{self.config.method}-{self.config.budget}").resolve(cost.sites)
 
@@ -302,3 +305,9 @@ class QViTMethod(Method):
                     for name, q in zip(self.order, self.quantizers, strict=True)
                 }
             return figures
+
+
+def _grid(site: Site) -> dict[str, Any]:
+    """The grid of a tensor for which a plan has one whose width cannot be learned, such as a logarithmic one."""
+    own = site.default
+    return {"quantizer": own.quantizer, "signed": own.signed, "symmetric": own.symmetric}

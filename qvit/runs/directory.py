@@ -70,6 +70,7 @@ def _claim(run: Path, overwrite: bool) -> None:
     if (run / CONFIG).is_file():
         parts = ((BLOCKS, "*.safetensors"), (STEPS, f"*/{CONFIG}"))
         started = last_checkpoint(run) or any(any((run / folder).glob(name)) for folder, name in parts)
+        started = started or any((run / name).is_file() for name in MEASURED)
         if not overwrite and ((run / RESULT).is_file() or started):
             state = (
                 "a finished run"

@@ -151,6 +151,12 @@ def test_other_budgets_start_at_the_widest_uniform_width_within_them(cost: CostM
         assert plan_for(cost, "qvit", f"{budget}M")["blocks.0.mlp.fc1.weight"].widths == (start,)
 
 
+def test_a_value_that_may_be_of_several_types_has_one_mistake() -> None:
+    own = small_config(method="ptq", budget="w4a4", method_options={"class_token": 9})
+    with pytest.raises(UsageError, match="class_token = 9: input should be less than or equal to 8 or 'auto' or 'off'"):
+        create_method(own)
+
+
 def test_ablations_of_the_paper_are_options(cost: CostModel) -> None:
     without_heads = plan_for(cost, "qvit", head_wise=False)
     assert {len(spec.widths) for spec in without_heads.values()} == {1}

@@ -54,9 +54,11 @@ def test_result(run: Path) -> None:
     costs = [point["bit_operations"] for point in search["frontier"]]
     losses = [point["predicted_loss"] for point in search["frontier"]]
     assert len(costs) == 20 and costs == sorted(costs) and losses == sorted(losses, reverse=True)
-    # the chosen plan is on or above the line through the frontier, and no dearer than the budget
-    at_most = np.interp(search["chosen"]["bit_operations"], costs, losses)
-    assert search["chosen"]["predicted_loss"] >= at_most * (1 - 1e-9)
+    # none that is cheaper loses less, none that is dearer loses more
+    cost, loss = search["chosen"]["bit_operations"], search["chosen"]["predicted_loss"]
+    cheaper = [own for own, price in zip(losses, costs, strict=True) if price <= cost]
+    dearer = [own for own, price in zip(losses, costs, strict=True) if price >= cost]
+    assert cheaper and dearer and max(dearer) * (1 - 1e-9) <= loss <= min(cheaper) * (1 + 1e-9)
     budget = json.loads((run / "log.jsonl").read_text().splitlines()[0])["budget_bit_operations"]
     assert 0.97 * budget < result["bit_operations"] <= budget
 
@@ -104,7 +106,13 @@ def test_training_starts_from_such_a_plan(run: Path, tmp_path: Path) -> None:
         start: Any = before.get_submodule(f"{site}_quantizer")
         assert not torch.equal(quantizer.active_scale(), start.active_scale())
     cost = inspect_model(before)
-    learned = create_method(small_config(method="qvit", budget="4bit", plan=str(run / "plan.json"))).plan(cost)
+    own = small_config(method="qvit", budget="4bit", plan=str(run / "plan.json"), epochs=2)
+    assert train(own, tmp_path / "qvit", quiet=True)["bit_operations"] <= cost.bit_operations(cost.uniform(4))
+    probs = {site: spec for site, spec in plan.sites.items() if site.endswith("attn.probs") and spec is not None}
+    assert {spec.quantizer for spec in probs.values()} <= {"log2", "log-sqrt2"}, "a grid whose width cannot be learned"
+    found = QuantPlan.load(tmp_path / "qvit").sites
+    assert {spec.quantizer for site in probs if (spec := found[site]) is not None} == {"lsq"}
+    learned = create_method(own).plan(cost)
     assert learned is not None
     for site in split:
         spec, own_spec = plan.sites[site], learned.sites[site]
@@ -139,6 +147,8 @@ def test_an_interrupted_search_goes_on(run: Path, tmp_path: Path, monkeypatch: p
 
     with pytest.raises(Killed):
         train(config(class_token="off", picture=2), tmp_path / "run", quiet=True, progress=kill_at("tokens", 5))
+    with pytest.raises(UsageError, match="an interrupted run, which `qvit train --resume"):
+        train(config(class_token="off", picture=2), tmp_path / "run", quiet=True)
     seen.clear()
     with pytest.raises(Killed):
         resume(tmp_path / "run", quiet=True, progress=kill_at("calibrating", 1))

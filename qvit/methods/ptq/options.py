@@ -41,7 +41,8 @@ class PTQOptions(MethodOptions):
     probs: Literal["auto", "uniform", "log2", "log-sqrt2", "twin"] = Field(
         "auto",
         description="grid of the attention probabilities; `auto`: `log2` up to 3 bits, `log-sqrt2` with 4, else "
-        "`uniform`; `twin`: fine steps near zero and coarse ones above, for the engines `reference` and `torch`",
+        "`uniform`, of mixed widths by the uniform width of the budget; `twin`: fine steps near zero and coarse ones "
+        "above, for the engines `reference` and `torch`",
     )
     gelu: Literal["uniform", "twin"] = Field(
         "uniform",
@@ -67,7 +68,7 @@ class PTQOptions(MethodOptions):
         "auto",
         description="rotate what is quantized, as part of the reparameterization: q, k, v and the heads' outputs "
         "within each head (`heads`), the residual stream of plain ViTs, too (`all`); `auto`: `none` where the whole "
-        "plan has 8 bits, `all` where some width is at most 5, else `heads`",
+        "plan has 8 bits, `all` where some width is at most 5 (of mixed widths: may be), else `heads`",
     )
     class_token: Annotated[int, Field(ge=3, le=8)] | Literal["auto", "off"] = Field(
         "auto",
