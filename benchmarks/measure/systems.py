@@ -103,7 +103,7 @@ def main() -> None:
             sys.stderr.write(json.dumps(data["rows"][-1]) + "\n")
             write_json(options.out, data)
     for row in data["rows"]:
-        own = "plain" if row["arm"] in PMQ else MIXED.get(row["arm"], {}).get("metric", row["arm"])
+        own = "plain" if row["arm"] in PMQ else metric_of(row["arm"])
         took = [metric_seconds(options, own, way) for way in options.ways if own in MIXED or own in PMQ]
         if took and not math.isnan(sum(took)):
             row["metric_seconds"] = mean(took)
@@ -114,8 +114,7 @@ def measure(options: argparse.Namespace, budget: str, arm: str, parts: tuple[Pat
     """The result of an arm, one way, and which of the scored images it is right about."""
     folder = options.runs / f"seed{options.seed}-way{way}"
     run = folder / f"{budget}-{arm}"
-    metric = "pmq" if arm in PMQ else MIXED.get(arm, {}).get("metric", arm)
-    shared = folder / f"sensitivity-{metric}.json"
+    shared = folder / f"sensitivity-{'pmq' if arm in PMQ else metric_of(arm)}.json"
     config = config_of(options, budget, {}, str(parts[way]), str(parts[1 - way]))
     config = TrainConfig.create(**(config.model_dump() | changes_of(arm, budget, folder, shared)))
     ranking = RANKINGS["random"] if arm == "chance" else tokens.rank_tokens
@@ -161,7 +160,12 @@ def changes_of(arm: str, budget: str, folder: Path, shared: Path) -> dict[str, A
     own["sensitivity"] = str(shared) if shared.is_file() else None
     if arm in PMQ:
         return {"method": "pmq", "method_options": own | PMQ[arm] | {"picture": 0}}
-    return {"method_options": own | {"metric": arm} | MIXED[arm]}
+    return {"method_options": own | MIXED[arm] | {"metric": metric_of(arm)}}
+
+
+def metric_of(arm: str) -> str:
+    """The metric of an arm of mixed widths; the arm's own name elsewhere."""
+    return MIXED.get(arm, {}).get("metric", arm)
 
 
 def summed_up(ways: list[dict[str, Any]], first: list[list[bool]]) -> dict[str, Any]:
