@@ -15,7 +15,6 @@ token alone has 8 bits, all patches the plain width, which exceeds the budget by
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from unittest import mock
 
 import torch
 from record import RESULTS, record_of
+from scipy.stats import binomtest
 
 from qvit.files import write_json
 from qvit.measure.probe import Probe
@@ -155,9 +155,7 @@ def measure(
 
 def sign_test(gained: int, lost: int) -> float:
     """Two-sided exact p-value that as many images are gained as lost by chance (McNemar's test)."""
-    total, least = gained + lost, min(gained, lost)
-    tail = sum(math.comb(total, n) for n in range(least + 1)) / 2**total
-    return min(1.0, 2 * tail)
+    return binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
 
 
 if __name__ == "__main__":

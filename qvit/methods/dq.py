@@ -24,6 +24,7 @@ from qvit.functional import integer_range
 from qvit.methods.base import register_method
 from qvit.methods.qvit import HIGH, LOW, QViTMethod, RealWidthOptions
 from qvit.plan.cost import CostModel
+from qvit.plan.spec import Site, TensorSpec
 from qvit.quantizers.dq import derived_width
 from qvit.training.loop import Trainer
 
@@ -42,6 +43,11 @@ class DQMethod(QViTMethod):
     """Learned step sizes and ranges within a budget."""
 
     Options = DQOptions
+
+    def grid(self, spec: TensorSpec, site: Site) -> dict[str, Any]:
+        """Scales are shared as widths are, whatever shares them in a plan to start from."""
+        shared = "per-head" if self.options.head_wise and site.layout.heads else "per-tensor"
+        return super().grid(spec, site) | {"granularity": shared}
 
     def spec_changes(self) -> dict[str, Any]:
         return {"quantizer": "dq", "switchable_scale": False}

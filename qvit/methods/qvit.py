@@ -49,7 +49,7 @@ from qvit.models.convert import freeze
 from qvit.plan.budget import parse_budget
 from qvit.plan.cost import CostModel
 from qvit.plan.quant_plan import QuantPlan, Rule, plan_from
-from qvit.plan.spec import Site
+from qvit.plan.spec import Site, TensorSpec
 from qvit.quantizers import Quantizer, quantizers_of
 from qvit.quantizers.base import QUANTIZERS
 from qvit.training.config import TrainConfig
@@ -162,9 +162,9 @@ class QViTMethod(Method):
                 totals = (split.total(width, site.tokens, site.layout.prefix_tokens) for width in widths)
                 widths = tuple(round(total / site.tokens) for total in totals)
             widths = widths if len(widths) == heads else (round(sum(widths) / len(widths)),) * heads
-            widths = [min(max(width, LOW), HIGH) for width in widths]
-            grid = {} if QUANTIZERS[spec.quantizer].uniform else _grid(site)
-            rules.append(Rule(name, {**grid, **changes, "bit_width": widths if heads > 1 else widths[0]}))
+            clamped = [min(max(width, LOW), HIGH) for width in widths]
+            own = {"bit_width": clamped if heads > 1 else clamped[0]}
+            rules.append(Rule(name, {**self.grid(spec, site), **changes, **own}))
         rules += [*offset_rules(self.options.asymmetric), *scale_rules(self.scales, cost.sites.values())]
         return start.with_rules(*rules, name=f"{self.config.method}-{self.config.budget}").resolve(cost.sites)
 
@@ -174,6 +174,13 @@ class QViTMethod(Method):
             (n for n in range(HIGH, LOW, -1) if cost.bit_operations(cost.uniform(n)) <= budget), LOW
         )
         return QuantPlan.preset(f"w{bits}a{bits}").resolve(cost.sites)
+
+    def grid(self, spec: TensorSpec, site: Site) -> dict[str, Any]:
+        """What else changes: a grid whose width cannot be learned, such as a logarithmic one, becomes the default."""
+        if QUANTIZERS[spec.quantizer].uniform:
+            return {}
+        own = site.default
+        return {"quantizer": own.quantizer, "signed": own.signed, "symmetric": own.symmetric}
 
     def spec_changes(self) -> dict[str, Any]:
         """What the specs of all sites say of how their widths are learned."""
@@ -305,9 +312,3 @@ class QViTMethod(Method):
                     for name, q in zip(self.order, self.quantizers, strict=True)
                 }
             return figures
-
-
-def _grid(site: Site) -> dict[str, Any]:
-    """The grid of a tensor for which a plan has one whose width cannot be learned, such as a logarithmic one."""
-    own = site.default
-    return {"quantizer": own.quantizer, "signed": own.signed, "symmetric": own.symmetric}

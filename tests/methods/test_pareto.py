@@ -106,8 +106,10 @@ def test_training_starts_from_such_a_plan(run: Path, tmp_path: Path) -> None:
         start: Any = before.get_submodule(f"{site}_quantizer")
         assert not torch.equal(quantizer.active_scale(), start.active_scale())
     cost = inspect_model(before)
-    own = small_config(method="qvit", budget="4bit", plan=str(run / "plan.json"), epochs=2)
-    assert train(own, tmp_path / "qvit", quiet=True)["bit_operations"] <= cost.bit_operations(cost.uniform(4))
+    for method in ("dq", "qvit"):
+        own = small_config(method=method, budget="4bit", plan=str(run / "plan.json"), epochs=2)
+        result = train(own, tmp_path / method, quiet=True)
+        assert result["bit_operations"] <= cost.bit_operations(cost.uniform(4))
     probs = {site: spec for site, spec in plan.sites.items() if site.endswith("attn.probs") and spec is not None}
     assert {spec.quantizer for spec in probs.values()} <= {"log2", "log-sqrt2"}, "a grid whose width cannot be learned"
     found = QuantPlan.load(tmp_path / "qvit").sites
