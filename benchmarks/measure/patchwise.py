@@ -155,7 +155,7 @@ def measure(
 
 def sign_test(gained: int, lost: int) -> float:
     """Two-sided exact p-value that as many images are gained as lost by chance (McNemar's test)."""
-    return binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 if __name__ == "__main__":
