@@ -20,6 +20,7 @@ from qvit.methods.ptq import method as ptq_method
 from qvit.methods.ptq import stages
 from qvit.methods.ptq.bias_correction import MOST_IMAGES, correct_biases, corrected_layers
 from qvit.methods.ptq.class_token import ROWS, choose, with_class_token, without_class_token
+from qvit.methods.ptq.gate import Gate
 from qvit.methods.ptq.images import FirstImages
 from qvit.methods.ptq.reconstruction import ReconstructOptions
 from qvit.methods.ptq.stages import ptq, ptq_plan
@@ -417,12 +418,8 @@ def test_a_budget_without_room_for_the_class_token_is_met_without_it(tmp_path: P
     assert not decision["used"] and "exceed the budget" in decision["reason"]
 
 
-@pytest.mark.parametrize("budget", ["4bit", "6bit", "w8a8"])
-@pytest.mark.parametrize("options", [{}, {"metric": "lampq", "rounds": 2}, {"min_width": 6}], ids=str)
-def test_mixed_widths_are_measured_on_the_model_that_gets_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, options: dict[str, Any]
-) -> None:
-    """Sensitivities, rounds, the class token's trial and the model itself see one rotation."""
+def rotations_seen(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> list[str]:
+    """What is rotated from now on, each time that one of these modules does."""
     seen: list[str] = []
     whole = stages.rotate_and_even_out
 
@@ -430,8 +427,36 @@ def test_mixed_widths_are_measured_on_the_model_that_gets_them(
         seen.append(rotate)
         whole(model, batches, rotate, fine=fine)
 
-    for module in (stages, ptq_method):
+    for module in modules:
         monkeypatch.setattr(module, "rotate_and_even_out", noted)
+    return seen
+
+
+@pytest.mark.parametrize(("narrowest", "rotated"), [(3, "all"), (6, "heads")])
+def test_a_gate_measures_widths_on_the_rotation_of_the_plans_that_it_tries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrowest: int, rotated: str
+) -> None:
+    """Below a uniform plan of 7 bits, which passes, mixed ones have the narrowest widths, too."""
+    measured, made = (rotations_seen(monkeypatch, module) for module in (ptq_method, stages))
+
+    def search(gate: Gate) -> tuple[nn.Module, QuantPlan, dict[str, Any]]:
+        uniform = QuantPlan.preset("w7a7").resolve(gate.cost.sites)
+        gate.sensitivity(uniform)
+        mixed = uniform.with_rules(Rule("blocks.0.*", {"bit_width": narrowest})).resolve(gate.cost.sites)
+        return gate.quantize(mixed, True), mixed, {}
+
+    monkeypatch.setattr(Gate, "search", search)
+    run_record(tmp_path, budget=None, max_drop=1.0, deciding_images=64, min_width=narrowest, class_token="off")
+    assert set(measured) == {rotated} == set(made)
+
+
+@pytest.mark.parametrize("budget", ["4bit", "6bit", "w8a8"])
+@pytest.mark.parametrize("options", [{}, {"metric": "lampq", "rounds": 2}, {"min_width": 6}], ids=str)
+def test_mixed_widths_are_measured_on_the_model_that_gets_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: str, options: dict[str, Any]
+) -> None:
+    """Sensitivities, rounds, the class token's trial and the model itself see one rotation."""
+    seen = rotations_seen(monkeypatch, stages, ptq_method)
     if options.get("min_width") and budget == "4bit":
         pytest.skip("6 bits everywhere exceed it")
     run_record(tmp_path, budget=budget, **({"metric": "fisher"} | options))

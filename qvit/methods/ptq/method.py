@@ -193,7 +193,7 @@ class PTQMethod(Method):
             scale_search=options.scale_search,
             **options.grids(),
             reparameterize=options.reparameterize,
-            rotate=self.rotate,
+            rotate=self._rotation(plan) if self.mixed and options.max_drop is None else options.rotate,
             bias_correction=options.bias_correction,
             rounding=options.rounding,
             reconstruct=reconstruction,
@@ -207,12 +207,13 @@ class PTQMethod(Method):
             chosen=lambda forms: setattr(self, "nonlinear", forms),
         )
 
-    @property
-    def rotate(self) -> str:
-        """What is rotated. Mixed widths are measured on what they are chosen for: the narrowest of them decides."""
+    def _rotation(self, plan: QuantPlan) -> str:
+        """What is rotated where a resolved plan is tried; of mixed ones the narrowest they are chosen from decides."""
         options = self.options
-        if options.rotate != "auto" or not self.mixed or options.max_drop is not None:
+        if options.rotate != "auto":
             return options.rotate
+        if not self.mixed and options.max_drop is None:
+            return rotation_for(plan)
         return "all" if (options.min_width or 3) <= ROTATED_UP_TO else "heads"
 
     def _gated(self, model: nn.Module, given: Preparation) -> nn.Module:
@@ -347,10 +348,9 @@ class PTQMethod(Method):
 
     def _reparameterized(self, model: nn.Module, plan: QuantPlan, batches: Iterable[Tensor]) -> nn.Module:
         """A copy of the float model as it is before quantization by a plan that is not of 8 bits throughout."""
-        source, options = copy.deepcopy(model).eval(), self.options
-        if options.reparameterize:
-            rotate = rotation_for(plan) if self.rotate == "auto" else self.rotate
-            rotate_and_even_out(source, batches, rotate, fine=False)
+        source = copy.deepcopy(model).eval()
+        if self.options.reparameterize:
+            rotate_and_even_out(source, batches, self._rotation(plan), fine=False)
         return source
 
     def record(self) -> dict[str, Any]:
