@@ -44,7 +44,7 @@ def systems_tables(data: Data) -> str:
     return "\n\n".join([_note(data), *_by_budget(data, "uniform"), origin(data)])
 
 
-@table_of("pmq_arms.json", "`python benchmarks/measure/systems.py --arms plain class splits chance`")
+@table_of("pmq_arms.json", "`python benchmarks/measure/systems.py --arms plain class pmq chance`")
 def pmq_arms_tables(data: Data) -> str:
     """The parts of PMQ by budget, and all of it beside each of its parts."""
     right = {(row["budget"], row["arm"]): row["right"] for row in data["rows"]}
@@ -130,7 +130,7 @@ def _by_budget(data: Data, first: str) -> list[str]:
             numbers = [f"{row['top1']:.1f}", f"{row['agreement']:.1f}", counts, p_value]
             bits = f"{max(row['bit_operations']) / 1e9:.3f}"
             took = [f"{seconds:.0f}" if seconds else "", f"{row['processor_seconds']:.0f}"]
-            cells.append([f"`{row['arm']}`" + ("*" if "note" in row else ""), *numbers, bits, *took])
+            cells.append([f"`{row['arm']}`", *numbers, bits, *took])
         header = ["system", "top-1 (%)", "same answer (%)", f"only this / only {first} right", "p"]
         header += ["bit operations (G)", "search (s)", "processor time of all (s)"]
         images = sum(rows[0]["images"])
@@ -138,5 +138,4 @@ def _by_budget(data: Data, first: str) -> list[str]:
             f"Budget `{budget}`, {images} images, float {rows[0]['top1_float']:.1f} %:",
             table(header, cells, left=1),
         ]
-    notes = dict.fromkeys(row["note"] for row in data["rows"] if "note" in row)
-    return parts + [f"\\* {note}" for note in notes]
+    return parts
